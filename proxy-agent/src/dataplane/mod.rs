@@ -1,0 +1,130 @@
+//! The trait every dataplane implements, and the dataplanes.
+//!
+//! A dataplane executes verdicts; it never sees a Service. It is driven from one thread that owns it.
+
+use std::{collections::BTreeMap, net::IpAddr};
+
+use serde::Serialize;
+
+use crate::{
+    desired::{Changes, Devices, Frontend},
+    model::Protocol,
+};
+
+pub mod ebpf;
+pub mod memory;
+
+/// What this dataplane can express; what it cannot is reported per frontend, never dropped silently.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Capabilities {
+    pub name: &'static str,
+    pub protocols: Vec<Protocol>,
+    pub affinity: bool,
+}
+
+/// Why one frontend is not in force. Text names the object, the cause and the remedy.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, thiserror::Error)]
+pub enum Failure {
+    /// Trying again may help (a map is full, the kernel is short of memory).
+    #[error("{0}")]
+    Retry(String),
+    /// Only a change of the Service or of the configuration helps.
+    #[error("{0}")]
+    Unsupported(String),
+}
+
+/// Outcome of one `apply`: what is not named here is in force as desired.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Report {
+    pub failed: BTreeMap<Frontend, Failure>,
+    pub failed_guards: BTreeMap<IpAddr, Failure>,
+    /// Devices (by name) that could not be attached to, and why.
+    pub failed_devices: BTreeMap<String, Failure>,
+    /// Kernel writes this apply made (0: nothing changed).
+    pub writes: u64,
+}
+
+impl Report {
+    pub fn is_clean(&self) -> bool {
+        let Self { failed, failed_guards, failed_devices, writes: _ } = self;
+        failed.is_empty() && failed_guards.is_empty() && failed_devices.is_empty()
+    }
+}
+
+/// What the kernel holds now, compared with what this dataplane believes it programmed.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Drift {
+    /// Frontends whose kernel state is not what was programmed (missing, altered, foreign).
+    pub frontends: Vec<Frontend>,
+    pub guards: Vec<IpAddr>,
+    /// Hooks that were lost (detached by somebody); named as `status` names them.
+    pub hooks: Vec<String>,
+}
+
+impl Drift {
+    pub fn is_empty(&self) -> bool {
+        let Self { frontends, guards, hooks } = self;
+        frontends.is_empty() && guards.is_empty() && hooks.is_empty()
+    }
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum DataplaneError {
+    /// The node cannot run this dataplane, or not now; text says what, why and the remedy.
+    #[error("{0}")]
+    Unavailable(String),
+    #[error("{what}: {source}")]
+    Kernel { what: String, source: std::io::Error },
+}
+
+pub trait Dataplane: Send {
+    fn capabilities(&self) -> Capabilities;
+
+    /// Brings the kernel from whatever it holds to `desired`: adopts what is right, sets what is not, removes the rest.
+    /// Called once after the first complete list, and again by the periodic resync. Writes nothing when nothing differs.
+    fn resync(&mut self, desired: &crate::desired::DesiredState) -> Report;
+
+    /// Carries out one change. Applying twice is a no-op; a failure of one frontend leaves the others in force.
+    fn apply(&mut self, changes: &Changes) -> Report;
+
+    /// Attaches to exactly these devices. Called at start and whenever they change.
+    fn set_devices(&mut self, devices: &Devices) -> Report;
+
+    /// Attaches what makes the state effective (hooks). Called once the first full state is in force; a no-op if they hold.
+    fn activate(&mut self) -> Result<(), DataplaneError>;
+
+    /// Compares the kernel with what was programmed; writes nothing.
+    fn observe(&mut self) -> Result<Drift, DataplaneError>;
+
+    /// Periodic housekeeping (freed slots come to rest …); returns when it wants to be called again, if at all.
+    fn tick(&mut self) -> Option<std::time::Duration>;
+
+    /// Removes everything of ours.
+    fn teardown(&mut self) -> Result<(), DataplaneError>;
+
+    /// Fill of what can fill up, for metrics and `status`.
+    fn fill(&self) -> Vec<Fill>;
+
+    /// Hooks in force, for `status`.
+    fn hooks(&self) -> Vec<Hook>;
+}
+
+/// How full a kernel table is.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Fill {
+    pub map: String,
+    pub entries: u64,
+    pub capacity: u64,
+    /// The option that raises the capacity.
+    pub option: &'static str,
+}
+
+/// One place where a program of ours sits.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Hook {
+    /// `cgroup/connect4`, `tcx/ingress`, `clsact/egress` …
+    pub kind: String,
+    /// Cgroup path or device name.
+    pub target: String,
+    pub program: String,
+}

@@ -1,0 +1,188 @@
+//! What should be in force: frontends with policies and ordered backends. No ids, no slots, no chain names: those belong to
+//! each dataplane's renderer.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    net::{IpAddr, SocketAddr},
+    sync::Arc,
+};
+
+use serde::Serialize;
+
+use crate::model::{Port, Protocol, ServicePortName};
+
+/// What traffic is addressed to.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Frontend {
+    pub addr: IpAddr,
+    pub port: Port,
+    pub protocol: Protocol,
+}
+
+impl fmt::Display for Frontend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", SocketAddr::new(self.addr, self.port.get()), self.protocol)
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]
+pub enum FrontendKind {
+    #[serde(rename = "ClusterIP")]
+    ClusterIp,
+    NodePort,
+    #[serde(rename = "ExternalIP")]
+    ExternalIp,
+    LoadBalancer,
+}
+
+impl fmt::Display for FrontendKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ClusterIp => "ClusterIP",
+            Self::NodePort => "NodePort",
+            Self::ExternalIp => "ExternalIP",
+            Self::LoadBalancer => "LoadBalancer",
+        })
+    }
+}
+
+/// One endpoint as the datapath sees it. Ordered by address, then port: the order inside every set.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct Backend {
+    pub addr: IpAddr,
+    pub port: Port,
+}
+
+impl fmt::Display for Backend {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", SocketAddr::new(self.addr, self.port.get()))
+    }
+}
+
+/// Sorted, without duplicates; shared between frontends of one ServicePort.
+pub type BackendSet = Arc<[Backend]>;
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Action {
+    PickAll,
+    PickLocal,
+    Drop,
+    Reject,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+pub struct Verdict {
+    pub action: Action,
+    pub masquerade: bool,
+}
+
+/// A verdict for each origin of a packet (design.md §2).
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+pub struct Verdicts {
+    pub pod: Verdict,
+    pub node: Verdict,
+    pub external: Verdict,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Algorithm {
+    #[default]
+    Random,
+    RoundRobin,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct FrontendSpec {
+    pub service: ServicePortName,
+    pub kind: FrontendKind,
+    pub all: BackendSet,
+    pub local: BackendSet,
+    pub verdicts: Verdicts,
+    pub algorithm: Algorithm,
+    /// Session affinity time-out in seconds.
+    pub affinity_secs: Option<u32>,
+}
+
+/// Role of a device (design.md §3).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DeviceRole {
+    Pod,
+    Outward,
+    Overlay,
+}
+
+/// A device the per-packet programs belong on.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Device {
+    pub name: String,
+    pub role: DeviceRole,
+    /// Packets carry an Ethernet header; else they start with the IP header (tun, WireGuard …).
+    pub ethernet: bool,
+    /// What a masqueraded packet leaving here gets as its source.
+    pub source4: Option<std::net::Ipv4Addr>,
+    pub source6: Option<std::net::Ipv6Addr>,
+}
+
+/// By interface index.
+pub type Devices = BTreeMap<u32, Device>;
+
+/// All of it: the outcome of `plan` over every Service.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct DesiredState {
+    pub frontends: BTreeMap<Frontend, Arc<FrontendSpec>>,
+    /// Addresses that are ours whatever the port: what no frontend claims there is refused (contract A48).
+    pub guards: BTreeSet<IpAddr>,
+}
+
+/// What changes between two states. Everything is idempotent: setting what stands, removing what is absent.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Changes {
+    pub set: BTreeMap<Frontend, Arc<FrontendSpec>>,
+    pub remove: BTreeSet<Frontend>,
+    pub guard: BTreeSet<IpAddr>,
+    pub unguard: BTreeSet<IpAddr>,
+}
+
+impl Changes {
+    pub fn is_empty(&self) -> bool {
+        let Self { set, remove, guard, unguard } = self;
+        set.is_empty() && remove.is_empty() && guard.is_empty() && unguard.is_empty()
+    }
+}
+
+impl DesiredState {
+    /// What turns `self` into `to`.
+    pub fn diff(&self, to: &Self) -> Changes {
+        let Self { frontends, guards } = self;
+        Changes {
+            set: to
+                .frontends
+                .iter()
+                .filter(|(frontend, spec)| frontends.get(frontend) != Some(spec))
+                .map(|(frontend, spec)| (*frontend, Arc::clone(spec)))
+                .collect(),
+            remove: frontends.keys().filter(|f| !to.frontends.contains_key(f)).copied().collect(),
+            guard: to.guards.difference(guards).copied().collect(),
+            unguard: guards.difference(&to.guards).copied().collect(),
+        }
+    }
+
+    /// Carries `changes` out on this value.
+    pub fn apply(&mut self, changes: &Changes) {
+        let Changes { set, remove, guard, unguard } = changes;
+        for frontend in remove {
+            self.frontends.remove(frontend);
+        }
+        for (frontend, spec) in set {
+            self.frontends.insert(*frontend, Arc::clone(spec));
+        }
+        for addr in unguard {
+            self.guards.remove(addr);
+        }
+        self.guards.extend(guard);
+    }
+}

@@ -1,0 +1,22 @@
+//! The agent: watches Services and EndpointSlices, plans, and keeps a dataplane in step.
+//!
+//! Floors; a module imports only what stands below it (a test holds this):
+//!
+//! ```text
+//! main → cli → { serve, sync, dataplane::select, source, config }
+//! sync → { plan, dataplane (the trait), node, status }          serve → status
+//! plan → { model, desired }        dataplane::* → desired       status → desired
+//! source, node, config → model     desired, ebpf maps → proxy-common ← proxy-ebpf
+//! ```
+
+pub mod cli;
+pub mod config;
+pub mod dataplane;
+pub mod desired;
+pub mod model;
+pub mod node;
+pub mod plan;
+pub mod serve;
+pub mod source;
+pub mod status;
+pub mod sync;

@@ -1,0 +1,136 @@
+//! What is counted: per service, and per reason.
+
+use core::mem::size_of;
+
+use crate::pod;
+
+/// Value of `service_counters` (per-CPU hash, key: service id): written by the programs, summed by readers.
+///
+/// An entry appears with the first connection; the agent removes it with the service.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct ServiceCounters {
+    /// New connections (TCP) and flows (UDP), translated at connect time or per packet. Also this CPU's
+    /// round-robin cursor.
+    pub connections: u64,
+    /// Packets that the per-packet path translated, both directions. Connect-time traffic passes no program.
+    pub packets: u64,
+    /// Bytes of those, as the hook sees them (link header included).
+    pub bytes: u64,
+    /// Connections refused or dropped by verdict.
+    pub refused: u64,
+}
+
+/// Why something was dropped, refused, repaired or left alone: the index into `reasons` (per-CPU array of `u64`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u32)]
+pub enum Reason {
+    /// No endpoint: the caller was refused (contract A81).
+    Rejected = 0,
+    /// The verdict says drop: endpoints exist, none where the policy allows (contract A83, A84).
+    PolicyDrop = 1,
+    /// No masquerade port free towards that backend.
+    MasqueradeExhausted = 2,
+    /// The egress device has no address to masquerade with.
+    NoMasqueradeAddress = 3,
+    /// A map refused an insert (full or out of memory); the packet was dropped.
+    InsertFailed = 4,
+    /// A helper failed while the packet was rewritten; the packet was dropped.
+    RewriteFailed = 5,
+    /// A refusal could not be built; the packet was dropped instead.
+    RejectFailed = 6,
+    /// A value did not match its seal at first sight; it was looked up again.
+    TornRead = 7,
+    /// Nor at second sight: the packet was dropped, the socket refused.
+    TornTwice = 8,
+    /// A slot was of another generation than its frontend.
+    StaleSlot = 9,
+    /// A flow got another source port because its reply tuple was taken.
+    PortRemapped = 10,
+    /// The missing half of a connection's entries was put back.
+    PairRepaired = 11,
+    /// A fragment whose first part was not seen; left to the stack.
+    UnknownFragment = 12,
+    /// A header that the parser does not understand; left to the stack.
+    Unparsed = 13,
+    /// A TCP packet towards a frontend that is no SYN and has no connection; left to the stack.
+    NotASyn = 14,
+    /// No source port was left for a flow whose reply tuple was taken.
+    RemapExhausted = 15,
+}
+
+impl Reason {
+    pub const COUNT: usize = 16;
+
+    pub const ALL: [Self; Self::COUNT] = [
+        Self::Rejected,
+        Self::PolicyDrop,
+        Self::MasqueradeExhausted,
+        Self::NoMasqueradeAddress,
+        Self::InsertFailed,
+        Self::RewriteFailed,
+        Self::RejectFailed,
+        Self::TornRead,
+        Self::TornTwice,
+        Self::StaleSlot,
+        Self::PortRemapped,
+        Self::PairRepaired,
+        Self::UnknownFragment,
+        Self::Unparsed,
+        Self::NotASyn,
+        Self::RemapExhausted,
+    ];
+
+    /// Name in metrics and in the CLI.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Rejected => "rejected",
+            Self::PolicyDrop => "policy_drop",
+            Self::MasqueradeExhausted => "masquerade_ports_exhausted",
+            Self::NoMasqueradeAddress => "no_masquerade_address",
+            Self::InsertFailed => "insert_failed",
+            Self::RewriteFailed => "rewrite_failed",
+            Self::RejectFailed => "reject_failed",
+            Self::TornRead => "torn_read",
+            Self::TornTwice => "torn_twice",
+            Self::StaleSlot => "stale_slot",
+            Self::PortRemapped => "port_remapped",
+            Self::PairRepaired => "pair_repaired",
+            Self::UnknownFragment => "unknown_fragment",
+            Self::Unparsed => "unparsed",
+            Self::NotASyn => "not_a_syn",
+            Self::RemapExhausted => "remap_exhausted",
+        }
+    }
+
+    /// Whether the packet or the connection was lost to its sender (else it is a note, or was left to the stack).
+    pub const fn is_drop(self) -> bool {
+        matches!(
+            self,
+            Self::Rejected
+                | Self::PolicyDrop
+                | Self::MasqueradeExhausted
+                | Self::NoMasqueradeAddress
+                | Self::InsertFailed
+                | Self::RewriteFailed
+                | Self::RejectFailed
+                | Self::TornTwice
+                | Self::RemapExhausted
+        )
+    }
+}
+
+const _: () = assert!(size_of::<ServiceCounters>() == 32);
+pod!(ServiceCounters);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reasons_are_indexed_in_order() {
+        for (i, reason) in Reason::ALL.into_iter().enumerate() {
+            assert_eq!(reason as usize, i);
+        }
+    }
+}

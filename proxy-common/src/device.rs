@@ -1,0 +1,31 @@
+//! `devices`: interface index → what the per-packet programs need to know of it.
+
+use core::mem::size_of;
+
+use crate::{Ipv4Be, Ipv6Be, pod};
+
+pub mod role {
+    /// A link whose peer lives in another namespace: a pod is behind it.
+    pub const POD: u8 = 1;
+    /// Leads off the node.
+    pub const OUTWARD: u8 = 2;
+    /// A tunnel to other nodes (VXLAN, Geneve, WireGuard …).
+    pub const OVERLAY: u8 = 3;
+}
+
+/// Value of the devices map; key: `u32` interface index. Written by the agent.
+///
+/// The addresses are what a masqueraded packet that leaves by this device gets as its source (contract A75); unspecified:
+/// none known, the packet is dropped and counted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct DeviceValue {
+    pub source6: Ipv6Be,
+    pub source4: Ipv4Be,
+    /// [`role`].
+    pub role: u8,
+    pub pad: [u8; 3],
+}
+
+const _: () = assert!(size_of::<DeviceValue>() == 24);
+pod!(DeviceValue);

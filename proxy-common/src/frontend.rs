@@ -1,0 +1,196 @@
+//! `frontends`: (address, port, protocol) → what to do with a packet or a socket that aims there.
+
+use core::mem::{offset_of, size_of};
+
+use crate::{Address, Be16, Ipv4Be, Ipv6Be, pod, seal::Seal};
+
+/// Key of the frontends map.
+///
+/// `port` 0 with `proto` 0 is the *guard* of an address: what holds for it where no frontend claims the port or the
+/// protocol (a ClusterIP on an unused port is refused, contract A48).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(C)]
+pub struct FrontendKey<A> {
+    pub addr: A,
+    pub port: Be16,
+    pub proto: u8,
+    pub pad: u8,
+}
+
+impl<A: Address> FrontendKey<A> {
+    #[inline(always)]
+    pub const fn new(addr: A, port: Be16, proto: u8) -> Self {
+        Self { addr, port, proto, pad: 0 }
+    }
+
+    #[inline(always)]
+    pub const fn guard(addr: A) -> Self {
+        Self::new(addr, Be16::ZERO, 0)
+    }
+
+    pub fn is_guard(&self) -> bool {
+        self.port == Be16::ZERO && self.proto == 0
+    }
+
+    #[inline(always)]
+    fn seal(&self) -> Seal {
+        let (hi, lo) = self.addr.words();
+        let rest = ((self.port.0 as u64) << 16) | ((self.proto as u64) << 8) | self.pad as u64;
+        if A::LEN == 4 { Seal::new().word(hi << 32 | rest) } else { Seal::new().word(hi).word(lo).word(rest) }
+    }
+}
+
+/// What one verdict byte says: the action in the low bits, [`MASQUERADE`](verdict::MASQUERADE) above.
+pub mod verdict {
+    /// Pick from the *all* range.
+    pub const PICK_ALL: u8 = 0;
+    /// Pick from the *local* range.
+    pub const PICK_LOCAL: u8 = 1;
+    /// Drop silently (contract A83, A84).
+    pub const DROP: u8 = 2;
+    /// Refuse: ECONNREFUSED at connect time, ICMP port unreachable per packet (contract A81).
+    pub const REJECT: u8 = 3;
+
+    pub const ACTION_MASK: u8 = 0x03;
+    /// The backend sees the node's address (contract A5).
+    pub const MASQUERADE: u8 = 0x80;
+}
+
+/// Where a packet or a socket comes from: the index into [`FrontendValue::verdicts`].
+pub mod origin {
+    pub const POD: usize = 0;
+    pub const NODE: usize = 1;
+    pub const EXTERNAL: usize = 2;
+    pub const COUNT: usize = 3;
+}
+
+pub mod algorithm {
+    pub const RANDOM: u8 = 0;
+    /// Per CPU: each CPU walks the range on its own.
+    pub const ROUND_ROBIN: u8 = 1;
+}
+
+/// A run of slots: `count` of them from `base`, each carrying generation `generation`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Range {
+    pub base: u32,
+    pub count: u16,
+    /// A slot of another generation was re-used: the reader looks the frontend up again. 0 is never a generation.
+    pub generation: u8,
+}
+
+/// Value of the frontends map; written by the agent in one update, so ranges and verdicts swap together.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct FrontendValue {
+    pub all_base: u32,
+    pub local_base: u32,
+    pub all_count: u16,
+    pub local_count: u16,
+    /// Index into `names`, key of `service_counters`; never 0.
+    pub service: u32,
+    /// One byte for each [`origin`].
+    pub verdicts: [u8; origin::COUNT],
+    pub algorithm: u8,
+    pub all_generation: u8,
+    pub local_generation: u8,
+    /// Reserved for flags of the frontend; zero.
+    pub flags: u16,
+    /// Session affinity time-out in seconds; 0: none.
+    pub affinity_secs: u32,
+    pub seal: u32,
+}
+
+impl FrontendValue {
+    #[inline(always)]
+    pub const fn all(&self) -> Range {
+        Range { base: self.all_base, count: self.all_count, generation: self.all_generation }
+    }
+
+    #[inline(always)]
+    pub const fn local(&self) -> Range {
+        Range { base: self.local_base, count: self.local_count, generation: self.local_generation }
+    }
+
+    /// The seal that this value must carry under `key`.
+    #[inline(always)]
+    pub fn seal_for<A: Address>(&self, key: &FrontendKey<A>) -> u32 {
+        key.seal()
+            .word((self.all_base as u64) << 32 | self.local_base as u64)
+            .word((self.service as u64) << 32 | (self.all_count as u64) << 16 | self.local_count as u64)
+            .word(
+                (self.verdicts[0] as u64) << 56
+                    | (self.verdicts[1] as u64) << 48
+                    | (self.verdicts[2] as u64) << 40
+                    | (self.algorithm as u64) << 32
+                    | (self.all_generation as u64) << 24
+                    | (self.local_generation as u64) << 16
+                    | self.flags as u64,
+            )
+            .word(self.affinity_secs as u64)
+            .finish()
+    }
+
+    #[must_use]
+    pub fn sealed<A: Address>(mut self, key: &FrontendKey<A>) -> Self {
+        self.seal = self.seal_for(key);
+        self
+    }
+
+    #[inline(always)]
+    pub fn is_sealed_for<A: Address>(&self, key: &FrontendKey<A>) -> bool {
+        self.seal == self.seal_for(key)
+    }
+}
+
+const _: () = assert!(size_of::<FrontendKey<Ipv4Be>>() == 8);
+const _: () = assert!(size_of::<FrontendKey<Ipv6Be>>() == 20);
+const _: () = assert!(size_of::<FrontendValue>() == 32);
+const _: () = assert!(offset_of!(FrontendValue, verdicts) == 16);
+const _: () = assert!(offset_of!(FrontendValue, seal) == 28);
+pod!(FrontendKey<Ipv4Be>, FrontendKey<Ipv6Be>, FrontendValue);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn value() -> FrontendValue {
+        FrontendValue { all_base: 7, all_count: 3, service: 9, all_generation: 1, ..Default::default() }
+    }
+
+    #[test]
+    fn a_seal_belongs_to_one_key() {
+        let key = FrontendKey::new(Ipv4Be::from_octets([10, 96, 0, 1]), Be16::from_host(80), crate::proto::TCP);
+        let sealed = value().sealed(&key);
+        assert!(sealed.is_sealed_for(&key));
+        assert!(!sealed.is_sealed_for(&FrontendKey { proto: crate::proto::UDP, ..key }));
+        assert!(!sealed.is_sealed_for(&FrontendKey { port: Be16::from_host(81), ..key }));
+        assert!(!FrontendValue::default().is_sealed_for(&key));
+    }
+
+    #[test]
+    fn every_field_is_under_the_seal() {
+        let key = FrontendKey::guard(Ipv6Be([1, 2, 3, 4]));
+        let sealed = value().sealed(&key);
+        let mutations: [fn(&mut FrontendValue); 13] = [
+            |v| v.all_base += 1,
+            |v| v.local_base += 1,
+            |v| v.all_count += 1,
+            |v| v.local_count += 1,
+            |v| v.service += 1,
+            |v| v.verdicts[0] += 1,
+            |v| v.verdicts[1] += 1,
+            |v| v.verdicts[2] += 1,
+            |v| v.algorithm += 1,
+            |v| v.all_generation += 1,
+            |v| v.local_generation += 1,
+            |v| v.flags += 1,
+            |v| v.affinity_secs += 1,
+        ];
+        for mutate in mutations {
+            let mut other = sealed;
+            mutate(&mut other);
+            assert!(!other.is_sealed_for(&key), "{other:?}");
+        }
+    }
+}

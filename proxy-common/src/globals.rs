@@ -1,0 +1,24 @@
+//! Read-only globals of the programs, set when they are loaded. The verifier prunes what they switch off.
+//!
+//! Names are the symbols in the object; the agent sets them with `override_global`.
+
+/// `u8`, [`socket_lb`]: whose sockets are translated at connect time.
+pub const SOCKET_LB: &str = "SOCKET_LB";
+/// `u64`: `SO_NETNS_COOKIE` of the node's network namespace; tells the node's own processes from pods.
+pub const NODE_NETNS_COOKIE: &str = "NODE_NETNS_COOKIE";
+/// `u16`, host order: first and last port used for masquerading.
+pub const MASQUERADE_PORT_MIN: &str = "MASQUERADE_PORT_MIN";
+pub const MASQUERADE_PORT_MAX: &str = "MASQUERADE_PORT_MAX";
+/// `u8`: the kernel has `bpf_set_retval` (5.18); without it a refused connect gets EPERM.
+pub const HAVE_SET_RETVAL: &str = "HAVE_SET_RETVAL";
+/// `u8`: the kernel has `bpf_ktime_get_coarse_ns` (5.11); without it the exact clock is read.
+pub const HAVE_COARSE_CLOCK: &str = "HAVE_COARSE_CLOCK";
+/// `u8`: log through aya-log at this level or more severe; 0: off.
+pub const LOG_LEVEL: &str = "LOG_LEVEL";
+
+pub mod socket_lb {
+    /// Pods and the node's own processes.
+    pub const ALL: u8 = 0;
+    /// The node's own processes only.
+    pub const NODE: u8 = 1;
+}

@@ -1,0 +1,57 @@
+//! Counting, per CPU.
+
+use aya_ebpf::bindings::BPF_NOEXIST;
+use proxy_common::counters::{Reason, ServiceCounters};
+
+use crate::maps::{REASONS, SERVICE_COUNTERS};
+
+#[inline(always)]
+pub(crate) fn reason(reason: Reason) {
+    if let Some(counter) = REASONS.get_ptr_mut(reason as u32) {
+        // SAFETY: a per-CPU element; programs on one CPU may interleave at worst and lose a count.
+        unsafe { *counter += 1 };
+    }
+}
+
+#[inline(always)]
+fn of_service(service: u32) -> Option<*mut ServiceCounters> {
+    if let Some(counters) = SERVICE_COUNTERS.get_ptr_mut(service) {
+        return Some(counters);
+    }
+    // First connection of this service: the only time an entry is made. Losing the race against another CPU is fine.
+    let _ = SERVICE_COUNTERS.insert(service, ServiceCounters::default(), BPF_NOEXIST.into());
+    SERVICE_COUNTERS.get_ptr_mut(service)
+}
+
+/// Counts a new connection and returns how many this CPU had counted before: the round-robin cursor.
+#[inline(always)]
+pub(crate) fn connection(service: u32) -> u64 {
+    match of_service(service) {
+        // SAFETY: a per-CPU element, see `reason`.
+        Some(counters) => unsafe {
+            let before = (*counters).connections;
+            (*counters).connections = before + 1;
+            before
+        },
+        None => 0,
+    }
+}
+
+#[inline(always)]
+pub(crate) fn packet(service: u32, bytes: u32) {
+    if let Some(counters) = of_service(service) {
+        // SAFETY: a per-CPU element, see `reason`.
+        unsafe {
+            (*counters).packets += 1;
+            (*counters).bytes += bytes as u64;
+        }
+    }
+}
+
+#[inline(always)]
+pub(crate) fn refused(service: u32) {
+    if let Some(counters) = of_service(service) {
+        // SAFETY: a per-CPU element, see `reason`.
+        unsafe { (*counters).refused += 1 };
+    }
+}

@@ -1,0 +1,29 @@
+//! Read-only globals, set at load time; see `proxy_common::globals` for their meaning.
+//!
+//! Each is read volatile: the compiler must not fold the default in. The verifier sees frozen read-only data and prunes the
+//! branches they switch off.
+
+use core::ptr::read_volatile;
+
+macro_rules! globals {
+    ($($static:ident, $getter:ident: $t:ty = $default:expr;)+) => {$(
+        #[unsafe(no_mangle)]
+        static $static: $t = $default;
+
+        #[inline(always)]
+        pub(crate) fn $getter() -> $t {
+            // SAFETY: a valid, aligned, initialised static.
+            unsafe { read_volatile(&raw const $static) }
+        }
+    )+};
+}
+
+globals! {
+    SOCKET_LB, socket_lb: u8 = 0;
+    NODE_NETNS_COOKIE, node_netns_cookie: u64 = 0;
+    MASQUERADE_PORT_MIN, masquerade_port_min: u16 = 1024;
+    MASQUERADE_PORT_MAX, masquerade_port_max: u16 = 29_999;
+    HAVE_SET_RETVAL, have_set_retval: u8 = 1;
+    HAVE_COARSE_CLOCK, have_coarse_clock: u8 = 1;
+    LOG_LEVEL, log_level: u8 = 0;
+}

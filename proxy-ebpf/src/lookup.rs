@@ -1,0 +1,153 @@
+//! From (address, port, protocol) to a backend or a refusal. The same for sockets and packets.
+
+use aya_ebpf::helpers::bpf_get_prandom_u32;
+use proxy_common::{
+    counters::Reason,
+    frontend::{FrontendKey, FrontendValue, Range, algorithm, verdict},
+    slot::{Slot, Target, sort_key},
+};
+
+use crate::{count, maps::Family, sealed};
+
+/// A whole frontend, or why there is none.
+pub(crate) enum Found {
+    /// Value and whether it is a guard (the address is ours, the port is nobody's).
+    Frontend(FrontendValue, bool),
+    /// Not ours.
+    Nothing,
+    /// Torn at both looks: ours, but unusable now.
+    Torn,
+}
+
+/// What to do with a new connection.
+pub(crate) enum Choice<A> {
+    Backend {
+        target: Target<A>,
+        range: Range,
+        service: u32,
+        masquerade: bool,
+    },
+    /// Silently.
+    Drop {
+        service: u32,
+    },
+    Refuse {
+        service: u32,
+    },
+    /// Not ours.
+    Pass,
+}
+
+/// One look at one key; `Err` when the value was torn.
+#[inline(always)]
+fn read<A: Family>(key: &FrontendKey<A>) -> Result<Option<FrontendValue>, ()> {
+    let Some(value) = A::frontends().get_ptr(key) else { return Ok(None) };
+    // SAFETY: a live pointer to a value of this map; FrontendValue is plain integers.
+    let value = unsafe { sealed::copy(value) };
+    if value.is_sealed_for(key) { Ok(Some(value)) } else { Err(()) }
+}
+
+#[inline(always)]
+fn read_twice<A: Family>(key: &FrontendKey<A>) -> Result<Option<FrontendValue>, ()> {
+    read(key).or_else(|()| {
+        count::reason(Reason::TornRead);
+        read(key).inspect_err(|()| count::reason(Reason::TornTwice))
+    })
+}
+
+/// The frontend of `key`, or the guard of its address.
+#[inline(always)]
+pub(crate) fn frontend<A: Family>(key: &FrontendKey<A>) -> Found {
+    match read_twice(key) {
+        Ok(Some(value)) => return Found::Frontend(value, false),
+        Ok(None) => {}
+        Err(()) => return Found::Torn,
+    }
+    match read_twice(&FrontendKey::guard(key.addr)) {
+        Ok(Some(value)) => Found::Frontend(value, true),
+        Ok(None) => Found::Nothing,
+        Err(()) => Found::Torn,
+    }
+}
+
+#[inline(always)]
+fn slot<A: Family>(range: Range, index: u32) -> Option<Target<A>> {
+    let slot = A::slots().get_ptr(range.base.wrapping_add(index))?;
+    // SAFETY: a live pointer into the slots array; slots are plain integers.
+    unsafe { sealed::copy(slot) }.decode(range.generation)
+}
+
+/// Picks a backend for a new connection from `origin` and counts it.
+#[inline(always)]
+pub(crate) fn choose<A: Family>(key: &FrontendKey<A>, origin: usize) -> Choice<A> {
+    // A slot re-used under our feet shows in its generation: the frontend has a new range by then, so look once more.
+    let mut looks = 0;
+    while looks < 2 {
+        looks += 1;
+        let value = match frontend(key) {
+            Found::Frontend(value, _) => value,
+            Found::Nothing => return Choice::Pass,
+            Found::Torn => return Choice::Drop { service: 0 },
+        };
+        let word = value.verdicts[origin % value.verdicts.len()];
+        let range = match word & verdict::ACTION_MASK {
+            verdict::PICK_ALL => value.all(),
+            verdict::PICK_LOCAL => value.local(),
+            verdict::DROP => {
+                count::reason(Reason::PolicyDrop);
+                return Choice::Drop { service: value.service };
+            }
+            _ => return refuse(value.service),
+        };
+        if range.count == 0 {
+            return refuse(value.service);
+        }
+        let cursor = count::connection(value.service);
+        let index = if value.algorithm == algorithm::ROUND_ROBIN {
+            (cursor % range.count as u64) as u32
+        } else {
+            // SAFETY: no arguments.
+            let random = unsafe { bpf_get_prandom_u32() };
+            random % range.count as u32
+        };
+        if let Some(target) = slot(range, index) {
+            return Choice::Backend {
+                target,
+                range,
+                service: value.service,
+                masquerade: word & verdict::MASQUERADE != 0,
+            };
+        }
+        count::reason(Reason::StaleSlot);
+    }
+    count::reason(Reason::TornTwice);
+    Choice::Drop { service: 0 }
+}
+
+#[inline(always)]
+fn refuse<A>(service: u32) -> Choice<A> {
+    count::reason(Reason::Rejected);
+    count::refused(service);
+    Choice::Refuse { service }
+}
+
+/// Whether `target` is in `range`: a binary search, since slots of a range are sorted.
+#[inline(always)]
+pub(crate) fn is_member<A: Family>(range: Range, target: Target<A>) -> bool {
+    let wanted = sort_key(target);
+    let mut low = 0_u32;
+    let mut high = range.count as u32;
+    // 16 halvings cover every count that fits 16 bits.
+    let mut probes = 0;
+    while probes < 17 && low < high {
+        probes += 1;
+        let middle = (low + high) / 2;
+        let Some(found) = slot::<A>(range, middle) else { return false };
+        let found = sort_key(found);
+        if found == wanted {
+            return true;
+        }
+        if found < wanted { low = middle + 1 } else { high = middle }
+    }
+    false
+}

@@ -1,0 +1,25 @@
+//! The eBPF programs. One file per hook family, a short body each: parse, look up, decide, rewrite, verdict.
+//!
+//! Nothing here knows what a Service is: the agent's `plan` compiled every policy into the verdicts and ranges of the
+//! `frontends` map. A program that cannot make sense of something leaves it to the stack.
+#![no_std]
+#![no_main]
+
+mod clock;
+mod count;
+mod globals;
+mod lookup;
+mod maps;
+mod sealed;
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    // SAFETY: never reached: the programs hold no panicking operation, or the verifier would refuse the loop below.
+    unsafe { core::hint::unreachable_unchecked() }
+}
+
+/// Dual, as the kernel's helpers demand: some are for GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
