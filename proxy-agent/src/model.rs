@@ -206,6 +206,8 @@ pub struct NodeFacts {
     /// InternalIP addresses of the Node object.
     pub internal_ips: Vec<IpAddr>,
     pub pod_cidrs: Vec<IpNet>,
+    /// Being deleted, or tainted `ToBeDeletedByClusterAutoscaler` (contract A117): load balancers should leave it alone.
+    pub leaving: bool,
 }
 
 /// The world at one instant.

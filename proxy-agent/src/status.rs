@@ -1,6 +1,11 @@
 //! The status table: what the loop last did, per frontend; published whole, read by HTTP, metrics and the CLI.
 
-use std::{collections::BTreeMap, net::IpAddr, sync::Arc, time::SystemTime};
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
 use serde::Serialize;
 
@@ -49,8 +54,16 @@ pub struct Status {
     pub source: SourceState,
     /// The first full state is in force.
     pub ready: bool,
+    /// The own Node is neither being deleted nor marked for removal by the cluster autoscaler (contract A117).
+    pub node_eligible: bool,
     pub last_sync: Option<SystemTime>,
     pub last_queued: Option<SystemTime>,
+    /// Since when the oldest change that is not in force yet has been waiting; published before the dataplane is called, so
+    /// that health notices a call that never returns. Monotonic: a clock that jumps makes nobody unhealthy.
+    pub pending_since: Option<Instant>,
+    pub service_changes: ChangeCount,
+    pub endpoint_changes: ChangeCount,
+    pub timings: Arc<Timings>,
     pub syncs: u64,
     pub services: usize,
     pub endpoints: usize,
@@ -63,4 +76,93 @@ pub struct Status {
     pub hooks: Arc<Vec<Hook>>,
     pub fill: Arc<Vec<Fill>>,
     pub drift_repaired: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct ChangeCount {
+    /// Changes seen since the start.
+    pub total: u64,
+    /// Seen, and not in force yet.
+    pub pending: u64,
+}
+
+/// How long things took.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Timings {
+    /// From the start of a sync to its end.
+    pub sync: Histogram,
+    /// From the change of an endpoint (its slice's trigger time, contract A28) to the end of the sync that put it in force.
+    pub programming: Histogram,
+}
+
+impl Default for Timings {
+    fn default() -> Self {
+        Self { sync: Histogram::new(&SYNC_BOUNDS), programming: Histogram::new(&PROGRAMMING_BOUNDS) }
+    }
+}
+
+/// 1 ms · 2ⁿ, as kube-proxy.
+pub static SYNC_BOUNDS: [f64; 15] =
+    [0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 2.048, 4.096, 8.192, 16.384];
+
+/// Finer than kube-proxy's below 250 ms, where most of this happens, and coarser above a second.
+pub static PROGRAMMING_BOUNDS: [f64; 24] = [
+    0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 75.0, 90.0, 120.0,
+    150.0, 180.0, 240.0, 300.0,
+];
+
+/// A histogram as a plain value, so that the status stays one value. Counts are per bucket, not cumulative.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Histogram {
+    bounds: &'static [f64],
+    counts: Vec<u64>,
+    /// Beyond the last bound.
+    above: u64,
+    sum: f64,
+}
+
+impl Histogram {
+    pub fn new(bounds: &'static [f64]) -> Self {
+        Self { bounds, counts: vec![0; bounds.len()], above: 0, sum: 0.0 }
+    }
+
+    pub fn observe(&mut self, took: Duration) {
+        let seconds = took.as_secs_f64();
+        let bucket = self.bounds.iter().zip(&mut self.counts).find(|(bound, _)| seconds <= **bound);
+        match bucket {
+            Some((_, count)) => *count += 1,
+            None => self.above += 1,
+        }
+        self.sum += seconds;
+    }
+
+    /// Upper bound and count of each bucket; the last bound is infinite.
+    pub fn buckets(&self) -> impl Iterator<Item = (f64, u64)> {
+        self.bounds.iter().copied().zip(self.counts.iter().copied()).chain([(f64::INFINITY, self.above)])
+    }
+
+    pub fn sum(&self) -> f64 {
+        self.sum
+    }
+
+    pub fn count(&self) -> u64 {
+        self.counts.iter().sum::<u64>() + self.above
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_histogram_counts_what_it_sees() {
+        let mut histogram = Histogram::new(&SYNC_BOUNDS);
+        for ms in [1, 3, 3, 20_000] {
+            histogram.observe(Duration::from_millis(ms));
+        }
+        assert_eq!(histogram.count(), 4);
+        assert!((histogram.sum() - 20.007).abs() < 1e-9);
+        let filled: Vec<_> = histogram.buckets().filter(|(_, count)| *count > 0).collect();
+        assert_eq!(filled, [(0.001, 1), (0.004, 2), (f64::INFINITY, 1)]);
+    }
 }
