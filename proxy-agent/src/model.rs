@@ -233,4 +233,22 @@ pub enum Event {
     /// A complete list replaces all that was known of one kind (first list, relist after 410 …).
     Services(Vec<Arc<Service>>),
     Slices(Vec<Arc<EndpointSlice>>),
+    /// What is wrong with the source itself: place (a file and line) → what was left out. Replaces what was said before.
+    /// It touches no Service; it is for the status table.
+    Problems(BTreeMap<String, Vec<String>>),
+}
+
+/// Where the agent gets its objects from, and whether it still does.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum SourceState {
+    /// Waiting for the first complete list of these kinds; each says why, where something is in the way.
+    Listing {
+        missing: Vec<String>,
+    },
+    Synced,
+    /// Was synced, cannot reach its source now; the last state goes on serving.
+    Stale {
+        reason: String,
+    },
 }

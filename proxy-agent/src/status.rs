@@ -9,6 +9,7 @@ use std::{
 
 use serde::Serialize;
 
+pub use crate::model::SourceState;
 use crate::{
     dataplane::{Failure, Fill, Hook},
     desired::{Device, Frontend, FrontendSpec},
@@ -28,21 +29,6 @@ pub struct FrontendStatus {
     pub spec: Arc<FrontendSpec>,
     pub state: FrontendState,
     pub since: SystemTime,
-}
-
-/// Where the agent gets its objects from.
-#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum SourceState {
-    /// Waiting for the first complete list of these kinds.
-    Listing {
-        missing: Vec<String>,
-    },
-    Synced,
-    /// Was synced, cannot reach its source now; the last state goes on serving.
-    Stale {
-        reason: String,
-    },
 }
 
 /// One value for everything that reports; cheap to clone (shared parts).
@@ -69,7 +55,8 @@ pub struct Status {
     pub endpoints: usize,
     pub frontends: Arc<BTreeMap<Frontend, FrontendStatus>>,
     pub failed_guards: Arc<BTreeMap<IpAddr, Failure>>,
-    /// Objects that were read but not wholly understood: object → what was left out.
+    /// Objects that were read but not wholly understood, and what the source itself reports (`Event::Problems`): object or
+    /// place → what was left out.
     pub problems: Arc<BTreeMap<String, Vec<String>>>,
     pub devices: Arc<BTreeMap<u32, Device>>,
     pub failed_devices: Arc<BTreeMap<String, Failure>>,

