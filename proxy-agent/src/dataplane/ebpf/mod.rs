@@ -1,1 +1,4 @@
-//! (module)
+//! The eBPF dataplane.
+pub(crate) mod alloc;
+pub mod object;
+pub(crate) mod sys;
