@@ -65,6 +65,37 @@ pub struct Status {
     pub drift_repaired: u64,
 }
 
+impl Status {
+    /// Nothing known, nothing done.
+    pub fn starting(mode: &'static str, node: Arc<str>) -> Self {
+        Self {
+            mode,
+            node,
+            started: SystemTime::now(),
+            source: SourceState::Listing { missing: Vec::new() },
+            ready: false,
+            node_eligible: true,
+            last_sync: None,
+            last_queued: None,
+            pending_since: None,
+            service_changes: ChangeCount::default(),
+            endpoint_changes: ChangeCount::default(),
+            timings: Arc::default(),
+            syncs: 0,
+            services: 0,
+            endpoints: 0,
+            frontends: Arc::default(),
+            failed_guards: Arc::default(),
+            problems: Arc::default(),
+            devices: Arc::default(),
+            failed_devices: Arc::default(),
+            hooks: Arc::default(),
+            fill: Arc::default(),
+            drift_repaired: 0,
+        }
+    }
+}
+
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
 pub struct ChangeCount {
     /// Changes seen since the start.
