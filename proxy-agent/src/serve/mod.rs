@@ -1,1 +1,266 @@
-//! (module)
+//! What the agent answers over HTTP: health for load balancers and kubelets, metrics, and the status report that the CLI reads.
+//!
+//! It reads the status and never writes anything; a client, however slow, costs one bounded connection. Two addresses:
+//!
+//! ```text
+//! healthz address   /healthz  /livez
+//! metrics address   /metrics  /status  /proxyMode  /healthz  /livez
+//! ```
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use axum::{
+    Json, Router,
+    extract::State,
+    http::{StatusCode, header},
+    response::{IntoResponse, Response},
+    routing::get,
+};
+use tokio::{
+    sync::watch,
+    task::{JoinError, JoinSet},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::warn;
+
+pub mod health;
+mod listen;
+pub mod metrics;
+pub mod report;
+
+pub use metrics::{Event, Probe, Readings};
+
+use crate::status::Status;
+
+/// Port of the health server, also where kube-proxy has it.
+pub const HEALTHZ_PORT: u16 = 10256;
+/// Port of the metrics server, also where kube-proxy has it.
+pub const METRICS_PORT: u16 = 10249;
+
+#[derive(Clone)]
+pub struct Options {
+    /// `None`: not served.
+    pub healthz: Option<SocketAddr>,
+    pub metrics: Option<SocketAddr>,
+    /// An address that cannot be had ends the process instead of being tried again (contract A122).
+    pub bind_address_hard_fail: bool,
+    /// A change that waits twice as long makes the node unhealthy (contract A117).
+    pub sync_period: Duration,
+    /// Named in the report, so that a reader of other pins notices.
+    pub bpffs: PathBuf,
+    /// Reads what only the kernel knows; called at every scrape.
+    pub probe: Probe,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    #[error("cannot listen on {addr} for {what}: {source}; free the address or choose another with {option}")]
+    Bind { what: &'static str, addr: SocketAddr, option: &'static str, source: std::io::Error },
+    #[error("the HTTP server ended early: {0}")]
+    Ended(#[from] JoinError),
+}
+
+struct Shared {
+    status: watch::Receiver<Arc<Status>>,
+    options: Options,
+    metrics: metrics::Metrics,
+}
+
+impl Shared {
+    fn status(&self) -> Arc<Status> {
+        Arc::clone(&self.status.borrow())
+    }
+
+    fn health(&self) -> health::Health {
+        health::judge(&self.status(), self.options.sync_period, std::time::Instant::now(), std::time::SystemTime::now())
+    }
+}
+
+/// Serves until cancelled.
+pub async fn run(
+    options: Options,
+    status: watch::Receiver<Arc<Status>>,
+    cancel: CancellationToken,
+) -> Result<(), ServeError> {
+    let (healthz, metrics) = (options.healthz, options.metrics);
+    let hard_fail = options.bind_address_hard_fail;
+    let shared = Arc::new(Shared { status, metrics: metrics::Metrics::new(options.probe.clone()), options });
+
+    let mut servers = JoinSet::new();
+    if let Some(addr) = healthz {
+        let place = listen::Place { what: "health checks", addr, option: "--healthz-bind-address" };
+        servers.spawn(listen::serve(place, hard_fail, health_routes(Arc::clone(&shared)), cancel.clone()));
+    }
+    if let Some(addr) = metrics {
+        let place = listen::Place { what: "metrics", addr, option: "--metrics-bind-address" };
+        servers.spawn(listen::serve(place, hard_fail, metrics_routes(shared), cancel.clone()));
+    }
+    while let Some(ended) = servers.join_next().await {
+        ended??;
+    }
+    // With nothing to serve this task still lasts as long as the others: one that ends early ends the process.
+    cancel.cancelled().await;
+    Ok(())
+}
+
+fn health_routes(shared: Arc<Shared>) -> Router {
+    Router::new().route("/healthz", get(healthz)).route("/livez", get(livez)).with_state(shared)
+}
+
+fn metrics_routes(shared: Arc<Shared>) -> Router {
+    Router::new()
+        .route("/metrics", get(scrape))
+        .route("/status", get(report))
+        .route("/proxyMode", get(async |State(shared): State<Arc<Shared>>| shared.status().mode))
+        .with_state(Arc::clone(&shared))
+        .merge(health_routes(shared))
+}
+
+async fn healthz(State(shared): State<Arc<Shared>>) -> Response {
+    let health = shared.health();
+    let answer = answer(health.healthz(), health.healthz_body());
+    shared.metrics.count_healthz(answer.status());
+    answer
+}
+
+async fn livez(State(shared): State<Arc<Shared>>) -> Response {
+    let health = shared.health();
+    let answer = answer(health.livez(), health.livez_body());
+    shared.metrics.count_livez(answer.status());
+    answer
+}
+
+fn answer(healthy: bool, body: health::Body) -> Response {
+    let code = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (code, [(header::X_CONTENT_TYPE_OPTIONS, "nosniff")], Json(body)).into_response()
+}
+
+async fn report(State(shared): State<Arc<Shared>>) -> Response {
+    let health = shared.health();
+    let report = report::Report::new(&shared.status(), health.livez(), &shared.options.bpffs);
+    Json(report).into_response()
+}
+
+async fn scrape(State(shared): State<Arc<Shared>>) -> Response {
+    // Maps are read with blocking system calls; health checks must not wait for them.
+    let text = tokio::task::spawn_blocking(move || shared.metrics.encode(&shared.status())).await;
+    match text {
+        Ok(Ok(text)) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
+        Ok(Err(error)) => failed(&error),
+        Err(error) => failed(&error),
+    }
+}
+
+fn failed(error: &dyn std::error::Error) -> Response {
+    warn!(%error, "metrics could not be written");
+    (StatusCode::INTERNAL_SERVER_ERROR, error.to_string()).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpListener, TcpStream},
+        time::{sleep, timeout},
+    };
+
+    use super::*;
+    use crate::status::SourceState;
+
+    async fn free_address() -> SocketAddr {
+        TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
+    }
+
+    async fn options() -> Options {
+        Options {
+            healthz: Some(free_address().await),
+            metrics: Some(free_address().await),
+            bind_address_hard_fail: false,
+            sync_period: Duration::from_secs(30),
+            bpffs: "/sys/fs/bpf/test".into(),
+            probe: Arc::new(|| Ok(Readings::default())),
+        }
+    }
+
+    /// Status line and body.
+    async fn get(addr: Option<SocketAddr>, path: &str) -> (String, String) {
+        let addr = addr.unwrap();
+        let mut stream = loop {
+            match TcpStream::connect(addr).await {
+                Ok(stream) => break stream,
+                Err(_) => sleep(Duration::from_millis(10)).await,
+            }
+        };
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: x\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.lines().next().unwrap().to_owned(), body.to_owned())
+    }
+
+    #[tokio::test]
+    async fn answers_on_both_addresses() {
+        let options = options().await;
+        let (status, watched) = watch::channel(Arc::new(Status::starting("ebpf", "n1".into())));
+        let cancel = CancellationToken::new();
+        let server = tokio::spawn(run(options.clone(), watched, cancel.clone()));
+
+        assert_eq!(get(options.healthz, "/healthz").await.0, "HTTP/1.1 503 Service Unavailable");
+        assert_eq!(get(options.healthz, "/livez").await.0, "HTTP/1.1 200 OK");
+        let ready = Status { ready: true, source: SourceState::Synced, ..Status::starting("ebpf", "n1".into()) };
+        status.send_replace(Arc::new(ready));
+        let (line, body) = get(options.healthz, "/healthz").await;
+        assert_eq!(line, "HTTP/1.1 200 OK");
+        assert!(body.contains("lastUpdated"), "{body}");
+
+        assert_eq!(get(options.metrics, "/proxyMode").await.1, "ebpf");
+        let (_, body) = get(options.metrics, "/status").await;
+        assert_eq!(serde_json::from_str::<report::Report>(&body).unwrap().node, "n1");
+        let (_, body) = get(options.metrics, "/metrics").await;
+        assert!(body.contains("kubeproxy_proxy_healthz_total{code=\"503\"} 1"), "{body}");
+        assert_eq!(get(options.healthz, "/metrics").await.0, "HTTP/1.1 404 Not Found");
+
+        cancel.cancel();
+        server.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_taken_address_is_tried_again_or_ends_the_process() {
+        let options = options().await;
+        let taken = TcpListener::bind(options.healthz.unwrap()).await.unwrap();
+        let (_status, watched) = watch::channel(Arc::new(Status::starting("ebpf", "n1".into())));
+
+        let strict = Options { bind_address_hard_fail: true, ..options.clone() };
+        let error = run(strict, watched.clone(), CancellationToken::new()).await.unwrap_err().to_string();
+        assert!(error.contains("--healthz-bind-address") && error.contains("Address already in use"), "{error}");
+
+        let cancel = CancellationToken::new();
+        let server = tokio::spawn(run(options.clone(), watched, cancel.clone()));
+        assert_eq!(get(options.metrics, "/livez").await.0, "HTTP/1.1 200 OK", "the other address is served meanwhile");
+        drop(taken);
+        assert_eq!(get(options.healthz, "/livez").await.0, "HTTP/1.1 200 OK");
+        cancel.cancel();
+        server.await.unwrap().unwrap();
+    }
+
+    #[tokio::test]
+    async fn silent_clients_do_not_keep_others_out() {
+        let options = options().await;
+        let (_status, watched) = watch::channel(Arc::new(Status::starting("ebpf", "n1".into())));
+        let cancel = CancellationToken::new();
+        let server = tokio::spawn(run(options.clone(), watched, cancel.clone()));
+        get(options.healthz, "/livez").await;
+
+        let mut silent = Vec::new();
+        for _ in 0..300 {
+            silent.push(TcpStream::connect(options.healthz.unwrap()).await.unwrap());
+        }
+        let started = Instant::now();
+        let answer = timeout(Duration::from_secs(25), get(options.healthz, "/livez")).await;
+        assert_eq!(answer.map(|(line, _)| line).unwrap(), "HTTP/1.1 200 OK", "after {:?}", started.elapsed());
+        cancel.cancel();
+        server.await.unwrap().unwrap();
+    }
+}

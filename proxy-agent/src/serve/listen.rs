@@ -1,0 +1,116 @@
+//! One listening address: bound with patience, served with bounds.
+//!
+//! INVARIANT: a client holds at most one of [`CONNECTIONS`] permits for at most [`LIFETIME`]; so clients that send slowly, read
+//! slowly or not at all cost neither memory nor the health checks of others for long.
+
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+
+use axum::Router;
+use hyper::server::conn::http1;
+use hyper_util::{
+    rt::{TokioIo, TokioTimer},
+    service::TowerToHyperService,
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    sync::Semaphore,
+    task::JoinSet,
+    time::{sleep, timeout},
+};
+use tokio_util::sync::CancellationToken;
+use tracing::{debug, info, warn};
+
+use super::ServeError;
+
+/// At once, per address.
+const CONNECTIONS: usize = 256;
+/// Of one connection; it carries one request.
+const LIFETIME: Duration = Duration::from_secs(10);
+/// For the request line and the headers.
+const HEADERS: Duration = Duration::from_secs(3);
+/// Between attempts to bind (contract A122).
+const RETRY: Duration = Duration::from_secs(5);
+
+/// What is served where, and the option that moves it.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub(super) what: &'static str,
+    pub(super) addr: SocketAddr,
+    pub(super) option: &'static str,
+}
+
+pub(super) async fn serve(
+    place: Place,
+    hard_fail: bool,
+    routes: Router,
+    cancel: CancellationToken,
+) -> Result<(), ServeError> {
+    let Some(listener) = bind(place, hard_fail, &cancel).await? else { return Ok(()) };
+    let addr = listener.local_addr().unwrap_or(place.addr);
+    info!(%addr, what = place.what, "listening");
+
+    let permits = Arc::new(Semaphore::new(CONNECTIONS));
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            () = cancel.cancelled() => return Ok(()),
+            Some(_) = connections.join_next() => continue,
+            accepted = accept(&listener, &permits) => accepted,
+        };
+        match accepted {
+            Ok((stream, permit)) => {
+                let routes = routes.clone();
+                connections.spawn(async move {
+                    connection(stream, routes).await;
+                    drop(permit);
+                });
+            }
+            // Out of file descriptors, or the client left before it was accepted: neither is a reason to spin or to end.
+            Err(error) => {
+                warn!(%addr, %error, "a connection was not accepted");
+                sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// `None`: cancelled before the address could be had.
+async fn bind(place: Place, hard_fail: bool, cancel: &CancellationToken) -> Result<Option<TcpListener>, ServeError> {
+    let Place { what, addr, option } = place;
+    loop {
+        match TcpListener::bind(addr).await {
+            Ok(listener) => return Ok(Some(listener)),
+            Err(source) if hard_fail => return Err(ServeError::Bind { what, addr, option, source }),
+            Err(source) => {
+                let error = ServeError::Bind { what, addr, option, source };
+                warn!(%error, retry = ?RETRY, "not served yet");
+            }
+        }
+        tokio::select! {
+            () = cancel.cancelled() => return Ok(None),
+            () = sleep(RETRY) => {}
+        }
+    }
+}
+
+async fn accept(
+    listener: &TcpListener,
+    permits: &Arc<Semaphore>,
+) -> std::io::Result<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
+    let permit = Arc::clone(permits).acquire_owned().await.map_err(std::io::Error::other)?;
+    let (stream, _) = listener.accept().await?;
+    Ok((stream, permit))
+}
+
+async fn connection(stream: TcpStream, routes: Router) {
+    let connection = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(HEADERS)
+        .keep_alive(false)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+    match timeout(LIFETIME, connection).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => debug!(%error, "connection failed"),
+        Err(_) => debug!("connection took too long"),
+    }
+}

@@ -1,0 +1,392 @@
+//! `/metrics`: kube-proxy's names where this program has the value, so that existing dashboards go on working, and our own
+//! beside them. Values are taken from the status and the kernel at scrape time; the only state here counts health answers.
+
+use std::{fmt, sync::Arc, time::SystemTime};
+
+use axum::http::StatusCode;
+use prometheus_client::{
+    collector::Collector,
+    encoding::{DescriptorEncoder, EncodeLabelSet, EncodeMetric, NoLabelSet, text},
+    metrics::{
+        MetricType,
+        counter::{ConstCounter, Counter},
+        family::Family,
+        gauge::ConstGauge,
+    },
+    registry::{Registry, Unit},
+};
+use tracing::warn;
+
+use super::report::FrontendCount;
+use crate::{
+    dataplane::Fill,
+    status::{Histogram, SourceState, Status},
+};
+
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// What only the kernel knows.
+#[derive(Clone, Debug, Default)]
+pub struct Readings {
+    pub events: Vec<Event>,
+    pub fill: Vec<Fill>,
+}
+
+/// Something that the programs counted.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Event {
+    pub reason: &'static str,
+    /// The packet or the connection was lost to its sender.
+    pub drop: bool,
+    pub count: u64,
+}
+
+/// Reads the kernel; `Err` says why it could not. May block.
+pub type Probe = Arc<dyn Fn() -> Result<Readings, String> + Send + Sync>;
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug, EncodeLabelSet)]
+struct Code {
+    code: u16,
+}
+
+pub(super) struct Metrics {
+    probe: Probe,
+    healthz: Family<Code, Counter>,
+    livez: Family<Code, Counter>,
+}
+
+impl Metrics {
+    pub(super) fn new(probe: Probe) -> Self {
+        Self { probe, healthz: Family::default(), livez: Family::default() }
+    }
+
+    pub(super) fn count_healthz(&self, code: StatusCode) {
+        self.healthz.get_or_create(&Code { code: code.as_u16() }).inc();
+    }
+
+    pub(super) fn count_livez(&self, code: StatusCode) {
+        self.livez.get_or_create(&Code { code: code.as_u16() }).inc();
+    }
+
+    pub(super) fn encode(&self, status: &Arc<Status>) -> Result<String, fmt::Error> {
+        let mut registry = Registry::default();
+        registry.register("kubeproxy_proxy_healthz", "Answers of /healthz by code", self.healthz.clone());
+        registry.register("kubeproxy_proxy_livez", "Answers of /livez by code", self.livez.clone());
+        let readings = (self.probe)();
+        if let Err(error) = &readings {
+            warn!(%error, "the kernel's counters are missing from the metrics");
+        }
+        registry.register_collector(Box::new(Scrape { status: Arc::clone(status), readings: readings.ok() }));
+        let mut out = String::new();
+        text::encode(&mut out, &registry)?;
+        Ok(out)
+    }
+}
+
+/// One scrape's values.
+#[derive(Debug)]
+struct Scrape {
+    status: Arc<Status>,
+    /// `None`: the kernel could not be read; its metrics are left out, the rest is served.
+    readings: Option<Readings>,
+}
+
+impl Collector for Scrape {
+    fn encode(&self, encoder: DescriptorEncoder<'_>) -> fmt::Result {
+        let mut to = Encoder(encoder);
+        self.encode_sync(&mut to)?;
+        self.encode_state(&mut to)?;
+        if let Some(readings) = &self.readings {
+            encode_kernel(readings, &mut to)?;
+        }
+        Ok(())
+    }
+}
+
+impl Scrape {
+    /// Under kube-proxy's names.
+    fn encode_sync(&self, to: &mut Encoder<'_>) -> fmt::Result {
+        let Status { timings, last_sync, last_queued, service_changes, endpoint_changes, .. } = &*self.status;
+        to.histogram("kubeproxy_sync_proxy_rules_duration", "How long a sync took", &timings.sync)?;
+        to.histogram(
+            "kubeproxy_network_programming_duration",
+            "From the change of an endpoint to the end of the sync that put it in force",
+            &timings.programming,
+        )?;
+        let timestamp = |time: &Option<SystemTime>| {
+            time.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok()).map_or(0.0, |d| d.as_secs_f64())
+        };
+        to.gauge(
+            "kubeproxy_sync_proxy_rules_last_timestamp",
+            "When the last sync ended",
+            Some(&Unit::Seconds),
+            timestamp(last_sync),
+        )?;
+        to.gauge(
+            "kubeproxy_sync_proxy_rules_last_queued_timestamp",
+            "When a sync was last asked for",
+            Some(&Unit::Seconds),
+            timestamp(last_queued),
+        )?;
+        for (object, changes) in [("service", service_changes), ("endpoint", endpoint_changes)] {
+            to.counter(
+                &format!("kubeproxy_sync_proxy_rules_{object}_changes"),
+                &format!("Changes of {object}s seen"),
+                changes.total,
+            )?;
+            to.gauge(
+                &format!("kubeproxy_sync_proxy_rules_{object}_changes_pending"),
+                &format!("Changes of {object}s seen and not in force yet"),
+                None,
+                changes.pending as f64,
+            )?;
+        }
+        Ok(())
+    }
+
+    fn encode_state(&self, to: &mut Encoder<'_>) -> fmt::Result {
+        let status = &*self.status;
+        let whole = |n: usize| n as f64;
+        to.counter("proxy_agent_syncs", "Syncs done", status.syncs)?;
+        to.counter(
+            "proxy_agent_drift_repaired",
+            "Differences found in the kernel and put right",
+            status.drift_repaired,
+        )?;
+        to.gauge(
+            "proxy_agent_ready",
+            "1 once the first full state is in force",
+            None,
+            f64::from(u8::from(status.ready)),
+        )?;
+        let synced = matches!(status.source, SourceState::Synced);
+        to.gauge(
+            "proxy_agent_source_synced",
+            "1 while the source is reachable and listed",
+            None,
+            f64::from(u8::from(synced)),
+        )?;
+        to.gauge("proxy_agent_services", "Services known", None, whole(status.services))?;
+        to.gauge("proxy_agent_endpoints", "Endpoints known", None, whole(status.endpoints))?;
+        let FrontendCount { programmed, pending, degraded } = FrontendCount::of(status.frontends.values());
+        to.gauges(
+            "proxy_agent_frontends",
+            "Frontends by state",
+            [("programmed", programmed), ("pending", pending), ("degraded", degraded)]
+                .map(|(state, count)| ([("state", state)], whole(count))),
+        )?;
+        to.gauge("proxy_agent_problem_objects", "Objects not wholly understood", None, whole(status.problems.len()))?;
+        let failed = status.failed_devices.len();
+        to.gauge("proxy_agent_failed_devices", "Devices that could not be attached to", None, whole(failed))
+    }
+}
+
+fn encode_kernel(readings: &Readings, to: &mut Encoder<'_>) -> fmt::Result {
+    let Readings { events, fill } = readings;
+    to.gauges(
+        "proxy_agent_bpf_map_entries",
+        "Entries in a map of the datapath",
+        fill.iter().map(|fill| ([("map", fill.map.as_str())], fill.entries as f64)),
+    )?;
+    to.gauges(
+        "proxy_agent_bpf_map_capacity",
+        "Entries that a map of the datapath can hold",
+        fill.iter().map(|fill| ([("map", fill.map.as_str())], fill.capacity as f64)),
+    )?;
+    to.counters(
+        "proxy_agent_datapath_events",
+        "What the datapath dropped, refused, repaired or left alone",
+        events.iter().map(|event| {
+            ([("reason", event.reason), ("drop", if event.drop { "true" } else { "false" })], event.count)
+        }),
+    )
+}
+
+/// Constant metrics, one call each.
+struct Encoder<'a>(DescriptorEncoder<'a>);
+
+impl Encoder<'_> {
+    fn counter(&mut self, name: &str, help: &str, value: u64) -> fmt::Result {
+        let to = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        ConstCounter::new(value).encode(to)
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, unit: Option<&Unit>, value: f64) -> fmt::Result {
+        let to = self.0.encode_descriptor(name, help, unit, MetricType::Gauge)?;
+        ConstGauge::new(value).encode(to)
+    }
+
+    fn counters<L: EncodeLabelSet>(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (L, u64)>,
+    ) -> fmt::Result {
+        let mut to = self.0.encode_descriptor(name, help, None, MetricType::Counter)?;
+        values.into_iter().try_for_each(|(labels, value)| ConstCounter::new(value).encode(to.encode_family(&labels)?))
+    }
+
+    fn gauges<L: EncodeLabelSet>(
+        &mut self,
+        name: &str,
+        help: &str,
+        values: impl IntoIterator<Item = (L, f64)>,
+    ) -> fmt::Result {
+        let mut to = self.0.encode_descriptor(name, help, None, MetricType::Gauge)?;
+        values.into_iter().try_for_each(|(labels, value)| ConstGauge::new(value).encode(to.encode_family(&labels)?))
+    }
+
+    fn histogram(&mut self, name: &str, help: &str, values: &Histogram) -> fmt::Result {
+        let mut to = self.0.encode_descriptor(name, help, Some(&Unit::Seconds), MetricType::Histogram)?;
+        let buckets: Vec<_> = values.buckets().collect();
+        to.encode_histogram::<NoLabelSet>(values.sum(), values.count(), &buckets, None)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use std::{collections::BTreeMap, num::NonZeroU16, time::Duration};
+
+    use super::*;
+    use crate::{
+        dataplane::{Failure, Hook},
+        desired::{
+            Action, Algorithm, Backend, Device, DeviceRole, Frontend, FrontendKind, FrontendSpec, Verdict, Verdicts,
+        },
+        model::{Protocol, ServiceKey, ServicePortName},
+        status::{ChangeCount, FrontendState, FrontendStatus, Timings},
+    };
+
+    fn port(port: u16) -> NonZeroU16 {
+        NonZeroU16::new(port).unwrap()
+    }
+
+    fn frontend(addr: &str, name: &str, state: FrontendState) -> (Frontend, FrontendStatus) {
+        let pick = Verdict { action: Action::PickAll, masquerade: false };
+        let spec = FrontendSpec {
+            service: ServicePortName {
+                service: ServiceKey::new("default", name),
+                port: "http".into(),
+                protocol: Protocol::Tcp,
+            },
+            kind: FrontendKind::ClusterIp,
+            all: [Backend { addr: "10.1.1.3".parse().unwrap(), port: port(8080) }].into(),
+            local: [].into(),
+            verdicts: Verdicts { pod: pick, node: pick, external: Verdict { masquerade: true, ..pick } },
+            algorithm: Algorithm::Random,
+            affinity_secs: None,
+        };
+        let since = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+        let frontend = Frontend { addr: addr.parse().unwrap(), port: port(80), protocol: Protocol::Tcp };
+        (frontend, FrontendStatus { spec: spec.into(), state, since })
+    }
+
+    /// A status with something in every field.
+    pub(crate) fn busy() -> Status {
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let mut timings = Timings::default();
+        timings.sync.observe(Duration::from_millis(3));
+        timings.programming.observe(Duration::from_millis(40));
+        let full =
+            Failure::Retry("frontend 10.96.0.2:80/TCP: map frontends_v4 is full (65536); raise --map-frontends".into());
+        Status {
+            started: at(900),
+            source: SourceState::Synced,
+            ready: true,
+            last_sync: Some(at(1_000)),
+            last_queued: Some(at(999)),
+            service_changes: ChangeCount { total: 7, pending: 0 },
+            endpoint_changes: ChangeCount { total: 12, pending: 1 },
+            timings: timings.into(),
+            syncs: 9,
+            services: 2,
+            endpoints: 1,
+            frontends: Arc::new(BTreeMap::from([
+                frontend("10.96.0.1", "web", FrontendState::Programmed),
+                frontend("10.96.0.2", "api", FrontendState::Degraded(full)),
+            ])),
+            failed_guards: Arc::new(BTreeMap::from([(
+                "10.96.0.2".parse().unwrap(),
+                Failure::Retry("guard 10.96.0.2: map frontends_v4 is full (65536); raise --map-frontends".into()),
+            )])),
+            problems: Arc::new(BTreeMap::from([(
+                "Service default/odd".to_owned(),
+                vec!["spec.clusterIP: \"010.96.0.9\" is no address; left out".to_owned()],
+            )])),
+            devices: Arc::new(BTreeMap::from([(
+                2,
+                Device {
+                    name: "eth0".into(),
+                    role: DeviceRole::Outward,
+                    ethernet: true,
+                    source4: Some([192, 0, 2, 1].into()),
+                    source6: None,
+                },
+            )])),
+            failed_devices: Arc::new(BTreeMap::from([(
+                "veth9".to_owned(),
+                Failure::Retry("device veth9: no such device".into()),
+            )])),
+            hooks: Arc::new(vec![Hook {
+                kind: "tcx/ingress".into(),
+                target: "eth0".into(),
+                program: "tc_ingress_ether".into(),
+            }]),
+            fill: Arc::new(vec![Fill {
+                map: "frontends_v4".into(),
+                entries: 2,
+                capacity: 65_536,
+                option: "--map-frontends",
+            }]),
+            drift_repaired: 1,
+            ..Status::starting("ebpf", "n1".into())
+        }
+    }
+
+    fn readings() -> Readings {
+        Readings {
+            events: vec![
+                Event { reason: "rejected", drop: true, count: 4 },
+                Event { reason: "torn_read", drop: false, count: 0 },
+            ],
+            fill: busy().fill.to_vec(),
+        }
+    }
+
+    #[test]
+    fn metrics_text() {
+        let metrics = Metrics::new(Arc::new(|| Ok(readings())));
+        metrics.count_healthz(StatusCode::OK);
+        metrics.count_healthz(StatusCode::SERVICE_UNAVAILABLE);
+        metrics.count_livez(StatusCode::OK);
+        let text = metrics.encode(&Arc::new(busy())).unwrap();
+        // Label sets of a family come in no fixed order.
+        let (mut healthz, rest): (Vec<_>, Vec<_>) = text.lines().partition(|l| l.contains("healthz_total{"));
+        healthz.sort_unstable();
+        insta::assert_snapshot!("metrics", [healthz, rest].concat().join("\n"));
+    }
+
+    #[test]
+    fn every_sample_has_a_described_family_and_a_number() {
+        let text = Metrics::new(Arc::new(|| Ok(readings()))).encode(&Arc::new(busy())).unwrap();
+        let families: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next()).collect();
+        assert!(families.len() > 15, "{families:?}");
+        let mut unique = families.clone();
+        unique.sort_unstable();
+        unique.dedup();
+        assert_eq!(unique.len(), families.len(), "a family is described twice");
+        for line in text.lines().filter(|l| !l.starts_with('#')) {
+            let (name, value) = line.rsplit_once(' ').unwrap();
+            assert!(value.parse::<f64>().is_ok(), "{line}");
+            assert!(families.iter().any(|family| name.starts_with(family)), "{line}");
+        }
+        assert!(text.ends_with("# EOF\n"));
+    }
+
+    #[test]
+    fn an_unreadable_kernel_takes_only_its_own_metrics_away() {
+        let text = Metrics::new(Arc::new(|| Err("no pins".into()))).encode(&Arc::new(busy())).unwrap();
+        assert!(text.contains("proxy_agent_syncs_total 9"));
+        assert!(!text.contains("proxy_agent_bpf_map"));
+    }
+}

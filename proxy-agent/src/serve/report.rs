@@ -1,0 +1,297 @@
+//! The status as JSON: what `GET /status` answers and what the CLI reads. Stable; documented in docs/cli.md.
+
+use std::{
+    collections::BTreeMap,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::{Path, PathBuf},
+    time::SystemTime,
+};
+
+use k8s_openapi::jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use crate::{
+    desired::{DeviceRole, Frontend},
+    model::Protocol,
+    status::{ChangeCount, FrontendState, FrontendStatus, SourceState, Status},
+};
+
+/// Version of every JSON document this program writes.
+pub const API_VERSION: &str = "proxy-agent/v1alpha1";
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Report {
+    pub api_version: String,
+    pub kind: String,
+    pub version: String,
+    pub pid: u32,
+    pub node: String,
+    pub mode: String,
+    pub bpffs: PathBuf,
+    pub started: String,
+    pub uptime_seconds: u64,
+    /// The first full state is in force.
+    pub ready: bool,
+    /// No change waits longer than it may.
+    pub healthy: bool,
+    pub source: Source,
+    pub sync: Sync,
+    pub services: usize,
+    pub endpoints: usize,
+    pub frontends: FrontendCount,
+    /// Frontends that are not in force, and why.
+    pub unprogrammed: Vec<Unprogrammed>,
+    /// Addresses whose unused ports are not refused, and why.
+    pub failed_guards: BTreeMap<IpAddr, String>,
+    /// Object or place → what was left out of it.
+    pub problems: BTreeMap<String, Vec<String>>,
+    pub devices: Vec<Device>,
+    pub failed_devices: BTreeMap<String, String>,
+    pub hooks: Vec<Hook>,
+    pub maps: Vec<MapFill>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(tag = "state", rename_all = "camelCase")]
+pub enum Source {
+    Listing { missing: Vec<String> },
+    Synced,
+    Stale { reason: String },
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Sync {
+    pub count: u64,
+    pub last: Option<String>,
+    pub last_queued: Option<String>,
+    pub pending_services: u64,
+    pub pending_endpoints: u64,
+    pub service_changes: u64,
+    pub endpoint_changes: u64,
+    pub drift_repaired: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct FrontendCount {
+    pub programmed: usize,
+    pub pending: usize,
+    pub degraded: usize,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Unprogrammed {
+    /// `namespace/name:port`.
+    pub service: String,
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub address: IpAddr,
+    pub port: u16,
+    pub protocol: Protocol,
+    pub state: String,
+    pub reason: Option<String>,
+    pub since: String,
+    /// Wanted backends; what the kernel holds may be older.
+    pub backends: usize,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Device {
+    pub index: u32,
+    pub name: String,
+    pub role: String,
+    pub source4: Option<Ipv4Addr>,
+    pub source6: Option<Ipv6Addr>,
+}
+
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize, Deserialize)]
+pub struct Hook {
+    pub kind: String,
+    pub target: String,
+    pub program: String,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct MapFill {
+    pub map: String,
+    pub entries: u64,
+    pub capacity: u64,
+    /// The option that raises the capacity.
+    pub option: String,
+}
+
+impl Report {
+    pub const KIND: &'static str = "NodeStatus";
+
+    pub fn new(status: &Status, healthy: bool, bpffs: &Path) -> Self {
+        let Status {
+            mode,
+            node,
+            started,
+            source,
+            ready,
+            node_eligible: _,
+            last_sync,
+            last_queued,
+            pending_since: _,
+            service_changes,
+            endpoint_changes,
+            timings: _,
+            syncs,
+            services,
+            endpoints,
+            frontends,
+            failed_guards,
+            problems,
+            devices,
+            failed_devices,
+            hooks,
+            fill,
+            drift_repaired,
+        } = status;
+        let ChangeCount { total: service_total, pending: pending_services } = *service_changes;
+        let ChangeCount { total: endpoint_total, pending: pending_endpoints } = *endpoint_changes;
+        Self {
+            api_version: API_VERSION.to_owned(),
+            kind: Self::KIND.to_owned(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            node: node.to_string(),
+            mode: (*mode).to_owned(),
+            bpffs: bpffs.to_owned(),
+            started: rfc3339(*started),
+            uptime_seconds: started.elapsed().map_or(0, |elapsed| elapsed.as_secs()),
+            ready: *ready,
+            healthy,
+            source: Source::from(source),
+            sync: Sync {
+                count: *syncs,
+                last: last_sync.map(rfc3339),
+                last_queued: last_queued.map(rfc3339),
+                pending_services,
+                pending_endpoints,
+                service_changes: service_total,
+                endpoint_changes: endpoint_total,
+                drift_repaired: *drift_repaired,
+            },
+            services: *services,
+            endpoints: *endpoints,
+            frontends: FrontendCount::of(frontends.values()),
+            unprogrammed: frontends
+                .iter()
+                .filter_map(|(frontend, status)| Unprogrammed::of(frontend, status))
+                .collect(),
+            failed_guards: failed_guards.iter().map(|(addr, failure)| (*addr, failure.to_string())).collect(),
+            problems: BTreeMap::clone(problems),
+            devices: devices.iter().map(|(index, device)| Device::of(*index, device)).collect(),
+            failed_devices: failed_devices.iter().map(|(name, failure)| (name.clone(), failure.to_string())).collect(),
+            hooks: hooks.iter().map(Hook::from).collect(),
+            maps: fill.iter().map(MapFill::from).collect(),
+        }
+    }
+}
+
+impl From<&SourceState> for Source {
+    fn from(state: &SourceState) -> Self {
+        match state {
+            SourceState::Listing { missing } => Self::Listing { missing: missing.clone() },
+            SourceState::Synced => Self::Synced,
+            SourceState::Stale { reason } => Self::Stale { reason: reason.clone() },
+        }
+    }
+}
+
+impl FrontendCount {
+    pub fn of<'a>(all: impl Iterator<Item = &'a FrontendStatus>) -> Self {
+        all.fold(Self::default(), |mut count, frontend| {
+            match frontend.state {
+                FrontendState::Programmed => count.programmed += 1,
+                FrontendState::Pending => count.pending += 1,
+                FrontendState::Degraded(_) => count.degraded += 1,
+            }
+            count
+        })
+    }
+}
+
+impl Unprogrammed {
+    fn of(frontend: &Frontend, status: &FrontendStatus) -> Option<Self> {
+        let FrontendStatus { spec, state, since } = status;
+        let (state, reason) = match state {
+            FrontendState::Programmed => return None,
+            FrontendState::Pending => ("Pending", None),
+            FrontendState::Degraded(failure) => ("Degraded", Some(failure.to_string())),
+        };
+        Some(Self {
+            service: spec.service.to_string(),
+            kind: spec.kind.to_string(),
+            address: frontend.addr,
+            port: frontend.port.get(),
+            protocol: frontend.protocol,
+            state: state.to_owned(),
+            reason,
+            since: rfc3339(*since),
+            backends: spec.all.len(),
+        })
+    }
+}
+
+impl Device {
+    fn of(index: u32, device: &crate::desired::Device) -> Self {
+        let crate::desired::Device { name, role, ethernet: _, source4, source6 } = device;
+        let role = match role {
+            DeviceRole::Pod => "pod",
+            DeviceRole::Outward => "outward",
+            DeviceRole::Overlay => "overlay",
+        };
+        Self { index, name: name.clone(), role: role.to_owned(), source4: *source4, source6: *source6 }
+    }
+}
+
+impl From<&crate::dataplane::Hook> for Hook {
+    fn from(hook: &crate::dataplane::Hook) -> Self {
+        let crate::dataplane::Hook { kind, target, program } = hook.clone();
+        Self { kind, target, program }
+    }
+}
+
+impl From<&crate::dataplane::Fill> for MapFill {
+    fn from(fill: &crate::dataplane::Fill) -> Self {
+        let crate::dataplane::Fill { map, entries, capacity, option } = fill.clone();
+        Self { map, entries, capacity, option: option.to_owned() }
+    }
+}
+
+/// In UTC, to the millisecond. A time that the calendar cannot hold (a clock gone wild) is empty.
+pub fn rfc3339(time: SystemTime) -> String {
+    Timestamp::try_from(time).map(|time| format!("{time:.3}")).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::serve::metrics::tests::busy;
+
+    #[test]
+    fn times_are_utc_to_the_millisecond() {
+        let time = SystemTime::UNIX_EPOCH + Duration::from_millis(1_795_228_318_042);
+        assert_eq!(rfc3339(time), "2026-11-21T02:31:58.042Z");
+    }
+
+    #[test]
+    fn a_report_is_stable_and_reads_back() {
+        let report = Report {
+            pid: 4242,
+            uptime_seconds: 61,
+            version: "0.0.0".into(),
+            ..Report::new(&busy(), true, Path::new("/sys/fs/bpf/x"))
+        };
+        insta::assert_snapshot!("report", serde_json::to_string_pretty(&report).unwrap());
+        let text = serde_json::to_string(&report).unwrap();
+        assert_eq!(serde_json::from_str::<Report>(&text).unwrap(), report);
+    }
+}
