@@ -8,6 +8,10 @@
 //! plan → { model, desired }        dataplane::* → desired       status → desired
 //! source, node, config → model     desired, ebpf maps → proxy-common ← proxy-ebpf
 //! ```
+#![cfg_attr(
+    not(test),
+    deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::unreachable)
+)]
 
 pub mod cli;
 pub mod config;

@@ -1,0 +1,239 @@
+//! A fresh machine: finds what a verb needs, installs what is missing after saying so, and explains itself where it cannot.
+//!
+//! Nothing is asked of the network while everything is there. What is installed comes from the machine's own package
+//! sources: apt, rustup, crates.io.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context as _, Result, bail};
+
+use crate::command::{self, ask, check, command, find};
+
+/// A program that comes with a Debian package.
+#[derive(Clone, Copy, Debug)]
+pub struct Tool {
+    pub program: &'static str,
+    pub package: &'static str,
+    pub why: &'static str,
+}
+
+/// For worlds of network namespaces.
+pub const WORLD: [Tool; 2] = [
+    Tool { program: "ip", package: "iproute2", why: "makes namespaces, links and routes" },
+    Tool { program: "nsenter", package: "util-linux", why: "starts programs inside a namespace" },
+];
+
+/// What the namespace suites compare with and look through.
+pub const NETNS_SUITES: [Tool; 5] = [
+    Tool { program: "nft", package: "nftables", why: "rules of kube-proxy's kind beside ours" },
+    Tool { program: "iptables", package: "iptables", why: "network policies as CNIs write them" },
+    Tool { program: "conntrack", package: "conntrack", why: "shows what the kernel's own table saw" },
+    Tool { program: "ethtool", package: "ethtool", why: "switches off checksum offload on test links" },
+    Tool { program: "tcpdump", package: "tcpdump", why: "shows packets where a test failed" },
+];
+
+pub const ETCD: Tool = Tool { program: "etcd", package: "etcd-server", why: "storage of the test API server" };
+
+/// Installs the packages of those tools that are missing, in one go.
+pub fn tools(tools: &[Tool]) -> Result<()> {
+    let missing: Vec<&Tool> = tools.iter().filter(|tool| find(tool.program).is_none()).collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    for tool in &missing {
+        eprintln!("setup: {} is missing, installing {} ({})", tool.program, tool.package, tool.why);
+    }
+    let packages: Vec<&str> = missing.iter().map(|tool| tool.package).collect();
+    apt_install(&packages)?;
+    if let Some(tool) = missing.iter().find(|tool| find(tool.program).is_none()) {
+        bail!("installed {} but there is still no `{}` on PATH", tool.package, tool.program);
+    }
+    Ok(())
+}
+
+fn apt_install(packages: &[&str]) -> Result<()> {
+    let names = packages.join(" ");
+    if find("apt-get").is_none() {
+        bail!("there is no apt-get here: install the equivalent of `{names}` yourself and run this again");
+    }
+    let apt = |args: &[&str]| -> Result<Command> {
+        let mut apt = command::as_root("env", &format!("installing {names}"))?;
+        apt.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=300"]).args(args);
+        apt.stdin(Stdio::null()).stdout(Stdio::null());
+        Ok(apt)
+    };
+    check(&mut apt(&["update"])?).context("cannot refresh the package lists: is there a way to the package mirror?")?;
+    let mut install = apt(&["install", "--no-install-recommends"])?;
+    check(install.args(packages))
+        .with_context(|| format!("cannot install {names}: install them yourself and run this again"))
+}
+
+/// What builds eBPF here.
+#[derive(Debug)]
+pub struct BpfToolchain {
+    /// Compiler to use instead of the active one.
+    pub rustc: Option<PathBuf>,
+}
+
+/// The last release of bpf-linker that uses rustc's own LLVM; later ones want a system LLVM beside it.
+const BPF_LINKER: &str = "0.10.3";
+
+/// Oldest compiler that takes this workspace (`rust-version`).
+const RUST_VERSION: (u32, u32) = (1, 95);
+
+const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
+
+/// Finds, or installs, a compiler that comes with the sources of its own `core` (no BPF target ships prebuilt), and bpf-linker.
+pub fn bpf_toolchain() -> Result<BpfToolchain> {
+    let toolchain = match present_toolchain() {
+        Some(toolchain) => toolchain,
+        None => install_toolchain()?,
+    };
+    bpf_linker(&toolchain)?;
+    Ok(toolchain)
+}
+
+fn present_toolchain() -> Option<BpfToolchain> {
+    if has_core_sources(&active_rustc()) {
+        return Some(BpfToolchain { rustc: None });
+    }
+    let debian = Path::new(DEBIAN_RUSTC);
+    let recent = debian.is_file() && version(debian).is_some_and(|v| v >= RUST_VERSION);
+    (recent && has_core_sources(debian)).then(|| BpfToolchain { rustc: Some(debian.to_owned()) })
+}
+
+/// By name, so that rustup's proxy resolves it as it does for cargo.
+fn active_rustc() -> PathBuf {
+    PathBuf::from("rustc")
+}
+
+fn has_core_sources(rustc: &Path) -> bool {
+    // Cargo's build-std wants the lock file of the library workspace beside the sources.
+    ask(command(rustc).args(["--print", "sysroot"])).is_some_and(|sysroot| {
+        let library = Path::new(&sysroot).join("lib/rustlib/src/rust/library");
+        library.join("core/Cargo.toml").is_file() && library.join("Cargo.lock").is_file()
+    })
+}
+
+fn version(rustc: &Path) -> Option<(u32, u32)> {
+    let text = ask(command(rustc).arg("--version"))?;
+    let mut numbers = text.split_whitespace().nth(1)?.split('.');
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn llvm_major(rustc: &Path) -> Option<u32> {
+    let text = ask(command(rustc).args(["--version", "--verbose"]))?;
+    text.lines().find_map(|line| line.strip_prefix("LLVM version: "))?.split('.').next()?.parse().ok()
+}
+
+fn install_toolchain() -> Result<BpfToolchain> {
+    let mut tried = Vec::new();
+    if find("rustup").is_some() {
+        eprintln!(
+            "setup: the sources of `core` are missing, trying `rustup component add rust-src` (eBPF needs `core` built for its target)"
+        );
+        // Where rustup's server is out of reach it retries for minutes; Debian's packages are the better bet by then.
+        let added = finishes_within(command("rustup").args(["component", "add", "rust-src"]), Duration::from_secs(90))?;
+        if let (true, Some(toolchain)) = (added, present_toolchain()) {
+            return Ok(toolchain);
+        }
+        tried.push("`rustup component add rust-src` did not succeed (it needs rustup's own server)".to_owned());
+    } else {
+        tried.push("rustup is not installed".to_owned());
+    }
+    eprintln!("setup: installing rustc-web and rust-web-src (Debian's pair of a recent compiler and its sources)");
+    match apt_install(&["rustc-web", "rust-web-src"]) {
+        Ok(()) => match present_toolchain() {
+            Some(toolchain) => return Ok(toolchain),
+            None => tried.push(format!(
+                "rustc-web and rust-web-src are installed, but {DEBIAN_RUSTC} is older than {}.{} or its sources are not beside it",
+                RUST_VERSION.0, RUST_VERSION.1
+            )),
+        },
+        Err(error) => tried.push(format!("Debian's rustc-web and rust-web-src: {error:#}")),
+    }
+    bail!(
+        "no compiler here can build eBPF: it takes the sources of `core` that belong to the compiler.\n  - {}\n\
+         Either of these does it: `rustup component add rust-src`, or `apt-get install rustc-web rust-web-src` on Debian 12 or later.",
+        tried.join("\n  - ")
+    )
+}
+
+/// Runs a command that may hang on the network; a command that took too long is ended and has failed.
+fn finishes_within(command: &mut Command, limit: Duration) -> Result<bool> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .spawn()
+        .with_context(|| format!("cannot start `{}`", command::display(command)))?;
+    let start = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status.success());
+        }
+        if start.elapsed() > limit {
+            eprintln!("setup: no answer within {} s, giving up on it", limit.as_secs());
+            child.kill()?;
+            child.wait()?;
+            return Ok(false);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+}
+
+fn bpf_linker(toolchain: &BpfToolchain) -> Result<()> {
+    let active = active_rustc();
+    let compiler = toolchain.rustc.as_deref().unwrap_or(&active);
+    // The linker reads bitcode with the LLVM of the compiler it was built by; an older LLVM cannot read a newer one's.
+    let (made, read) = (llvm_major(compiler), llvm_major(&active));
+    if let (Some(made), Some(read)) = (made, read)
+        && made > read
+    {
+        bail!(
+            "{} makes LLVM {made} bitcode, but bpf-linker would read it with LLVM {read} of the active compiler; \
+             use a newer toolchain (`rustup update`)",
+            compiler.display()
+        );
+    }
+    if let Some(present) = ask(command("bpf-linker").arg("--version")) {
+        if !present.ends_with(BPF_LINKER) {
+            eprintln!("setup: note: found {present}; this repository is tried with {BPF_LINKER}");
+        }
+        return Ok(());
+    }
+    eprintln!("setup: installing bpf-linker {BPF_LINKER} with cargo (links the eBPF object; takes a minute or two)");
+    // Its own target directory, so that a cached `target/` makes a second machine quick.
+    let target_dir = command::target_dir().join("bpf-linker");
+    fs::create_dir_all(&target_dir).with_context(|| format!("cannot create {}", target_dir.display()))?;
+    check(
+        command::cargo()
+            .args(["install", "--locked", "--quiet", "--version", BPF_LINKER, "bpf-linker", "--target-dir"])
+            .arg(&target_dir)
+            .env_remove("RUSTFLAGS"),
+    )
+    .context("cannot install bpf-linker; `cargo install bpf-linker@0.10.3 --locked` shows why")?;
+    if find("bpf-linker").is_none() {
+        bail!("bpf-linker was installed but is not on PATH: add cargo's bin directory (usually ~/.cargo/bin) to PATH");
+    }
+    Ok(())
+}
+
+/// What the API server suite needs: etcd, and either KUBEBUILDER_ASSETS or Go to build kube-apiserver with. Go is only
+/// said, never installed: the suite itself skips, with the reason, where neither is there.
+pub fn api_server() -> Result<()> {
+    if std::env::var_os("KUBEBUILDER_ASSETS").is_some() {
+        return Ok(());
+    }
+    tools(&[ETCD])?;
+    if find("go").is_none() {
+        eprintln!(
+            "setup: there is no `go` and KUBEBUILDER_ASSETS is not set: kube-apiserver cannot be built (install Go, or point \
+             KUBEBUILDER_ASSETS at a directory with kube-apiserver and etcd)"
+        );
+    }
+    Ok(())
+}
