@@ -1,8 +1,13 @@
 //! `build-ebpf`: the programs, for the BPF target, with type information for the verifier and bpftool.
 
-use std::{path::PathBuf, process::ExitCode};
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail};
 
 use crate::{command, setup};
 
@@ -33,6 +38,7 @@ pub fn object() -> Result<PathBuf> {
         .env("RUSTFLAGS", "-Cdebuginfo=2 -Clink-arg=--btf")
         // Lets a stable compiler build its own `core`; it must be the compiler whose sources these are.
         .env("RUSTC_BOOTSTRAP", "1");
+    cargo.env("LD_LIBRARY_PATH", llvm_dir(&toolchain.llvm)?);
     match &toolchain.rustc {
         Some(rustc) => cargo.env("RUSTC", rustc),
         None => cargo.env_remove("RUSTC"),
@@ -43,4 +49,23 @@ pub fn object() -> Result<PathBuf> {
         bail!("cargo reported success but {} is not there", object.display());
     }
     Ok(object)
+}
+
+/// A directory that holds one LLVM and nothing else: bpf-linker opens the first `libLLVM*` it meets in `LD_LIBRARY_PATH`,
+/// and a distribution's directory may hold several.
+fn llvm_dir(library: &Path) -> Result<PathBuf> {
+    let dir = command::target_dir().join("bpf/llvm");
+    let link = dir.join("libLLVM-of-the-compiler.so");
+    if fs::read_link(&link).is_ok_and(|to| to == library) {
+        return Ok(dir);
+    }
+    fs::create_dir_all(&dir).with_context(|| format!("cannot create {}", dir.display()))?;
+    match fs::remove_file(&link) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(error).with_context(|| format!("cannot replace {}", link.display()));
+        }
+        _ => {}
+    }
+    symlink(library, &link).with_context(|| format!("cannot create {}", link.display()))?;
+    Ok(dir)
 }

@@ -78,6 +78,8 @@ fn apt_install(packages: &[&str]) -> Result<()> {
 pub struct BpfToolchain {
     /// Compiler to use instead of the active one.
     pub rustc: Option<PathBuf>,
+    /// The LLVM that bpf-linker is to load.
+    pub llvm: PathBuf,
 }
 
 /// The last release of bpf-linker that uses rustc's own LLVM; later ones want a system LLVM beside it.
@@ -90,21 +92,36 @@ const DEBIAN_RUSTC: &str = "/usr/bin/rustc";
 
 /// Finds, or installs, a compiler that comes with the sources of its own `core` (no BPF target ships prebuilt), and bpf-linker.
 pub fn bpf_toolchain() -> Result<BpfToolchain> {
-    let toolchain = match present_toolchain() {
-        Some(toolchain) => toolchain,
-        None => install_toolchain()?,
+    let rustc = match present_compiler() {
+        Some(compiler) => compiler,
+        None => install_compiler()?,
     };
-    bpf_linker(&toolchain)?;
-    Ok(toolchain)
+    let active = active_rustc();
+    let compiler = rustc.as_deref().unwrap_or(&active);
+    // Bitcode is read by the LLVM that made it, or by a newer one.
+    let llvm = llvm_library(compiler).or_else(|| {
+        let (made, read) = (llvm_version(compiler)?, llvm_version(&active)?);
+        if made.0 <= read.0 { llvm_library(&active) } else { None }
+    });
+    let Some(llvm) = llvm else {
+        bail!(
+            "bpf-linker loads the LLVM of the compiler, but no libLLVM was found that belongs to {} or is newer; \
+             `rustup update` brings one",
+            compiler.display()
+        );
+    };
+    bpf_linker()?;
+    Ok(BpfToolchain { rustc, llvm })
 }
 
-fn present_toolchain() -> Option<BpfToolchain> {
+/// `Some(None)`: the active compiler will do.
+fn present_compiler() -> Option<Option<PathBuf>> {
     if has_core_sources(&active_rustc()) {
-        return Some(BpfToolchain { rustc: None });
+        return Some(None);
     }
     let debian = Path::new(DEBIAN_RUSTC);
     let recent = debian.is_file() && version(debian).is_some_and(|v| v >= RUST_VERSION);
-    (recent && has_core_sources(debian)).then(|| BpfToolchain { rustc: Some(debian.to_owned()) })
+    (recent && has_core_sources(debian)).then(|| Some(debian.to_owned()))
 }
 
 /// By name, so that rustup's proxy resolves it as it does for cargo.
@@ -112,26 +129,56 @@ fn active_rustc() -> PathBuf {
     PathBuf::from("rustc")
 }
 
+fn sysroot(rustc: &Path) -> Option<PathBuf> {
+    ask(command(rustc).args(["--print", "sysroot"])).map(PathBuf::from)
+}
+
 fn has_core_sources(rustc: &Path) -> bool {
     // Cargo's build-std wants the lock file of the library workspace beside the sources.
-    ask(command(rustc).args(["--print", "sysroot"])).is_some_and(|sysroot| {
-        let library = Path::new(&sysroot).join("lib/rustlib/src/rust/library");
+    sysroot(rustc).is_some_and(|sysroot| {
+        let library = sysroot.join("lib/rustlib/src/rust/library");
         library.join("core/Cargo.toml").is_file() && library.join("Cargo.lock").is_file()
     })
 }
 
+/// Major and minor number in text like `rustc 1.95.0 (…)`.
 fn version(rustc: &Path) -> Option<(u32, u32)> {
     let text = ask(command(rustc).arg("--version"))?;
-    let mut numbers = text.split_whitespace().nth(1)?.split('.');
+    numbers(text.split_whitespace().nth(1)?)
+}
+
+fn llvm_version(rustc: &Path) -> Option<(u32, u32)> {
+    let text = ask(command(rustc).args(["--version", "--verbose"]))?;
+    numbers(text.lines().find_map(|line| line.strip_prefix("LLVM version: "))?)
+}
+
+fn numbers(version: &str) -> Option<(u32, u32)> {
+    let mut numbers = version.split('.');
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
 }
 
-fn llvm_major(rustc: &Path) -> Option<u32> {
-    let text = ask(command(rustc).args(["--version", "--verbose"]))?;
-    text.lines().find_map(|line| line.strip_prefix("LLVM version: "))?.split('.').next()?.parse().ok()
+/// The LLVM that a compiler uses: beside it (rustup), or where the distribution keeps it (which may hold older ones too).
+fn llvm_library(rustc: &Path) -> Option<PathBuf> {
+    let sysroot = sysroot(rustc)?;
+    let (major, minor) = llvm_version(rustc)?;
+    let dirs = [
+        sysroot.join("lib"),
+        sysroot.join(format!("lib/{}-linux-gnu", std::env::consts::ARCH)),
+        PathBuf::from(format!("/usr/lib/llvm-{major}/lib")),
+    ];
+    let name = format!("libLLVM.so.{major}.{minor}");
+    let old_name = format!("libLLVM-{major}.so");
+    dirs.iter().filter_map(|dir| fs::read_dir(dir).ok()).flat_map(|files| files.flatten().map(|file| file.path())).find(
+        |path| {
+            let file = path.file_name().unwrap_or_default().to_string_lossy();
+            // rustup leaves a linker script of a few bytes beside the library.
+            let is_library = fs::metadata(path).is_ok_and(|meta| meta.len() > 1 << 20);
+            is_library && (file.starts_with(&name) || file.starts_with(&old_name))
+        },
+    )
 }
 
-fn install_toolchain() -> Result<BpfToolchain> {
+fn install_compiler() -> Result<Option<PathBuf>> {
     let mut tried = Vec::new();
     if find("rustup").is_some() {
         eprintln!(
@@ -139,8 +186,8 @@ fn install_toolchain() -> Result<BpfToolchain> {
         );
         // Where rustup's server is out of reach it retries for minutes; Debian's packages are the better bet by then.
         let added = finishes_within(command("rustup").args(["component", "add", "rust-src"]), Duration::from_secs(90))?;
-        if let (true, Some(toolchain)) = (added, present_toolchain()) {
-            return Ok(toolchain);
+        if let (true, Some(compiler)) = (added, present_compiler()) {
+            return Ok(compiler);
         }
         tried.push("`rustup component add rust-src` did not succeed (it needs rustup's own server)".to_owned());
     } else {
@@ -148,8 +195,8 @@ fn install_toolchain() -> Result<BpfToolchain> {
     }
     eprintln!("setup: installing rustc-web and rust-web-src (Debian's pair of a recent compiler and its sources)");
     match apt_install(&["rustc-web", "rust-web-src"]) {
-        Ok(()) => match present_toolchain() {
-            Some(toolchain) => return Ok(toolchain),
+        Ok(()) => match present_compiler() {
+            Some(compiler) => return Ok(compiler),
             None => tried.push(format!(
                 "rustc-web and rust-web-src are installed, but {DEBIAN_RUSTC} is older than {}.{} or its sources are not beside it",
                 RUST_VERSION.0, RUST_VERSION.1
@@ -185,20 +232,7 @@ fn finishes_within(command: &mut Command, limit: Duration) -> Result<bool> {
     }
 }
 
-fn bpf_linker(toolchain: &BpfToolchain) -> Result<()> {
-    let active = active_rustc();
-    let compiler = toolchain.rustc.as_deref().unwrap_or(&active);
-    // The linker reads bitcode with the LLVM of the compiler it was built by; an older LLVM cannot read a newer one's.
-    let (made, read) = (llvm_major(compiler), llvm_major(&active));
-    if let (Some(made), Some(read)) = (made, read)
-        && made > read
-    {
-        bail!(
-            "{} makes LLVM {made} bitcode, but bpf-linker would read it with LLVM {read} of the active compiler; \
-             use a newer toolchain (`rustup update`)",
-            compiler.display()
-        );
-    }
+fn bpf_linker() -> Result<()> {
     if let Some(present) = ask(command("bpf-linker").arg("--version")) {
         if !present.ends_with(BPF_LINKER) {
             eprintln!("setup: note: found {present}; this repository is tried with {BPF_LINKER}");
