@@ -57,10 +57,12 @@ pub enum Reason {
     NotASyn = 14,
     /// No source port was left for a flow whose reply tuple was taken.
     RemapExhausted = 15,
+    /// A socket's VIP could not be noted down: the connection works, but shows its backend instead.
+    NotRemembered = 16,
 }
 
 impl Reason {
-    pub const COUNT: usize = 16;
+    pub const COUNT: usize = 17;
 
     pub const ALL: [Self; Self::COUNT] = [
         Self::Rejected,
@@ -79,6 +81,7 @@ impl Reason {
         Self::Unparsed,
         Self::NotASyn,
         Self::RemapExhausted,
+        Self::NotRemembered,
     ];
 
     /// Name in metrics and in the CLI.
@@ -100,6 +103,7 @@ impl Reason {
             Self::Unparsed => "unparsed",
             Self::NotASyn => "not_a_syn",
             Self::RemapExhausted => "remap_exhausted",
+            Self::NotRemembered => "not_remembered",
         }
     }
 

@@ -112,6 +112,14 @@ impl FrontendValue {
         Range { base: self.local_base, count: self.local_count, generation: self.local_generation }
     }
 
+    /// The verdict for `origin`. Shifted out of a word: an array on the stack indexed by a variable becomes pointer
+    /// arithmetic that the verifier does not allow.
+    #[inline(always)]
+    pub const fn verdict(&self, origin: usize) -> u8 {
+        let [a, b, c] = self.verdicts;
+        (u32::from_le_bytes([a, b, c, verdict::DROP]) >> ((origin as u32 & 3) * 8)) as u8
+    }
+
     /// The seal that this value must carry under `key`.
     #[inline(always)]
     pub fn seal_for<A: Address>(&self, key: &FrontendKey<A>) -> u32 {
@@ -166,6 +174,15 @@ mod tests {
         assert!(!sealed.is_sealed_for(&FrontendKey { proto: crate::proto::UDP, ..key }));
         assert!(!sealed.is_sealed_for(&FrontendKey { port: Be16::from_host(81), ..key }));
         assert!(!FrontendValue::default().is_sealed_for(&key));
+    }
+
+    #[test]
+    fn verdicts_are_told_by_origin() {
+        let value = FrontendValue { verdicts: [verdict::PICK_LOCAL, verdict::REJECT, 0x80], ..value() };
+        assert_eq!(value.verdict(origin::POD), verdict::PICK_LOCAL);
+        assert_eq!(value.verdict(origin::NODE), verdict::REJECT);
+        assert_eq!(value.verdict(origin::EXTERNAL), 0x80);
+        assert_eq!(value.verdict(3), verdict::DROP, "no origin");
     }
 
     #[test]

@@ -17,7 +17,7 @@ pub struct PeerRecord<A> {
     pub backend: A,
     pub vip_port: Be16,
     pub backend_port: Be16,
-    /// Id of the service.
+    /// Id of the service. 0: the record names no peer; the socket has, or had, datagrams to a VIP or a peer that was one.
     pub service: u32,
     /// IP protocol of the socket.
     pub proto: u8,

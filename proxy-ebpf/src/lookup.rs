@@ -9,10 +9,12 @@ use proxy_common::{
 
 use crate::{count, maps::Family, sealed};
 
-/// A whole frontend, or why there is none.
+/// What a look at the frontends map said. The value itself goes through a reference that starts out as zeroes: inside an
+/// enum it would be undefined where there is none, and the compiler copies it before it asks, which the verifier refuses.
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Found {
-    /// Value and whether it is a guard (the address is ours, the port is nobody's).
-    Frontend(FrontendValue, bool),
+    /// `value` is whole.
+    Frontend,
     /// Not ours.
     Nothing,
     /// Torn at both looks: ours, but unusable now.
@@ -38,35 +40,34 @@ pub(crate) enum Choice<A> {
     Pass,
 }
 
-/// One look at one key; `Err` when the value was torn.
 #[inline(always)]
-fn read<A: Family>(key: &FrontendKey<A>) -> Result<Option<FrontendValue>, ()> {
-    let Some(value) = A::frontends().get_ptr(key) else { return Ok(None) };
+fn read_once<A: Family>(key: &FrontendKey<A>, value: &mut FrontendValue) -> Found {
+    let Some(found) = A::frontends().get_ptr(key) else { return Found::Nothing };
     // SAFETY: a live pointer to a value of this map; FrontendValue is plain integers.
-    let value = unsafe { sealed::copy(value) };
-    if value.is_sealed_for(key) { Ok(Some(value)) } else { Err(()) }
+    *value = unsafe { sealed::copy(found) };
+    if value.is_sealed_for(key) { Found::Frontend } else { Found::Torn }
 }
 
 #[inline(always)]
-fn read_twice<A: Family>(key: &FrontendKey<A>) -> Result<Option<FrontendValue>, ()> {
-    read(key).or_else(|()| {
-        count::reason(Reason::TornRead);
-        read(key).inspect_err(|()| count::reason(Reason::TornTwice))
-    })
+fn read<A: Family>(key: &FrontendKey<A>, value: &mut FrontendValue) -> Found {
+    let found = read_once(key, value);
+    if found != Found::Torn {
+        return found;
+    }
+    count::reason(Reason::TornRead);
+    let found = read_once(key, value);
+    if found == Found::Torn {
+        count::reason(Reason::TornTwice);
+    }
+    found
 }
 
 /// The frontend of `key`, or the guard of its address.
 #[inline(always)]
-pub(crate) fn frontend<A: Family>(key: &FrontendKey<A>) -> Found {
-    match read_twice(key) {
-        Ok(Some(value)) => return Found::Frontend(value, false),
-        Ok(None) => {}
-        Err(()) => return Found::Torn,
-    }
-    match read_twice(&FrontendKey::guard(key.addr)) {
-        Ok(Some(value)) => Found::Frontend(value, true),
-        Ok(None) => Found::Nothing,
-        Err(()) => Found::Torn,
+pub(crate) fn frontend<A: Family>(key: &FrontendKey<A>, value: &mut FrontendValue) -> Found {
+    match read(key, value) {
+        Found::Nothing => read(&FrontendKey::guard(key.addr), value),
+        found => found,
     }
 }
 
@@ -84,12 +85,13 @@ pub(crate) fn choose<A: Family>(key: &FrontendKey<A>, origin: usize) -> Choice<A
     let mut looks = 0;
     while looks < 2 {
         looks += 1;
-        let value = match frontend(key) {
-            Found::Frontend(value, _) => value,
+        let mut value = FrontendValue::default();
+        match frontend(key, &mut value) {
+            Found::Frontend => {}
             Found::Nothing => return Choice::Pass,
             Found::Torn => return Choice::Drop { service: 0 },
-        };
-        let word = value.verdicts[origin % value.verdicts.len()];
+        }
+        let word = value.verdict(origin);
         let range = match word & verdict::ACTION_MASK {
             verdict::PICK_ALL => value.all(),
             verdict::PICK_LOCAL => value.local(),

@@ -12,6 +12,7 @@ mod globals;
 mod lookup;
 mod maps;
 mod sealed;
+mod socket;
 
 #[cfg(target_arch = "bpf")]
 #[panic_handler]

@@ -1,0 +1,66 @@
+//! `connect`: VIP → backend, before the first packet.
+
+use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
+use proxy_common::{
+    frontend::{FrontendKey, origin},
+    proto,
+};
+
+use super::{
+    PASS,
+    errno::{ECONNREFUSED, EPERM, ETIMEDOUT},
+    fail, origin_of,
+    peer::{Peer, Record},
+    view::{Either, V4, View},
+};
+use crate::lookup::{Choice, choose};
+
+#[cgroup_sock_addr(connect4)]
+pub fn connect4(ctx: SockAddrContext) -> i32 {
+    connect(&V4(ctx))
+}
+
+#[cgroup_sock_addr(connect6)]
+pub fn connect6(ctx: SockAddrContext) -> i32 {
+    match Either::of(ctx) {
+        Either::Native(view) => connect(&view),
+        Either::Mapped(view) => connect(&view),
+    }
+}
+
+#[inline(always)]
+fn connect<V: View>(view: &V) -> i32 {
+    let proto = match view.protocol() {
+        6 => proto::TCP,
+        17 => proto::UDP,
+        _ => return PASS,
+    };
+    let Some(origin) = origin_of(view.ctx()) else { return PASS };
+    let vip = view.target();
+    match choose::<V::Addr>(&FrontendKey::new(vip.addr, vip.port, proto), origin) {
+        Choice::Backend { target: backend, service, .. } => {
+            view.set_target(backend);
+            if let Some(record) = Record::of_or_new(view) {
+                record.set(Peer { vip, backend }, service, proto);
+            }
+            PASS
+        }
+        Choice::Pass => untranslated(view),
+        // Per packet it is dropped in silence, and the caller waits as it would behind netfilter (contract A83).
+        Choice::Drop { service } if service != 0 && origin == origin::POD => untranslated(view),
+        // No per-packet hook is on the node's own way out: this is what a DROP in OUTPUT looks like to the caller, only that
+        // a TCP one learns at once what it would learn after its retries.
+        Choice::Drop { service } if service != 0 => fail(if proto == proto::TCP { ETIMEDOUT } else { EPERM }),
+        // The frontend could not be read (service 0), or has nobody to serve it.
+        Choice::Drop { .. } | Choice::Refuse { .. } => fail(ECONNREFUSED),
+    }
+}
+
+/// Lets the call go on as it is; what the socket was connected to before is not its peer any more.
+#[inline(always)]
+fn untranslated<V: View>(view: &V) -> i32 {
+    if let Some(record) = Record::of(view) {
+        record.clear();
+    }
+    PASS
+}

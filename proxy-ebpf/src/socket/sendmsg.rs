@@ -1,0 +1,206 @@
+//! `sendmsg` with an address, on UDP sockets: VIP → backend for each datagram.
+//!
+//! Later datagrams of one socket to one VIP go to the backend of the first, as long as it is eligible (contract A45).
+//! Answers are told by (socket, backend) alone, so two VIPs that lead one socket to the same backend are ambiguous: another
+//! backend is preferred then; if the picks find none, the answers are shown as the VIP's that was written to last.
+//! The same holds for a socket that writes to a VIP and, beside it, to one of its backends directly.
+
+use aya_ebpf::{
+    EbpfContext as _, helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock_addr, programs::SockAddrContext,
+};
+use proxy_common::{
+    counters::Reason,
+    frontend::{FrontendKey, FrontendValue, Range, origin, verdict},
+    proto,
+    slot::Target,
+    socket::{DatagramKey, DatagramValue, direction},
+};
+
+use super::{
+    PASS,
+    errno::{ECONNREFUSED, EPERM},
+    fail, origin_of,
+    peer::Record,
+    view::{Either, V4, View},
+};
+use crate::{
+    count,
+    lookup::{Choice, Found, choose, frontend, is_member},
+    maps::Family,
+    sealed,
+};
+
+/// How often another backend is asked for when answers of the first would be ambiguous.
+const PICKS: u32 = 3;
+
+#[cgroup_sock_addr(sendmsg4)]
+pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
+    sendmsg(&V4(ctx))
+}
+
+#[cgroup_sock_addr(sendmsg6)]
+pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
+    match Either::of(ctx) {
+        Either::Native(view) => sendmsg(&view),
+        // The kernel sends to mapped addresses through its IPv4 code: this is `sendmsg4`'s.
+        Either::Mapped(_) => PASS,
+    }
+}
+
+#[inline(always)]
+fn sendmsg<V: View>(view: &V) -> i32 {
+    // UDP-Lite passes here, too.
+    if view.protocol() != u32::from(proto::UDP) {
+        return PASS;
+    }
+    let Some(origin) = origin_of(view.ctx()) else { return PASS };
+    let to = view.target();
+    let record = Record::of(view);
+    if let Some(record) = &record
+        && let Some(peer) = record.peer()
+    {
+        if to == peer.vip && view.is_connected_to(peer.backend) {
+            // A connected socket hears its peer only, so the VIP it is connected to means that one backend.
+            view.set_target(peer.backend);
+            return PASS;
+        }
+        if to == peer.backend {
+            // A connected IPv6 socket sending to its IPv4-mapped peer. Not connected: the backend is meant by its own name now.
+            if !view.is_connected_to(peer.backend) {
+                record.clear();
+            }
+            return PASS;
+        }
+    }
+
+    let key = FrontendKey::new(to.addr, to.port, proto::UDP);
+    let mut value = FrontendValue::default();
+    match frontend(&key, &mut value) {
+        Found::Frontend => {}
+        Found::Nothing => return direct(view, record.is_some(), to),
+        Found::Torn => return fail(ECONNREFUSED),
+    }
+    // SAFETY: the context this program was called with.
+    let cookie = unsafe { bpf_get_socket_cookie(view.ctx().as_ptr()) };
+    if record.is_some()
+        && let Some(range) = current(&value, origin)
+        && let Some(backend) = remembered(cookie, to, range, value.service)
+    {
+        view.set_target(backend);
+        return PASS;
+    }
+    pick(view, &key, origin, cookie)
+}
+
+/// The range that `origin` is served from, if the verdict is to serve it.
+#[inline(always)]
+fn current(value: &FrontendValue, origin: usize) -> Option<Range> {
+    let range = match value.verdict(origin) & verdict::ACTION_MASK {
+        verdict::PICK_ALL => value.all(),
+        verdict::PICK_LOCAL => value.local(),
+        _ => return None,
+    };
+    if range.count == 0 { None } else { Some(range) }
+}
+
+/// Reads one entry; `None` if there is none or it is not whole: it is made again then.
+#[inline(always)]
+pub(super) fn read<A: Family>(key: &DatagramKey<A>) -> Option<(Target<A>, DatagramValue<A>)> {
+    let value = A::datagrams().get_ptr(key)?;
+    // SAFETY: a live pointer to a value of this map; DatagramValue is plain integers.
+    let value = unsafe { sealed::copy(value) };
+    if !value.is_sealed_for(key) {
+        count::reason(Reason::TornRead);
+        return None;
+    }
+    Some((Target { addr: value.addr, port: value.port }, value))
+}
+
+#[inline(always)]
+fn write<A: Family>(key: &DatagramKey<A>, target: Target<A>, range: Range, service: u32) {
+    let value = DatagramValue {
+        addr: target.addr,
+        port: target.port,
+        generation: range.generation,
+        pad: 0,
+        base: range.base,
+        service,
+        seal: 0,
+    };
+    if A::datagrams().insert(key, value.sealed(key), 0).is_err() {
+        count::reason(Reason::NotRemembered);
+    }
+}
+
+/// The backend that earlier datagrams of this socket to `vip` went to, if it may still be used.
+#[inline(always)]
+fn remembered<A: Family>(cookie: u64, vip: Target<A>, range: Range, service: u32) -> Option<Target<A>> {
+    let key = DatagramKey::new(cookie, direction::TO_BACKEND, vip.addr, vip.port);
+    let (backend, value) = read(&key)?;
+    if value.service != service {
+        return None;
+    }
+    if value.base != range.base || value.generation != range.generation {
+        if !is_member(range, backend) {
+            return None;
+        }
+        write(&key, backend, range, service);
+    }
+    // The entry for answers may have been evicted, or taken by another VIP since.
+    let reply = DatagramKey::new(cookie, direction::TO_VIP, backend.addr, backend.port);
+    match read(&reply) {
+        Some((shown, _)) if shown == vip => {}
+        _ => write(&reply, vip, range, service),
+    }
+    Some(backend)
+}
+
+/// A backend for the first datagram, or the refusal.
+#[inline(always)]
+fn pick<V: View>(view: &V, key: &FrontendKey<V::Addr>, origin: usize, cookie: u64) -> i32 {
+    let vip = Target { addr: key.addr, port: key.port };
+    let mut picks = 0;
+    while picks < PICKS {
+        picks += 1;
+        match choose::<V::Addr>(key, origin) {
+            Choice::Backend { target: backend, range, service, .. } => {
+                let reply = DatagramKey::new(cookie, direction::TO_VIP, backend.addr, backend.port);
+                if picks < PICKS
+                    && range.count > 1
+                    && let Some((shown, _)) = read(&reply)
+                    && shown != vip
+                {
+                    continue;
+                }
+                view.set_target(backend);
+                // Marks the socket, so that answers are looked up.
+                if Record::of_or_new(view).is_some() {
+                    write(&reply, vip, range, service);
+                    let forward = DatagramKey::new(cookie, direction::TO_BACKEND, vip.addr, vip.port);
+                    write(&forward, backend, range, service);
+                }
+                return PASS;
+            }
+            Choice::Pass => return PASS,
+            // As for `connect`: pods meet the drop per packet, the node's own processes see what netfilter's OUTPUT gives.
+            Choice::Drop { service } if service != 0 => return if origin == origin::POD { PASS } else { fail(EPERM) },
+            Choice::Drop { .. } | Choice::Refuse { .. } => return fail(ECONNREFUSED),
+        }
+    }
+    PASS
+}
+
+/// A datagram to no VIP. If the socket also uses a VIP with this backend, answers are the backend's own from now on.
+#[inline(always)]
+fn direct<V: View>(view: &V, marked: bool, to: Target<V::Addr>) -> i32 {
+    if marked {
+        // SAFETY: the context this program was called with.
+        let cookie = unsafe { bpf_get_socket_cookie(view.ctx().as_ptr()) };
+        let reply = DatagramKey::new(cookie, direction::TO_VIP, to.addr, to.port);
+        if V::Addr::datagrams().get_ptr(reply).is_some() {
+            // Gone already is fine.
+            let _ = V::Addr::datagrams().remove(reply);
+        }
+    }
+    PASS
+}
