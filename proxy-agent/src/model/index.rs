@@ -1,0 +1,183 @@
+//! The snapshot as events build it, and which Services each event touches.
+//!
+//! Level-triggered: an event is never acted upon. It changes the snapshot and marks Services; whoever plans looks at the
+//! whole snapshot again. An event that changes nothing marks nothing (contract A27), and a relist marks exactly what
+//! differs from what was known (A137).
+
+use std::{
+    collections::{BTreeSet, HashMap, HashSet},
+    sync::Arc,
+};
+
+use super::{EndpointSlice, Event, NodeFacts, Service, ServiceKey, Snapshot};
+
+type SliceKey = (Arc<str>, Arc<str>);
+
+/// What events since the last look have marked.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Touched {
+    pub services: BTreeSet<ServiceKey>,
+    /// Trigger times (nanoseconds since the epoch) that came with slices whose content changed (contract A28).
+    pub triggers: Vec<(ServiceKey, i64)>,
+}
+
+impl Touched {
+    pub fn is_empty(&self) -> bool {
+        let Self { services, triggers } = self;
+        services.is_empty() && triggers.is_empty()
+    }
+}
+
+/// Which kinds have been heard of completely.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+struct Heard {
+    services: bool,
+    slices: bool,
+    node: bool,
+}
+
+/// A [`Snapshot`] with what is needed to change it in steps that cost what changed.
+#[derive(Clone, Debug, Default)]
+pub struct Index {
+    snapshot: Snapshot,
+    /// The Service that each known slice is filed under.
+    owners: HashMap<SliceKey, ServiceKey>,
+    endpoints: usize,
+    heard: Heard,
+}
+
+impl Index {
+    pub fn snapshot(&self) -> &Snapshot {
+        &self.snapshot
+    }
+
+    /// Endpoints in all slices, duplicates counted.
+    pub fn endpoints(&self) -> usize {
+        self.endpoints
+    }
+
+    /// Complete lists of Services and EndpointSlices and the own Node have come in; before that nothing may be
+    /// programmed (contract A130).
+    pub fn is_complete(&self) -> bool {
+        let Heard { services, slices, node } = self.heard;
+        services && slices && node
+    }
+
+    /// Takes one event in and marks what it touches.
+    pub fn apply(&mut self, event: Event, touched: &mut Touched) {
+        match event {
+            Event::Service(service) => self.set_service(service, touched),
+            Event::ServiceGone(key) => self.remove_service(&key, touched),
+            Event::Slice(slice) => self.set_slice(slice, touched),
+            Event::SliceGone { namespace, name } => self.remove_slice(&(namespace, name), touched),
+            Event::Node(facts) => self.set_node(facts, touched),
+            Event::Services(list) => self.relist_services(list, touched),
+            Event::Slices(list) => self.relist_slices(list, touched),
+        }
+    }
+
+    fn set_service(&mut self, service: Arc<Service>, touched: &mut Touched) {
+        let key = service.key.clone();
+        if self.snapshot.services.get(&key) != Some(&service) {
+            self.snapshot.services.insert(key.clone(), service);
+            touched.services.insert(key);
+        }
+    }
+
+    fn remove_service(&mut self, key: &ServiceKey, touched: &mut Touched) {
+        if self.snapshot.services.remove(key).is_some() {
+            touched.services.insert(key.clone());
+        }
+    }
+
+    fn relist_services(&mut self, list: Vec<Arc<Service>>, touched: &mut Touched) {
+        self.heard.services = true;
+        let listed: HashSet<ServiceKey> = list.iter().map(|service| service.key.clone()).collect();
+        let gone: Vec<ServiceKey> =
+            self.snapshot.services.keys().filter(|key| !listed.contains(*key)).cloned().collect();
+        for key in &gone {
+            self.remove_service(key, touched);
+        }
+        for service in list {
+            self.set_service(service, touched);
+        }
+    }
+
+    fn set_slice(&mut self, slice: Arc<EndpointSlice>, touched: &mut Touched) {
+        let key = (Arc::clone(&slice.namespace), Arc::clone(&slice.name));
+        if self.owners.get(&key).is_some_and(|owner| *owner != slice.service) {
+            self.remove_slice(&key, touched);
+        }
+        let service = slice.service.clone();
+        let trigger = slice.trigger_time;
+        self.endpoints += slice.endpoints.len();
+        let before =
+            self.snapshot.slices.entry(service.clone()).or_default().insert(Arc::clone(&key.1), Arc::clone(&slice));
+        match before {
+            Some(before) => {
+                self.endpoints -= before.endpoints.len();
+                if same_content(&before, &slice) {
+                    return;
+                }
+                if trigger != before.trigger_time {
+                    touched.triggers.extend(trigger.map(|at| (service.clone(), at)));
+                }
+            }
+            None => {
+                self.owners.insert(key, service.clone());
+                touched.triggers.extend(trigger.map(|at| (service.clone(), at)));
+            }
+        }
+        touched.services.insert(service);
+    }
+
+    fn remove_slice(&mut self, key: &SliceKey, touched: &mut Touched) {
+        let Some(service) = self.owners.remove(key) else { return };
+        if let Some(slices) = self.snapshot.slices.get_mut(&service) {
+            if let Some(slice) = slices.remove(&key.1) {
+                self.endpoints -= slice.endpoints.len();
+            }
+            if slices.is_empty() {
+                self.snapshot.slices.remove(&service);
+            }
+        }
+        touched.services.insert(service);
+    }
+
+    fn relist_slices(&mut self, list: Vec<Arc<EndpointSlice>>, touched: &mut Touched) {
+        self.heard.slices = true;
+        let listed: HashSet<(&str, &str)> = list.iter().map(|slice| (&*slice.namespace, &*slice.name)).collect();
+        let gone: BTreeSet<SliceKey> = self
+            .owners
+            .keys()
+            .filter(|(namespace, name)| !listed.contains(&(&**namespace, &**name)))
+            .cloned()
+            .collect();
+        for key in &gone {
+            self.remove_slice(key, touched);
+        }
+        for slice in list {
+            self.set_slice(slice, touched);
+        }
+    }
+
+    /// Only what planning reads touches anything: the node's name and zone (contract A41).
+    fn set_node(&mut self, facts: NodeFacts, touched: &mut Touched) {
+        self.heard.node = true;
+        let known = &self.snapshot.node;
+        if known.name != facts.name || known.zone != facts.zone {
+            touched.services.extend(self.snapshot.services.keys().cloned());
+        }
+        self.snapshot.node = facts;
+    }
+}
+
+/// Whether two versions of a slice mean the same; the trigger time means nothing by itself.
+fn same_content(a: &EndpointSlice, b: &EndpointSlice) -> bool {
+    let EndpointSlice { namespace: _, name: _, service, family, ports, endpoints, trigger_time: _, problems } = a;
+    *service == b.service
+        && *family == b.family
+        && *ports == b.ports
+        && *endpoints == b.endpoints
+        && *problems == b.problems
+}

@@ -1,0 +1,107 @@
+//! From slices to the endpoints of one port and family: united, without duplicates, without addresses that must not be
+//! aimed at.
+
+use std::{cmp::Reverse, net::IpAddr};
+
+use crate::{
+    desired::Backend,
+    model::{Endpoint, EndpointHints, EndpointSlice, Family, NodeFacts, ServicePort},
+};
+
+/// More unusable addresses than this are counted, not listed.
+const LISTED: usize = 8;
+
+/// One endpoint of one port.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Candidate<'a> {
+    pub(super) backend: Backend,
+    pub(super) ready: bool,
+    pub(super) serving: bool,
+    pub(super) terminating: bool,
+    /// On this node (contract A25).
+    pub(super) local: bool,
+    pub(super) hints: Option<&'a EndpointHints>,
+}
+
+impl Candidate<'_> {
+    /// Used only where nothing ready is left (contract A32, A33).
+    pub(super) fn is_fallback(&self) -> bool {
+        !self.ready && self.serving && self.terminating
+    }
+}
+
+/// The endpoints of `port` in all slices (contract A19, A23), sorted by address, each once.
+pub(super) fn unite<'a>(
+    slices: impl Iterator<Item = &'a EndpointSlice>,
+    port: &ServicePort,
+    family: Family,
+    node: &NodeFacts,
+) -> Vec<Candidate<'a>> {
+    let mut candidates = Vec::new();
+    for slice in slices.filter(|slice| slice.family == family) {
+        for slice_port in slice.ports.iter().filter(|p| p.name == port.name && p.protocol == port.protocol) {
+            let usable = slice.endpoints.iter().filter(|endpoint| unusable(endpoint.address, family).is_none());
+            candidates.extend(usable.map(|endpoint| {
+                let Endpoint { address, ready, serving, terminating, node: at, hints } = endpoint;
+                Candidate {
+                    backend: Backend { addr: *address, port: slice_port.port },
+                    ready: *ready,
+                    serving: *serving,
+                    terminating: *terminating,
+                    local: at.as_ref().is_some_and(|at| *at == node.name),
+                    hints: hints.as_deref(),
+                }
+            }));
+        }
+    }
+    // A pod that moves between slices is seen twice for a while, and so is an address that a new pod took over from one
+    // that still terminates: what is not terminating wins, then what is ready (contract A20). The sort is stable, so
+    // between equals the slice of the smaller name decides.
+    candidates.sort_by_key(|c| (c.backend, c.terminating, Reverse(c.ready), Reverse(c.serving)));
+    candidates.dedup_by_key(|c| c.backend);
+    candidates
+}
+
+/// Says once which addresses `unite` passes over.
+pub(super) fn report_unusable<'a>(slices: impl Iterator<Item = &'a EndpointSlice>, problems: &mut Vec<String>) {
+    let mut passed = 0_usize;
+    for slice in slices {
+        problems.extend(slice.problems.iter().map(|problem| format!("EndpointSlice {}: {problem}", slice.name)));
+        for endpoint in &slice.endpoints {
+            let Some(why) = unusable(endpoint.address, slice.family) else { continue };
+            passed += 1;
+            if passed <= LISTED {
+                let (slice, address) = (&slice.name, endpoint.address);
+                problems.push(format!("EndpointSlice {slice}: endpoint {address} is {why}; it gets no traffic"));
+            }
+        }
+    }
+    if passed > LISTED {
+        problems.push(format!("{} more endpoints have addresses that cannot be used", passed - LISTED));
+    }
+}
+
+/// Why an endpoint's address must not be aimed at: redirecting pods to the node's own loopback, to a group, or to an
+/// address that means another host on every link opens doors that nobody asked for (fault F13).
+fn unusable(addr: IpAddr, family: Family) -> Option<&'static str> {
+    if Family::of(addr) != family {
+        return Some("of another family than its slice");
+    }
+    let link_local = match addr {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    };
+    if link_local { Some("link-local") } else { unusable_vip(addr) }
+}
+
+/// Why an address cannot be served as a VIP.
+pub(super) fn unusable_vip(addr: IpAddr) -> Option<&'static str> {
+    match addr {
+        _ if addr.is_unspecified() => Some("unspecified"),
+        _ if addr.is_loopback() => Some("a loopback address"),
+        _ if addr.is_multicast() => Some("a multicast address"),
+        IpAddr::V4(v4) if v4.is_broadcast() => Some("the broadcast address"),
+        IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => Some("an IPv4 address in IPv6 clothes"),
+        _ => None,
+    }
+}

@@ -1,0 +1,212 @@
+//! All Services together: who owns a frontend that two claim, which guards stand, and what a change changes.
+//!
+//! INVARIANT: the state after any sequence of `update`s equals that of one `full` over the same snapshot.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{Defaults, PlannedService, plan_service};
+use crate::{
+    desired::{Changes, DesiredState, Frontend, FrontendSpec},
+    model::{EndpointSlice, Service, ServiceKey, Snapshot},
+};
+
+struct Planned {
+    created: i64,
+    uid: Arc<str>,
+    plan: PlannedService,
+}
+
+/// The plan of every Service, and the state they make together.
+pub struct Planner {
+    defaults: Defaults,
+    planned: BTreeMap<ServiceKey, Planned>,
+    /// Who claims a frontend without owning it; the owner is named by the frontend itself. Most frontends are not contested.
+    losers: BTreeMap<Frontend, BTreeSet<ServiceKey>>,
+    /// How many Services hold each guard.
+    holders: BTreeMap<IpAddr, u32>,
+    state: DesiredState,
+    problems_version: u64,
+}
+
+impl Planner {
+    pub fn new(defaults: Defaults) -> Self {
+        Self {
+            defaults,
+            planned: BTreeMap::new(),
+            losers: BTreeMap::new(),
+            holders: BTreeMap::new(),
+            state: DesiredState::default(),
+            problems_version: 0,
+        }
+    }
+
+    /// What should be in force.
+    pub fn state(&self) -> &DesiredState {
+        &self.state
+    }
+
+    /// Forgets what was planned and plans all of `snapshot`.
+    pub fn full(&mut self, snapshot: &Snapshot) -> &DesiredState {
+        let version = self.problems_version;
+        *self = Self::new(self.defaults);
+        self.problems_version = version + 1;
+        self.update(snapshot, snapshot.services.keys());
+        &self.state
+    }
+
+    /// Plans the named Services again; costs what they and their rivals are worth, whatever else there is.
+    pub fn update<'k>(&mut self, snapshot: &Snapshot, changed: impl IntoIterator<Item = &'k ServiceKey>) -> Changes {
+        let mut claims: BTreeMap<Frontend, Vec<ServiceKey>> = BTreeMap::new();
+        let mut changes = Changes::default();
+        for key in changed {
+            let service = snapshot.services.get(key);
+            let old = self.planned.remove(key);
+            if service.is_none() && old.is_none() {
+                continue;
+            }
+            let new = service.map(|service| self.plan(service, snapshot, old.as_ref()));
+            self.count_guards(old.as_ref(), new.as_ref(), &mut changes);
+            let problems = |planned: &Option<Planned>| planned.as_ref().map_or(0, |p| p.plan.problems.len());
+            if problems(&old) + problems(&new) > 0 {
+                self.problems_version += 1;
+            }
+            for frontend in contended(old.as_ref(), new.as_ref()) {
+                claims.entry(frontend).or_default().push(key.clone());
+            }
+            if let Some(new) = new {
+                self.planned.insert(key.clone(), new);
+            }
+        }
+        for (frontend, claimants) in claims {
+            self.elect(frontend, claimants, &mut changes);
+        }
+        changes
+    }
+
+    /// A part that came out as before keeps its old value, so that whoever holds it shares it.
+    fn plan(&self, service: &Service, snapshot: &Snapshot, old: Option<&Planned>) -> Planned {
+        let slices = snapshot.slices.get(&service.key).into_iter().flat_map(BTreeMap::values).map(|slice| {
+            let slice: &EndpointSlice = slice;
+            slice
+        });
+        let mut plan = plan_service(service, slices, &snapshot.node, &self.defaults);
+        if let Some(old) = old {
+            for (frontend, spec) in &mut plan.frontends {
+                if let Some(before) = old.plan.frontend(frontend).filter(|before| *before == spec) {
+                    *spec = Arc::clone(before);
+                }
+            }
+        }
+        Planned { created: service.created, uid: Arc::clone(&service.uid), plan }
+    }
+
+    fn count_guards(&mut self, old: Option<&Planned>, new: Option<&Planned>, changes: &mut Changes) {
+        for &addr in new.into_iter().flat_map(|planned| &planned.plan.guards) {
+            let holders = self.holders.entry(addr).or_default();
+            *holders += 1;
+            // Given up earlier in the same update: then it stands as it stood.
+            if *holders == 1 && self.state.guards.insert(addr) && !changes.unguard.remove(&addr) {
+                changes.guard.insert(addr);
+            }
+        }
+        for &addr in old.into_iter().flat_map(|planned| &planned.plan.guards) {
+            let Some(holders) = self.holders.get_mut(&addr) else { continue };
+            *holders -= 1;
+            if *holders == 0 {
+                self.holders.remove(&addr);
+                if self.state.guards.remove(&addr) && !changes.guard.remove(&addr) {
+                    changes.unguard.insert(addr);
+                }
+            }
+        }
+    }
+
+    /// Decides anew who owns `frontend`. `claimants` are those whose claim may have come, gone or changed.
+    fn elect(&mut self, frontend: Frontend, claimants: Vec<ServiceKey>, changes: &mut Changes) {
+        let before = self.state.frontends.get(&frontend);
+        let rivals = self.losers.remove(&frontend).unwrap_or_default();
+        let contested = !rivals.is_empty();
+        let owner = before.map(|spec| spec.service.service.clone());
+        let mut claims: Vec<_> = rivals
+            .into_iter()
+            .chain(owner)
+            .chain(claimants)
+            .filter_map(|key| {
+                let planned = self.planned.get(&key)?;
+                let spec = planned.plan.frontend(&frontend)?;
+                Some((planned.created, Arc::clone(&planned.uid), key, spec))
+            })
+            .collect();
+        // The older Service keeps the frontend; ties go to the smaller uid, then to the smaller key.
+        claims.sort_unstable_by(|(a_created, a_uid, a_key, _), (b_created, b_uid, b_key, _)| {
+            (a_created, a_uid, a_key).cmp(&(b_created, b_uid, b_key))
+        });
+        claims.dedup_by(|a, b| a.2 == b.2);
+
+        let mut claims = claims.into_iter();
+        let winner = claims.next().map(|(_, _, _, spec)| Arc::clone(spec));
+        let losers: BTreeSet<ServiceKey> = claims.map(|(_, _, key, _)| key).collect();
+        if contested || !losers.is_empty() {
+            self.problems_version += 1;
+        }
+        if !losers.is_empty() {
+            self.losers.insert(frontend, losers);
+        }
+        match winner {
+            Some(spec) if before != Some(&spec) => {
+                self.state.frontends.insert(frontend, Arc::clone(&spec));
+                changes.set.insert(frontend, spec);
+            }
+            Some(_) => {}
+            None => {
+                if self.state.frontends.remove(&frontend).is_some() {
+                    changes.remove.insert(frontend);
+                }
+            }
+        }
+    }
+
+    /// Grows whenever [`problems`](Self::problems) may say something else.
+    pub fn problems_version(&self) -> u64 {
+        self.problems_version
+    }
+
+    /// What was left out of each Service, and why.
+    pub fn problems(&self) -> BTreeMap<String, Vec<String>> {
+        let mut problems: BTreeMap<String, Vec<String>> = BTreeMap::new();
+        for (key, planned) in self.planned.iter().filter(|(_, planned)| !planned.plan.problems.is_empty()) {
+            problems.entry(format!("Service {key}")).or_default().extend_from_slice(&planned.plan.problems);
+        }
+        for (frontend, losers) in &self.losers {
+            let Some(owner) = self.state.frontends.get(frontend).map(|spec| &spec.service) else { continue };
+            for loser in losers {
+                problems.entry(format!("Service {loser}")).or_default().push(format!(
+                    "{frontend} is already used by {owner}, which is older and keeps it; give one of the two another address \
+                     or port"
+                ));
+            }
+        }
+        problems
+    }
+}
+
+/// Frontends whose claim comes, goes or changes between two plans of one Service.
+fn contended(old: Option<&Planned>, new: Option<&Planned>) -> Vec<Frontend> {
+    let same_rank = old.zip(new).is_some_and(|(old, new)| old.created == new.created && old.uid == new.uid);
+    let spec_in = |planned: Option<&Planned>, frontend: &Frontend| -> Option<Arc<FrontendSpec>> {
+        planned?.plan.frontend(frontend).map(Arc::clone)
+    };
+    let of = |planned: Option<&'_ Planned>| -> Vec<Frontend> {
+        planned
+            .map(|planned| planned.plan.frontends.iter().map(|(frontend, _)| *frontend).collect())
+            .unwrap_or_default()
+    };
+    let mut contended = of(new);
+    contended.retain(|frontend| !same_rank || spec_in(old, frontend) != spec_in(new, frontend));
+    contended.extend(of(old).into_iter().filter(|frontend| spec_in(new, frontend).is_none()));
+    contended
+}

@@ -1,0 +1,589 @@
+use std::net::IpAddr;
+
+use super::{topology::choose, *};
+use crate::{
+    desired::{Verdict, Verdicts},
+    model::{Endpoint, EndpointPort, Port, Protocol, ServiceKey},
+};
+
+fn port(number: u16) -> Port {
+    Port::new(number).unwrap()
+}
+
+fn service(ips: &[&str]) -> Service {
+    Service {
+        key: ServiceKey::new("default", "web"),
+        uid: "uid".into(),
+        created: 1,
+        kind: ServiceType::ClusterIp,
+        cluster_ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
+        ports: vec![ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: port(80), node_port: None }],
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Cluster,
+        external_ips: Vec::new(),
+        load_balancer_ips: Vec::new(),
+        source_ranges: Vec::new(),
+        affinity_secs: None,
+        health_check_node_port: None,
+        algorithm: None,
+        problems: Vec::new(),
+    }
+}
+
+/// `ADDRESS FLAGS…`: `local`, `notready`, `terminating` (serving, not ready), `dead` (terminating, not serving),
+/// `z:a,b` zone hints, `n:a,b` node hints.
+fn endpoint(text: &str) -> Endpoint {
+    let mut words = text.split_whitespace();
+    let address: IpAddr = words.next().unwrap().parse().unwrap();
+    let mut endpoint = Endpoint { address, ready: true, serving: true, terminating: false, node: None, hints: None };
+    for word in words {
+        match word {
+            "local" => endpoint.node = Some("this".into()),
+            "notready" => (endpoint.ready, endpoint.serving) = (false, false),
+            "terminating" => (endpoint.ready, endpoint.terminating) = (false, true),
+            "dead" => (endpoint.ready, endpoint.serving, endpoint.terminating) = (false, false, true),
+            "ready-terminating" => endpoint.terminating = true,
+            _ if word.starts_with("z:") => {
+                endpoint.hints.get_or_insert_default().zones = word[2..].split(',').map(Into::into).collect()
+            }
+            _ if word.starts_with("n:") => {
+                endpoint.hints.get_or_insert_default().nodes = word[2..].split(',').map(Into::into).collect()
+            }
+            _ => panic!("unknown flag {word}"),
+        }
+    }
+    endpoint
+}
+
+fn slice(name: &str, endpoints: &[&str]) -> EndpointSlice {
+    let endpoints: Vec<Endpoint> = endpoints.iter().map(|text| endpoint(text)).collect();
+    EndpointSlice {
+        namespace: "default".into(),
+        name: name.into(),
+        service: ServiceKey::new("default", "web"),
+        family: Family::V4,
+        ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: port(8080) }],
+        endpoints,
+        trigger_time: None,
+        problems: Vec::new(),
+    }
+}
+
+fn node(zone: &str) -> NodeFacts {
+    NodeFacts { name: "this".into(), zone: (zone != "-").then(|| zone.into()), ..NodeFacts::default() }
+}
+
+fn plan(service: &Service, slices: &[EndpointSlice]) -> PlannedService {
+    plan_service(service, slices.iter(), &node("-"), &Defaults::default())
+}
+
+fn addresses(set: &[Backend]) -> String {
+    set.iter().map(|backend| backend.addr.to_string()).collect::<Vec<_>>().join(" ")
+}
+
+fn only(planned: &PlannedService) -> &FrontendSpec {
+    assert_eq!(planned.frontends.len(), 1, "{planned:?}");
+    &planned.frontends[0].1
+}
+
+struct Case {
+    name: &'static str,
+    zone: &'static str,
+    /// `itp`, `etp`: that policy is Local. `nodeport`: externally accessible.
+    service: &'static str,
+    endpoints: &'static [&'static str],
+    cluster: Option<&'static str>,
+    local: Option<&'static str>,
+    /// The union; where only one list is needed it is that list.
+    reachable: &'static str,
+    /// `has_any` although nothing is reachable from here.
+    elsewhere: bool,
+}
+
+const HINTED: &[&str] = &["10.1.2.3 z:a", "10.1.2.4 z:b", "10.1.2.5 z:c", "10.1.2.6 z:a"];
+const BY_NODE: &[&str] = &["10.1.2.3 z:a n:this", "10.1.2.4 z:b n:two", "10.1.2.5 z:c n:three", "10.1.2.6 z:a n:four"];
+const TWO_LOCAL: &[&str] = &["10.0.0.1 local", "10.0.0.2 local"];
+const ONE_LOCAL: &[&str] = &["10.0.0.1 local", "10.0.0.2"];
+const NONE_LOCAL: &[&str] = &["10.0.0.1", "10.0.0.2"];
+const ALL: Option<&str> = Some("10.0.0.1 10.0.0.2");
+const HINTED_LOCAL: &[&str] = &["10.1.2.3 local z:a", "10.1.2.4 local z:b", "10.1.2.5 z:c", "10.1.2.6 z:a"];
+
+macro_rules! case {
+    ($name:literal, $zone:literal, $service:literal, $endpoints:expr, $cluster:expr, $local:expr, $reachable:expr) => {
+        case!($name, $zone, $service, $endpoints, $cluster, $local, $reachable, false)
+    };
+    ($name:literal, $zone:literal, $service:literal, $endpoints:expr, $cluster:expr, $local:expr, $reachable:expr, $elsewhere:expr) => {
+        Case {
+            name: $name,
+            zone: $zone,
+            service: $service,
+            endpoints: $endpoints,
+            cluster: $cluster,
+            local: $local,
+            reachable: $reachable,
+            elsewhere: $elsewhere,
+        }
+    };
+}
+
+/// The situations that Kubernetes' own table for endpoint choice names (contract A3), in our words.
+const CASES: &[Case] = &[
+    case!(
+        "every endpoint hinted, some for our zone: only those",
+        "a",
+        "",
+        HINTED,
+        Some("10.1.2.3 10.1.2.6"),
+        None,
+        "10.1.2.3 10.1.2.6"
+    ),
+    case!(
+        "eTP Local: hints do not narrow the local list",
+        "a",
+        "etp nodeport",
+        HINTED_LOCAL,
+        Some("10.1.2.3 10.1.2.6"),
+        Some("10.1.2.3 10.1.2.4"),
+        "10.1.2.3 10.1.2.4 10.1.2.6"
+    ),
+    case!(
+        "iTP Local: hints do not narrow the local list",
+        "a",
+        "itp nodeport",
+        HINTED_LOCAL,
+        Some("10.1.2.3 10.1.2.6"),
+        Some("10.1.2.3 10.1.2.4"),
+        "10.1.2.3 10.1.2.4 10.1.2.6"
+    ),
+    case!("node without labels: hints mean nothing", "-", "", &["10.1.2.3 z:a"], Some("10.1.2.3"), None, "10.1.2.3"),
+    case!("empty zone label: hints mean nothing", "", "", &["10.1.2.3 z:a"], Some("10.1.2.3"), None, "10.1.2.3"),
+    case!(
+        "no endpoint for our zone: all",
+        "b",
+        "",
+        &["10.1.2.3 z:a", "10.1.2.5 z:c"],
+        Some("10.1.2.3 10.1.2.5"),
+        None,
+        "10.1.2.3 10.1.2.5"
+    ),
+    case!(
+        "an unready endpoint for our zone is not used",
+        "a",
+        "",
+        &["10.1.2.3 z:a", "10.1.2.4 z:b", "10.1.2.5 z:c", "10.1.2.6 z:a notready"],
+        Some("10.1.2.3"),
+        None,
+        "10.1.2.3"
+    ),
+    case!(
+        "our zone has unready ones only: ready ones of other zones",
+        "a",
+        "",
+        &["10.1.2.3 z:a notready", "10.1.2.4 z:b", "10.1.2.5 z:c", "10.1.2.6 z:a notready"],
+        Some("10.1.2.4 10.1.2.5"),
+        None,
+        "10.1.2.4 10.1.2.5"
+    ),
+    case!(
+        "one endpoint lacks a hint: all",
+        "a",
+        "",
+        &["10.1.2.3 z:a", "10.1.2.4 z:b", "10.1.2.5", "10.1.2.6 z:a"],
+        Some("10.1.2.3 10.1.2.4 10.1.2.5 10.1.2.6"),
+        None,
+        "10.1.2.3 10.1.2.4 10.1.2.5 10.1.2.6"
+    ),
+    case!(
+        "an unready endpoint without a hint does not count",
+        "a",
+        "",
+        &["10.1.2.3 z:a", "10.1.2.4 z:b", "10.1.2.5 notready"],
+        Some("10.1.2.3"),
+        None,
+        "10.1.2.3"
+    ),
+    case!(
+        "several zones in one hint",
+        "c",
+        "",
+        &["10.1.2.3 z:a,b,c", "10.1.2.4 z:b,c", "10.1.2.5 z:b,d", "10.1.2.6 z:c"],
+        Some("10.1.2.3 10.1.2.4 10.1.2.6"),
+        None,
+        "10.1.2.3 10.1.2.4 10.1.2.6"
+    ),
+    case!(
+        "no hints at all: all",
+        "a",
+        "",
+        &["10.1.2.3", "10.1.2.4"],
+        Some("10.1.2.3 10.1.2.4"),
+        None,
+        "10.1.2.3 10.1.2.4"
+    ),
+    case!("hinted for our node: only that one", "a", "", BY_NODE, Some("10.1.2.3"), None, "10.1.2.3"),
+    case!(
+        "one endpoint lacks a node hint and a zone hint: all",
+        "a",
+        "",
+        &["10.1.2.3 z:a n:this", "10.1.2.4", "10.1.2.5 z:c n:three"],
+        Some("10.1.2.3 10.1.2.4 10.1.2.5"),
+        None,
+        "10.1.2.3 10.1.2.4 10.1.2.5"
+    ),
+    case!(
+        "one endpoint lacks a node hint, all have zones: our zone",
+        "a",
+        "",
+        &["10.1.2.3 z:a n:this", "10.1.2.4 z:b n:two", "10.1.2.6 z:a"],
+        Some("10.1.2.3 10.1.2.6"),
+        None,
+        "10.1.2.3 10.1.2.6"
+    ),
+    case!(
+        "no endpoint for our node: our zone",
+        "a",
+        "",
+        &["10.1.2.3 z:a n:one", "10.1.2.4 z:b n:two", "10.1.2.6 z:a n:four"],
+        Some("10.1.2.3 10.1.2.6"),
+        None,
+        "10.1.2.3 10.1.2.6"
+    ),
+    case!(
+        "node hints without zone hints",
+        "a",
+        "",
+        &["10.1.2.3 n:this", "10.1.2.4 n:two"],
+        Some("10.1.2.3"),
+        None,
+        "10.1.2.3"
+    ),
+    case!(
+        "hints and locality disagree: the union has both",
+        "a",
+        "etp nodeport",
+        &["10.0.0.1 local z:a", "10.0.0.2 local z:b", "10.0.0.3 z:a", "10.0.0.4 z:b"],
+        Some("10.0.0.1 10.0.0.3"),
+        Some("10.0.0.1 10.0.0.2"),
+        "10.0.0.1 10.0.0.2 10.0.0.3"
+    ),
+    case!("iTP Local, no endpoints", "-", "itp", &[], None, Some(""), ""),
+    case!("iTP Local, all remote", "-", "itp", NONE_LOCAL, None, Some(""), "", true),
+    case!("iTP Local, all local", "-", "itp", TWO_LOCAL, None, ALL, "10.0.0.1 10.0.0.2"),
+    case!("iTP Local, one local", "-", "itp", ONE_LOCAL, None, Some("10.0.0.1"), "10.0.0.1"),
+    case!(
+        "iTP Local without external access needs no cluster list",
+        "-",
+        "itp",
+        &["10.0.0.1", "10.0.0.2 local"],
+        None,
+        Some("10.0.0.2"),
+        "10.0.0.2"
+    ),
+    case!("none ready", "-", "", &["10.0.0.1 notready", "10.0.0.2 notready"], Some(""), None, ""),
+    case!("some ready", "-", "", &["10.0.0.1 notready", "10.0.0.2"], Some("10.0.0.2"), None, "10.0.0.2"),
+    case!(
+        "all terminating and serving: all of them",
+        "-",
+        "",
+        &["10.0.0.1 local terminating", "10.0.0.2 terminating"],
+        ALL,
+        None,
+        "10.0.0.1 10.0.0.2"
+    ),
+    case!(
+        "all terminating, hinted elsewhere: the fallback ignores hints",
+        "a",
+        "",
+        &["10.0.0.1 z:b terminating", "10.0.0.2 z:c terminating"],
+        ALL,
+        None,
+        "10.0.0.1 10.0.0.2"
+    ),
+    case!(
+        "terminating ones that no longer serve are gone",
+        "-",
+        "",
+        &["10.0.0.1 dead", "10.0.0.2 terminating"],
+        Some("10.0.0.2"),
+        None,
+        "10.0.0.2"
+    ),
+    case!(
+        "iTP Local, eTP Cluster, one local",
+        "-",
+        "itp nodeport",
+        ONE_LOCAL,
+        ALL,
+        Some("10.0.0.1"),
+        "10.0.0.1 10.0.0.2"
+    ),
+    case!(
+        "iTP Cluster, eTP Local, one local",
+        "-",
+        "etp nodeport",
+        ONE_LOCAL,
+        ALL,
+        Some("10.0.0.1"),
+        "10.0.0.1 10.0.0.2"
+    ),
+    case!(
+        "iTP Local, eTP Local, one local",
+        "-",
+        "itp etp nodeport",
+        ONE_LOCAL,
+        ALL,
+        Some("10.0.0.1"),
+        "10.0.0.1 10.0.0.2"
+    ),
+    case!("iTP Local, eTP Local, all remote", "-", "itp etp nodeport", NONE_LOCAL, ALL, Some(""), "10.0.0.1 10.0.0.2"),
+    case!(
+        "iTP Local, eTP Local, all remote and terminating",
+        "-",
+        "itp etp nodeport",
+        &["10.0.0.1 terminating", "10.0.0.2 terminating"],
+        ALL,
+        Some(""),
+        "10.0.0.1 10.0.0.2"
+    ),
+    case!(
+        "eTP Local: the local fallback does not look at the cluster",
+        "-",
+        "etp nodeport",
+        &["10.0.0.1", "10.0.0.2 local notready", "10.0.0.3 local terminating", "10.0.0.4 terminating"],
+        Some("10.0.0.1"),
+        Some("10.0.0.3"),
+        "10.0.0.1 10.0.0.3"
+    ),
+    case!(
+        "eTP Local means nothing without external access",
+        "-",
+        "etp",
+        &["10.0.0.1", "10.0.0.2 local"],
+        ALL,
+        None,
+        "10.0.0.1 10.0.0.2"
+    ),
+    case!("eTP Local, no endpoints", "-", "etp nodeport", &[], Some(""), Some(""), ""),
+    case!("eTP Local, all remote", "-", "etp nodeport", NONE_LOCAL, ALL, Some(""), "10.0.0.1 10.0.0.2"),
+    case!("eTP Local, all local", "-", "etp nodeport", TWO_LOCAL, ALL, ALL, "10.0.0.1 10.0.0.2"),
+];
+
+#[test]
+fn endpoint_choice_a3() {
+    for case in CASES {
+        let mut service = service(&["10.96.0.1"]);
+        for word in case.service.split_whitespace() {
+            match word {
+                "itp" => service.internal_policy = TrafficPolicy::Local,
+                "etp" => service.external_policy = TrafficPolicy::Local,
+                "nodeport" => service.ports[0].node_port = Some(port(30080)),
+                _ => panic!("{word}"),
+            }
+        }
+        let slices = [slice("web-1", case.endpoints)];
+        let candidates = candidates::unite(slices.iter(), &service.ports[0], Family::V4, &node(case.zone));
+        let needs = needs(&service, &service.ports[0], Family::V4);
+        let Choice { cluster, local, has_any } = choose(&candidates, needs, &node(case.zone));
+
+        assert_eq!(cluster.as_deref().map(addresses).as_deref(), case.cluster, "cluster list: {}", case.name);
+        assert_eq!(local.as_deref().map(addresses).as_deref(), case.local, "local list: {}", case.name);
+        let union: BTreeSet<Backend> = cluster.into_iter().chain(local).flatten().collect();
+        let union: Vec<Backend> = union.into_iter().collect();
+        assert_eq!(addresses(&union), case.reachable, "reachable: {}", case.name);
+        assert_eq!(has_any, !case.reachable.is_empty() || case.elsewhere, "has_any: {}", case.name);
+    }
+}
+
+#[test]
+fn external_access_comes_by_address_of_the_same_family() {
+    let mut service = service(&["10.96.0.1", "fd00::1"]);
+    service.external_policy = TrafficPolicy::Local;
+    service.load_balancer_ips = vec!["203.0.113.1".parse().unwrap()];
+    let of = |family| needs(&service, &service.ports[0], family);
+    assert_eq!(of(Family::V4), Needs { cluster: true, local: true });
+    assert_eq!(of(Family::V6), Needs { cluster: true, local: false });
+}
+
+#[test]
+fn slices_are_united_and_duplicates_counted_once_a19_a20() {
+    let slices = [
+        slice("web-1", &["10.0.0.2", "10.0.0.1 terminating", "10.0.0.3 notready"]),
+        slice("web-2", &["10.0.0.1", "10.0.0.2", "10.0.0.3 terminating"]),
+    ];
+    let planned = plan(&service(&["10.96.0.1"]), &slices);
+    // .1: the one that does not terminate wins. .3: not terminating wins too, and is not ready.
+    assert_eq!(addresses(&only(&planned).all), "10.0.0.1 10.0.0.2");
+    assert_eq!(only(&planned).all[0].to_string(), "10.0.0.1:8080");
+}
+
+#[test]
+fn a_ready_endpoint_wins_over_its_own_ghost() {
+    let slices = [slice("web-1", &["10.0.0.1 notready"]), slice("web-2", &["10.0.0.1 local"])];
+    assert_eq!(addresses(&only(&plan(&service(&["10.96.0.1"]), &slices)).all), "10.0.0.1");
+}
+
+#[test]
+fn slices_may_give_the_port_different_numbers_a23() {
+    let mut second = slice("web-2", &["10.0.0.2"]);
+    second.ports[0].port = port(9090);
+    let planned = plan(&service(&["10.96.0.1"]), &[slice("web-1", &["10.0.0.1"]), second]);
+    let backends: Vec<String> = only(&planned).all.iter().map(ToString::to_string).collect();
+    assert_eq!(backends, ["10.0.0.1:8080", "10.0.0.2:9090"]);
+}
+
+#[test]
+fn a_slice_port_matches_by_name_and_protocol_a23() {
+    let mut udp = slice("web-1", &["10.0.0.1"]);
+    udp.ports[0].protocol = Protocol::Udp;
+    let mut other = slice("web-2", &["10.0.0.2"]);
+    other.ports[0].name = "metrics".into();
+    let planned = plan(&service(&["10.96.0.1"]), &[udp, other]);
+    assert!(only(&planned).all.is_empty());
+    assert_eq!(only(&planned).verdicts.pod.action, Action::Reject);
+}
+
+#[test]
+fn bad_addresses_are_passed_over_and_said_f13() {
+    let mut v6 = slice("web-2", &["::1", "fe80::1", "::ffff:10.0.0.9", "ff02::1", "::", "fd00::5"]);
+    v6.family = Family::V6;
+    let v4 =
+        slice("web-1", &["127.0.0.1", "224.0.0.1", "0.0.0.0", "169.254.1.1", "255.255.255.255", "fd00::4", "10.0.0.1"]);
+    let planned = plan(&service(&["10.96.0.1", "fd00:96::1"]), &[v4, v6]);
+    let all: Vec<String> = planned.frontends.iter().map(|(_, spec)| addresses(&spec.all)).collect();
+    assert_eq!(all, ["10.0.0.1", "fd00::5"]);
+    let problems = planned.problems.join("\n");
+    for said in ["127.0.0.1 is a loopback", "224.0.0.1 is a multicast", "169.254.1.1 is link-local", "3 more endpoints"]
+    {
+        assert!(problems.contains(said), "{said} not in {problems}");
+    }
+}
+
+#[test]
+fn vips_that_cannot_be_served_cost_only_themselves() {
+    let planned = plan(&service(&["127.0.0.1", "10.96.0.1"]), &[slice("web-1", &["10.0.0.1"])]);
+    assert_eq!(planned.guards, ["10.96.0.1".parse::<IpAddr>().unwrap()]);
+    assert_eq!(only(&planned).all.len(), 1);
+    assert_eq!(planned.problems, ["clusterIP 127.0.0.1 is a loopback address; it is not served"]);
+}
+
+#[test]
+fn headless_and_external_name_have_nothing_a4_a5() {
+    assert_eq!(plan(&service(&[]), &[slice("web-1", &["10.0.0.1"])]), PlannedService::default());
+    let mut external = service(&["10.96.0.1"]);
+    external.kind = ServiceType::ExternalName;
+    assert_eq!(plan(&external, &[]), PlannedService::default());
+}
+
+#[test]
+fn one_number_two_protocols_are_two_frontends_a7() {
+    let mut service = service(&["10.96.0.1"]);
+    for protocol in [Protocol::Udp, Protocol::Sctp, Protocol::Tcp] {
+        service.ports.push(ServicePort { name: "again".into(), protocol, port: port(80), node_port: None });
+    }
+    let planned = plan(&service, &[]);
+    let frontends: Vec<String> = planned.frontends.iter().map(|(frontend, _)| frontend.to_string()).collect();
+    assert_eq!(frontends, ["10.96.0.1:80/TCP", "10.96.0.1:80/UDP", "10.96.0.1:80/SCTP"]);
+    assert_eq!(planned.problems, ["port 80/TCP is given twice; the first is used"]);
+    assert_eq!(&*planned.frontends[0].1.service.port, "http");
+}
+
+#[test]
+fn algorithm_by_annotation() {
+    let with = |text: &str| {
+        let mut service = service(&["10.96.0.1"]);
+        service.algorithm = Some(text.into());
+        let planned = plan(&service, &[]);
+        (only(&planned).algorithm, planned.problems.len())
+    };
+    assert_eq!(with("round-robin"), (Algorithm::RoundRobin, 0));
+    assert_eq!(with("random"), (Algorithm::Random, 0));
+    assert_eq!(with("fastest"), (Algorithm::Random, 1));
+    let defaults = Defaults { algorithm: Algorithm::RoundRobin, ..Defaults::default() };
+    let planned = plan_service(&service(&["10.96.0.1"]), [].iter(), &node("-"), &defaults);
+    assert_eq!(only(&planned).algorithm, Algorithm::RoundRobin);
+}
+
+#[test]
+fn sets_that_no_verdict_uses_are_left_out() {
+    let mut service = service(&["10.96.0.1"]);
+    let slices = [slice("web-1", ONE_LOCAL)];
+    let planned = plan(&service, &slices);
+    assert_eq!((only(&planned).all.len(), only(&planned).local.len()), (2, 0));
+    service.internal_policy = TrafficPolicy::Local;
+    service.ports[0].node_port = Some(port(30080));
+    let planned = plan(&service, &slices);
+    assert_eq!((only(&planned).all.len(), only(&planned).local.len()), (0, 1));
+}
+
+/// `A`: pick all, `L`: pick local, `D`: drop, `R`: reject; `m`: masquerade. Pod, node, external.
+fn row(verdicts: Verdicts) -> String {
+    let cell = |Verdict { action, masquerade }| {
+        let action = match action {
+            Action::PickAll => "A",
+            Action::PickLocal => "L",
+            Action::Drop => "D",
+            Action::Reject => "R",
+        };
+        format!("{action}{}", if masquerade { "m" } else { "" })
+    };
+    [verdicts.pod, verdicts.node, verdicts.external].map(cell).join(" ")
+}
+
+#[test]
+fn matrix_a6() {
+    use FrontendKind::{ClusterIp, LoadBalancer, NodePort};
+    use TrafficPolicy::{Cluster, Local};
+    let base =
+        Situation { internal: Cluster, external: Cluster, has_any: true, has_local: true, masquerade_all: false };
+    let etp = Situation { external: Local, ..base };
+    let itp = Situation { internal: Local, ..base };
+    for (kind, situation, expected) in [
+        (ClusterIp, base, "A Am Am"),
+        (ClusterIp, etp, "A Am Am"),
+        (ClusterIp, itp, "L Lm Lm"),
+        (NodePort, base, "Am Am Am"),
+        (NodePort, etp, "A Am L"),
+        (NodePort, itp, "Am Am Am"),
+        (LoadBalancer, base, "Am Am Am"),
+        (LoadBalancer, etp, "A Am L"),
+        (LoadBalancer, itp, "Am Am Am"),
+    ] {
+        assert_eq!(row(verdicts::verdicts(kind, &situation)), expected, "{kind} {situation:?}");
+    }
+    // A79: masquerade-all changes three cells, all of them pod → ClusterIP.
+    for (situation, expected) in [(base, "Am Am Am"), (etp, "Am Am Am"), (itp, "Lm Lm Lm")] {
+        let situation = Situation { masquerade_all: true, ..situation };
+        assert_eq!(row(verdicts::verdicts(ClusterIp, &situation)), expected);
+    }
+    let situation = Situation { masquerade_all: true, ..etp };
+    assert_eq!(row(verdicts::verdicts(NodePort, &situation)), "A Am L");
+}
+
+#[test]
+fn no_endpoints_a81_a83_a84_a86() {
+    use FrontendKind::{ClusterIp, LoadBalancer};
+    use TrafficPolicy::{Cluster, Local};
+    let nowhere =
+        Situation { internal: Cluster, external: Cluster, has_any: false, has_local: false, masquerade_all: false };
+    let itp = Situation { internal: Local, ..nowhere };
+    let etp = Situation { external: Local, ..nowhere };
+    for (kind, situation, expected) in [
+        (ClusterIp, nowhere, "R R R"),
+        (LoadBalancer, nowhere, "R R R"),
+        (ClusterIp, itp, "R R R"),
+        (LoadBalancer, etp, "R R R"),
+        (ClusterIp, Situation { has_any: true, ..itp }, "D D D"),
+        (LoadBalancer, Situation { has_any: true, ..etp }, "A Am D"),
+    ] {
+        assert_eq!(row(verdicts::verdicts(kind, &situation)), expected, "{kind} {situation:?}");
+    }
+}
+
+#[test]
+fn itp_local_without_local_endpoints_drops_and_carries_no_backends() {
+    let mut service = service(&["10.96.0.1"]);
+    service.internal_policy = TrafficPolicy::Local;
+    let planned = plan(&service, &[slice("web-1", NONE_LOCAL)]);
+    assert_eq!(row(only(&planned).verdicts), "D D D");
+    assert!(only(&planned).local.is_empty() && only(&planned).all.is_empty());
+}
