@@ -5,7 +5,7 @@
 //! differs from what was known (A137).
 
 use std::{
-    collections::{BTreeSet, HashMap, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
     sync::Arc,
 };
 
@@ -44,6 +44,7 @@ pub struct Index {
     owners: HashMap<SliceKey, ServiceKey>,
     endpoints: usize,
     heard: Heard,
+    problems: BTreeMap<String, Vec<String>>,
 }
 
 impl Index {
@@ -54,6 +55,11 @@ impl Index {
     /// Endpoints in all slices, duplicates counted.
     pub fn endpoints(&self) -> usize {
         self.endpoints
+    }
+
+    /// What the source could not read at all: object or file → what was wrong.
+    pub fn problems(&self) -> &BTreeMap<String, Vec<String>> {
+        &self.problems
     }
 
     /// Complete lists of Services and EndpointSlices and the own Node have come in; before that nothing may be
@@ -73,6 +79,7 @@ impl Index {
             Event::Node(facts) => self.set_node(facts, touched),
             Event::Services(list) => self.relist_services(list, touched),
             Event::Slices(list) => self.relist_slices(list, touched),
+            Event::Problems(problems) => self.problems = problems,
         }
     }
 
