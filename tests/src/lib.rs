@@ -1,1 +1,9 @@
+//! Worlds of network namespaces, what runs in their pods, and the cases that every dataplane has to pass.
+//!
+//! - [`world`] makes a cluster on one machine: nodes, pods, a client outside, the real agent on each node.
+//! - [`pod`] is what runs inside: a server that says who it is, and clients that say what they saw.
+//! - [`suite`] runs cases and counts what passed, failed and was skipped.
 
+pub mod pod;
+pub mod suite;
+pub mod world;

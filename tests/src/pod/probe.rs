@@ -1,0 +1,161 @@
+//! Ask a few times; say what happened each time.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead, BufReader, Write},
+    net::SocketAddr,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    socket::{self, Transport},
+    wire::{self, Answer},
+};
+
+#[derive(clap::Args)]
+pub struct Args {
+    pub to: SocketAddr,
+    #[arg(long, value_enum, default_value_t = Transport::Tcp)]
+    pub transport: Transport,
+    /// How often to ask, each time with a new socket
+    #[arg(long, default_value_t = 1)]
+    pub count: u32,
+    /// Bind every socket to this port
+    #[arg(long)]
+    pub source_port: Option<u16>,
+    /// Milliseconds to wait for a connection or an answer
+    #[arg(long, default_value_t = 1000)]
+    pub timeout: u64,
+    /// Reach an IPv4 address through an IPv6 socket
+    #[arg(long)]
+    pub mapped: bool,
+    /// Bytes to send
+    #[arg(long, default_value_t = 16)]
+    pub size: usize,
+    /// Bytes to ask for
+    #[arg(long, default_value_t = 0)]
+    pub reply: usize,
+    /// Give up after the first try that fails
+    #[arg(long)]
+    pub fail_fast: bool,
+}
+
+/// What one try saw.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Try {
+    /// Who answered, if anyone did.
+    pub answer: Option<Answer>,
+    /// Name of the errno that ended the try.
+    pub error: Option<String>,
+    pub micros: u64,
+    /// `getpeername` of a connected socket.
+    pub peer_name: Option<String>,
+    /// Where a UDP answer came from.
+    pub from: Option<String>,
+}
+
+impl Try {
+    pub fn backend(&self) -> Option<&str> {
+        self.answer.as_ref().map(|answer| answer.backend.as_str())
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Report {
+    pub tries: Vec<Try>,
+}
+
+impl Report {
+    /// How often each backend answered.
+    pub fn backends(&self) -> BTreeMap<String, usize> {
+        let mut count = BTreeMap::new();
+        for backend in self.tries.iter().filter_map(Try::backend) {
+            *count.entry(backend.to_owned()).or_insert(0) += 1;
+        }
+        count
+    }
+
+    /// How often each error ended a try.
+    pub fn errors(&self) -> BTreeMap<String, usize> {
+        let mut count = BTreeMap::new();
+        for error in self.tries.iter().filter_map(|t| t.error.as_ref()) {
+            *count.entry(error.clone()).or_insert(0) += 1;
+        }
+        count
+    }
+}
+
+pub fn run(args: &Args) -> Result<Report> {
+    let mut report = Report::default();
+    for _ in 0..args.count {
+        let started = Instant::now();
+        let mut seen = Try::default();
+        if let Err(error) = ask(args, &mut seen) {
+            seen.error = Some(format!("{error:?}"));
+        }
+        seen.micros = started.elapsed().as_micros().try_into().unwrap_or(u64::MAX);
+        if let Some(answer) = &mut seen.answer {
+            answer.pad.clear();
+        }
+        let failed = seen.error.is_some();
+        report.tries.push(seen);
+        if failed && args.fail_fast {
+            break;
+        }
+        if args.source_port.is_some() {
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+    Ok(report)
+}
+
+fn ask(args: &Args, seen: &mut Try) -> nix::Result<()> {
+    let &Args { to, transport, source_port, timeout, mapped, size, reply, .. } = args;
+    let to = socket::target(to, mapped);
+    let timeout = Duration::from_millis(timeout);
+    let request = wire::request(size, reply);
+    let io = |error: std::io::Error| socket::errno(&error);
+    let bytes = match transport {
+        Transport::Tcp => {
+            let mut stream = socket::tcp(to, source_port, timeout)?;
+            seen.peer_name = socket::peer_name(&stream);
+            stream.set_read_timeout(Some(timeout)).map_err(io)?;
+            stream.set_write_timeout(Some(timeout)).map_err(io)?;
+            stream.write_all(&request).map_err(io)?;
+            let mut line = Vec::new();
+            BufReader::new(&stream).read_until(b'\n', &mut line).map_err(io)?;
+            if source_port.is_some() {
+                // End with a reset: a socket in TIME_WAIT would keep the port from the next try.
+                let _ = nix::sys::socket::setsockopt(
+                    &stream,
+                    nix::sys::socket::sockopt::Linger,
+                    &nix::libc::linger { l_onoff: 1, l_linger: 0 },
+                );
+            }
+            line
+        }
+        Transport::Udp | Transport::UdpUnconnected => {
+            let connected = transport == Transport::Udp;
+            let socket = socket::udp(to, source_port, connected)?;
+            socket.set_read_timeout(Some(timeout)).map_err(io)?;
+            if connected {
+                seen.peer_name = socket::peer_name(&socket);
+                socket.send(&request).map_err(io)?;
+            } else {
+                socket.send_to(&request, to).map_err(io)?;
+            }
+            let mut buffer = vec![0; 65536];
+            let (length, from) = socket.recv_from(&mut buffer).map_err(io)?;
+            seen.from = Some(from.to_string());
+            buffer.truncate(length);
+            buffer
+        }
+    };
+    seen.answer = Some(serde_json::from_slice(&bytes).map_err(|_| Errno::EBADMSG)?);
+    Ok(())
+}

@@ -1,0 +1,129 @@
+//! Client sockets with what the standard library does not offer: a chosen source port, a connect that times out with it,
+//! IPv4 through an IPv6 socket.
+
+use std::{
+    fmt,
+    io::ErrorKind,
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
+    os::fd::{AsFd, AsRawFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use nix::{
+    errno::Errno,
+    poll::{PollFd, PollFlags, PollTimeout, poll},
+    sys::socket::{
+        AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, getpeername, getsockopt, setsockopt, socket,
+        sockopt,
+    },
+};
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "kebab-case")]
+pub enum Transport {
+    Tcp,
+    /// A connected UDP socket
+    Udp,
+    /// sendto and recvfrom on a UDP socket that is never connected
+    UdpUnconnected,
+}
+
+impl Transport {
+    pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::UdpUnconnected];
+}
+
+impl fmt::Display for Transport {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Tcp => "tcp",
+            Self::Udp => "udp",
+            Self::UdpUnconnected => "udp-unconnected",
+        })
+    }
+}
+
+/// `a.b.c.d` as `::ffff:a.b.c.d` where an IPv6 socket is to carry IPv4.
+pub fn target(to: SocketAddr, mapped: bool) -> SocketAddr {
+    match to.ip() {
+        IpAddr::V4(v4) if mapped => SocketAddr::new(IpAddr::V6(v4.to_ipv6_mapped()), to.port()),
+        _ => to,
+    }
+}
+
+/// A socket of the family of `to`, bound to `source_port` if one is given.
+fn open(to: SocketAddr, kind: SockType, source_port: Option<u16>) -> nix::Result<OwnedFd> {
+    let family = if to.is_ipv4() { AddressFamily::Inet } else { AddressFamily::Inet6 };
+    let fd = socket(family, kind, SockFlag::SOCK_CLOEXEC, None)?;
+    if let Some(port) = source_port {
+        setsockopt(&fd, sockopt::ReuseAddr, &true)?;
+        let any = if to.is_ipv4() { IpAddr::from([0; 4]) } else { IpAddr::V6(Ipv6Addr::UNSPECIFIED) };
+        bind(fd.as_raw_fd(), &SockaddrStorage::from(SocketAddr::new(any, port)))?;
+    }
+    Ok(fd)
+}
+
+/// Connects within `timeout`; `ETIMEDOUT` otherwise.
+pub fn tcp(to: SocketAddr, source_port: Option<u16>, timeout: Duration) -> nix::Result<TcpStream> {
+    let fd = open(to, SockType::Stream, source_port)?;
+    let stream = TcpStream::from(fd);
+    stream.set_nonblocking(true).map_err(|error| errno(&error))?;
+    match connect(stream.as_raw_fd(), &SockaddrStorage::from(to)) {
+        Ok(()) => {}
+        Err(Errno::EINPROGRESS) => {
+            wait(&stream, PollFlags::POLLOUT, timeout)?;
+            let error = getsockopt(&stream, sockopt::SocketError)?;
+            if error != 0 {
+                return Err(Errno::from_raw(error));
+            }
+        }
+        Err(error) => return Err(error),
+    }
+    stream.set_nonblocking(false).map_err(|error| errno(&error))?;
+    let _ = stream.set_nodelay(true);
+    Ok(stream)
+}
+
+/// A UDP socket, connected if `connected`.
+pub fn udp(to: SocketAddr, source_port: Option<u16>, connected: bool) -> nix::Result<UdpSocket> {
+    let fd = open(to, SockType::Datagram, source_port)?;
+    if connected {
+        connect(fd.as_raw_fd(), &SockaddrStorage::from(to))?;
+    }
+    Ok(UdpSocket::from(fd))
+}
+
+/// `getpeername` through the kernel, not what the caller remembers.
+pub fn peer_name(socket: &impl AsRawFd) -> Option<String> {
+    let name = getpeername::<SockaddrStorage>(socket.as_raw_fd()).ok()?;
+    let address = match (name.as_sockaddr_in(), name.as_sockaddr_in6()) {
+        (Some(v4), _) => SocketAddr::new(IpAddr::V4(v4.ip()), v4.port()),
+        (_, Some(v6)) => SocketAddr::new(IpAddr::V6(v6.ip()), v6.port()),
+        _ => return None,
+    };
+    Some(address.to_string())
+}
+
+fn wait(socket: &impl AsFd, events: PollFlags, timeout: Duration) -> nix::Result<()> {
+    let deadline = Instant::now() + timeout;
+    loop {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let left = PollTimeout::try_from(left.as_millis()).unwrap_or(PollTimeout::MAX);
+        match poll(&mut [PollFd::new(socket.as_fd(), events)], left) {
+            Ok(0) => return Err(Errno::ETIMEDOUT),
+            Ok(_) => return Ok(()),
+            Err(Errno::EINTR) => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// The errno behind an I/O error: a read that ran into its time limit is `ETIMEDOUT`, an early end `ECONNRESET`.
+pub fn errno(error: &std::io::Error) -> Errno {
+    match (error.kind(), error.raw_os_error()) {
+        (ErrorKind::WouldBlock | ErrorKind::TimedOut, _) => Errno::ETIMEDOUT,
+        (_, Some(raw)) => Errno::from_raw(raw),
+        (ErrorKind::UnexpectedEof, None) => Errno::ECONNRESET,
+        _ => Errno::EIO,
+    }
+}

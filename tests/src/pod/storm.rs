@@ -1,0 +1,124 @@
+//! New connections at a steady rate: says how often they failed, how, and who answered.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io::{BufRead, BufReader, Write},
+    net::SocketAddr,
+    sync::{
+        Mutex,
+        atomic::{AtomicU64, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::Result;
+use nix::errno::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::{
+    socket,
+    wire::{self, Answer},
+};
+
+#[derive(clap::Args)]
+pub struct Args {
+    pub to: SocketAddr,
+    /// Connections per second, all workers together
+    #[arg(long, default_value_t = 200)]
+    pub rate: u64,
+    /// Threads that connect; a slow connection holds up one of them only
+    #[arg(long, default_value_t = 8)]
+    pub workers: u64,
+    /// End after this many seconds, at the latest
+    #[arg(long, default_value_t = 60)]
+    pub seconds: u64,
+    /// Milliseconds to wait for a connection or an answer
+    #[arg(long, default_value_t = 3000)]
+    pub timeout: u64,
+    /// Backends that may answer; none given: any
+    #[arg(long, value_delimiter = ',')]
+    pub expect: Vec<String>,
+    /// Ask by UDP, a new connected socket each time
+    #[arg(long)]
+    pub udp: bool,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Report {
+    pub tries: u64,
+    pub answered: u64,
+    /// By errno, with what was being done.
+    pub failures: BTreeMap<String, u64>,
+    pub backends: BTreeMap<String, u64>,
+    /// Answers from a backend that was not expected.
+    pub wrong: BTreeMap<String, u64>,
+    pub slowest_micros: u64,
+}
+
+pub fn run(args: &Args) -> Result<Report> {
+    let stop = super::stop_on_stdin_eof();
+    println!("ready");
+    let report = Mutex::new(Report::default());
+    let expect: BTreeSet<&str> = args.expect.iter().map(String::as_str).collect();
+    let started = Instant::now();
+    let end = started + Duration::from_secs(args.seconds);
+    let turn = AtomicU64::new(0);
+    thread::scope(|scope| {
+        for _ in 0..args.workers {
+            scope.spawn(|| {
+                loop {
+                    // Every try has its own moment on the clock: one that takes long does not slow the others.
+                    let mine = turn.fetch_add(1, Ordering::Relaxed);
+                    let due = started + Duration::from_micros(mine * 1_000_000 / args.rate.max(1));
+                    if due >= end || stop.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    thread::sleep(due.saturating_duration_since(Instant::now()));
+                    let began = Instant::now();
+                    let outcome = ask(args);
+                    let micros = began.elapsed().as_micros().try_into().unwrap_or(u64::MAX);
+                    let Ok(mut report) = report.lock() else { return };
+                    report.tries += 1;
+                    report.slowest_micros = report.slowest_micros.max(micros);
+                    match outcome {
+                        Ok(answer) => {
+                            report.answered += 1;
+                            if !expect.is_empty() && !expect.contains(answer.backend.as_str()) {
+                                *report.wrong.entry(answer.backend.clone()).or_insert(0) += 1;
+                            }
+                            *report.backends.entry(answer.backend).or_insert(0) += 1;
+                        }
+                        Err((doing, errno)) => *report.failures.entry(format!("{doing}: {errno:?}")).or_insert(0) += 1,
+                    }
+                }
+            });
+        }
+    });
+    Ok(report.into_inner().unwrap_or_default())
+}
+
+fn ask(args: &Args) -> Result<Answer, (&'static str, Errno)> {
+    let timeout = Duration::from_millis(args.timeout);
+    let request = wire::request(0, 0);
+    let mut line = Vec::new();
+    if args.udp {
+        let socket = socket::udp(args.to, None, true).map_err(|errno| ("connect", errno))?;
+        let doing = |what| move |error: std::io::Error| (what, socket::errno(&error));
+        socket.set_read_timeout(Some(timeout)).map_err(doing("connect"))?;
+        socket.send(&request).map_err(doing("send"))?;
+        line.resize(2048, 0);
+        let length = socket.recv(&mut line).map_err(doing("receive"))?;
+        line.truncate(length);
+    } else {
+        let mut stream = socket::tcp(args.to, None, timeout).map_err(|errno| ("connect", errno))?;
+        let doing = |what| move |error: std::io::Error| (what, socket::errno(&error));
+        stream.set_read_timeout(Some(timeout)).map_err(doing("connect"))?;
+        stream.write_all(&request).map_err(doing("send"))?;
+        BufReader::new(&stream).read_until(b'\n', &mut line).map_err(doing("receive"))?;
+        if line.is_empty() {
+            return Err(("receive", Errno::ECONNRESET));
+        }
+    }
+    serde_json::from_slice(&line).map_err(|_| ("receive", Errno::EBADMSG))
+}

@@ -1,0 +1,78 @@
+//! Runs cases one after the other, says how each went, and counts.
+//!
+//! Cases share a world, so they run in the order they are written, in one process, and one that fails does not stop the
+//! others. A skip is printed with its reason and counted as a skip, never as a pass.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    process::ExitCode,
+    time::Instant,
+};
+
+use anyhow::Result;
+
+/// Outcome counts of one test binary.
+pub struct Suite {
+    name: &'static str,
+    only: Vec<String>,
+    passed: usize,
+    failed: Vec<String>,
+    skipped: usize,
+    started: Instant,
+}
+
+impl Suite {
+    /// Arguments that are no options choose cases by a part of their name, as with `cargo test`.
+    pub fn new(name: &'static str) -> Self {
+        let only = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+        Self { name, only, passed: 0, failed: Vec::new(), skipped: 0, started: Instant::now() }
+    }
+
+    /// Whether a case whose name starts like this may run: worlds that nobody needs are not built.
+    pub fn wants(&self, prefix: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| prefix.contains(only.as_str()) || only.starts_with(prefix))
+    }
+
+    /// Runs one case; a panic in it is its failure.
+    pub fn case(&mut self, name: &str, case: impl FnOnce() -> Result<()>) {
+        if !self.only.is_empty() && !self.only.iter().any(|only| name.contains(only.as_str())) {
+            return;
+        }
+        let started = Instant::now();
+        let outcome = catch_unwind(AssertUnwindSafe(case)).unwrap_or_else(|panic| {
+            let text = panic
+                .downcast_ref::<String>()
+                .cloned()
+                .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
+                .unwrap_or_else(|| "panic".to_owned());
+            Err(anyhow::anyhow!("panic: {text}"))
+        });
+        let took = started.elapsed().as_millis();
+        match outcome {
+            Ok(()) => {
+                self.passed += 1;
+                println!("ok   {name} ({took} ms)");
+            }
+            Err(error) => {
+                println!("FAIL {name} ({took} ms): {error:#}");
+                self.failed.push(name.to_owned());
+            }
+        }
+    }
+
+    pub fn skip(&mut self, name: &str, reason: &str) {
+        self.skipped += 1;
+        println!("SKIP {name}: {reason}");
+    }
+
+    /// Prints the counts; success only if nothing failed.
+    pub fn finish(self) -> ExitCode {
+        let Self { name, only: _, passed, failed, skipped, started } = self;
+        println!(
+            "suite {name}: {passed} passed, {} failed, {skipped} skipped in {:.1} s",
+            failed.len(),
+            started.elapsed().as_secs_f64()
+        );
+        if failed.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+}

@@ -1,0 +1,429 @@
+//! A cluster on one machine, out of network namespaces: nodes with pods, a client outside, the real agent on each node.
+//!
+//! ```text
+//!   pods of node1 ── node1 ──┐                        ┌── node2 ── pods of node2
+//!                            ├── underlay (a bridge) ──┤
+//!                 outside ──┘                        └── sink (everybody's default route)
+//! ```
+//!
+//! Nothing leads out of the machine: the underlay is a bridge in a namespace of its own, and the nodes' default route ends
+//! in the sink, which counts what arrives for a Service address: a packet there is one the proxy let slip.
+//!
+//! Whatever runs in a world is started in its place: the cgroup first (it decides about translation at connect time), then
+//! the network namespace, by `setns` and not by `ip netns exec`, which would hide cgroups and bpffs. A world is removed
+//! when it is dropped, on Ctrl-C, and by [`World::sweep`] if its owner was killed.
+
+mod agent;
+mod cgroup;
+mod layout;
+mod namespace;
+mod place;
+mod topology;
+
+pub mod objects;
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    path::{Path, PathBuf},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail};
+
+pub use agent::{AgentOptions, SocketLb};
+pub use layout::{cleanup_on_signals, set_exit_status};
+pub use namespace::Namespace;
+pub use place::{Ask, Client, Family, Place};
+
+use agent::Agent;
+use layout::Layout;
+
+/// Ports on which every server of a world answers.
+pub const SERVER_PORTS: [u16; 2] = [8080, 9090];
+
+/// How pods are attached, and how their packets get from node to node.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Topology {
+    /// A host route for each pod, routes between the nodes: the shape of Calico.
+    Routed,
+    /// Pods on a bridge that is their gateway, routes between the nodes: the shape of the CNI bridge plugin.
+    Bridge,
+    /// Pods on a bridge, VXLAN between the nodes: the shape of flannel.
+    Vxlan,
+}
+
+impl Topology {
+    pub const ALL: [Self; 3] = [Self::Routed, Self::Bridge, Self::Vxlan];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Routed => "routed",
+            Self::Bridge => "bridge",
+            Self::Vxlan => "vxlan",
+        }
+    }
+}
+
+/// What to build.
+#[derive(Clone, Debug)]
+pub struct Spec {
+    pub topology: Topology,
+    /// Names of the pods of each node, all different. Node N (from 1) is called `nodeN`.
+    pub nodes: Vec<Vec<String>>,
+    /// Strict reverse-path filtering on the nodes.
+    pub rp_filter: bool,
+}
+
+impl Spec {
+    /// Two nodes: `a1 b1 c1` on the first, `a2 b2 c2` on the second.
+    pub fn two_nodes(topology: Topology) -> Self {
+        let pods = |node: u8| ["a", "b", "c"].iter().map(|pod| format!("{pod}{node}")).collect();
+        Self { topology, nodes: vec![pods(1), pods(2)], rp_filter: false }
+    }
+}
+
+/// The programs that run inside.
+#[derive(Clone, Debug)]
+pub struct Programs {
+    pub testpod: PathBuf,
+    pub agent: PathBuf,
+}
+
+impl Programs {
+    /// `PROXY_TESTPOD_BIN` and `PROXY_AGENT_BIN`, or what cargo left beside the running program. `Err` names what is missing.
+    pub fn find() -> Result<Self> {
+        Ok(Self { testpod: Self::find_testpod()?, agent: Self::find_agent()? })
+    }
+
+    pub fn find_testpod() -> Result<PathBuf> {
+        find("testpod", "PROXY_TESTPOD_BIN", "cargo build -p proxy-tests")
+    }
+
+    pub fn find_agent() -> Result<PathBuf> {
+        find("proxy-agent", "PROXY_AGENT_BIN", "cargo xtask build")
+    }
+}
+
+fn find(name: &str, variable: &str, remedy: &str) -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os(variable) {
+        let path = PathBuf::from(path);
+        if !path.is_file() {
+            bail!("{variable} names {}, which is no file", path.display());
+        }
+        return Ok(path);
+    }
+    // target/<profile>/deps/<test> and target/<profile>/<program> both lie below target/.
+    let own = std::env::current_exe().context("find the running program")?;
+    let target = own.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file());
+    let found =
+        target.into_iter().flat_map(|target| ["release", "debug"].map(|profile| target.join(profile).join(name)));
+    found
+        .filter(|path| path.is_file())
+        .max_by_key(|path| path.metadata().and_then(|meta| meta.modified()).ok())
+        .with_context(|| format!("no {name} below target/: run `{remedy}`, or name it with {variable}"))
+}
+
+/// One node: its own place (network namespace, cgroup `host`), and what its agent is given.
+pub struct Node {
+    pub place: Place,
+    /// Root of the node's cgroup subtree.
+    pub cgroup: PathBuf,
+    /// Its private directory below the bpffs.
+    pub bpffs: PathBuf,
+    agent: Option<Agent>,
+}
+
+pub struct World {
+    pub topology: Topology,
+    pub nodes: Vec<Node>,
+    pods: BTreeMap<String, Place>,
+    outside: Place,
+    sink: Namespace,
+    programs: Programs,
+    servers: Vec<Client>,
+    markers: u32,
+    layout: Layout,
+    _underlay: Namespace,
+}
+
+impl World {
+    /// Why no world can be made here, if so: what is missing and what to do about it.
+    pub fn unavailable() -> Option<String> {
+        if !nix::unistd::geteuid().is_root() {
+            return Some("needs root for network namespaces: run it as root".to_owned());
+        }
+        for tool in ["ip", "nft", "bridge"] {
+            let found = std::env::var_os("PATH").is_some_and(|path| {
+                std::env::split_paths(&path)
+                    .chain(["/usr/sbin".into(), "/sbin".into()])
+                    .any(|dir: PathBuf| dir.join(tool).is_file())
+            });
+            if !found {
+                return Some(format!("needs {tool}: install iproute2 and nftables"));
+            }
+        }
+        cgroup::root().err().map(|error| format!("{error:#}"))
+    }
+
+    /// Builds namespaces, cgroups and links, and starts a server in every pod and on every node. No agent runs yet.
+    pub fn new(spec: &Spec, programs: Programs) -> Result<Self> {
+        if spec.nodes.is_empty() || spec.nodes.len() > 9 || spec.nodes.iter().any(|pods| pods.len() > 200) {
+            bail!("a world has 1 to 9 nodes with at most 200 pods each");
+        }
+        let names: BTreeSet<&String> = spec.nodes.iter().flatten().collect();
+        if names.len() != spec.nodes.iter().map(Vec::len).sum::<usize>() {
+            bail!("two pods of one name");
+        }
+        // Whatever fails from here on, dropping the layout removes what was made.
+        let layout = Layout::create()?;
+        let built = topology::build(spec, &layout)?;
+        let mut world = Self {
+            topology: spec.topology,
+            nodes: built.nodes,
+            pods: built.pods,
+            outside: built.outside,
+            sink: built.sink,
+            programs,
+            servers: Vec::new(),
+            markers: 0,
+            layout,
+            _underlay: built.underlay,
+        };
+        world.start_servers()?;
+        Ok(world)
+    }
+
+    /// Removes what worlds left behind whose owner is gone. Returns how many there were.
+    pub fn sweep() -> Result<usize> {
+        layout::sweep()
+    }
+
+    fn start_servers(&mut self) -> Result<()> {
+        let places = self.nodes.iter().map(|node| &node.place).chain(self.pods.values());
+        let mut servers = Vec::new();
+        for place in places {
+            let mut args = vec!["serve".to_owned(), format!("--name={}", place.name)];
+            args.extend([place.v4.to_string(), place.v6.to_string()].map(|address| format!("--address={address}")));
+            args.extend(SERVER_PORTS.iter().map(|port| format!("--port={port}")));
+            servers
+                .push(place.start(&self.programs.testpod, &args).with_context(|| format!("server in {}", place.name))?);
+        }
+        for server in &mut servers {
+            server.wait_for_line("serving", Duration::from_secs(5))?;
+        }
+        self.servers = servers;
+        Ok(())
+    }
+
+    /// A pod by name.
+    ///
+    /// # Panics
+    /// If there is none: a mistake in the test itself.
+    pub fn pod(&self, name: &str) -> &Place {
+        self.pods.get(name).unwrap_or_else(|| panic!("no pod {name} in this world"))
+    }
+
+    pub fn pods(&self) -> impl Iterator<Item = &Place> {
+        self.pods.values()
+    }
+
+    /// Node N, from 1.
+    ///
+    /// # Panics
+    /// If there is none: a mistake in the test itself.
+    pub fn node(&self, number: usize) -> &Node {
+        number
+            .checked_sub(1)
+            .and_then(|i| self.nodes.get(i))
+            .unwrap_or_else(|| panic!("no node {number} in this world"))
+    }
+
+    pub fn outside(&self) -> &Place {
+        &self.outside
+    }
+
+    /// Pod, node or `outside` by name.
+    pub fn place(&self, name: &str) -> Option<&Place> {
+        let nodes = self.nodes.iter().map(|node| &node.place);
+        nodes.chain(self.pods.values()).chain([&self.outside]).find(|place| place.name == name)
+    }
+
+    pub fn programs(&self) -> &Programs {
+        &self.programs
+    }
+
+    /// The directory that the agents read.
+    pub fn objects_dir(&self) -> PathBuf {
+        self.layout.objects()
+    }
+
+    /// Every address that node N owns: what a masqueraded packet may have as its source.
+    pub fn node_addresses(&self, number: usize) -> Result<BTreeSet<IpAddr>> {
+        let out = self.node(number).place.namespace.output("ip", &["-o", "addr", "show"])?;
+        // "2: eth0    inet 192.168.77.1/24 brd …"
+        Ok(out
+            .lines()
+            .filter_map(|line| line.split_whitespace().nth(3)?.split('/').next()?.parse::<IpAddr>().ok())
+            .filter(|address| !address.is_loopback())
+            .collect())
+    }
+
+    /// Writes one object, atomically: readers see the old file or the new one.
+    pub fn write(&self, object: &serde_json::Value) -> Result<()> {
+        objects::write(&self.objects_dir(), object)
+    }
+
+    pub fn remove(&self, object: &serde_json::Value) -> Result<()> {
+        objects::remove(&self.objects_dir(), object)
+    }
+
+    /// Writes objects and waits until every running agent has them in force.
+    pub fn apply(&mut self, objects: &[serde_json::Value]) -> Result<()> {
+        for object in objects {
+            self.write(object)?;
+        }
+        self.settle()
+    }
+
+    /// Waits until every running agent has read what was written so far: a marker Service, written last, must be in force.
+    pub fn settle(&mut self) -> Result<()> {
+        self.markers += 1;
+        let address = Ipv4Addr::new(10, 96, 255, u8::try_from(self.markers % 200)?.saturating_add(1));
+        let port = u16::try_from(10_000 + self.markers % 50_000)?;
+        self.write(&objects::service("marker").port("", "TCP", port).cluster_ips(&[address.into()]).json())?;
+        let wanted = format!("{address}:{port}");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        for i in 0..self.nodes.len() {
+            let Some(node) = self.nodes.get(i).filter(|node| node.agent.is_some()) else { continue };
+            while !node.status().is_ok_and(|status| frontend_in_force(&status, &wanted)) {
+                if Instant::now() > deadline {
+                    bail!(
+                        "{}: the agent has not programmed {wanted} within 10 s\n{}",
+                        node.place.name,
+                        node.agent_log()
+                    );
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+        }
+        Ok(())
+    }
+
+    /// Starts the agent on every node and waits until all are ready.
+    pub fn start_agents(&mut self, options: &AgentOptions) -> Result<()> {
+        for number in 1..=self.nodes.len() {
+            self.start_agent(number, options)?;
+        }
+        (1..=self.nodes.len()).try_for_each(|number| self.node(number).wait_ready(Duration::from_secs(30)))
+    }
+
+    /// Starts the agent on node N; does not wait.
+    pub fn start_agent(&mut self, number: usize, options: &AgentOptions) -> Result<()> {
+        let (program, objects, logs) = (self.programs.agent.clone(), self.objects_dir(), self.layout.logs());
+        let node = number.checked_sub(1).and_then(|i| self.nodes.get_mut(i)).context("no such node")?;
+        node.agent = None;
+        node.agent = Some(Agent::start(node, &program, &objects, &logs, options)?);
+        Ok(())
+    }
+
+    /// Ends the agent of node N as a crash would (SIGKILL); the datapath stays.
+    pub fn kill_agent(&mut self, number: usize) -> Result<()> {
+        let node = number.checked_sub(1).and_then(|i| self.nodes.get_mut(i)).context("no such node")?;
+        node.agent = None;
+        Ok(())
+    }
+
+    /// Stops the agents and takes what they left in the kernel out of this world, so that the next one starts fresh.
+    pub fn remove_agents(&mut self) -> Result<()> {
+        for node in &mut self.nodes {
+            node.agent = None;
+            layout::remove_pins(&node.bpffs)?;
+        }
+        Ok(())
+    }
+
+    /// Packets for a Service address that reached the sink since the last call, as `source > destination`.
+    pub fn leaks(&self) -> Result<Vec<String>> {
+        let mut seen = Vec::new();
+        for set in ["leaks4", "leaks6"] {
+            let listed = self.sink.output("nft", &["-j", "list", "set", "inet", "sink", set])?;
+            let listed: serde_json::Value = serde_json::from_str(&listed).context("nft -j list set")?;
+            for element in listed.pointer("/nftables/1/set/elem").and_then(|v| v.as_array()).into_iter().flatten() {
+                let parts = element.pointer("/concat").and_then(|v| v.as_array());
+                let text = |i: usize| {
+                    parts
+                        .and_then(|p| p.get(i))
+                        .map_or(String::new(), |v| v.as_str().map_or(v.to_string(), str::to_owned))
+                };
+                seen.push(format!("{} > {} proto {}", text(0), text(1), text(2)));
+            }
+            self.sink.output("nft", &["flush", "set", "inet", "sink", set])?;
+        }
+        Ok(seen)
+    }
+
+    /// Name of the node's end of a pod's link.
+    pub fn pod_link(&self, pod: &Place) -> String {
+        topology::pod_link(self.topology, &pod.name)
+    }
+
+    pub fn id(&self) -> &str {
+        self.layout.id()
+    }
+}
+
+/// Whether `/status` lists this frontend as programmed.
+fn frontend_in_force(status: &serde_json::Value, wanted: &str) -> bool {
+    fn find<'a>(value: &'a serde_json::Value, wanted: &str) -> Option<&'a serde_json::Value> {
+        match value {
+            serde_json::Value::Object(fields) => fields
+                .iter()
+                .find(|(key, value)| {
+                    key.starts_with(wanted) || value.as_str().is_some_and(|text| text.starts_with(wanted))
+                })
+                .map(|(key, inner)| if key.starts_with(wanted) { inner } else { value })
+                .or_else(|| fields.values().find_map(|inner| find(inner, wanted))),
+            serde_json::Value::Array(items) => items.iter().find_map(|inner| find(inner, wanted)),
+            _ => None,
+        }
+    }
+    find(status, wanted).is_some_and(|frontend| frontend.to_string().to_lowercase().contains("programmed"))
+}
+
+/// The Service network of every world.
+pub const SERVICE_CIDR_V4: &str = "10.96.0.0/16";
+pub const SERVICE_CIDR_V6: &str = "fd00:96::/112";
+
+/// `10.96.0.N`
+pub fn vip4(n: u8) -> IpAddr {
+    Ipv4Addr::new(10, 96, 0, n).into()
+}
+
+/// `fd00:96::N`
+pub fn vip6(n: u8) -> IpAddr {
+    Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, n.into()).into()
+}
+
+/// The Nth Service address of a family.
+pub fn vip(family: Family, n: u8) -> IpAddr {
+    match family {
+        Family::V4 => vip4(n),
+        Family::V6 => vip6(n),
+    }
+}
+
+impl Node {
+    pub fn agent_running(&self) -> bool {
+        self.agent.is_some()
+    }
+
+    /// What the agent wrote to stderr, its end first of all.
+    pub fn agent_log(&self) -> String {
+        self.agent.as_ref().map_or_else(|| "no agent runs here".to_owned(), Agent::log_tail)
+    }
+
+    pub fn agent_log_path(&self) -> Option<&Path> {
+        self.agent.as_ref().map(Agent::log_path)
+    }
+}

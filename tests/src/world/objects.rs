@@ -1,0 +1,177 @@
+//! Services, EndpointSlices and Nodes as the agents read them: ordinary Kubernetes objects, one file each.
+
+use std::{
+    fs,
+    net::IpAddr,
+    path::{Path, PathBuf},
+};
+
+use anyhow::{Context, Result};
+use serde_json::{Value, json};
+
+use super::{Family, Place};
+
+/// A Service in the namespace `default`.
+pub fn service(name: &str) -> Service {
+    Service {
+        name: name.to_owned(),
+        cluster_ips: Vec::new(),
+        ports: Vec::new(),
+        internal_local: false,
+        annotations: Vec::new(),
+    }
+}
+
+#[derive(Clone, Debug)]
+pub struct Service {
+    name: String,
+    cluster_ips: Vec<IpAddr>,
+    ports: Vec<Value>,
+    internal_local: bool,
+    annotations: Vec<(String, String)>,
+}
+
+impl Service {
+    /// At most one of each family, the primary one first.
+    pub fn cluster_ips(mut self, ips: &[IpAddr]) -> Self {
+        self.cluster_ips = ips.to_vec();
+        self
+    }
+
+    pub fn port(mut self, name: &str, protocol: &str, port: u16) -> Self {
+        self.ports.push(json!({"name": name, "protocol": protocol, "port": port}));
+        self
+    }
+
+    /// `internalTrafficPolicy: Local`
+    pub fn local(mut self) -> Self {
+        self.internal_local = true;
+        self
+    }
+
+    pub fn annotation(mut self, key: &str, value: &str) -> Self {
+        self.annotations.push((key.to_owned(), value.to_owned()));
+        self
+    }
+
+    pub fn json(self) -> Value {
+        let Self { name, cluster_ips, ports, internal_local, annotations } = self;
+        let families: Vec<&str> = cluster_ips.iter().map(|ip| if ip.is_ipv4() { "IPv4" } else { "IPv6" }).collect();
+        let annotations: serde_json::Map<String, Value> = annotations.into_iter().map(|(k, v)| (k, v.into())).collect();
+        json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"namespace": "default", "name": name, "uid": format!("uid-{name}"), "annotations": annotations},
+            "spec": {
+                "type": "ClusterIP",
+                "clusterIP": cluster_ips.first().map_or("None".to_owned(), IpAddr::to_string),
+                "clusterIPs": cluster_ips.iter().map(IpAddr::to_string).collect::<Vec<_>>(),
+                "ipFamilies": families,
+                "ports": ports,
+                "internalTrafficPolicy": if internal_local { "Local" } else { "Cluster" },
+            },
+        })
+    }
+}
+
+/// An EndpointSlice of one family for a Service of the namespace `default`.
+pub fn slice(service: &str, family: Family) -> Slice {
+    Slice { service: service.to_owned(), suffix: family.to_string(), family, ports: Vec::new(), endpoints: Vec::new() }
+}
+
+#[derive(Clone, Debug)]
+pub struct Slice {
+    service: String,
+    suffix: String,
+    family: Family,
+    ports: Vec<Value>,
+    endpoints: Vec<Value>,
+}
+
+impl Slice {
+    /// Tells several slices of one Service and family apart.
+    pub fn suffix(mut self, suffix: &str) -> Self {
+        self.suffix = format!("{}-{suffix}", self.family);
+        self
+    }
+
+    /// A port that the Service's port of this name leads to.
+    pub fn port(mut self, name: &str, protocol: &str, port: u16) -> Self {
+        self.ports.push(json!({"name": name, "protocol": protocol, "port": port}));
+        self
+    }
+
+    pub fn endpoint(self, place: &Place) -> Self {
+        self.endpoint_with(place, json!({"ready": true, "serving": true, "terminating": false}), Value::Null)
+    }
+
+    pub fn endpoints<'a>(self, places: impl IntoIterator<Item = &'a Place>) -> Self {
+        places.into_iter().fold(self, Slice::endpoint)
+    }
+
+    /// With the conditions and hints given.
+    pub fn endpoint_with(mut self, place: &Place, conditions: Value, hints: Value) -> Self {
+        let node = place.node.map(|node| format!("node{node}"));
+        let mut endpoint = json!({"addresses": [place.ip(self.family)], "conditions": conditions, "nodeName": node});
+        if let (Some(fields), false) = (endpoint.as_object_mut(), hints.is_null()) {
+            fields.insert("hints".to_owned(), hints);
+        }
+        self.endpoints.push(endpoint);
+        self
+    }
+
+    pub fn json(self) -> Value {
+        let Self { service, suffix, family, ports, endpoints } = self;
+        json!({
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {
+                "namespace": "default",
+                "name": format!("{service}-{suffix}"),
+                "labels": {"kubernetes.io/service-name": service},
+            },
+            "addressType": if family == Family::V4 { "IPv4" } else { "IPv6" },
+            "ports": ports,
+            "endpoints": endpoints,
+        })
+    }
+}
+
+/// A Node object, in the zone given.
+pub fn node(place: &Place, zone: &str) -> Value {
+    let number = place.node.unwrap_or_default();
+    let (v4, v6) = (format!("10.244.{number}.0/24"), format!("fd00:244:{number}::/64"));
+    json!({
+        "apiVersion": "v1",
+        "kind": "Node",
+        "metadata": {
+            "name": place.name,
+            "labels": {"kubernetes.io/hostname": place.name, "topology.kubernetes.io/zone": zone},
+        },
+        "spec": {"podCIDR": v4, "podCIDRs": [v4, v6]},
+        "status": {"addresses": [
+            {"type": "InternalIP", "address": place.v4},
+            {"type": "InternalIP", "address": place.v6},
+        ]},
+    })
+}
+
+fn file(dir: &Path, object: &Value) -> Result<PathBuf> {
+    let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str);
+    let kind = text("/kind").context("an object without kind")?;
+    let name = text("/metadata/name").context("an object without name")?;
+    Ok(dir.join(format!("{}-{name}.json", kind.to_lowercase())))
+}
+
+/// One object, one file; renamed into place, so that a reader never sees half of it.
+pub(super) fn write(dir: &Path, object: &Value) -> Result<()> {
+    let path = file(dir, object)?;
+    let draft = path.with_extension("draft");
+    fs::write(&draft, serde_json::to_vec_pretty(object)?).with_context(|| format!("write {}", draft.display()))?;
+    fs::rename(&draft, &path).with_context(|| format!("rename {}", draft.display()))
+}
+
+pub(super) fn remove(dir: &Path, object: &Value) -> Result<()> {
+    let path = file(dir, object)?;
+    fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
+}

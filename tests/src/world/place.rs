@@ -1,0 +1,228 @@
+//! A place where processes run: a pod, a node, the client outside. A network namespace and a cgroup.
+
+use std::{
+    fs::OpenOptions,
+    io::{BufRead, BufReader, Read, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::mpsc,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use nix::sys::signal::{SigSet, SigmaskHow, sigprocmask};
+
+use super::Namespace;
+use crate::pod::{probe::Report, socket::Transport};
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Family {
+    V4,
+    V6,
+}
+
+impl Family {
+    pub const BOTH: [Self; 2] = [Self::V4, Self::V6];
+}
+
+impl std::fmt::Display for Family {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Self::V4 => "v4",
+            Self::V6 => "v6",
+        })
+    }
+}
+
+#[derive(Clone)]
+pub struct Place {
+    pub name: String,
+    /// Number of its node, from 1; the client outside has none.
+    pub node: Option<usize>,
+    pub v4: Ipv4Addr,
+    pub v6: Ipv6Addr,
+    pub namespace: Namespace,
+    pub cgroup: PathBuf,
+}
+
+/// What to ask, beyond the defaults of `testpod probe`.
+#[derive(Clone, Debug)]
+pub struct Ask {
+    pub to: SocketAddr,
+    pub transport: Transport,
+    pub count: u32,
+    pub extra: Vec<String>,
+}
+
+impl Place {
+    /// A node itself, not a pod on it.
+    pub fn is_node(&self) -> bool {
+        self.node.is_some_and(|number| self.name == format!("node{number}"))
+    }
+
+    pub fn ip(&self, family: Family) -> IpAddr {
+        match family {
+            Family::V4 => self.v4.into(),
+            Family::V6 => self.v6.into(),
+        }
+    }
+
+    pub fn at(&self, family: Family, port: u16) -> SocketAddr {
+        SocketAddr::new(self.ip(family), port)
+    }
+
+    /// A command that runs here: in the cgroup before it is executed, so that its first socket counts as this place's.
+    pub fn command(&self, program: impl AsRef<Path>) -> Result<Command> {
+        let mut command = self.namespace.command(&program.as_ref().to_string_lossy());
+        let procs = self.cgroup.join("cgroup.procs");
+        let procs = OpenOptions::new().write(true).open(&procs).with_context(|| format!("open {}", procs.display()))?;
+        // SAFETY: between fork and exec the closure makes plain system calls on what it owns, and allocates nothing.
+        unsafe {
+            command.pre_exec(move || {
+                (&procs).write_all(b"0")?;
+                // The world's own signal thread needs these blocked; a child that inherits that could not be stopped.
+                sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+                Ok(())
+            });
+        }
+        // Ctrl-C in a terminal goes to a whole process group: the world ends its processes itself.
+        command.process_group(0);
+        Ok(command)
+    }
+
+    /// How to run a command here by hand.
+    pub fn by_hand(&self, command: &str) -> String {
+        format!(
+            "sh -c 'echo $$ > {}/cgroup.procs; exec nsenter --net={} {command}'",
+            self.cgroup.display(),
+            self.namespace.path()
+        )
+    }
+
+    /// Starts a program that runs until it is told to end.
+    pub fn start(&self, program: &Path, args: &[String]) -> Result<Client> {
+        let mut child = self
+            .command(program)?
+            .args(args)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("start {} in {}", program.display(), self.name))?;
+        let stdin = child.stdin.take();
+        let (sender, lines) = mpsc::channel();
+        if let Some(stdout) = child.stdout.take() {
+            std::thread::spawn(move || {
+                for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                    if sender.send(line).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        Ok(Client { what: format!("{} in {}", args.join(" "), self.name), child, stdin, lines })
+    }
+
+    /// Runs `testpod` to its end and parses what it printed.
+    pub fn testpod<T: serde::de::DeserializeOwned>(&self, testpod: &Path, args: &[String]) -> Result<T> {
+        let done = self.command(testpod)?.args(args).stdin(Stdio::null()).output()?;
+        if !done.status.success() {
+            bail!("testpod {} in {}: {}", args.join(" "), self.name, String::from_utf8_lossy(&done.stderr).trim());
+        }
+        serde_json::from_slice(&done.stdout).with_context(|| format!("what testpod {} printed", args.join(" ")))
+    }
+
+    /// Asks from here.
+    pub fn ask(&self, testpod: &Path, ask: &Ask) -> Result<Report> {
+        self.testpod(testpod, &ask.args())
+    }
+}
+
+impl Ask {
+    pub fn new(to: SocketAddr, transport: Transport) -> Self {
+        Self { to, transport, count: 1, extra: Vec::new() }
+    }
+
+    pub fn times(mut self, count: u32) -> Self {
+        self.count = count;
+        self
+    }
+
+    /// Milliseconds to wait for each answer.
+    pub fn timeout(self, millis: u32) -> Self {
+        self.with(format!("--timeout={millis}"))
+    }
+
+    pub fn with(mut self, arg: impl Into<String>) -> Self {
+        self.extra.push(arg.into());
+        self
+    }
+
+    fn args(&self) -> Vec<String> {
+        let Self { to, transport, count, extra } = self;
+        let mut args =
+            vec!["probe".to_owned(), to.to_string(), format!("--transport={transport}"), format!("--count={count}")];
+        args.extend(extra.iter().cloned());
+        args
+    }
+}
+
+impl super::World {
+    /// Asks from a place.
+    pub fn ask(&self, from: &Place, ask: &Ask) -> Result<Report> {
+        from.ask(&self.programs().testpod, ask)
+    }
+}
+
+/// A running program; killed when dropped.
+pub struct Client {
+    what: String,
+    child: Child,
+    stdin: Option<ChildStdin>,
+    lines: mpsc::Receiver<String>,
+}
+
+impl Client {
+    /// Waits until it prints exactly this.
+    pub fn wait_for_line(&mut self, wanted: &str, timeout: Duration) -> Result<()> {
+        match self.lines.recv_timeout(timeout) {
+            Ok(line) if line == wanted => Ok(()),
+            Ok(line) => bail!("{}: printed {line:?} instead of {wanted:?}", self.what),
+            Err(_) => {
+                let stderr = self.last_words();
+                bail!("{}: did not print {wanted:?} within {timeout:?}: {stderr}", self.what)
+            }
+        }
+    }
+
+    /// Closes its stdin, which ends it, and parses its last word.
+    pub fn finish<T: serde::de::DeserializeOwned>(mut self, timeout: Duration) -> Result<T> {
+        drop(self.stdin.take());
+        match self.lines.recv_timeout(timeout) {
+            Ok(line) => serde_json::from_str(&line).with_context(|| format!("{}: printed {line:?}", self.what)),
+            Err(_) => {
+                let stderr = self.last_words();
+                bail!("{}: no report within {timeout:?}: {stderr}", self.what)
+            }
+        }
+    }
+
+    /// Ends it and returns what it wrote to stderr.
+    fn last_words(&mut self) -> String {
+        let _ = self.child.kill();
+        let mut text = String::new();
+        if let Some(mut stderr) = self.child.stderr.take() {
+            let _ = stderr.read_to_string(&mut text);
+        }
+        text.trim().to_owned()
+    }
+}
+
+impl Drop for Client {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}

@@ -1,0 +1,294 @@
+//! Links, addresses and routes of the three shapes.
+//!
+//! | network | IPv4 | IPv6 |
+//! |---|---|---|
+//! | underlay | 192.168.77.0/24 (node N: .N, sink .254, outside .100) | fd00:77::/64 (::N, ::fe, ::100) |
+//! | pods of node N | 10.244.N.0/24, from .10 | fd00:244:N::/64, from ::a |
+//! | Services | 10.96.0.0/16 | fd00:96::/112 |
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write,
+    fs,
+    net::{Ipv4Addr, Ipv6Addr},
+    path::Path,
+};
+
+use anyhow::{Context, Result};
+
+use super::{Namespace, Node, Place, SERVICE_CIDR_V4, SERVICE_CIDR_V6, Spec, Topology, layout::Layout};
+
+pub(super) struct Built {
+    pub(super) nodes: Vec<Node>,
+    pub(super) pods: BTreeMap<String, Place>,
+    pub(super) outside: Place,
+    pub(super) sink: Namespace,
+    pub(super) underlay: Namespace,
+}
+
+/// The gateway of routed pods, as Calico has it: the node's end of the link answers for it by proxy ARP.
+const GATEWAY4: &str = "169.254.1.1";
+const GATEWAY6: &str = "fe80::1";
+const GATEWAY_MAC: &str = "ee:ee:ee:ee:ee:ee";
+
+pub(super) fn build(spec: &Spec, layout: &Layout) -> Result<Built> {
+    let underlay = Namespace::create(&layout.namespace("underlay"))?;
+    // Without snooping neighbour discovery needs no querier.
+    underlay.ip("link add under type bridge stp_state 0 mcast_snooping 0\nlink set under up\n")?;
+    let sink = build_sink(&underlay, layout)?;
+    let mut nodes = Vec::new();
+    let mut pods = BTreeMap::new();
+    for (number, names) in (1u8..).zip(&spec.nodes) {
+        let node = build_node(spec, number, &underlay, layout)?;
+        for (i, name) in (0u8..).zip(names) {
+            pods.insert(name.clone(), build_pod(spec.topology, &node, number, i, name, layout)?);
+        }
+        nodes.push(node);
+    }
+    let outside = build_outside(&underlay, layout)?;
+    Ok(Built { nodes, pods, outside, sink, underlay })
+}
+
+/// A link from `namespace` (as `eth0`) to the underlay's bridge.
+fn plug(underlay: &Namespace, namespace: &Namespace, port: &str, host: u16) -> Result<()> {
+    underlay.ip(&format!(
+        "link add {port} type veth peer name eth0 netns {}\n\
+         link set {port} master under\n\
+         link set {port} up\n",
+        namespace.name()
+    ))?;
+    let v6 = underlay6(host);
+    let v4 = underlay4(host);
+    namespace.ip(&format!(
+        "link set eth0 up\n\
+         addr add {v4}/24 dev eth0\n\
+         addr add {v6}/64 dev eth0 nodad\n"
+    ))
+}
+
+fn underlay4(host: u16) -> Ipv4Addr {
+    Ipv4Addr::new(192, 168, 77, u8::try_from(host).unwrap_or(u8::MAX))
+}
+
+/// The same digits as in the IPv4 address, for readers of dumps.
+fn underlay6(host: u16) -> Ipv6Addr {
+    let digits = u16::from_str_radix(&host.to_string(), 16).unwrap_or(host);
+    Ipv6Addr::new(0xfd00, 0x77, 0, 0, 0, 0, 0, digits)
+}
+
+fn pod4(node: u8, i: u8) -> Ipv4Addr {
+    Ipv4Addr::new(10, 244, node, 10 + i)
+}
+
+fn pod6(node: u8, i: u8) -> Ipv6Addr {
+    Ipv6Addr::new(0xfd00, 0x244, node.into(), 0, 0, 0, 0, 10 + u16::from(i))
+}
+
+const SINK: u16 = 254;
+const OUTSIDE: u16 = 100;
+
+/// Takes what nobody else routes, and remembers what was meant for a Service. It forwards nothing.
+fn build_sink(underlay: &Namespace, layout: &Layout) -> Result<Namespace> {
+    let sink = Namespace::create(&layout.namespace("sink"))?;
+    plug(underlay, &sink, "to-sink", SINK)?;
+    sink.nft(&format!(
+        "table inet sink {{
+            set leaks4 {{ type ipv4_addr . ipv4_addr . inet_proto; flags dynamic; size 4096; }}
+            set leaks6 {{ type ipv6_addr . ipv6_addr . inet_proto; flags dynamic; size 4096; }}
+            chain incoming {{
+                type filter hook prerouting priority raw;
+                ip daddr {SERVICE_CIDR_V4} add @leaks4 {{ ip saddr . ip daddr . meta l4proto }} drop
+                ip6 daddr {SERVICE_CIDR_V6} add @leaks6 {{ ip6 saddr . ip6 daddr . meta l4proto }} drop
+            }}
+        }}"
+    ))?;
+    Ok(sink)
+}
+
+/// What flannel's `--ip-masq` does: pods leave the pod network under their node's address. So this topology also runs with
+/// the kernel's connection tracking on, and with a firewall that drops what that tracking does not understand.
+const FLANNEL: &str = "
+    table inet flannel {
+        chain postrouting {
+            type nat hook postrouting priority srcnat;
+            ip saddr 10.244.0.0/16 ip daddr != { 10.244.0.0/16, 224.0.0.0/4 } masquerade
+            ip6 saddr fd00:244::/32 ip6 daddr != { fd00:244::/32, ff00::/8 } masquerade
+        }
+        chain forward {
+            type filter hook forward priority filter;
+            ct state invalid drop
+        }
+    }";
+
+/// A host of the underlay that knows the Services' networks, by way of node1, and nothing else of the cluster (contract A51).
+fn build_outside(underlay: &Namespace, layout: &Layout) -> Result<Place> {
+    let namespace = Namespace::create(&layout.namespace("outside"))?;
+    plug(underlay, &namespace, "to-outside", OUTSIDE)?;
+    namespace.ip(&format!(
+        "route add {SERVICE_CIDR_V4} via {}\n\
+         route add {SERVICE_CIDR_V6} via {}\n",
+        underlay4(1),
+        underlay6(1)
+    ))?;
+    let cgroup = make_cgroup(&layout.cgroups().join("outside"))?;
+    Ok(Place {
+        name: "outside".to_owned(),
+        node: None,
+        v4: underlay4(OUTSIDE),
+        v6: underlay6(OUTSIDE),
+        namespace,
+        cgroup,
+    })
+}
+
+fn make_cgroup(path: &Path) -> Result<std::path::PathBuf> {
+    fs::create_dir_all(path).with_context(|| format!("make the cgroup {}", path.display()))?;
+    Ok(path.to_owned())
+}
+
+fn build_node(spec: &Spec, number: u8, underlay: &Namespace, layout: &Layout) -> Result<Node> {
+    let name = format!("node{number}");
+    let host = u16::from(number);
+    let namespace = Namespace::create(&layout.namespace(&name))?;
+    let rp_filter = if spec.rp_filter { "1" } else { "0" };
+    namespace.sysctl(&[
+        ("ipv4/ip_forward", "1"),
+        ("ipv6/conf/all/forwarding", "1"),
+        ("ipv6/conf/default/forwarding", "1"),
+        ("ipv4/conf/all/rp_filter", rp_filter),
+        ("ipv4/conf/default/rp_filter", rp_filter),
+    ])?;
+    plug(underlay, &namespace, &format!("to-{name}"), host)?;
+    let mut script = format!(
+        "route add default via {}\n\
+         route add default via {}\n",
+        underlay4(SINK),
+        underlay6(SINK)
+    );
+    let others = (1u8..).take(spec.nodes.len()).filter(|&other| other != number);
+    let mut fdb = String::new();
+    if spec.topology != Topology::Routed {
+        writeln!(
+            script,
+            "link add cni0 address 0a:58:0a:f4:{number:02x}:01 type bridge stp_state 0 mcast_snooping 0\n\
+             link set cni0 up\n\
+             addr add 10.244.{number}.1/24 dev cni0\n\
+             addr add fd00:244:{number}::1/64 dev cni0 nodad"
+        )?;
+    }
+    if spec.topology == Topology::Vxlan {
+        writeln!(
+            script,
+            "link add flannel.1 address 02:77:00:00:00:{number:02x} type vxlan id 1 local {} dev eth0 dstport 8472 nolearning\n\
+             link set flannel.1 mtu 1450 up\n\
+             addr add 10.244.{number}.0/32 dev flannel.1\n\
+             addr add fd00:244:{number}::/128 dev flannel.1 nodad\n\
+             link set cni0 mtu 1450",
+            underlay4(host)
+        )?;
+    }
+    for other in others {
+        let remote = u16::from(other);
+        if spec.topology == Topology::Vxlan {
+            writeln!(
+                script,
+                "neigh add 10.244.{other}.0 lladdr 02:77:00:00:00:{other:02x} dev flannel.1 nud permanent\n\
+                 neigh add fd00:244:{other}:: lladdr 02:77:00:00:00:{other:02x} dev flannel.1 nud permanent\n\
+                 route add 10.244.{other}.0/24 via 10.244.{other}.0 dev flannel.1 onlink\n\
+                 route add fd00:244:{other}::/64 via fd00:244:{other}:: dev flannel.1 onlink"
+            )?;
+            writeln!(fdb, "fdb append 02:77:00:00:00:{other:02x} dev flannel.1 dst {}", underlay4(remote))?;
+        } else {
+            writeln!(
+                script,
+                "route add 10.244.{other}.0/24 via {}\n\
+                 route add fd00:244:{other}::/64 via {}",
+                underlay4(remote),
+                underlay6(remote)
+            )?;
+        }
+    }
+    namespace.ip(&script)?;
+    if !fdb.is_empty() {
+        namespace.bridge(&fdb)?;
+    }
+    if spec.topology == Topology::Vxlan {
+        namespace.nft(FLANNEL)?;
+    }
+    let cgroup = make_cgroup(&layout.cgroups().join(&name))?;
+    let host_cgroup = make_cgroup(&cgroup.join("host"))?;
+    let bpffs = layout.bpffs().join(&name);
+    // Private, as the agent requires of a directory that it pins programs in.
+    fs::create_dir(&bpffs).with_context(|| format!("make {}", bpffs.display()))?;
+    fs::set_permissions(&bpffs, std::os::unix::fs::PermissionsExt::from_mode(0o700))?;
+    let place = Place {
+        name,
+        node: Some(number.into()),
+        v4: underlay4(host),
+        v6: underlay6(host),
+        namespace,
+        cgroup: host_cgroup,
+    };
+    Ok(Node { place, cgroup, bpffs, agent: None })
+}
+
+fn build_pod(topology: Topology, node: &Node, number: u8, i: u8, name: &str, layout: &Layout) -> Result<Place> {
+    let namespace = Namespace::create(&layout.namespace(name))?;
+    let (v4, v6) = (pod4(number, i), pod6(number, i));
+    let host = &node.place.namespace;
+    let (inside, netns) = (&namespace, namespace.name());
+    if topology == Topology::Routed {
+        let link = format!("cali{name}");
+        // No link-local address but the gateway's: all node ends of pod links have the same MAC.
+        host.ip(&format!(
+            "link add {link} type veth peer name eth0 netns {netns}\n\
+             link set {link} addrgenmode none\n\
+             link set {link} address {GATEWAY_MAC}\n\
+             link set {link} up\n\
+             addr add {GATEWAY6}/64 dev {link} nodad\n\
+             route add {v4}/32 dev {link} scope link\n\
+             route add {v6}/128 dev {link}\n"
+        ))?;
+        // Proxy ARP answers after a random delay by default.
+        host.sysctl(&[
+            (&format!("ipv4/conf/{link}/proxy_arp"), "1"),
+            (&format!("ipv4/neigh/{link}/proxy_delay"), "0"),
+        ])?;
+        inside.ip(&format!(
+            "link set eth0 up\n\
+             addr add {v4}/32 dev eth0\n\
+             addr add {v6}/128 dev eth0 nodad\n\
+             route add {GATEWAY4}/32 dev eth0 scope link\n\
+             route add default via {GATEWAY4} dev eth0\n\
+             route add default via {GATEWAY6} dev eth0\n"
+        ))?;
+    } else {
+        let link = format!("veth{name}");
+        let mtu = if topology == Topology::Vxlan { 1450 } else { 1500 };
+        // kubeadm's flannel turns hairpin on, the bridge plugin's default is off.
+        let hairpin = if topology == Topology::Vxlan { "on" } else { "off" };
+        host.ip(&format!(
+            "link add {link} mtu {mtu} type veth peer name eth0 mtu {mtu} netns {netns}\n\
+             link set {link} master cni0\n\
+             link set {link} type bridge_slave hairpin {hairpin}\n\
+             link set {link} up\n"
+        ))?;
+        inside.ip(&format!(
+            "link set eth0 up\n\
+             addr add {v4}/24 dev eth0\n\
+             addr add {v6}/64 dev eth0 nodad\n\
+             route add default via 10.244.{number}.1\n\
+             route add default via fd00:244:{number}::1\n"
+        ))?;
+    }
+    let cgroup = make_cgroup(&node.cgroup.join(format!("pod-{name}")))?;
+    Ok(Place { name: name.to_owned(), node: Some(number.into()), v4, v6, namespace, cgroup })
+}
+
+/// Name of the node's end of a pod's link.
+pub(super) fn pod_link(topology: Topology, pod: &str) -> String {
+    match topology {
+        Topology::Routed => format!("cali{pod}"),
+        Topology::Bridge | Topology::Vxlan => format!("veth{pod}"),
+    }
+}
