@@ -8,7 +8,7 @@ use crate::{Address, Be16, Ipv4Be, Ipv6Be, pod, seal::Seal};
 ///
 /// `port` 0 with `proto` 0 is the *guard* of an address: what holds for it where no frontend claims the port or the
 /// protocol (a ClusterIP on an unused port is refused, contract A48).
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 #[repr(C)]
 pub struct FrontendKey<A> {
     pub addr: A,

@@ -1,0 +1,164 @@
+//! From a frontend's specification to the bytes the programs read. Pure.
+
+use proxy_common::{
+    Be16,
+    frontend::{FrontendKey, FrontendValue, Range, algorithm, origin, verdict},
+};
+
+use super::family::Family;
+use crate::desired::{Action, Algorithm, Frontend, FrontendSpec, Verdict, Verdicts};
+
+/// Service id of guards: they belong to no Service, and what they refuse is counted under it.
+pub(crate) const GUARD_SERVICE: u32 = u32::MAX;
+
+/// `None` where the frontend is of the other family.
+pub(crate) fn key<A: Family>(frontend: &Frontend) -> Option<FrontendKey<A>> {
+    let Frontend { addr, port, protocol } = frontend;
+    Some(FrontendKey::new(A::from_ip(*addr)?, Be16::from_host(port.get()), protocol.number()))
+}
+
+/// One verdict byte.
+pub(crate) const fn verdict_byte(verdict: Verdict) -> u8 {
+    let Verdict { action, masquerade } = verdict;
+    let action = match action {
+        Action::PickAll => verdict::PICK_ALL,
+        Action::PickLocal => verdict::PICK_LOCAL,
+        Action::Drop => verdict::DROP,
+        Action::Reject => verdict::REJECT,
+    };
+    if masquerade { action | verdict::MASQUERADE } else { action }
+}
+
+/// The other way, for readers.
+pub(crate) const fn verdict_of(byte: u8) -> Verdict {
+    let action = match byte & verdict::ACTION_MASK {
+        verdict::PICK_ALL => Action::PickAll,
+        verdict::PICK_LOCAL => Action::PickLocal,
+        verdict::DROP => Action::Drop,
+        _ => Action::Reject,
+    };
+    Verdict { action, masquerade: byte & verdict::MASQUERADE != 0 }
+}
+
+pub(crate) const fn algorithm_of(byte: u8) -> Algorithm {
+    match byte {
+        algorithm::ROUND_ROBIN => Algorithm::RoundRobin,
+        _ => Algorithm::Random,
+    }
+}
+
+/// Which sets some verdict picks from: (all, local). What none picks from needs no slots.
+pub(crate) fn needs(verdicts: &Verdicts) -> (bool, bool) {
+    let Verdicts { pod, node, external } = verdicts;
+    let any = |action| [pod, node, external].into_iter().any(|v| v.action == action);
+    (any(Action::PickAll), any(Action::PickLocal))
+}
+
+/// The value of `key`, sealed.
+pub(crate) fn value<A: Family>(
+    key: &FrontendKey<A>,
+    spec: &FrontendSpec,
+    service: u32,
+    all: Range,
+    local: Range,
+) -> FrontendValue {
+    let FrontendSpec { service: _, kind: _, all: _, local: _, verdicts, algorithm: choice, affinity_secs } = spec;
+    let Verdicts { pod, node, external } = verdicts;
+    let mut bytes = [0; origin::COUNT];
+    for (at, verdict) in [(origin::POD, pod), (origin::NODE, node), (origin::EXTERNAL, external)] {
+        if let Some(byte) = bytes.get_mut(at) {
+            *byte = verdict_byte(*verdict);
+        }
+    }
+    FrontendValue {
+        all_base: all.base,
+        all_count: all.count,
+        all_generation: all.generation,
+        local_base: local.base,
+        local_count: local.count,
+        local_generation: local.generation,
+        service,
+        verdicts: bytes,
+        algorithm: match choice {
+            Algorithm::Random => algorithm::RANDOM,
+            Algorithm::RoundRobin => algorithm::ROUND_ROBIN,
+        },
+        flags: 0,
+        affinity_secs: affinity_secs.unwrap_or(0),
+        seal: 0,
+    }
+    .sealed(key)
+}
+
+/// A guard refuses every origin (contract A48).
+pub(crate) fn guard<A: Family>(key: &FrontendKey<A>) -> FrontendValue {
+    FrontendValue { service: GUARD_SERVICE, verdicts: [verdict::REJECT; origin::COUNT], ..Default::default() }
+        .sealed(key)
+}
+
+#[cfg(test)]
+mod tests {
+    use proxy_common::Ipv4Be;
+
+    use super::*;
+    use crate::{
+        desired::FrontendKind,
+        model::{Protocol, ServiceKey, ServicePortName},
+    };
+
+    fn spec(verdicts: Verdicts) -> FrontendSpec {
+        FrontendSpec {
+            service: ServicePortName {
+                service: ServiceKey::new("default", "web"),
+                port: "http".into(),
+                protocol: Protocol::Tcp,
+            },
+            kind: FrontendKind::ClusterIp,
+            all: [].into(),
+            local: [].into(),
+            verdicts,
+            algorithm: Algorithm::RoundRobin,
+            affinity_secs: Some(10_800),
+        }
+    }
+
+    #[test]
+    fn every_field_lands_where_the_programs_read_it() {
+        let pick = |action, masquerade| Verdict { action, masquerade };
+        let spec = spec(Verdicts {
+            pod: pick(Action::PickAll, false),
+            node: pick(Action::PickLocal, true),
+            external: pick(Action::Drop, false),
+        });
+        let frontend =
+            Frontend { addr: "10.96.0.1".parse().unwrap(), port: 443.try_into().unwrap(), protocol: Protocol::Tcp };
+        let at = key::<Ipv4Be>(&frontend).unwrap();
+        let all = Range { base: 7, count: 2, generation: 3 };
+        let local = Range { base: 9, count: 1, generation: 4 };
+        let value = value(&at, &spec, 5, all, local);
+        assert_eq!((value.all(), value.local(), value.service), (all, local, 5));
+        assert_eq!(value.verdicts, [0, 0x81, 2]);
+        assert_eq!((value.algorithm, value.affinity_secs), (algorithm::ROUND_ROBIN, 10_800));
+        assert!(value.is_sealed_for(&at));
+        assert_eq!(needs(&spec.verdicts), (true, true));
+        assert_eq!(key::<proxy_common::Ipv6Be>(&frontend), None);
+    }
+
+    #[test]
+    fn verdict_bytes_go_both_ways() {
+        for action in [Action::PickAll, Action::PickLocal, Action::Drop, Action::Reject] {
+            for masquerade in [false, true] {
+                let verdict = Verdict { action, masquerade };
+                assert_eq!(verdict_of(verdict_byte(verdict)), verdict);
+            }
+        }
+    }
+
+    #[test]
+    fn a_guard_refuses_everybody() {
+        let key = FrontendKey::guard(Ipv4Be::from_octets([10, 96, 0, 1]));
+        let value = guard(&key);
+        assert!(value.verdicts.iter().all(|v| verdict_of(*v).action == Action::Reject));
+        assert!(value.is_sealed_for(&key) && value.service != 0);
+    }
+}

@@ -1,0 +1,250 @@
+//! What the table writes to: a handful of maps behind a trait, so that every failure and every crash can be played through
+//! without a kernel.
+//!
+//! Each method that writes is counted by the implementation; `writes` is how "nothing changed, nothing written" is proved.
+
+use std::io;
+
+use proxy_common::{
+    device::DeviceValue,
+    frontend::{FrontendKey, FrontendValue},
+    meta::ServiceName,
+};
+
+use super::{family::Family, layout::MapName};
+
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum StoreError {
+    #[error("map {map} is full ({capacity} entries): raise {option}", option = .map.option())]
+    Full { map: MapName, capacity: u32 },
+    #[error("map {map}: {source}")]
+    Io { map: MapName, source: io::Error },
+}
+
+pub(crate) type Result<T, E = StoreError> = std::result::Result<T, E>;
+
+pub(crate) trait Store {
+    /// Number of slots.
+    fn slots<A: Family>(&self) -> u32;
+    fn slot<A: Family>(&self, index: u32) -> A::Slot;
+    fn write_slot<A: Family>(&mut self, index: u32, slot: A::Slot) -> Result<()>;
+
+    fn frontends<A: Family>(&self) -> Result<Vec<(FrontendKey<A>, FrontendValue)>>;
+    /// Writes in order; how many landed, and why no more did.
+    fn put_frontends<A: Family>(&mut self, entries: &[(FrontendKey<A>, FrontendValue)]) -> (usize, Option<StoreError>);
+    /// Removing what is not there is no error.
+    fn remove_frontends<A: Family>(&mut self, keys: &[FrontendKey<A>]) -> Result<()>;
+
+    fn names(&self) -> Result<Vec<(u32, ServiceName)>>;
+    fn put_name(&mut self, id: u32, name: &ServiceName) -> Result<()>;
+    fn remove_name(&mut self, id: u32) -> Result<()>;
+    /// Forgets the counters of a service; it may have none.
+    fn remove_counters(&mut self, id: u32) -> Result<()>;
+
+    fn devices(&self) -> Result<Vec<(u32, DeviceValue)>>;
+    fn put_device(&mut self, index: u32, value: &DeviceValue) -> Result<()>;
+    fn remove_device(&mut self, index: u32) -> Result<()>;
+
+    /// Writes so far.
+    fn writes(&self) -> u64;
+}
+
+/// A kernel made of tree maps, with faults on demand.
+#[cfg(test)]
+pub(crate) mod memory {
+    use std::collections::BTreeMap;
+
+    use super::*;
+
+    /// What goes wrong.
+    #[derive(Clone, Debug, Default)]
+    pub(crate) enum Fault {
+        #[default]
+        None,
+        /// This many more writes land, then the process is as good as dead: none does.
+        DeadAfter(u64),
+        /// Each write fails when the next bit of this pseudo-random stream says so (numerator of 256).
+        Random { state: u64, chance: u8 },
+    }
+
+    #[derive(Clone, Default)]
+    pub(crate) struct Memory {
+        frontends4: BTreeMap<Vec<u8>, FrontendValue>,
+        frontends6: BTreeMap<Vec<u8>, FrontendValue>,
+        slots4: Vec<[u64; 3]>,
+        slots6: Vec<[u64; 3]>,
+        pub(crate) names: BTreeMap<u32, ServiceName>,
+        devices: BTreeMap<u32, DeviceValue>,
+        pub(crate) frontend_capacity: usize,
+        writes: u64,
+        pub(crate) fault: Fault,
+        tampering: bool,
+    }
+
+    /// Bytes of a plain-old-data value and back.
+    fn bytes<T: aya::Pod>(value: &T) -> Vec<u8> {
+        // SAFETY: `Pod`: no padding, every byte initialised.
+        unsafe { std::slice::from_raw_parts(std::ptr::from_ref(value).cast::<u8>(), size_of::<T>()) }.to_vec()
+    }
+
+    fn value<T: aya::Pod>(bytes: &[u8]) -> T {
+        assert!(bytes.len() >= size_of::<T>());
+        // SAFETY: long enough, read unaligned; `Pod`: every bit pattern is valid.
+        unsafe { std::ptr::read_unaligned(bytes.as_ptr().cast()) }
+    }
+
+    impl Memory {
+        pub(crate) fn new(slots: u32, frontends: usize) -> Self {
+            Self {
+                slots4: vec![[0; 3]; slots as usize],
+                slots6: vec![[0; 3]; slots as usize],
+                frontend_capacity: frontends,
+                ..Default::default()
+            }
+        }
+
+        fn write(&mut self, map: MapName) -> Result<()> {
+            let failed = match &mut self.fault {
+                Fault::None => false,
+                Fault::DeadAfter(0) => true,
+                Fault::DeadAfter(left) => {
+                    *left -= 1;
+                    false
+                }
+                Fault::Random { state, chance } => {
+                    *state ^= *state << 13;
+                    *state ^= *state >> 7;
+                    *state ^= *state << 17;
+                    (*state >> 32) as u8 <= *chance
+                }
+            };
+            if failed {
+                return Err(StoreError::Io { map, source: io::Error::from_raw_os_error(libc::ENOMEM) });
+            }
+            self.writes += 1;
+            Ok(())
+        }
+
+        fn frontends_of<A: Family>(&mut self) -> &mut BTreeMap<Vec<u8>, FrontendValue> {
+            if A::LEN == 4 { &mut self.frontends4 } else { &mut self.frontends6 }
+        }
+
+        /// Alters an entry behind everybody's back.
+        pub(crate) fn tamper<A: Family>(&mut self, key: FrontendKey<A>, to: Option<FrontendValue>) {
+            let key = bytes(&A::Key::from(key));
+            match to {
+                Some(to) => self.frontends_of::<A>().insert(key, to),
+                None => self.frontends_of::<A>().remove(&key),
+            };
+        }
+
+        /// Alters a slot behind everybody's back.
+        pub(crate) fn tamper_slot<A: Family>(&mut self, index: u32, slot: A::Slot) {
+            self.tampering = true;
+            self.write_slot::<A>(index, slot).unwrap();
+            self.tampering = false;
+            self.writes -= 1;
+        }
+    }
+
+    impl Store for Memory {
+        fn slots<A: Family>(&self) -> u32 {
+            self.slots4.len() as u32
+        }
+
+        fn slot<A: Family>(&self, index: u32) -> A::Slot {
+            let words = if A::LEN == 4 { self.slots4[index as usize] } else { self.slots6[index as usize] };
+            value::<A::Slot>(&words.iter().flat_map(|w| w.to_ne_bytes()).collect::<Vec<_>>())
+        }
+
+        fn write_slot<A: Family>(&mut self, index: u32, slot: A::Slot) -> Result<()> {
+            for (_, value) in self.frontends::<A>()? {
+                for range in [value.all(), value.local()] {
+                    let held = range.base <= index && index - range.base < u32::from(range.count);
+                    assert!(!held || self.tampering, "slot {index} is written while a frontend points at it");
+                }
+            }
+            self.write(A::SLOTS)?;
+            let mut words = [0; 3];
+            for (word, chunk) in words.iter_mut().zip(bytes(&slot).chunks(8)) {
+                *word = value::<u64>(chunk);
+            }
+            let slots = if A::LEN == 4 { &mut self.slots4 } else { &mut self.slots6 };
+            slots[index as usize] = words;
+            Ok(())
+        }
+
+        fn frontends<A: Family>(&self) -> Result<Vec<(FrontendKey<A>, FrontendValue)>> {
+            let map = if A::LEN == 4 { &self.frontends4 } else { &self.frontends6 };
+            Ok(map.iter().map(|(k, v)| (value::<A::Key>(k).into(), *v)).collect())
+        }
+
+        fn put_frontends<A: Family>(
+            &mut self,
+            entries: &[(FrontendKey<A>, FrontendValue)],
+        ) -> (usize, Option<StoreError>) {
+            for (done, (key, v)) in entries.iter().enumerate() {
+                let capacity = self.frontend_capacity;
+                let key = bytes(&A::Key::from(*key));
+                let map = self.frontends_of::<A>();
+                if !map.contains_key(&key) && map.len() >= capacity {
+                    return (done, Some(StoreError::Full { map: A::FRONTENDS, capacity: capacity as u32 }));
+                }
+                if let Err(error) = self.write(A::FRONTENDS) {
+                    return (done, Some(error));
+                }
+                self.frontends_of::<A>().insert(key, *v);
+            }
+            (entries.len(), None)
+        }
+
+        fn remove_frontends<A: Family>(&mut self, keys: &[FrontendKey<A>]) -> Result<()> {
+            for key in keys {
+                self.write(A::FRONTENDS)?;
+                let key = bytes(&A::Key::from(*key));
+                self.frontends_of::<A>().remove(&key);
+            }
+            Ok(())
+        }
+
+        fn names(&self) -> Result<Vec<(u32, ServiceName)>> {
+            Ok(self.names.iter().map(|(k, v)| (*k, *v)).collect())
+        }
+
+        fn put_name(&mut self, id: u32, name: &ServiceName) -> Result<()> {
+            self.write(MapName::Names)?;
+            self.names.insert(id, *name);
+            Ok(())
+        }
+
+        fn remove_name(&mut self, id: u32) -> Result<()> {
+            self.write(MapName::Names)?;
+            self.names.remove(&id);
+            Ok(())
+        }
+
+        fn remove_counters(&mut self, _id: u32) -> Result<()> {
+            self.write(MapName::ServiceCounters)
+        }
+
+        fn devices(&self) -> Result<Vec<(u32, DeviceValue)>> {
+            Ok(self.devices.iter().map(|(k, v)| (*k, *v)).collect())
+        }
+
+        fn put_device(&mut self, index: u32, value: &DeviceValue) -> Result<()> {
+            self.write(MapName::Devices)?;
+            self.devices.insert(index, *value);
+            Ok(())
+        }
+
+        fn remove_device(&mut self, index: u32) -> Result<()> {
+            self.write(MapName::Devices)?;
+            self.devices.remove(&index);
+            Ok(())
+        }
+
+        fn writes(&self) -> u64 {
+            self.writes
+        }
+    }
+}

@@ -1,0 +1,446 @@
+//! The table against a kernel of tree maps: every crash point, random faults, tampering, adoption.
+
+use proptest::prelude::*;
+use proxy_common::frontend::verdict;
+
+use super::*;
+use crate::{
+    dataplane::ebpf::store::memory::{Fault, Memory},
+    desired::{Action, Algorithm, FrontendKind, Verdict, Verdicts},
+    model::{ServiceKey, ServicePortName},
+};
+
+const REST: Duration = Duration::from_secs(5);
+const NOW: Duration = Duration::from_secs(100);
+
+fn verdict_for(action: Action) -> Verdict {
+    Verdict { action, masquerade: false }
+}
+
+/// Service number `service` over both families; its backends carry its number in the second octet.
+fn backends(service: u8, v6: bool, members: impl IntoIterator<Item = u8>) -> BackendSet {
+    let mut set: Vec<_> = members
+        .into_iter()
+        .map(|m| Backend {
+            addr: if v6 {
+                IpAddr::from([0xfd00, u16::from(service), 0, 0, 0, 0, 0, u16::from(m)])
+            } else {
+                IpAddr::from([10, service, 0, m])
+            },
+            port: 8080.try_into().unwrap(),
+        })
+        .collect();
+    set.sort();
+    set.dedup();
+    set.into()
+}
+
+#[derive(Clone, Debug)]
+struct Model {
+    /// (service, v6, extra frontend) → members, local members, action of the external verdict
+    frontends: BTreeMap<(u8, bool, bool), (Vec<u8>, Vec<u8>, bool)>,
+    guards: BTreeSet<u8>,
+}
+
+fn desired(model: &Model) -> DesiredState {
+    let frontends = model.frontends.iter().map(|((service, v6, extra), (all, local, picks_local))| {
+        let frontend = Frontend {
+            addr: if *v6 {
+                IpAddr::from([0xfd96, 0, 0, 0, 0, 0, u16::from(*extra), u16::from(*service)])
+            } else {
+                IpAddr::from([10, 96, u8::from(*extra), *service])
+            },
+            port: 80.try_into().unwrap(),
+            protocol: Protocol::Tcp,
+        };
+        let spec = FrontendSpec {
+            service: ServicePortName {
+                service: ServiceKey::new("ns", &service.to_string()),
+                port: "".into(),
+                protocol: Protocol::Tcp,
+            },
+            kind: FrontendKind::ClusterIp,
+            all: backends(*service, *v6, all.iter().copied()),
+            local: backends(*service, *v6, local.iter().copied()),
+            verdicts: Verdicts {
+                pod: verdict_for(if all.is_empty() { Action::Reject } else { Action::PickAll }),
+                node: verdict_for(Action::PickAll),
+                external: verdict_for(if *picks_local { Action::PickLocal } else { Action::Drop }),
+            },
+            algorithm: Algorithm::Random,
+            affinity_secs: None,
+        };
+        (frontend, Arc::new(spec))
+    });
+    DesiredState {
+        frontends: frontends.collect(),
+        guards: model.guards.iter().map(|g| IpAddr::from([10, 96, 0, *g])).collect(),
+    }
+}
+
+/// What a program would see: by frontend, the service name, the verdicts and both sets.
+type Seen = BTreeMap<(IpAddr, u16, u8), (String, [u8; 3], Vec<Backend>, Vec<Backend>)>;
+
+/// Reads the store as a program does, and checks what must hold at every instant.
+fn look<A: Family>(store: &Memory, seen: &mut Seen) {
+    let names: HashMap<u32, String> =
+        store.names().unwrap().into_iter().map(|(id, name)| (id, name.as_str().to_owned())).collect();
+    for (key, value) in store.frontends::<A>().unwrap() {
+        assert!(value.is_sealed_for(&key));
+        let at = (key.addr.to_ip(), key.port.to_host(), key.proto);
+        if key.is_guard() {
+            assert_eq!(value, render::guard(&key));
+            seen.insert(at, (String::new(), value.verdicts, vec![], vec![]));
+            continue;
+        }
+        let name = names.get(&value.service).expect("a frontend's service has a name").clone();
+        let read = |range: Range| -> Vec<Backend> {
+            Half::<A>::read_range(store, range).expect("a frontend points at live slots").to_vec()
+        };
+        let (all, local) = (read(value.all()), read(value.local()));
+        for backend in all.iter().chain(&local) {
+            let owner = match backend.addr {
+                IpAddr::V4(a) => u16::from(a.octets()[1]),
+                IpAddr::V6(a) => a.segments()[1],
+            };
+            assert_eq!(name, format!("ns/{owner}"), "a frontend points at slots of its own service");
+        }
+        seen.insert(at, (name, value.verdicts, all, local));
+    }
+}
+
+fn seen(store: &Memory) -> Seen {
+    let mut seen = Seen::new();
+    look::<Ipv4Be>(store, &mut seen);
+    look::<Ipv6Be>(store, &mut seen);
+    seen
+}
+
+fn oracle(desired: &DesiredState) -> Seen {
+    let mut seen = Seen::new();
+    for (frontend, spec) in &desired.frontends {
+        let (all, local) = render::needs(&spec.verdicts);
+        let Verdicts { pod, node, external } = spec.verdicts;
+        seen.insert(
+            (frontend.addr, frontend.port.get(), frontend.protocol.number()),
+            (
+                spec.service.to_string(),
+                [pod, node, external].map(render::verdict_byte),
+                if all { spec.all.to_vec() } else { vec![] },
+                if local { spec.local.to_vec() } else { vec![] },
+            ),
+        );
+    }
+    for guard in &desired.guards {
+        seen.insert((*guard, 0, 0), (String::new(), [verdict::REJECT; 3], vec![], vec![]));
+    }
+    seen
+}
+
+fn model() -> impl Strategy<Value = Model> {
+    let members = || prop::collection::vec(1u8..6, 0..5);
+    (
+        prop::collection::btree_map(
+            (1u8..5, any::<bool>(), any::<bool>()),
+            (members(), members(), any::<bool>()),
+            0..8,
+        ),
+        prop::collection::btree_set(1u8..5, 0..3),
+    )
+        .prop_map(|(frontends, guards)| Model { frontends, guards })
+}
+
+fn fresh() -> Table<Memory> {
+    Table::new(Memory::new(256, 64), REST)
+}
+
+/// Opens what a dead process left.
+fn reopen(table: &Table<Memory>) -> Table<Memory> {
+    let mut store = table.store().clone();
+    store.fault = Fault::None;
+    Table::new(store, REST)
+}
+
+/// A state with a bit of everything.
+fn example() -> (Model, Model) {
+    let a = Model {
+        frontends: [
+            ((1, false, false), (vec![1, 2, 3], vec![1], true)),
+            ((1, false, true), (vec![1, 2, 3], vec![1], true)),
+            ((1, true, false), (vec![1, 2], vec![1, 2], true)),
+            ((2, false, false), (vec![4], vec![], false)),
+            ((3, false, false), (vec![], vec![], false)),
+        ]
+        .into(),
+        guards: [1, 2].into(),
+    };
+    let b = Model {
+        frontends: [
+            ((1, false, false), (vec![2, 3, 5], vec![5], true)),
+            ((1, false, true), (vec![2, 3, 5], vec![2], true)),
+            ((1, true, false), (vec![1, 2], vec![1, 2], true)),
+            ((3, false, false), (vec![1], vec![], false)),
+            ((4, true, false), (vec![1, 3], vec![], true)),
+        ]
+        .into(),
+        guards: [1, 3].into(),
+    };
+    (a, b)
+}
+
+#[test]
+fn equal_sets_of_a_service_share_a_range() {
+    let (a, _) = example();
+    let mut table = fresh();
+    assert!(table.resync(&desired(&a), NOW).is_clean());
+    // 3 + 1 for both frontends of service 1, 1 for service 2; service 1 over IPv6: all and local are one range.
+    assert_eq!(table.used()[2..4], [5, 2]);
+    assert_eq!(seen(table.store()), oracle(&desired(&a)));
+}
+
+#[test]
+fn sets_that_no_verdict_picks_from_take_no_slots() {
+    let mut table = fresh();
+    let model = Model { frontends: [((1, false, false), (vec![1], vec![1, 2, 3], false))].into(), guards: [].into() };
+    table.resync(&desired(&model), NOW);
+    assert_eq!(table.used()[2], 1);
+}
+
+#[test]
+fn a_restart_with_nothing_changed_writes_nothing() {
+    let (a, b) = example();
+    let mut table = fresh();
+    table.resync(&desired(&a), NOW);
+    table.resync(&desired(&b), NOW);
+    assert_eq!(table.resync(&desired(&b), NOW).writes, 0, "resync");
+    let mut restarted = reopen(&table);
+    let report = restarted.resync(&desired(&b), NOW);
+    assert!(report.is_clean());
+    assert_eq!(report.writes, 0, "restart");
+    assert_eq!(restarted.used(), table.used());
+}
+
+/// F26: dies after every k-th write; at each k every frontend points at live slots of its own service, and the next process
+/// reaches the desired state.
+#[test]
+fn every_crash_point_is_safe() {
+    let (a, b) = example();
+    for (from, to) in [(&a, &b), (&b, &a)] {
+        for changes_only in [false, true] {
+            let mut crashes = 0;
+            loop {
+                let mut table = fresh();
+                assert!(table.resync(&desired(from), NOW).is_clean());
+                table.store_mut().fault = Fault::DeadAfter(crashes);
+                let report = if changes_only {
+                    table.apply(&desired(from).diff(&desired(to)), NOW)
+                } else {
+                    table.resync(&desired(to), NOW)
+                };
+                let old_or_new = [oracle(&desired(from)), oracle(&desired(to))];
+                for (at, what) in seen(table.store()) {
+                    assert!(
+                        old_or_new.iter().any(|o| o.get(&at) == Some(&what)),
+                        "{at:?} is {what:?} after {crashes} writes: neither old nor new"
+                    );
+                }
+                let mut restarted = reopen(&table);
+                assert!(restarted.resync(&desired(to), NOW).is_clean());
+                assert_eq!(seen(restarted.store()), oracle(&desired(to)), "after {crashes} writes");
+                let mut again = reopen(&restarted);
+                assert_eq!(again.resync(&desired(to), NOW).writes, 0, "after {crashes} writes");
+                if report.writes < crashes {
+                    break;
+                }
+                crashes += 1;
+            }
+            assert!(crashes > 15, "the example takes more than {crashes} writes");
+        }
+    }
+}
+
+#[test]
+fn a_full_frontends_map_fails_one_frontend_and_names_the_option() {
+    let (a, b) = example();
+    let mut table = fresh();
+    table.resync(&desired(&a), NOW);
+    let mut more = desired(&a);
+    more.frontends.extend(desired(&b).frontends);
+    table.store_mut().frontend_capacity = 6;
+    let mut extra =
+        desired(&Model { frontends: [((2, false, true), (vec![1], vec![], false))].into(), guards: [].into() });
+    extra.frontends.extend(desired(&b).frontends.into_iter().filter(|(f, _)| f.addr.is_ipv4()));
+    let report = table.apply(&Changes { set: extra.frontends.clone(), ..Default::default() }, NOW);
+    assert_eq!(report.failed.len(), 1, "{:?}", report.failed);
+    let (frontend, Failure::Retry(why)) = report.failed.first_key_value().unwrap() else { panic!("not a retry") };
+    assert_eq!(frontend.addr, IpAddr::from([10, 96, 1, 2]));
+    for word in ["10.96.1.2:80/TCP", "frontends_v4", "6 entries", "--map-frontends"] {
+        assert!(why.contains(word), "{why}");
+    }
+    // The updates of the others landed, and the failed one left nothing behind.
+    let expected = oracle(&extra);
+    let mut landed = seen(table.store());
+    landed.retain(|at, _| expected.contains_key(at));
+    assert_eq!(landed.len(), expected.len() - 1);
+    let used = table.used()[2];
+    table.store_mut().frontend_capacity = 7;
+    assert!(table.apply(&Changes { set: extra.frontends.clone(), ..Default::default() }, NOW).is_clean());
+    assert_eq!(table.used()[2], used + 1);
+}
+
+#[test]
+fn full_slots_leave_the_old_backends_serving_until_there_is_room() {
+    let mut table = Table::new(Memory::new(4, 64), REST);
+    let with = |members: Vec<u8>| {
+        desired(&Model { frontends: [((1, false, false), (members, vec![], false))].into(), guards: [].into() })
+    };
+    table.resync(&with(vec![1, 2, 3]), NOW);
+    let report = table.resync(&with(vec![1, 2]), NOW);
+    let Some(Failure::Retry(why)) = report.failed.values().next() else { panic!("{report:?}") };
+    assert!(why.contains("--map-slots") && why.contains("3 of 4 in use"), "{why}");
+    assert_eq!(seen(table.store()), oracle(&with(vec![1, 2, 3])));
+    assert!(table.resync(&with(vec![4]), NOW).is_clean());
+    assert!(!table.resync(&with(vec![1, 2]), NOW).is_clean(), "the others rest");
+    assert_eq!(table.tick(NOW), Some(REST));
+    assert!(table.resync(&with(vec![1, 2]), NOW + REST).is_clean());
+    assert_eq!(seen(table.store()), oracle(&with(vec![1, 2])));
+}
+
+#[test]
+fn sctp_is_refused_by_name() {
+    let mut state = desired(&example().0);
+    let (frontend, spec) = state.frontends.first_key_value().map(|(f, s)| (*f, Arc::clone(s))).unwrap();
+    let sctp = Frontend { protocol: Protocol::Sctp, ..frontend };
+    state.frontends.insert(sctp, spec);
+    let report = fresh().resync(&state, NOW);
+    assert_eq!(report.failed.len(), 1);
+    assert!(matches!(report.failed.get(&sctp), Some(Failure::Unsupported(why)) if why.contains("SCTP")));
+}
+
+#[test]
+fn tampering_is_seen_and_repaired() {
+    let (a, _) = example();
+    let state = desired(&a);
+    let mut table = fresh();
+    table.resync(&state, NOW);
+    assert!(table.observe().unwrap().is_empty());
+
+    let entries = table.store().frontends::<Ipv4Be>().unwrap();
+    let at = |addr: [u8; 4]| *entries.iter().find(|(k, _)| k.addr.octets() == addr && !k.is_guard()).unwrap();
+    let (gone, _) = at([10, 96, 0, 1]);
+    let (altered, mut value) = at([10, 96, 0, 2]);
+    value.verdicts[0] ^= 1;
+    let foreign = FrontendKey { port: Be16::from_host(9999), ..gone };
+    let store = table.store_mut();
+    store.tamper(gone, None);
+    store.tamper(altered, Some(value));
+    store.tamper(foreign, Some(value));
+    // A slot of the IPv6 frontend.
+    let (_, v6) = store.frontends::<Ipv6Be>().unwrap()[0];
+    store.tamper_slot::<Ipv6Be>(v6.all_base, Default::default());
+
+    let drift = table.observe().unwrap();
+    assert_eq!(drift.frontends.len(), 4, "{drift:?}");
+    assert!(table.resync(&state, NOW).is_clean());
+    assert_eq!(seen(table.store()), oracle(&state));
+    assert!(table.observe().unwrap().is_empty());
+    assert_eq!(reopen(&table).resync(&state, NOW).writes, 0);
+}
+
+#[test]
+fn senseless_entries_are_not_adopted_and_their_slots_rest() {
+    let mut table = Table::new(Memory::new(8, 64), REST);
+    let stray = FrontendKey::new(Ipv4Be::from_octets([10, 96, 9, 9]), Be16::from_host(80), 6);
+    // Points at virgin slots 0..4: they must not be filled while a program may follow this entry.
+    let value = FrontendValue { all_base: 0, all_count: 4, all_generation: 1, service: 7, ..Default::default() };
+    table.store_mut().tamper(stray, Some(value.sealed(&stray)));
+    let (a, _) = example();
+    let mut state = desired(&a);
+    state.frontends.retain(|f, _| f.addr == IpAddr::from([10, 96, 0, 2]));
+    state.guards.clear();
+    assert!(table.resync(&state, NOW).is_clean());
+    assert_eq!(seen(table.store()), oracle(&state));
+    let (_, value) = table.store().frontends::<Ipv4Be>().unwrap()[0];
+    assert!(value.all_base >= 4, "{value:?}");
+}
+
+#[test]
+fn a_service_leaves_no_name_behind() {
+    let (a, b) = example();
+    let mut table = fresh();
+    table.resync(&desired(&a), NOW);
+    table.resync(&desired(&b), NOW);
+    let names: Vec<String> = table.store().names.values().map(|n| n.as_str().to_owned()).collect();
+    assert_eq!(names.len(), 3, "{names:?}");
+    table.resync(&DesiredState::default(), NOW);
+    assert!(table.store().names.is_empty());
+    assert_eq!(table.used(), [0; 5]);
+}
+
+#[test]
+fn devices_are_written_once_and_pruned() {
+    let device = |name: &str| Device {
+        name: name.into(),
+        role: DeviceRole::Pod,
+        ethernet: true,
+        source4: Some([10, 0, 0, 1].into()),
+        source6: None,
+    };
+    let devices: Devices = [(3, device("a")), (4, device("b"))].into();
+    let mut table = fresh();
+    let mut report = Report::default();
+    table.put_devices(&devices, &mut report);
+    assert_eq!(report.writes, 2);
+    table.put_devices(&devices, &mut report);
+    let one: Devices = [(4, device("b"))].into();
+    table.prune_devices(&one, &mut report).unwrap();
+    assert_eq!(report.writes, 3);
+    assert_eq!(table.store().devices().unwrap().len(), 1);
+}
+
+proptest! {
+    /// Any sequence of states, by diffs, with restarts: always the oracle, nothing leaks.
+    #[test]
+    fn converges_to_the_oracle(models in prop::collection::vec((model(), any::<bool>(), 0u64..7), 1..8)) {
+        let mut table = fresh();
+        let mut now = NOW;
+        let mut current = DesiredState::default();
+        for (model, restart, wait) in &models {
+            now += Duration::from_secs(*wait);
+            let to = desired(model);
+            if *restart {
+                table = reopen(&table);
+                prop_assert!(table.resync(&to, now).is_clean());
+            } else {
+                prop_assert!(table.apply(&current.diff(&to), now).is_clean());
+            }
+            prop_assert_eq!(seen(table.store()), oracle(&to));
+            prop_assert_eq!(table.apply(&current.diff(&to), now).writes, 0, "applying twice");
+            current = to;
+        }
+        table.resync(&DesiredState::default(), now);
+        prop_assert_eq!(table.used(), [0; 5]);
+        prop_assert!(table.store().names.is_empty());
+    }
+
+    /// F25: writes fail at random; the invariants hold throughout, and all is well once the faults stop.
+    #[test]
+    fn random_faults_are_survived(models in prop::collection::vec(model(), 1..6), seed in 1u64.., chance in 1u8..128) {
+        let mut table = fresh();
+        let mut current = DesiredState::default();
+        table.resync(&current, NOW);
+        table.store_mut().fault = Fault::Random { state: seed, chance };
+        for model in &models {
+            let to = desired(model);
+            table.apply(&current.diff(&to), NOW);
+            seen(table.store());
+            current = to;
+        }
+        table.store_mut().fault = Fault::None;
+        prop_assert!(table.resync(&current, NOW + REST).is_clean());
+        prop_assert_eq!(seen(table.store()), oracle(&current));
+        let mut restarted = reopen(&table);
+        prop_assert_eq!(restarted.resync(&current, NOW).writes, 0);
+        prop_assert_eq!(restarted.used(), table.used(), "no leak");
+    }
+}
