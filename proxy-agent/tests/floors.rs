@@ -64,10 +64,10 @@ fn sources() -> Vec<(String, String)> {
             let path = entry.unwrap().path();
             let stem = path.file_stem().unwrap().to_str().unwrap().to_owned();
             if path.is_dir() {
-                if stem != "tests" {
+                if !is_test(&stem) {
                     open.push(path);
                 }
-            } else if path.extension().is_some_and(|ext| ext == "rs") && stem != "tests" {
+            } else if path.extension().is_some_and(|ext| ext == "rs") && !is_test(&stem) {
                 let below = path.strip_prefix(src()).unwrap().with_extension("");
                 let room = below.to_str().unwrap();
                 let room = room.strip_suffix("/mod").unwrap_or(room).to_owned();
@@ -77,6 +77,10 @@ fn sources() -> Vec<(String, String)> {
     }
     found.sort();
     found
+}
+
+fn is_test(stem: &str) -> bool {
+    stem == "tests" || stem.ends_with("_tests")
 }
 
 fn strip(text: &str) -> String {

@@ -1,7 +1,7 @@
 //! `slots`: an mmap-able array; a frontend's ranges point into it. One slot holds one backend.
 //!
 //! The agent writes slots through the mapping, one aligned 8-byte store a word, before any frontend points at them.
-//! Inside a range the slots are in the order of [`SlotWord`]'s sort key (address, then port), so that a program
+//! Inside a range the slots are in the order of [`sort_key`] (address, then port), so that a program
 //! can ask in a few probes whether a backend is still a member.
 
 use core::mem::size_of;

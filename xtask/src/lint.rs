@@ -35,7 +35,10 @@ pub fn run() -> Result<ExitCode> {
         let what = format!("clippy of {name} {}", args.join(" "));
         heading(&what);
         let mut clippy = cargo();
-        clippy.args(["clippy", "--locked", "--quiet", "--package", name]).args(args).args(["--", "-Dwarnings"]);
+        clippy
+            .args(["clippy", "--locked", "--quiet", "--no-deps", "--package", name])
+            .args(args)
+            .args(["--", "-Dwarnings"]);
         step(what, succeeds(&mut clippy))?;
     }
     heading("docs");

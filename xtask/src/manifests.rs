@@ -1,12 +1,155 @@
-//! `manifests`: renders the kustomize base and checks it.
+//! `manifests`: renders the kustomize base and checks what can be checked without a cluster: it is YAML, names are unique and
+//! resolve, the container asks for no more than it should, and every option in its arguments exists.
 
-use std::process::ExitCode;
+use std::{collections::BTreeSet, process::ExitCode};
 
-use anyhow::{Result, bail};
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::Value;
+
+use crate::{
+    command::{self, command, output},
+    setup,
+};
+
+const BASE: &str = "manifests/base";
+
+/// What the agent may hold beyond nothing (docs/kernels.md says for what).
+const CAPABILITIES: [&str; 3] = ["BPF", "NET_ADMIN", "PERFMON"];
 
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Print nothing but what is wrong
+    #[arg(long)]
+    check: bool,
+}
 
-pub fn run(_args: &Args) -> Result<ExitCode> {
-    bail!("`manifests` is not built yet")
+pub fn run(args: &Args) -> Result<ExitCode> {
+    let Args { check } = args;
+    setup::tools(&[setup::KUBECTL])?;
+    let text = output(command("kubectl").args(["kustomize", BASE]))?;
+    let objects: Vec<Value> = serde_saphyr::from_multiple(&text).context("the rendered manifests are no YAML")?;
+    let help = help()?;
+    inspect(&objects, &help)?;
+    if *check {
+        println!("manifests: {} objects render and hold together", objects.len());
+    } else {
+        print!("{text}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// What `proxy-agent run --help` says, from a binary with no programs inside (its options are the same).
+fn help() -> Result<String> {
+    let mut cargo = command::cargo();
+    cargo.args(["run", "--locked", "--quiet", "--package", "proxy-agent", "--", "run", "--help"]);
+    output(&mut cargo)
+}
+
+fn inspect(objects: &[Value], help: &str) -> Result<()> {
+    let mut names = BTreeSet::new();
+    for object in objects {
+        let kind = text(object, "/kind")?;
+        let name = text(object, "/metadata/name")?;
+        ensure!(!text(object, "/apiVersion")?.is_empty(), "{kind} {name} has no apiVersion");
+        ensure!(names.insert((kind, name)), "{kind} {name} is there twice");
+    }
+    let daemon_set = objects
+        .iter()
+        .find(|object| object.pointer("/kind").is_some_and(|kind| kind == "DaemonSet"))
+        .context("there is no DaemonSet")?;
+
+    let selector =
+        daemon_set.pointer("/spec/selector/matchLabels").and_then(Value::as_object).context("no selector")?;
+    for (label, value) in selector {
+        let labels = daemon_set.pointer("/spec/template/metadata/labels").context("the Pods carry no labels")?;
+        ensure!(labels.get(label) == Some(value), "the selector's label {label} is not on the Pods");
+    }
+    let account = text(daemon_set, "/spec/template/spec/serviceAccountName")?;
+    ensure!(names.contains(&("ServiceAccount", account)), "there is no ServiceAccount {account}");
+    let bound = objects.iter().any(|object| {
+        object.pointer("/kind").is_some_and(|kind| kind == "ClusterRoleBinding")
+            && object.pointer("/subjects/0/name").is_some_and(|name| name == account)
+            && object.pointer("/subjects/0/namespace") == daemon_set.pointer("/metadata/namespace")
+    });
+    ensure!(bound, "ServiceAccount {account} is bound to no role");
+
+    let volumes: BTreeSet<&str> = list(daemon_set, "/spec/template/spec/volumes").iter().filter_map(name_of).collect();
+    for container in list(daemon_set, "/spec/template/spec/containers") {
+        inspect_container(container, &volumes, help)?;
+    }
+    Ok(())
+}
+
+fn inspect_container(container: &Value, volumes: &BTreeSet<&str>, help: &str) -> Result<()> {
+    let name = text(container, "/name")?;
+    let image = text(container, "/image")?;
+    ensure!(
+        image.contains(':') && !image.ends_with(":latest"),
+        "container {name}: image {image} is not pinned to a version"
+    );
+    for mount in list(container, "/volumeMounts") {
+        let volume = name_of(mount).context("a volume mount without a name")?;
+        ensure!(volumes.contains(volume), "container {name} mounts {volume}, which is no volume of the Pod");
+    }
+    ensure!(container.pointer("/securityContext/privileged").is_none(), "container {name} asks to be privileged");
+    for capability in list(container, "/securityContext/capabilities/add") {
+        let known = capability.as_str().is_some_and(|capability| CAPABILITIES.contains(&capability));
+        ensure!(known, "container {name} asks for capability {capability}, it should do with {CAPABILITIES:?}");
+    }
+    let args = list(container, "/args");
+    ensure!(args.first().is_some_and(|verb| verb == "run"), "container {name} does not start `proxy-agent run`");
+    for arg in args.iter().skip(1) {
+        let option = arg.as_str().unwrap_or_default().split('=').next().unwrap_or_default();
+        let known = help.split(|c: char| c.is_whitespace() || matches!(c, ',' | '=' | '[')).any(|word| word == option);
+        ensure!(option.starts_with("--") && known, "container {name}: `proxy-agent run` has no option {option}");
+    }
+    Ok(())
+}
+
+fn text<'a>(object: &'a Value, pointer: &str) -> Result<&'a str> {
+    match object.pointer(pointer).and_then(Value::as_str) {
+        Some(text) => Ok(text),
+        None => bail!("{pointer} is missing in {object}"),
+    }
+}
+
+fn list<'a>(object: &'a Value, pointer: &str) -> &'a [Value] {
+    object.pointer(pointer).and_then(Value::as_array).map_or(&[], Vec::as_slice)
+}
+
+fn name_of(object: &Value) -> Option<&str> {
+    object.pointer("/name").and_then(Value::as_str)
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    const HELP: &str = "Usage: proxy-agent run [OPTIONS]\n      --bpffs <DIR>   Where pins go\n      --source=<DIR>";
+
+    fn container(change: impl FnOnce(&mut Value)) -> Result<()> {
+        let mut container = json!({
+            "name": "a", "image": "proxy-agent:1", "args": ["run", "--bpffs=/x"],
+            "securityContext": {"capabilities": {"add": ["BPF"]}}, "volumeMounts": [{"name": "v"}],
+        });
+        change(&mut container);
+        inspect_container(&container, &BTreeSet::from(["v"]), HELP)
+    }
+
+    #[test]
+    fn a_container_is_held_to_little() {
+        container(|_| {}).unwrap();
+        let refused = |change: fn(&mut Value), word: &str| {
+            let error = container(change).unwrap_err().to_string();
+            assert!(error.contains(word), "{error}");
+        };
+        refused(|c| c["args"][1] = json!("--bpf=/x"), "--bpf");
+        refused(|c| c["args"][0] = json!("check"), "does not start");
+        refused(|c| c["image"] = json!("proxy-agent:latest"), "pinned");
+        refused(|c| c["volumeMounts"][0]["name"] = json!("w"), "mounts w");
+        refused(|c| c["securityContext"]["privileged"] = json!(true), "privileged");
+        refused(|c| c["securityContext"]["capabilities"]["add"][0] = json!("SYS_ADMIN"), "SYS_ADMIN");
+    }
 }

@@ -39,6 +39,9 @@ pub const NETNS_SUITES: [Tool; 5] = [
 
 pub const ETCD: Tool = Tool { program: "etcd", package: "etcd-server", why: "storage of the test API server" };
 
+/// Debian's package is old, but renders a kustomization.
+pub const KUBECTL: Tool = Tool { program: "kubectl", package: "kubernetes-client", why: "renders the manifests" };
+
 /// Installs the packages of those tools that are missing, in one go.
 pub fn tools(tools: &[Tool]) -> Result<()> {
     let missing: Vec<&Tool> = tools.iter().filter(|tool| find(tool.program).is_none()).collect();

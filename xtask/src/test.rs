@@ -52,7 +52,7 @@ enum Selection {
 enum Suite {
     /// Pure and property tests of every crate; needs no root and no BPF toolchain.
     Unit,
-    /// Packets through the eBPF programs, by `BPF_PROG_TEST_RUN`.
+    /// The eBPF programs alone: packets through `BPF_PROG_TEST_RUN`, sockets in a cgroup of their own.
     Prog,
     /// The real agent in worlds of network namespaces.
     Netns,
@@ -63,14 +63,17 @@ enum Suite {
 impl Suite {
     const ALL: [Self; 4] = [Self::Unit, Self::Prog, Self::Netns, Self::Api];
 
-    /// By the name of the integration test: `prog*`, `netns*` and `api*` in any crate, everything else below `tests/`
-    /// (which holds worlds) is netns, and what is left is unit.
+    /// By crate and name: below `tests/` are worlds, `api*` among them with an API server; the agent's own integration tests
+    /// load programs, except the one that reads sources; what is left is unit.
     fn of(target: &Target, package: &str) -> Self {
-        let integration = target.kind.iter().any(|kind| kind == "test");
-        match target.name.as_str() {
-            name if integration && name.starts_with("prog") => Self::Prog,
-            name if integration && name.starts_with("api") => Self::Api,
-            name if integration && (package == "tests" || name.starts_with("netns")) => Self::Netns,
+        if !target.kind.iter().any(|kind| kind == "test") {
+            return Self::Unit;
+        }
+        match (package, target.name.as_str()) {
+            ("tests", name) if name.starts_with("api") => Self::Api,
+            ("tests", _) => Self::Netns,
+            ("proxy-agent", "floors") => Self::Unit,
+            ("proxy-agent", _) => Self::Prog,
             _ => Self::Unit,
         }
     }
@@ -113,7 +116,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let Args { suite: selection, filter, limit } = args;
     let suites: Vec<Suite> = Suite::ALL.into_iter().filter(|suite| suite.is_selected(*selection)).collect();
     let object = prepare(&suites)?;
-    let (mut programs, agent) = build(object.as_deref())?;
+    let Built { mut programs, binaries } = build(object.as_deref())?;
     programs.retain(|program| suites.contains(&program.suite));
     programs.sort_by(|a, b| (a.suite, &a.name).cmp(&(b.suite, &b.name)));
 
@@ -140,7 +143,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             test.arg("--test-threads=1");
         }
         test.current_dir(&program.package).env("CARGO_MANIFEST_DIR", &program.package);
-        test.env("PROXY_AGENT_BIN", &agent);
+        test.envs(&binaries);
         if let Some(object) = &object {
             test.env(build_ebpf::OBJECT_VARIABLE, object);
         }
@@ -178,6 +181,12 @@ fn prepare(suites: &[Suite]) -> Result<Option<PathBuf>> {
     if suites == [Suite::Unit] { Ok(None) } else { build_ebpf::object().map(Some) }
 }
 
+struct Built {
+    programs: Vec<Program>,
+    /// Ordinary programs that tests start: `PROXY_AGENT_BIN`, `PROXY_TESTPOD_BIN` … and where they are.
+    binaries: BTreeMap<String, PathBuf>,
+}
+
 #[derive(Deserialize)]
 struct Message {
     reason: String,
@@ -199,15 +208,14 @@ struct Profile {
 }
 
 /// Builds every test program, and the agent with them (cargo builds a crate's binaries for its integration tests).
-fn build(object: Option<&Path>) -> Result<(Vec<Program>, PathBuf)> {
+fn build(object: Option<&Path>) -> Result<Built> {
     let mut cargo = command::cargo();
     cargo.args(["test", "--locked", "--no-run", "--quiet", "--message-format=json-render-diagnostics"]);
     if let Some(object) = object {
         cargo.env(build_ebpf::OBJECT_VARIABLE, object);
     }
     let text = command::output(&mut cargo)?;
-    let mut programs = Vec::new();
-    let mut agent = None;
+    let mut built = Built { programs: Vec::new(), binaries: BTreeMap::new() };
     for line in text.lines().filter(|line| line.starts_with('{')) {
         let message: Message = serde_json::from_str(line).context("cannot read cargo's messages")?;
         let Message { reason, manifest_path: Some(manifest), target: Some(target), profile: Some(profile), executable } =
@@ -220,13 +228,16 @@ fn build(object: Option<&Path>) -> Result<(Vec<Program>, PathBuf)> {
         let directory = package.file_name().unwrap_or_default().to_string_lossy().into_owned();
         if profile.test {
             let suite = Suite::of(&target, &directory);
-            programs.push(Program { suite, name: format!("{directory}/{}", target.name), executable, package });
-        } else if target.name == "proxy-agent" {
-            agent = Some(executable);
+            built.programs.push(Program { suite, name: format!("{directory}/{}", target.name), executable, package });
+        } else if target.kind.iter().any(|kind| kind == "bin") {
+            let short = target.name.strip_prefix("proxy-").unwrap_or(&target.name);
+            built.binaries.insert(format!("PROXY_{}_BIN", short.to_uppercase().replace('-', "_")), executable);
         }
     }
-    let Some(agent) = agent else { bail!("cargo did not build the proxy-agent binary beside the tests") };
-    Ok((programs, agent))
+    if !built.binaries.contains_key("PROXY_AGENT_BIN") {
+        bail!("cargo did not build the proxy-agent binary beside the tests");
+    }
+    Ok(built)
 }
 
 /// Runs one test program; all it prints goes to a log, progress and failures to the terminal.

@@ -1,4 +1,6 @@
-//! Reads what a libtest program prints under `--show-output`.
+//! Reads what a test program prints: libtest under `--show-output`, and the worlds' own harness.
+//!
+//! libtest:
 //!
 //! ```text
 //! running 2 tests
@@ -19,6 +21,15 @@
 //!     b
 //!
 //! test result: FAILED. 1 passed; 1 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
+//! ```
+//!
+//! The worlds' harness (`proxy_tests::suite`), whose cases share a world and so run in order:
+//!
+//! ```text
+//! ok   clusterip/tcp (12 ms)
+//! FAIL clusterip/udp (9 ms): no answer
+//! SKIP overlay: no vxlan here
+//! suite clusterip: 1 passed, 1 failed, 1 skipped in 3.2 s
 //! ```
 
 use std::collections::BTreeSet;
@@ -92,16 +103,7 @@ impl Parser {
     /// Takes one line; gives back what is worth showing.
     pub fn line<'a>(&mut self, line: &'a str) -> Option<&'a str> {
         if let Some(counts) = line.strip_prefix("test result: ") {
-            let count = |what: &str| -> usize {
-                counts
-                    .split([';', '.'])
-                    .find_map(|part| part.trim().strip_suffix(what))
-                    .and_then(|number| number.trim().parse().ok())
-                    .unwrap_or(0)
-            };
-            self.passed += count(" passed");
-            self.failed += count(" failed");
-            self.results += 1;
+            self.count(counts);
             self.section = Section::Running;
             self.current = None;
             return Some(line);
@@ -124,6 +126,22 @@ impl Parser {
         }
         match self.section {
             Section::Running => {
+                if let Some(text) = line.strip_prefix("SKIP ") {
+                    let name = text.split(':').next().unwrap_or(text);
+                    self.skips.push(Skip { test: format!("{} {name}", self.program), text: text.to_owned() });
+                    return Some(line);
+                }
+                if let Some(case) = line.strip_prefix("FAIL ") {
+                    self.failures.insert(case.split(" (").next().unwrap_or(case).to_owned());
+                    return Some(line);
+                }
+                if line.starts_with("ok   ") {
+                    return Some(line);
+                }
+                if let Some(counts) = line.strip_prefix("suite ").and_then(|rest| rest.split_once(": ")) {
+                    self.count(counts.1);
+                    return Some(line);
+                }
                 let (name, verdict) = line.strip_prefix("test ")?.split_once(" ... ")?;
                 if let Some(reason) = verdict.strip_prefix("ignored") {
                     let reason = reason.trim_start_matches(", ");
@@ -150,6 +168,20 @@ impl Parser {
                 Some(line)
             }
         }
+    }
+
+    /// `ok. 2 passed; 1 failed; …` or `2 passed, 1 failed, …`.
+    fn count(&mut self, counts: &str) {
+        let count = |what: &str| -> usize {
+            counts
+                .split([';', '.', ','])
+                .find_map(|part| part.trim().strip_suffix(what))
+                .and_then(|number| number.trim().parse().ok())
+                .unwrap_or(0)
+        };
+        self.passed += count(" passed");
+        self.failed += count(" failed");
+        self.results += 1;
     }
 
     /// Ends the reading; `trouble` says how the program itself went wrong. A program that died has failed even if every
@@ -229,6 +261,17 @@ test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
         let done = "test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s";
         assert_eq!(read(done, Some("ended with signal: 6")).failures, ["unit x: ended with signal: 6"]);
         assert_eq!(read(done, None), Outcome { passed: 1, ..Default::default() });
+    }
+
+    #[test]
+    fn the_harness_of_the_worlds_is_read_too() {
+        let text = "ok   clusterip/tcp (12 ms)\nFAIL clusterip/udp (9 ms): no answer\nSKIP overlay: no vxlan here\n\
+                    suite clusterip: 1 passed, 1 failed, 1 skipped in 3.2 s\n";
+        let outcome = read(text, Some("ended with exit status: 1"));
+        assert_eq!((outcome.passed, outcome.skips.len()), (1, 1));
+        assert_eq!(outcome.failures, ["unit x clusterip/udp"]);
+        assert_eq!(outcome.skips[0].text, "overlay: no vxlan here");
+        assert_eq!(read("ok   a (1 ms)\n", Some("ended with signal: 9")).failures, ["unit x: ended with signal: 9"]);
     }
 
     #[test]
