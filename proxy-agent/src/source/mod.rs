@@ -11,6 +11,10 @@
 //! directory ── scan, parse ─┘
 //! ```
 
+mod address;
+mod api;
+mod convert;
+
 use std::path::PathBuf;
 
 use tokio::sync::{mpsc, watch};
