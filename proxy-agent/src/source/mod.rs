@@ -14,6 +14,7 @@
 mod address;
 mod api;
 mod convert;
+mod directory;
 
 use std::path::PathBuf;
 
@@ -52,6 +53,8 @@ pub struct KubernetesOptions {
 pub enum SourceError {
     #[error("cannot tell this node's name: {0}; give it with --hostname-override")]
     NodeName(String),
+    #[error("cannot read the directory {}: {cause}; --source names a directory of YAML files", path.display())]
+    Directory { path: PathBuf, cause: String },
 }
 
 /// The own node's name: the override, else the host's name; trimmed, in lower case (contract A124).
@@ -71,10 +74,13 @@ pub async fn run(
     state: watch::Sender<SourceState>,
     cancel: CancellationToken,
 ) -> Result<(), SourceError> {
-    let Options { node: _, input: _ } = options;
-    state.send_replace(SourceState::Listing { missing: Vec::new() });
-    tokio::select! {
-        () = cancel.cancelled() => Ok(()),
-        () = events.closed() => Ok(()),
+    let Options { node, input } = options;
+    match input {
+        Input::Directory(root) => directory::run(&node, &root, &events, &state, &cancel).await,
+        Input::Kubernetes(_) => {
+            state.send_replace(SourceState::Listing { missing: Vec::new() });
+            cancel.cancelled().await;
+            Ok(())
+        }
     }
 }

@@ -1,0 +1,371 @@
+//! A directory of ordinary Service, EndpointSlice and Node files as a source (design.md §7).
+//!
+//! Owns the files' last good state. Files are read again when the tree looks different from the last time; the kernel's
+//! notification makes that prompt, a walk several times a second makes it certain (notifications miss what links lead to, and
+//! networks' file systems). A change is taken in once two looks at the tree agree, so that an editor that truncates, writes and
+//! renames is not caught half-way.
+//!
+//! - INVARIANT: a file that cannot be read or parsed keeps its last good objects; only a file that is gone takes them along.
+//! - The same object in two files: the first file in path order has it, whatever came first in time.
+
+mod files;
+mod parse;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, btree_map::Entry},
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use notify::Watcher;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+use tracing::{info, warn};
+
+use self::{
+    files::{Listing, Signature},
+    parse::{Line, Parsed},
+};
+use super::{SourceError, convert::Names};
+use crate::model::{EndpointSlice, Event, NodeFacts, Service, ServiceKey, SourceState};
+
+/// How often the tree is looked at, come a notification or not. Changes are promised within a second.
+const LOOK: Duration = Duration::from_millis(500);
+/// Two looks this far apart must agree before a change counts.
+const SETTLE: Duration = Duration::from_millis(60);
+/// A tree that never rests is taken as it is after so many looks.
+const SETTLE_LOOKS: usize = 5;
+
+type SliceKey = (Arc<str>, Arc<str>);
+
+/// A file as last seen.
+#[derive(Default)]
+struct File {
+    signature: Option<Signature>,
+    good: Parsed,
+    /// Why `good` is not what the file says now.
+    broken: Option<(Line, String)>,
+}
+
+/// The union of all files.
+#[derive(Default)]
+struct World {
+    services: BTreeMap<ServiceKey, Arc<Service>>,
+    slices: BTreeMap<SliceKey, Arc<EndpointSlice>>,
+    node: NodeFacts,
+    problems: BTreeMap<String, Vec<String>>,
+}
+
+struct Directory {
+    root: PathBuf,
+    node: Arc<str>,
+    names: Names,
+    files: BTreeMap<PathBuf, File>,
+    unreadable: BTreeMap<PathBuf, String>,
+    /// Kinds a notice was given for.
+    noticed: BTreeSet<String>,
+    /// What was handed on; `None` before the first look.
+    world: Option<World>,
+}
+
+pub(super) async fn run(
+    node: &str,
+    root: &Path,
+    events: &mpsc::Sender<Event>,
+    state: &watch::Sender<SourceState>,
+    cancel: &CancellationToken,
+) -> Result<(), SourceError> {
+    let (wake, mut woken) = mpsc::channel::<()>(1);
+    let mut directory = Directory::new(root, node);
+    // Watching starts before the first look, or a change between the two would wait for the next one.
+    let _watcher = watch_tree(root, wake);
+    loop {
+        let looked = tokio::task::spawn_blocking(move || {
+            let began = Instant::now();
+            let outcome = directory.look();
+            (directory, outcome, began.elapsed())
+        });
+        let Ok((back, outcome, took)) = looked.await else {
+            return Err(SourceError::Directory { path: root.to_path_buf(), cause: "reading it ended early".into() });
+        };
+        directory = back;
+        match outcome {
+            Ok(changes) => {
+                for event in changes {
+                    if events.send(event).await.is_err() {
+                        return Ok(());
+                    }
+                }
+                set(state, SourceState::Synced);
+            }
+            Err(error) if directory.world.is_none() => {
+                return Err(SourceError::Directory { path: root.to_path_buf(), cause: error.to_string() });
+            }
+            Err(error) => {
+                let reason = format!("cannot read {}: {error}; the last state stands", root.display());
+                if set(state, SourceState::Stale { reason: reason.clone() }) {
+                    warn!("{reason}");
+                }
+            }
+        }
+        // A tree of many thousand files is looked at less often: a twentieth of one CPU at most.
+        tokio::select! {
+            () = cancel.cancelled() => return Ok(()),
+            () = events.closed() => return Ok(()),
+            () = tokio::time::sleep(LOOK.max(took * 20)) => {},
+            Some(()) = woken.recv() => {},
+        }
+    }
+}
+
+/// Tells whether that was news.
+fn set(state: &watch::Sender<SourceState>, to: SourceState) -> bool {
+    state.send_if_modified(|state| {
+        let news = *state != to;
+        *state = to;
+        news
+    })
+}
+
+fn watch_tree(root: &Path, wake: mpsc::Sender<()>) -> Option<impl Watcher + use<>> {
+    let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
+        // Reading the files raises access events: those would wake us for ever.
+        if !event.is_ok_and(|event| event.kind.is_access()) {
+            let _already_awake = wake.try_send(());
+        }
+    });
+    match watcher.and_then(|mut watcher| watcher.watch(root, notify::RecursiveMode::Recursive).map(|()| watcher)) {
+        Ok(watcher) => Some(watcher),
+        Err(error) => {
+            info!(%error, directory = %root.display(), "no change notifications, looking twice a second instead");
+            None
+        }
+    }
+}
+
+impl Directory {
+    fn new(root: &Path, node: &str) -> Self {
+        Self {
+            root: root.to_path_buf(),
+            node: node.into(),
+            names: Names::default(),
+            files: BTreeMap::new(),
+            unreadable: BTreeMap::new(),
+            noticed: BTreeSet::new(),
+            world: None,
+        }
+    }
+
+    /// Looks at the tree; what changed since the last look, as events in an order that is safe to apply one by one.
+    fn look(&mut self) -> std::io::Result<Vec<Event>> {
+        let mut listing = files::list(&self.root)?;
+        if self.world.is_some() {
+            if !self.differs(&listing) {
+                return Ok(Vec::new());
+            }
+            for _ in 0..SETTLE_LOOKS {
+                std::thread::sleep(SETTLE);
+                let again = files::list(&self.root)?;
+                let settled = again == listing;
+                listing = again;
+                if settled {
+                    break;
+                }
+            }
+        }
+        self.take_in(listing);
+        let now = self.unite();
+        let before = self.world.take();
+        for (place, problems) in &now.problems {
+            if before.as_ref().is_none_or(|before| before.problems.get(place) != Some(problems)) {
+                for problem in problems {
+                    warn!("{place}: {problem}");
+                }
+            }
+        }
+        let events = match &before {
+            None => first(&now),
+            Some(before) => changes(before, &now),
+        };
+        self.world = Some(now);
+        Ok(events)
+    }
+
+    fn differs(&self, listing: &Listing) -> bool {
+        let Listing { files, unreadable } = listing;
+        *unreadable != self.unreadable
+            || files
+                .iter()
+                .any(|(path, signature)| self.files.get(path).is_none_or(|known| known.signature != Some(*signature)))
+            || self.files.keys().any(|path| !files.contains_key(path) && !beneath(path, unreadable))
+    }
+
+    fn take_in(&mut self, listing: Listing) {
+        let Listing { files, unreadable } = listing;
+        self.files.retain(|path, _| files.contains_key(path) || beneath(path, &unreadable));
+        self.unreadable = unreadable;
+        for (path, signature) in files {
+            let file = self.files.entry(path.clone()).or_default();
+            if file.signature == Some(signature) {
+                continue;
+            }
+            file.signature = Some(signature);
+            file.read(&path, &mut self.names);
+            for kind in &file.good.ignored {
+                if self.noticed.insert(kind.clone()) {
+                    info!(%kind, file = %path.display(), "objects of this kind mean nothing to the proxy and are ignored");
+                }
+            }
+        }
+    }
+
+    fn unite(&self) -> World {
+        let mut world =
+            World { node: NodeFacts { name: Arc::clone(&self.node), ..NodeFacts::default() }, ..World::default() };
+        let mut say = |place: String, problem: String| world.problems.entry(place).or_default().push(problem);
+        for (path, why) in &self.unreadable {
+            say(self.place(path, 0), format!("{why}; what it held before stands"));
+        }
+        let (mut services, mut slices) = (Owners::default(), Owners::default());
+        let mut node: Option<String> = None;
+        for (path, file) in &self.files {
+            let File { signature: _, good, broken } = file;
+            if let Some((line, why)) = broken {
+                say(self.place(path, *line), format!("{why}; what the file held before stands"));
+            }
+            for (line, problem) in &good.problems {
+                say(self.place(path, *line), problem.clone());
+            }
+            for (line, service) in &good.services {
+                let place = self.place(path, *line);
+                if let Some(other) = services.claim(service.key.clone(), Arc::clone(service), &place) {
+                    say(place, format!("Service {} is in {other} already, which stands", service.key));
+                }
+            }
+            for (line, slice) in &good.slices {
+                let place = self.place(path, *line);
+                let key = (Arc::clone(&slice.namespace), Arc::clone(&slice.name));
+                if let Some(other) = slices.claim(key, Arc::clone(slice), &place) {
+                    let name = format!("EndpointSlice {}/{}", slice.namespace, slice.name);
+                    say(place, format!("{name} is in {other} already, which stands"));
+                }
+            }
+            for (line, facts) in good.nodes.iter().filter(|(_, facts)| facts.name == self.node) {
+                let place = self.place(path, *line);
+                match &node {
+                    Some(other) => say(place, format!("Node {} is in {other} already, which stands", facts.name)),
+                    None => {
+                        world.node = facts.clone();
+                        node = Some(place);
+                    }
+                }
+            }
+        }
+        world.services = services.objects();
+        world.slices = slices.objects();
+        world
+    }
+
+    /// `path:line` below the root.
+    fn place(&self, path: &Path, line: Line) -> String {
+        let path = path.strip_prefix(&self.root).unwrap_or(path).display();
+        if line == 0 { path.to_string() } else { format!("{path}:{line}") }
+    }
+}
+
+fn beneath(path: &Path, places: &BTreeMap<PathBuf, String>) -> bool {
+    path.ancestors().any(|ancestor| places.contains_key(ancestor))
+}
+
+impl File {
+    /// Reads the file anew; what is there stays where that fails.
+    fn read(&mut self, path: &Path, names: &mut Names) {
+        let bytes = match std::fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) => {
+                // To be tried again, though it may look the same then.
+                self.signature = None;
+                self.broken = Some((0, format!("cannot be read: {error}")));
+                return;
+            }
+        };
+        let text = String::from_utf8(bytes).map_err(|error| {
+            let good = error.as_bytes().get(..error.utf8_error().valid_up_to()).unwrap_or_default();
+            (1 + good.iter().filter(|byte| **byte == b'\n').count() as Line, "is not UTF-8 text".to_owned())
+        });
+        let parsed = text.and_then(|text| {
+            parse::parse(path, &text, names)
+                .map_err(|broken| (broken.line, format!("does not parse: {}", broken.message)))
+        });
+        match parsed {
+            Ok(parsed) => *self = Self { signature: self.signature, good: parsed, broken: None },
+            Err(why) => self.broken = Some(why),
+        }
+    }
+}
+
+/// Objects by key, and where each is from.
+struct Owners<K, T>(BTreeMap<K, (String, T)>);
+
+impl<K, T> Default for Owners<K, T> {
+    fn default() -> Self {
+        Self(BTreeMap::new())
+    }
+}
+
+impl<K: Ord, T> Owners<K, T> {
+    /// Takes the object in, or tells who has one of this key.
+    fn claim(&mut self, key: K, object: T, place: &str) -> Option<&str> {
+        match self.0.entry(key) {
+            Entry::Vacant(vacant) => {
+                vacant.insert((place.to_owned(), object));
+                None
+            }
+            Entry::Occupied(occupied) => Some(&occupied.into_mut().0),
+        }
+    }
+
+    fn objects(self) -> BTreeMap<K, T> {
+        self.0.into_iter().map(|(key, (_, object))| (key, object)).collect()
+    }
+}
+
+fn first(now: &World) -> Vec<Event> {
+    let World { services, slices, node, problems } = now;
+    let mut events = vec![
+        Event::Node(node.clone()),
+        Event::Slices(slices.values().cloned().collect()),
+        Event::Services(services.values().cloned().collect()),
+    ];
+    if !problems.is_empty() {
+        events.push(Event::Problems(problems.clone()));
+    }
+    events
+}
+
+/// Endpoints come before the Services that want them and go after them: no moment in between has a Service without its
+/// endpoints.
+fn changes(before: &World, now: &World) -> Vec<Event> {
+    let mut events = Vec::new();
+    if before.node != now.node {
+        events.push(Event::Node(now.node.clone()));
+    }
+    let changed = now.slices.iter().filter(|(key, slice)| before.slices.get(key) != Some(slice));
+    events.extend(changed.map(|(_, slice)| Event::Slice(Arc::clone(slice))));
+    let changed = now.services.iter().filter(|(key, service)| before.services.get(key) != Some(service));
+    events.extend(changed.map(|(_, service)| Event::Service(Arc::clone(service))));
+    let gone = before.services.keys().filter(|key| !now.services.contains_key(key));
+    events.extend(gone.map(|key| Event::ServiceGone(key.clone())));
+    let gone = before.slices.keys().filter(|key| !now.slices.contains_key(key));
+    events.extend(
+        gone.map(|(namespace, name)| Event::SliceGone { namespace: Arc::clone(namespace), name: Arc::clone(name) }),
+    );
+    if before.problems != now.problems {
+        events.push(Event::Problems(now.problems.clone()));
+    }
+    events
+}
+
+#[cfg(test)]
+mod tests;

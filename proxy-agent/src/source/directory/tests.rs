@@ -1,0 +1,254 @@
+use std::{fs, os::unix::fs::symlink};
+
+use super::*;
+
+fn service(name: &str, ip: &str) -> String {
+    format!(
+        "---\napiVersion: v1\nkind: Service\nmetadata: {{name: {name}}}\nspec: {{clusterIP: {ip}, ports: [{{port: 80}}]}}\n"
+    )
+}
+
+fn slice(name: &str, service: &str, ip: &str) -> String {
+    format!(
+        "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {{name: {name}, labels: {{kubernetes.io/service-name: \
+         {service}}}}}\naddressType: IPv4\nendpoints: [{{addresses: [{ip}]}}]\nports: [{{port: 8080}}]\n"
+    )
+}
+
+/// One word for each event: enough to tell them apart.
+fn words(events: &[Event]) -> Vec<String> {
+    let name = |service: &Service| format!("{}@{}", service.key.name, service.cluster_ips[0]);
+    events
+        .iter()
+        .map(|event| match event {
+            Event::Service(service) => format!("service {}", name(service)),
+            Event::ServiceGone(key) => format!("service-gone {}", key.name),
+            Event::Slice(slice) => format!("slice {}@{}", slice.name, slice.endpoints[0].address),
+            Event::SliceGone { name, .. } => format!("slice-gone {name}"),
+            Event::Node(facts) => format!("node {} {:?}", facts.name, facts.zone),
+            Event::Services(list) => format!("services {}", list.iter().map(|s| name(s)).collect::<Vec<_>>().join(" ")),
+            Event::Slices(list) => {
+                format!("slices {}", list.iter().map(|s| s.name.to_string()).collect::<Vec<_>>().join(" "))
+            }
+            Event::Problems(problems) => format!("problems {}", problems.keys().cloned().collect::<Vec<_>>().join(" ")),
+        })
+        .collect()
+}
+
+struct Tree {
+    root: tempfile::TempDir,
+    directory: Directory,
+}
+
+impl Tree {
+    fn new(files: &[(&str, &str)]) -> Self {
+        let root = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            fs::write(root.path().join(name), text).unwrap();
+        }
+        let directory = Directory::new(root.path(), "n1");
+        Self { root, directory }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.root.path().join(name)
+    }
+
+    fn look(&mut self) -> Vec<String> {
+        words(&self.directory.look().unwrap())
+    }
+
+    fn problems(&self) -> String {
+        let world = self.directory.world.as_ref().unwrap();
+        world
+            .problems
+            .iter()
+            .flat_map(|(place, said)| said.iter().map(move |said| format!("{place}: {said}\n")))
+            .collect()
+    }
+}
+
+#[test]
+fn first_look_then_differences() {
+    let mut tree = Tree::new(&[("a.yaml", &(service("a", "10.0.0.1") + &slice("a-1", "a", "10.1.0.1")))]);
+    assert_eq!(tree.look(), ["node n1 None", "slices a-1", "services a@10.0.0.1"]);
+    assert_eq!(tree.look(), Vec::<String>::new());
+
+    fs::create_dir(tree.path("more")).unwrap();
+    fs::write(tree.path("more/b.yml"), service("b", "10.0.0.2") + &slice("b-1", "b", "10.1.0.2")).unwrap();
+    fs::write(
+        tree.path("n.yaml"),
+        "{apiVersion: v1, kind: Node, metadata: {name: n1, labels: {topology.kubernetes.io/zone: z}}}",
+    )
+    .unwrap();
+    assert_eq!(tree.look(), ["node n1 Some(\"z\")", "slice b-1@10.1.0.2", "service b@10.0.0.2"]);
+
+    // Written anew with the same contents: nothing changed.
+    fs::write(tree.path("more/b.yml"), service("b", "10.0.0.2") + &slice("b-1", "b", "10.1.0.2")).unwrap();
+    assert_eq!(tree.look(), Vec::<String>::new());
+
+    // A slice of another name takes over (F10): the new one first.
+    fs::write(tree.path("more/b.yml"), service("b", "10.0.0.2") + &slice("b-2", "b", "10.1.0.3")).unwrap();
+    assert_eq!(tree.look(), ["slice b-2@10.1.0.3", "slice-gone b-1"]);
+
+    fs::remove_dir_all(tree.path("more")).unwrap();
+    fs::remove_file(tree.path("n.yaml")).unwrap();
+    assert_eq!(tree.look(), ["node n1 None", "service-gone b", "slice-gone b-2"]);
+}
+
+#[test]
+fn a_broken_file_keeps_its_last_good_state() {
+    let mut tree = Tree::new(&[("a.yaml", &service("a", "10.0.0.1")), ("b.yaml", &service("b", "10.0.0.2"))]);
+    tree.look();
+    fs::write(tree.path("a.yaml"), "kind: [Service\nmetadata: x\n").unwrap();
+    fs::write(tree.path("b.yaml"), service("b", "10.0.0.3")).unwrap();
+    let words = tree.look();
+    assert_eq!(words[0], "service b@10.0.0.3");
+    assert!(words[1].starts_with("problems a.yaml:"), "{words:?}");
+    assert!(tree.problems().contains("does not parse"), "{}", tree.problems());
+
+    // Not text at all, then gone for good.
+    fs::write(tree.path("a.yaml"), b"a: 1\nb: \xff\n").unwrap();
+    assert_eq!(tree.look(), ["problems a.yaml:2"]);
+    fs::remove_file(tree.path("a.yaml")).unwrap();
+    assert_eq!(tree.look(), ["service-gone a", "problems "]);
+}
+
+#[test]
+fn a_bad_object_is_left_out_alone() {
+    let bad = "---\napiVersion: v1\nkind: Service\nmetadata: {namespace: x}\nspec: {clusterIP: 10.0.0.9}\n";
+    let mut tree = Tree::new(&[("a.yaml", &(service("a", "10.0.0.1") + bad + &service("b", "10.0.0.2")))]);
+    assert_eq!(tree.look(), ["node n1 None", "slices ", "services a@10.0.0.1 b@10.0.0.2", "problems a.yaml:7"]);
+    assert_eq!(tree.problems(), "a.yaml:7: Service: metadata.name is missing; the object is left out\n");
+}
+
+#[test]
+fn the_same_object_twice() {
+    let mut tree = Tree::new(&[
+        ("b.yaml", &service("a", "10.0.0.2")),
+        ("c.yaml", &(slice("s", "a", "10.1.0.1") + &slice("s", "a", "10.1.0.2"))),
+    ]);
+    assert_eq!(tree.look(), ["node n1 None", "slices s", "services a@10.0.0.2", "problems c.yaml:9"]);
+    assert!(tree.problems().contains("EndpointSlice default/s is in c.yaml:2 already"), "{}", tree.problems());
+    // First in path order wins, though it came later; and hands over when it goes.
+    fs::write(tree.path("a.yaml"), service("a", "10.0.0.1")).unwrap();
+    assert_eq!(tree.look(), ["service a@10.0.0.1", "problems b.yaml:2 c.yaml:9"]);
+    assert!(
+        tree.problems().contains("b.yaml:2: Service default/a is in a.yaml:2 already, which stands"),
+        "{}",
+        tree.problems()
+    );
+    fs::remove_file(tree.path("a.yaml")).unwrap();
+    assert_eq!(tree.look(), ["service a@10.0.0.2", "problems c.yaml:9"]);
+}
+
+/// A6: changes of type make a Service come and go.
+#[test]
+fn a_service_that_stops_being_ours() {
+    let mut tree = Tree::new(&[("a.yaml", &service("a", "10.0.0.1"))]);
+    tree.look();
+    for spec in ["{type: ExternalName, clusterIP: 10.0.0.1}", "{clusterIP: None}"] {
+        fs::write(tree.path("a.yaml"), format!("apiVersion: v1\nkind: Service\nmetadata: {{name: a}}\nspec: {spec}\n"))
+            .unwrap();
+        assert_eq!(tree.look(), ["service-gone a"], "{spec}");
+        fs::write(tree.path("a.yaml"), service("a", "10.0.0.1")).unwrap();
+        assert_eq!(tree.look(), ["service a@10.0.0.1"], "{spec}");
+    }
+}
+
+#[test]
+fn only_the_own_node_counts() {
+    let mut tree = Tree::new(&[(
+        "a.yaml",
+        "{apiVersion: v1, kind: Node, metadata: {name: n2, labels: {topology.kubernetes.io/zone: z2}}}\n---\n{apiVersion: v1, kind: Node, \
+         metadata: {name: n1, labels: {topology.kubernetes.io/zone: z1}}}\n",
+    )]);
+    assert_eq!(tree.look()[0], "node n1 Some(\"z1\")");
+}
+
+#[test]
+fn a_directory_that_vanishes_takes_nothing_along() {
+    let mut tree = Tree::new(&[("a.yaml", &service("a", "10.0.0.1"))]);
+    tree.look();
+    let aside = tree.root.path().with_extension("aside");
+    fs::rename(tree.root.path(), &aside).unwrap();
+    assert!(tree.directory.look().is_err());
+    fs::rename(&aside, tree.root.path()).unwrap();
+    assert_eq!(tree.look(), Vec::<String>::new());
+}
+
+/// Collects what `run` says until `done`, or fails after two seconds.
+async fn until(
+    events: &mut mpsc::Receiver<Event>,
+    said: &mut Vec<String>,
+    done: impl Fn(&[String]) -> bool,
+) -> Duration {
+    let began = Instant::now();
+    while !done(said) {
+        match tokio::time::timeout(Duration::from_secs(2), events.recv()).await {
+            Ok(Some(event)) => said.extend(words(&[event])),
+            outcome => panic!("{outcome:?} after {said:?}"),
+        }
+    }
+    began.elapsed()
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn changes_arrive_within_a_second() {
+    let root = tempfile::tempdir().unwrap();
+    let path = |name: &str| root.path().join(name);
+    fs::write(path("a.yaml"), service("a", "10.0.0.1")).unwrap();
+    // A ConfigMap as kubelet mounts it.
+    fs::create_dir(path("..1")).unwrap();
+    fs::write(path("..1/b.yaml"), service("b", "10.0.0.2")).unwrap();
+    symlink("..1", path("..data")).unwrap();
+    symlink("..data/b.yaml", path("b.yaml")).unwrap();
+
+    let (tx, mut events) = mpsc::channel(1);
+    let (state, mut states) = watch::channel(SourceState::Listing { missing: vec!["everything".into()] });
+    let cancel = CancellationToken::new();
+    let task = tokio::spawn({
+        let (root, cancel) = (root.path().to_path_buf(), cancel.clone());
+        async move { run("n1", &root, &tx, &state, &cancel).await }
+    });
+    let mut said = Vec::new();
+    until(&mut events, &mut said, |said| said.last().is_some_and(|last| last == "services a@10.0.0.1 b@10.0.0.2"))
+        .await;
+    tokio::time::timeout(Duration::from_secs(1), states.wait_for(|state| *state == SourceState::Synced))
+        .await
+        .unwrap()
+        .unwrap();
+
+    // An editor that writes beside and renames.
+    fs::write(path("a.yaml.new"), service("a", "10.0.0.3")).unwrap();
+    fs::rename(path("a.yaml.new"), path("a.yaml")).unwrap();
+    let took = until(&mut events, &mut said, |said| said.last().is_some_and(|last| last == "service a@10.0.0.3")).await;
+    assert!(took < Duration::from_secs(1), "{took:?}");
+
+    // kubelet updates the ConfigMap.
+    fs::create_dir(path("..2")).unwrap();
+    fs::write(path("..2/b.yaml"), service("b", "10.0.0.4")).unwrap();
+    symlink("..2", path("..data_tmp")).unwrap();
+    fs::rename(path("..data_tmp"), path("..data")).unwrap();
+    let took = until(&mut events, &mut said, |said| said.last().is_some_and(|last| last == "service b@10.0.0.4")).await;
+    assert!(took < Duration::from_secs(1), "{took:?}");
+
+    // An editor that truncates first must not take the Service away meanwhile.
+    let file = fs::File::create(path("a.yaml")).unwrap();
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    fs::write(path("a.yaml"), service("a", "10.0.0.5")).unwrap();
+    drop(file);
+    until(&mut events, &mut said, |said| said.last().is_some_and(|last| last == "service a@10.0.0.5")).await;
+    assert!(!said.iter().any(|word| word.starts_with("service-gone")), "{said:?}");
+
+    cancel.cancel();
+    tokio::time::timeout(Duration::from_secs(2), task).await.unwrap().unwrap().unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn no_such_directory() {
+    let (tx, _events) = mpsc::channel(1);
+    let (state, _states) = watch::channel(SourceState::Synced);
+    let error = run("n1", Path::new("/nonexistent/dir"), &tx, &state, &CancellationToken::new()).await.unwrap_err();
+    assert!(error.to_string().contains("/nonexistent/dir"), "{error}");
+}
