@@ -44,7 +44,7 @@ pub(crate) enum Choice<A> {
 fn read_once<A: Family>(key: &FrontendKey<A>, value: &mut FrontendValue) -> Found {
     let Some(found) = A::frontends().get_ptr(key) else { return Found::Nothing };
     // SAFETY: a live pointer to a value of this map; FrontendValue is plain integers.
-    *value = unsafe { sealed::copy(found) };
+    unsafe { sealed::copy_to(found, value) };
     if value.is_sealed_for(key) { Found::Frontend } else { Found::Torn }
 }
 

@@ -13,6 +13,7 @@ mod lookup;
 mod maps;
 mod sealed;
 mod socket;
+mod tc;
 
 #[cfg(target_arch = "bpf")]
 #[panic_handler]

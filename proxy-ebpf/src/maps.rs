@@ -9,7 +9,7 @@ use aya_ebpf::{
     macros::btf_map,
 };
 use proxy_common::{
-    Address, Ipv4Be, Ipv6Be,
+    Address, Be16, Ipv4Be, Ipv6Be,
     connection::{ConnectionKey, ConnectionValue, FragmentKey, FragmentValue},
     counters::{Reason, ServiceCounters},
     device::DeviceValue,
@@ -83,6 +83,54 @@ pub(crate) static SERVICE_COUNTERS: PerCpuHashMap<u32, ServiceCounters, 65_536, 
 #[btf_map(name = "reasons")]
 pub(crate) static REASONS: PerCpuArray<u64, { Reason::COUNT }> = PerCpuArray::new();
 
+/// What is being worked on, see `tc::table::Room`. Writer and reader: the program that runs on this CPU.
+#[btf_map(name = "work_v4")]
+static WORK_V4: PerCpuArray<Work<Ipv4Be>, 8> = PerCpuArray::new();
+#[btf_map(name = "work_v6")]
+static WORK_V6: PerCpuArray<Work<Ipv6Be>, 8> = PerCpuArray::new();
+
+/// What one function works on. In a map and not on the stack for two reasons: IPv6 entries do not fit the 512 bytes of stack that
+/// a chain of calls shares, and what is read back from a map is unknown to the verifier, so that paths which led here
+/// by different ways are one path to it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Work<A> {
+    pub(crate) packet: Packet<A>,
+    pub(crate) key: ConnectionKey<A>,
+    pub(crate) spare_key: ConnectionKey<A>,
+    pub(crate) value: ConnectionValue<A>,
+    pub(crate) found: ConnectionValue<A>,
+}
+
+/// What a packet is to the translation; a `u8` in [`Packet`].
+pub(crate) mod kind {
+    /// TCP or UDP with its header at hand.
+    pub(crate) const WHOLE: u8 = 0;
+    /// A later fragment: ports known from the first, no header to rewrite.
+    pub(crate) const LATER_FRAGMENT: u8 = 1;
+    /// ICMP error: quotes a packet.
+    pub(crate) const ICMP_ERROR: u8 = 2;
+    /// Any other protocol.
+    pub(crate) const OTHER: u8 = 3;
+}
+
+/// A parsed packet.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Packet<A> {
+    pub(crate) src: A,
+    pub(crate) dst: A,
+    pub(crate) sport: Be16,
+    pub(crate) dport: Be16,
+    /// Offset of the transport header from the start of the frame.
+    pub(crate) l4: u32,
+    pub(crate) proto: u8,
+    /// [`kind`].
+    pub(crate) kind: u8,
+    pub(crate) tcp_flags: u8,
+    pub(crate) pad: u8,
+}
+
 /// One address family: its maps.
 pub(crate) trait Family: Address {
     type Slot: Slot<Addr = Self>;
@@ -94,10 +142,11 @@ pub(crate) trait Family: Address {
     fn fragments() -> &'static Fragments<Self>;
     fn peers() -> &'static Peers<Self>;
     fn datagrams() -> &'static Datagrams<Self>;
+    fn work() -> &'static PerCpuArray<Work<Self>, 8>;
 }
 
 macro_rules! family {
-    ($addr:ty, $slot:ty, $frontends:ident, $slots:ident, $established:ident, $half_open:ident, $fragments:ident, $peers:ident, $datagrams:ident) => {
+    ($addr:ty, $slot:ty, $frontends:ident, $slots:ident, $established:ident, $half_open:ident, $fragments:ident, $peers:ident, $datagrams:ident, $work:ident) => {
         impl Family for $addr {
             type Slot = $slot;
 
@@ -129,9 +178,35 @@ macro_rules! family {
             fn datagrams() -> &'static Datagrams<Self> {
                 &$datagrams
             }
+            #[inline(always)]
+            fn work() -> &'static PerCpuArray<Work<Self>, 8> {
+                &$work
+            }
         }
     };
 }
 
-family!(Ipv4Be, SlotV4, FRONTENDS_V4, SLOTS_V4, ESTABLISHED_V4, HALF_OPEN_V4, FRAGMENTS_V4, PEERS_V4, DATAGRAMS_V4);
-family!(Ipv6Be, SlotV6, FRONTENDS_V6, SLOTS_V6, ESTABLISHED_V6, HALF_OPEN_V6, FRAGMENTS_V6, PEERS_V6, DATAGRAMS_V6);
+family!(
+    Ipv4Be,
+    SlotV4,
+    FRONTENDS_V4,
+    SLOTS_V4,
+    ESTABLISHED_V4,
+    HALF_OPEN_V4,
+    FRAGMENTS_V4,
+    PEERS_V4,
+    DATAGRAMS_V4,
+    WORK_V4
+);
+family!(
+    Ipv6Be,
+    SlotV6,
+    FRONTENDS_V6,
+    SLOTS_V6,
+    ESTABLISHED_V6,
+    HALF_OPEN_V6,
+    FRAGMENTS_V6,
+    PEERS_V6,
+    DATAGRAMS_V6,
+    WORK_V6
+);

@@ -1,0 +1,383 @@
+//! Per packet, on tc: *ingress rewrites destinations, egress rewrites sources*.
+//!
+//! Between the hooks the kernel sees client ↔ backend and nothing else: its routing, its conntrack, a CNI's network policies and
+//! its reverse-path filter all see the truth. Entry points come in two shapes: for devices whose packets start with an
+//! Ethernet header and for those that start with the IP header.
+
+mod icmp;
+mod packet;
+mod reject;
+mod rewrite;
+mod table;
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    helpers::bpf_get_prandom_u32,
+    macros::classifier,
+    programs::TcContext,
+};
+use proxy_common::{
+    Be16, Ipv4Be, Ipv6Be,
+    connection::{ConnectionKey, ConnectionValue, flags, hook},
+    counters::Reason,
+    device::role,
+    frontend::{FrontendKey, origin},
+};
+
+use self::{
+    packet::Header,
+    rewrite::{End, rewrite},
+    table::Room,
+};
+use crate::{
+    count, globals,
+    lookup::{self, Choice},
+    maps::{DEVICES, Packet, Work, kind},
+};
+
+const ETHERNET: u32 = 14;
+const ETH_P_IP: u32 = (0x0800_u16).to_be() as u32;
+const ETH_P_IPV6: u32 = (0x86dd_u16).to_be() as u32;
+/// Source ports tried for a flow whose reply tuple is taken.
+const REMAP_TRIES: u32 = 6;
+/// Ports tried for a masqueraded flow before it counts as exhaustion.
+const MASQUERADE_TRIES: u32 = 12;
+
+/// Leave the packet to whoever comes next.
+const NEXT: i32 = TC_ACT_UNSPEC;
+/// Not a verdict of the kernel's: send a refusal back.
+const REFUSE: i32 = i32::MIN;
+
+#[classifier]
+pub(crate) fn tc_ingress_ether(ctx: TcContext) -> i32 {
+    handle::<{ hook::INGRESS }>(&ctx, ETHERNET)
+}
+
+#[classifier]
+pub(crate) fn tc_egress_ether(ctx: TcContext) -> i32 {
+    handle::<{ hook::EGRESS }>(&ctx, ETHERNET)
+}
+
+#[classifier]
+pub(crate) fn tc_ingress_l3(ctx: TcContext) -> i32 {
+    handle::<{ hook::INGRESS }>(&ctx, 0)
+}
+
+#[classifier]
+pub(crate) fn tc_egress_l3(ctx: TcContext) -> i32 {
+    handle::<{ hook::EGRESS }>(&ctx, 0)
+}
+
+#[inline(always)]
+fn handle<const HOOK: u8>(ctx: &TcContext, l3: u32) -> i32 {
+    let skb = ctx.as_ptr().cast::<__sk_buff>();
+    // SAFETY: the context is live; both fields are readable for classifiers.
+    let (protocol, vlan) = unsafe { ((*skb).protocol, (*skb).vlan_present) };
+    // A tagged packet belongs to the VLAN device above, which has its own hook; translated here it would be twice.
+    if vlan != 0 {
+        return NEXT;
+    }
+    match protocol {
+        ETH_P_IP => family::<Ipv4Be, HOOK>(ctx, l3),
+        ETH_P_IPV6 => family::<Ipv6Be, HOOK>(ctx, l3),
+        _ => NEXT,
+    }
+}
+
+#[inline(always)]
+fn family<A: Header, const HOOK: u8>(ctx: &TcContext, l3: u32) -> i32 {
+    let Some(Work { packet, key, value, .. }) = Room::Main.work::<A>() else { return NEXT };
+    if packet::parse(ctx, l3, HOOK, packet) != 0 {
+        return NEXT;
+    }
+    if packet.kind <= kind::LATER_FRAGMENT {
+        *key = ConnectionKey::new(HOOK, packet.proto, packet.src, packet.sport, packet.dst, packet.dport);
+        return if HOOK == hook::INGRESS {
+            carry_out(ctx, l3, packet, ingress(ctx, l3, packet, key, value))
+        } else {
+            egress(ctx, l3, packet, key, value)
+        };
+    }
+    if packet.kind == kind::ICMP_ERROR {
+        match icmp::translate(ctx, l3, packet, HOOK) {
+            Ok(true) => return NEXT,
+            Ok(false) => {}
+            Err(()) => {
+                count::reason(Reason::RewriteFailed);
+                return TC_ACT_SHOT;
+            }
+        }
+    }
+    if HOOK == hook::INGRESS { carry_out(ctx, l3, packet, other(packet)) } else { NEXT }
+}
+
+/// Refuses if that is the verdict. Here and not where it is decided: the refusal needs the stack that the decision took.
+#[inline(always)]
+fn carry_out<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, verdict: i32) -> i32 {
+    if verdict == REFUSE { reject::reject(ctx, l3, packet) } else { verdict }
+}
+
+/// A protocol that is not translated. Towards an address of ours it is refused, never routed on (contract A48, A50).
+#[inline(never)]
+fn other<A: Header>(packet: &Packet<A>) -> i32 {
+    match lookup::choose(&FrontendKey::new(packet.dst, Be16::ZERO, packet.proto), origin::EXTERNAL) {
+        Choice::Pass | Choice::Backend { .. } => NEXT,
+        // An error about an error is never sent (RFC 1122, 3.2.2).
+        Choice::Refuse { .. } if packet.kind != kind::ICMP_ERROR => REFUSE,
+        Choice::Refuse { .. } | Choice::Drop { .. } => TC_ACT_SHOT,
+    }
+}
+
+/// Carries out what an entry says and counts the packet.
+#[inline(never)]
+fn apply<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, end: End, value: &ConnectionValue<A>) -> i32 {
+    count::packet(value.service, ctx.len());
+    match rewrite(ctx, l3, packet, end, value.addr, value.port, value.other) {
+        Ok(()) => NEXT,
+        Err(()) => {
+            count::reason(Reason::RewriteFailed);
+            TC_ACT_SHOT
+        }
+    }
+}
+
+#[inline(always)]
+fn ingress<A: Header>(
+    ctx: &TcContext,
+    l3: u32,
+    packet: &Packet<A>,
+    key: &ConnectionKey<A>,
+    value: &mut ConnectionValue<A>,
+) -> i32 {
+    let may_open = packet.kind == kind::WHOLE && packet.may_open();
+    if let Some(hit) = table::find(key, value) {
+        if !may_open || !reopens(key, packet, value, hit.established) {
+            hit.note(key, value, packet);
+            return apply(ctx, l3, packet, End::Destination, value);
+        }
+        table::void(table::forget(key, value));
+    }
+    // A TCP packet that is no SYN and has no connection is somebody else's: a flow that another proxy translated before us.
+    if !may_open {
+        return NEXT;
+    }
+    new_flow(ctx, l3, packet, key)
+}
+
+/// Whether this packet starts a new flow where an old one has entries.
+#[inline(always)]
+fn reopens<A: Header>(
+    key: &ConnectionKey<A>,
+    packet: &Packet<A>,
+    value: &ConnectionValue<A>,
+    established: bool,
+) -> bool {
+    // A masqueraded flow's answer is no opening, whatever it looks like.
+    if value.flags & flags::MASQUERADE != 0 {
+        return false;
+    }
+    // For datagrams the entry's own note decides: no second look-up for each of them.
+    if !packet.is_syn() && !table::may_be_idle(key, value) {
+        return false;
+    }
+    table::is_over(key, value, established)
+}
+
+#[inline(never)]
+fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &ConnectionKey<A>) -> i32 {
+    let skb = ctx.as_ptr().cast::<__sk_buff>();
+    // SAFETY: the context is live.
+    let ifindex = unsafe { (*skb).ifindex };
+    // SAFETY: copied at once; one byte.
+    let from = match unsafe { DEVICES.get(ifindex) } {
+        Some(device) if device.role == role::POD => origin::POD,
+        _ => origin::EXTERNAL,
+    };
+    let Some(Work { value, key: pair_key, found, .. }) = Room::Enter.work::<A>() else { return TC_ACT_SHOT };
+    match pick(packet, from, value) {
+        PICKED => enter(ctx, l3, packet, key, value, pair_key, found),
+        PICKED_NOTHING => direct(ctx, l3, packet, key, value, pair_key, found),
+        PICKED_REFUSAL => REFUSE,
+        _ => TC_ACT_SHOT,
+    }
+}
+
+const PICKED: u32 = 0;
+const PICKED_NOTHING: u32 = 1;
+const PICKED_REFUSAL: u32 = 2;
+const PICKED_DROP: u32 = 3;
+
+/// Chooses a backend and fills the flow's entry with it.
+#[inline(never)]
+fn pick<A: Header>(packet: &Packet<A>, from: usize, value: &mut ConnectionValue<A>) -> u32 {
+    match lookup::choose(&FrontendKey::new(packet.dst, packet.dport, packet.proto), from) {
+        Choice::Backend { target, service, masquerade, .. } => {
+            value.addr = target.addr;
+            value.port = target.port;
+            value.other = packet.sport;
+            value.service = service;
+            value.pad = [0; 3];
+            value.pad2 = [0; 3];
+            // A pod that reaches itself must not see its own address as the sender (contract A70).
+            value.flags = if masquerade || target.addr == packet.src { flags::NEEDS_MASQUERADE } else { 0 };
+            PICKED
+        }
+        Choice::Pass => PICKED_NOTHING,
+        Choice::Refuse { .. } => PICKED_REFUSAL,
+        Choice::Drop { .. } => PICKED_DROP,
+    }
+}
+
+/// Enters a flow under a reply tuple that nobody else has, with its own source port or with another one, and sends
+/// its packet on. `pair_key` and `found` are room.
+#[inline(always)]
+fn enter<A: Header>(
+    ctx: &TcContext,
+    l3: u32,
+    packet: &Packet<A>,
+    key: &ConnectionKey<A>,
+    value: &mut ConnectionValue<A>,
+    pair_key: &mut ConnectionKey<A>,
+    found: &mut ConnectionValue<A>,
+) -> i32 {
+    let mut tries = 0;
+    while tries < REMAP_TRIES {
+        if is_free(key, value, pair_key, found) {
+            if value.other != packet.sport {
+                count::reason(Reason::PortRemapped);
+            }
+            if table::open(key, value, pair_key, found).is_err() {
+                return TC_ACT_SHOT;
+            }
+            return apply(ctx, l3, packet, End::Destination, value);
+        }
+        tries += 1;
+        value.other = random_port();
+    }
+    count::reason(Reason::RemapExhausted);
+    TC_ACT_SHOT
+}
+
+/// Whether the reply tuple that `value` would lead to is nobody's, or that of a flow that is over.
+#[inline(always)]
+fn is_free<A: Header>(
+    key: &ConnectionKey<A>,
+    value: &ConnectionValue<A>,
+    reply_key: &mut ConnectionKey<A>,
+    found: &mut ConnectionValue<A>,
+) -> bool {
+    table::void(table::put_pair_key(key, value, reply_key));
+    let held = table::peek(reply_key, found);
+    // Nobody's, or left over from this very flow.
+    if held == 0 || (found.addr == key.dst && found.port == key.dport && found.other == key.sport) {
+        return true;
+    }
+    if !table::is_over(reply_key, found, held == 2) {
+        return false;
+    }
+    table::void(table::forget(reply_key, found));
+    true
+}
+
+/// A port of the masquerade range, apart from those the kernel hands out.
+#[inline(always)]
+fn random_port() -> Be16 {
+    let (min, max) = (globals::masquerade_port_min(), globals::masquerade_port_max());
+    // SAFETY: no arguments.
+    let random = unsafe { bpf_get_prandom_u32() };
+    Be16::from_host(min.wrapping_add((random % (max.wrapping_sub(min) as u32 + 1)) as u16))
+}
+
+/// A flow that aims at no frontend. If a Service flow of the same client port already leads to this destination, answers could not
+/// be told apart: one that is over is forgotten, beside a live one this flow gets another source port.
+#[inline(always)]
+fn direct<A: Header>(
+    ctx: &TcContext,
+    l3: u32,
+    packet: &Packet<A>,
+    key: &ConnectionKey<A>,
+    value: &mut ConnectionValue<A>,
+    reply_key: &mut ConnectionKey<A>,
+    found: &mut ConnectionValue<A>,
+) -> i32 {
+    *reply_key = ConnectionKey::new(hook::EGRESS, packet.proto, packet.dst, packet.dport, packet.src, packet.sport);
+    let held = table::peek(reply_key, found);
+    // The egress half of a masqueraded flow whose client is our destination means no answer of ours.
+    if held == 0 || found.flags & flags::MASQUERADE != 0 {
+        return NEXT;
+    }
+    if table::is_over(reply_key, found, held == 2) {
+        table::void(table::forget(reply_key, found));
+        return NEXT;
+    }
+    value.addr = packet.dst;
+    value.port = packet.dport;
+    value.other = random_port();
+    value.service = found.service;
+    value.flags = flags::DIRECT;
+    value.pad = [0; 3];
+    value.pad2 = [0; 3];
+    enter(ctx, l3, packet, key, value, reply_key, found)
+}
+
+#[inline(always)]
+fn egress<A: Header>(
+    ctx: &TcContext,
+    l3: u32,
+    packet: &Packet<A>,
+    key: &ConnectionKey<A>,
+    value: &mut ConnectionValue<A>,
+) -> i32 {
+    let Some(hit) = table::find(key, value) else { return NEXT };
+    if value.flags & flags::PENDING != 0 {
+        return masquerade(ctx, l3, packet, key, value.service);
+    }
+    hit.note(key, value, packet);
+    apply(ctx, l3, packet, End::Source, value)
+}
+
+/// First packet of a flow to be masqueraded, now that its device is known: gives it an address and a port of the node.
+#[inline(never)]
+fn masquerade<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &ConnectionKey<A>, service: u32) -> i32 {
+    let skb = ctx.as_ptr().cast::<__sk_buff>();
+    // SAFETY: the context is live.
+    let ifindex = unsafe { (*skb).ifindex };
+    // SAFETY: copied at once; addresses of a device change rarely, and a torn one only costs this flow.
+    let source = match unsafe { DEVICES.get(ifindex) } {
+        Some(device) => A::source(device),
+        None => A::UNSPECIFIED,
+    };
+    if source == A::UNSPECIFIED {
+        count::reason(Reason::NoMasqueradeAddress);
+        return TC_ACT_SHOT;
+    }
+    let (min, max) = (globals::masquerade_port_min(), globals::masquerade_port_max());
+    let kept = packet.sport.to_host();
+    let port = if kept >= min && kept <= max { packet.sport } else { random_port() };
+    let Some(Work { value, key: reverse_key, found: reverse, .. }) = Room::Masquerade.work::<A>() else {
+        return TC_ACT_SHOT;
+    };
+    value.addr = source;
+    value.port = port;
+    value.other = packet.dport;
+    value.service = service;
+    value.flags = flags::MASQUERADE;
+    value.pad = [0; 3];
+    value.pad2 = [0; 3];
+    let mut tries = 0;
+    while tries < MASQUERADE_TRIES {
+        tries += 1;
+        // Free ports first; when those get rare, ports of flows that are over.
+        match table::claim_masquerade(key, value, reverse_key, reverse, tries > MASQUERADE_TRIES / 2) {
+            Ok(true) => return apply(ctx, l3, packet, End::Source, value),
+            Ok(false) => value.port = random_port(),
+            Err(()) => {
+                count::reason(Reason::InsertFailed);
+                return TC_ACT_SHOT;
+            }
+        }
+    }
+    count::reason(Reason::MasqueradeExhausted);
+    TC_ACT_SHOT
+}

@@ -1,0 +1,160 @@
+//! Refusing: an ICMP port unreachable built out of the refused packet and sent back where it came from (contract A81).
+//!
+//! The kernel turns it into ECONNREFUSED for a TCP connect and for connected UDP.
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{__sk_buff, TC_ACT_SHOT},
+    helpers::generated::{bpf_csum_diff, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes},
+    programs::TcContext,
+};
+use proxy_common::{Be16, checksum, counters::Reason, proto};
+
+use super::packet::{Header, Ipv4Header, Ipv6Header, at, load};
+use crate::{
+    count,
+    maps::{Packet, kind},
+};
+
+/// Most that is quoted of the refused packet, from its IP header on.
+const QUOTE_MAX: u32 = 128;
+const ADJ_ROOM_MAC: u32 = 1;
+
+/// Turns the packet into its refusal. Returns the verdict.
+#[inline(never)]
+pub(crate) fn reject<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> i32 {
+    match build(ctx, l3, packet) {
+        Some(verdict) => verdict,
+        None => {
+            count::reason(Reason::RejectFailed);
+            TC_ACT_SHOT
+        }
+    }
+}
+
+#[inline(always)]
+fn build<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<i32> {
+    // Nobody to tell, or nothing to quote (RFC 1122, 3.2.2): later fragments, groups, the unspecified address.
+    if packet.kind == kind::LATER_FRAGMENT || packet.src == A::UNSPECIFIED || is_group(packet.src) {
+        return None;
+    }
+    // As much of the transport header as its checksum field needs: where the sender left it to the device, the
+    // kernel does not let that field be cut off.
+    let transport = match packet.proto {
+        proto::TCP => 20,
+        _ => 8,
+    };
+    let available = ctx.len().checked_sub(l3)?;
+    let wanted = packet.l4 - l3 + transport;
+    let quote = if available < wanted { available } else { wanted };
+    if quote > QUOTE_MAX || quote < A::LEN_MIN {
+        return None;
+    }
+    let room = A::LEN_MIN + 8;
+    let skb = ctx.as_ptr().cast::<__sk_buff>();
+    // SAFETY: live context; packet pointers are derived anew below.
+    unsafe {
+        if bpf_skb_change_tail(skb, l3 + quote, 0) != 0 {
+            return None;
+        }
+        if bpf_skb_adjust_room(skb, room as i32, ADJ_ROOM_MAC, 0) != 0 {
+            return None;
+        }
+    }
+    let icmp = l3 + A::LEN_MIN;
+    let sum = quoted_sum(ctx, icmp + 8, quote)?;
+    // The refused packet's own IP header tells who asked for what.
+    if A::VERSION == 4 {
+        let old: Ipv4Header = load(ctx, icmp + 8)?;
+        write_v4(ctx, l3, &old, quote, sum)?;
+    } else {
+        let old: Ipv6Header = load(ctx, icmp + 8)?;
+        write_v6(ctx, l3, &old, quote, sum)?;
+    }
+    if l3 != 0 {
+        let ethernet = at::<[u16; 6]>(ctx, 0)?;
+        // SAFETY: bounds checked, 2-byte aligned.
+        unsafe {
+            let [a, b, c, d, e, f] = *ethernet;
+            *ethernet = [d, e, f, a, b, c];
+        }
+    }
+    // SAFETY: the interface the packet came in by; sent out there again.
+    Some(unsafe { bpf_redirect((*skb).ifindex, 0) } as i32)
+}
+
+/// Sum of the quoted bytes, 4-byte padded with zeroes.
+#[inline(always)]
+fn quoted_sum(ctx: &TcContext, offset: u32, len: u32) -> Option<u64> {
+    let mut quote = [0_u32; QUOTE_MAX as usize / 4];
+    let len = core::hint::black_box(len);
+    if len == 0 || len > QUOTE_MAX {
+        return None;
+    }
+    // SAFETY: `len` is within the buffer; both helpers are told its length.
+    unsafe {
+        if bpf_skb_load_bytes(ctx.as_ptr().cast(), offset, quote.as_mut_ptr().cast(), len) != 0 {
+            return None;
+        }
+        let sum = bpf_csum_diff(core::ptr::null_mut(), 0, quote.as_mut_ptr(), QUOTE_MAX, 0);
+        if sum < 0 { None } else { Some(sum as u64) }
+    }
+}
+
+#[inline(always)]
+fn write_v4(ctx: &TcContext, l3: u32, old: &Ipv4Header, quote: u32, quoted: u64) -> Option<()> {
+    // Destination unreachable, port unreachable.
+    let unreachable = u16::from_ne_bytes([3, 3]);
+    let icmp_sum = checksum::finish(quoted + unreachable as u64);
+    let mut header = Ipv4Header {
+        version_ihl: 0x45,
+        tos: 0,
+        total_length: Be16::from_host((20 + 8 + quote) as u16),
+        id: Be16::ZERO,
+        fragment: Be16::ZERO,
+        ttl: 64,
+        proto: proto::ICMP,
+        checksum: 0,
+        src: old.dst,
+        dst: old.src,
+    };
+    let sum = u16::from_ne_bytes([0x45, 0]) as u64
+        + header.total_length.0 as u64
+        + u16::from_ne_bytes([64, proto::ICMP]) as u64
+        + header.src[0] as u64
+        + header.src[1] as u64
+        + header.dst[0] as u64
+        + header.dst[1] as u64;
+    header.checksum = checksum::finish(sum);
+    ctx.store(l3 as usize, &header, 0).ok()?;
+    ctx.store(l3 as usize + 20, &[unreachable, icmp_sum, 0, 0], 0).ok()
+}
+
+#[inline(always)]
+fn write_v6(ctx: &TcContext, l3: u32, old: &Ipv6Header, quote: u32, quoted: u64) -> Option<()> {
+    // Destination unreachable, port unreachable.
+    let unreachable = u16::from_ne_bytes([1, 4]);
+    let length = Be16::from_host((8 + quote) as u16);
+    let header = Ipv6Header {
+        version_flow: [u16::from_ne_bytes([0x60, 0]), 0],
+        payload_length: length,
+        next: proto::ICMPV6,
+        hop_limit: 64,
+        src: old.dst,
+        dst: old.src,
+    };
+    let mut sum = quoted + unreachable as u64 + length.0 as u64 + u16::from_ne_bytes([0, proto::ICMPV6]) as u64;
+    let mut i = 0;
+    while i < 8 {
+        sum += header.src[i] as u64 + header.dst[i] as u64;
+        i += 1;
+    }
+    ctx.store(l3 as usize, &header, 0).ok()?;
+    ctx.store(l3 as usize + 40, &[unreachable, checksum::finish(sum), 0, 0], 0).ok()
+}
+
+#[inline(always)]
+fn is_group<A: Header>(addr: A) -> bool {
+    let (hi, _) = addr.words();
+    if A::VERSION == 4 { (hi as u32).to_ne_bytes()[0] >= 224 } else { ((hi >> 32) as u32).to_ne_bytes()[0] == 0xff }
+}

@@ -1,0 +1,164 @@
+//! Rewriting in place: addresses, ports, checksums.
+//!
+//! Addresses, ports and the IPv4 header checksum are written directly; the transport checksum goes through the kernel's helper,
+//! because only it knows whether the field holds a checksum or, on its way to a device that will fill it in, just the
+//! pseudo-header's sum (`CHECKSUM_PARTIAL`), and keeps a hardware sum over the packet right (`CHECKSUM_COMPLETE`).
+
+use aya_ebpf::{
+    EbpfContext as _,
+    bindings::{BPF_F_MARK_MANGLED_0, BPF_F_PSEUDO_HDR},
+    helpers::generated::{bpf_csum_update, bpf_l4_csum_replace},
+    programs::TcContext,
+};
+use proxy_common::{Address, Be16, checksum, proto};
+
+use super::packet::{Header, at};
+use crate::maps::{Packet, kind};
+
+/// `bpf_l4_csum_replace`: the pseudo-header is IPv6's, whose addresses no header checksum compensates (kernel 6.16,
+/// ead7f9b8de65; older ones refuse the flag).
+const BPF_F_IPV6: u64 = 1 << 7;
+
+/// Which end of the packet is rewritten; the other end only gets its port.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum End {
+    Source,
+    Destination,
+}
+
+/// One's-complement difference between two addresses, as the kernel's `__wsum`.
+#[inline(always)]
+pub(crate) fn address_diff<A: Address>(old: A, new: A) -> u32 {
+    let (old_hi, old_lo) = old.words();
+    let (new_hi, new_lo) = new.words();
+    let sum = halves(!old_hi) + halves(!old_lo) + halves(new_hi) + halves(new_lo);
+    fold32(sum)
+}
+
+#[inline(always)]
+pub(crate) fn halves(word: u64) -> u64 {
+    (word >> 32) + (word & 0xffff_ffff)
+}
+
+#[inline(always)]
+pub(crate) fn fold32(sum: u64) -> u32 {
+    halves(halves(sum)) as u32
+}
+
+#[inline(always)]
+pub(crate) fn ports_diff(old: (Be16, Be16), new: (Be16, Be16)) -> u32 {
+    (!old.0.0) as u32 + (!old.1.0) as u32 + new.0.0 as u32 + new.1.0 as u32
+}
+
+/// Adds to the transport checksum at `field` a difference of the pseudo-header's addresses.
+#[inline(always)]
+pub(crate) fn add_pseudo_diff<A: Header>(ctx: &TcContext, field: u32, diff: u32, mangled_0: u64) -> Result<(), ()> {
+    let flags = u64::from(BPF_F_PSEUDO_HDR) | mangled_0;
+    // SAFETY: live context; the helper checks `field` against the packet.
+    unsafe {
+        if A::VERSION == 4 {
+            return done(bpf_l4_csum_replace(ctx.as_ptr().cast(), field, 0, diff as u64, flags));
+        }
+        if bpf_l4_csum_replace(ctx.as_ptr().cast(), field, 0, diff as u64, flags | BPF_F_IPV6) == 0 {
+            return Ok(());
+        }
+        done(bpf_l4_csum_replace(ctx.as_ptr().cast(), field, 0, diff as u64, flags))?;
+        // Without the flag the helper also changes a CHECKSUM_COMPLETE sum, as is right for IPv4 only: undo that. Fails
+        // where there is no such sum, which is fine.
+        bpf_csum_update(ctx.as_ptr().cast(), diff);
+    }
+    Ok(())
+}
+
+#[inline(always)]
+pub(crate) fn add_diff(ctx: &TcContext, field: u32, diff: u32, mangled_0: u64) -> Result<(), ()> {
+    // SAFETY: live context; the helper checks `field` against the packet.
+    done(unsafe { bpf_l4_csum_replace(ctx.as_ptr().cast(), field, 0, diff as u64, mangled_0) })
+}
+
+#[inline(always)]
+pub(crate) fn done(code: i64) -> Result<(), ()> {
+    if code == 0 { Ok(()) } else { Err(()) }
+}
+
+/// Writes an address into the IP header at `l3` and corrects the IPv4 header checksum.
+#[inline(always)]
+pub(crate) fn write_address<A: Header>(ctx: &TcContext, l3: u32, end: End, old: A, new: A) -> Result<(), ()> {
+    let offset = l3 as usize + if end == End::Source { A::SRC } else { A::DST };
+    if A::VERSION == 4 {
+        let field = at::<[u16; 2]>(ctx, offset).ok_or(())?;
+        let sum = at::<u16>(ctx, l3 as usize + 10).ok_or(())?;
+        let word = new.words().0 as u32;
+        let bytes = word.to_ne_bytes();
+        // SAFETY: bounds checked; 2-byte aligned. The verifier's prologue unclones what we write to.
+        unsafe {
+            *sum = checksum::replace32(*sum, old.words().0 as u32, word);
+            *field = [u16::from_ne_bytes([bytes[0], bytes[1]]), u16::from_ne_bytes([bytes[2], bytes[3]])];
+        }
+    } else {
+        let field = at::<[[u16; 2]; 4]>(ctx, offset).ok_or(())?;
+        let (hi, lo) = new.words();
+        let split = |word: u32| {
+            let b = word.to_ne_bytes();
+            [u16::from_ne_bytes([b[0], b[1]]), u16::from_ne_bytes([b[2], b[3]])]
+        };
+        // SAFETY: as above.
+        unsafe {
+            *field = [split((hi >> 32) as u32), split(hi as u32), split((lo >> 32) as u32), split(lo as u32)];
+        }
+    }
+    Ok(())
+}
+
+/// Rewrites `end` of the packet to `addr`:`port` and the other end's port to `other`.
+#[inline(always)]
+pub(crate) fn rewrite<A: Header>(
+    ctx: &TcContext,
+    l3: u32,
+    packet: &Packet<A>,
+    end: End,
+    addr: A,
+    port: Be16,
+    other: Be16,
+) -> Result<(), ()> {
+    let old = if end == End::Source { packet.src } else { packet.dst };
+    let diff = address_diff(old, addr);
+    if packet.kind == kind::LATER_FRAGMENT {
+        write_address(ctx, l3, end, old, addr)?;
+        if A::VERSION == 6 {
+            // No header checksum to compensate, no transport checksum here: a hardware sum has to follow the addresses.
+            // SAFETY: live context; fails harmlessly where there is no such sum.
+            unsafe { bpf_csum_update(ctx.as_ptr().cast(), diff) };
+        }
+        return Ok(());
+    }
+    let ports = if end == End::Source { (port, other) } else { (other, port) };
+    let (field, mangled_0) =
+        if packet.proto == proto::TCP { (packet.l4 + 16, 0) } else { (packet.l4 + 6, u64::from(BPF_F_MARK_MANGLED_0)) };
+
+    if ports != (packet.sport, packet.dport) {
+        write_ports(ctx, l3, packet, ports)?;
+        add_diff(ctx, field, ports_diff((packet.sport, packet.dport), ports), mangled_0)?;
+    }
+    if diff != 0 && diff != 0xffff_ffff {
+        write_address(ctx, l3, end, old, addr)?;
+        add_pseudo_diff::<A>(ctx, field, diff, mangled_0)?;
+    } else if old != addr {
+        // Different addresses of one sum: the checksums stand.
+        write_address(ctx, l3, end, old, addr)?;
+    }
+    Ok(())
+}
+
+/// Writes both ports. Directly where the header has its usual place, by helper behind options and extension headers.
+#[inline(always)]
+fn write_ports<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, ports: (Be16, Be16)) -> Result<(), ()> {
+    if packet.l4 == l3 + A::LEN_MIN {
+        let field = at::<[u16; 2]>(ctx, (l3 + A::LEN_MIN) as usize).ok_or(())?;
+        // SAFETY: bounds checked; 2-byte aligned.
+        unsafe { *field = [ports.0.0, ports.1.0] };
+        Ok(())
+    } else {
+        ctx.store(packet.l4 as usize, &[ports.0.0, ports.1.0], 0).map_err(|_| ())
+    }
+}

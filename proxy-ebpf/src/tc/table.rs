@@ -1,0 +1,387 @@
+//! The connection table: finding, opening, confirming, repairing and forgetting flows.
+//!
+//! A pair of entries starts half-open and moves to the established map once both sides have spoken: for TCP when the opener
+//! answers the peer's answer (a spoofed SYN never gets there, so a flood evicts only half-open entries), for UDP with
+//! the first answer.
+
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
+use proxy_common::{
+    connection::{ConnectionKey, ConnectionValue, flags, hook, pair, state},
+    counters::Reason,
+    proto,
+};
+
+use super::packet::{Header, tcp_flags};
+use crate::{
+    clock, count,
+    maps::{Packet, Work},
+    sealed,
+};
+
+/// Seconds without a packet after which a flow's entries may be taken over.
+const TCP_HALF_OPEN: u32 = 60;
+const TCP_ESTABLISHED: u32 = 86_400;
+const UDP_HALF_OPEN: u32 = 30;
+const UDP_ESTABLISHED: u32 = 120;
+
+/// Where an entry was found that was copied and checked against its seal.
+pub(crate) struct Hit<A> {
+    live: *mut ConnectionValue<A>,
+    pub(crate) established: bool,
+}
+
+/// What a called function returns that has nothing to say: one that returns nothing leaves a pointer to its stack in the
+/// register, and the verifier refuses that.
+pub(crate) type Void = u32;
+const VOID: Void = 0;
+
+/// Takes a [`Void`], so that the compiler does not drop it from the function.
+#[inline(always)]
+pub(crate) fn void(returned: Void) {
+    core::hint::black_box(returned);
+}
+
+/// Room of the slow path, one for each function that needs some: IPv6 entries do not fit the 512 bytes of stack that a chain
+/// of calls shares. Per CPU: tc programs run with bottom halves off and do not interrupt one another.
+#[derive(Clone, Copy)]
+pub(crate) enum Room {
+    Over,
+    Forget,
+    Confirm,
+    Enter,
+    Masquerade,
+    Icmp,
+    Main,
+}
+
+impl Room {
+    #[inline(always)]
+    pub(crate) fn work<A: Header>(self) -> Option<&'static mut Work<A>> {
+        // SAFETY: an element of this CPU's own that only the function named by `self` uses, and none of them re-enters itself.
+        A::work().get_ptr_mut(self as u32).map(|work| unsafe { &mut *work })
+    }
+}
+
+#[inline(always)]
+fn look<A: Header>(
+    live: Option<*mut ConnectionValue<A>>,
+    key: &ConnectionKey<A>,
+    to: &mut ConnectionValue<A>,
+) -> Option<Result<*mut ConnectionValue<A>, ()>> {
+    let live = live?;
+    // SAFETY: a live pointer to a value of this map; ConnectionValue is plain integers.
+    unsafe { sealed::copy_to(live, to) };
+    Some(if to.is_sealed_for(key) { Ok(live) } else { Err(()) })
+}
+
+#[inline(always)]
+fn find_once<A: Header>(key: &ConnectionKey<A>, to: &mut ConnectionValue<A>) -> Result<Option<Hit<A>>, ()> {
+    if let Some(found) = look(A::established().get_ptr_mut(key), key, to) {
+        return found.map(|live| Some(Hit { live, established: true }));
+    }
+    match look(A::half_open().get_ptr_mut(key), key, to) {
+        Some(found) => found.map(|live| Some(Hit { live, established: false })),
+        None => Ok(None),
+    }
+}
+
+/// Copies the entry of `key` to `to`. One torn read is looked up again; a second counts as a miss.
+#[inline(always)]
+pub(crate) fn find<A: Header>(key: &ConnectionKey<A>, to: &mut ConnectionValue<A>) -> Option<Hit<A>> {
+    if let Ok(hit) = find_once(key, to) {
+        return hit;
+    }
+    count::reason(Reason::TornRead);
+    if let Ok(hit) = find_once(key, to) {
+        return hit;
+    }
+    count::reason(Reason::TornTwice);
+    None
+}
+
+/// [`find`] for the slow path: 0 for none, 1 half-open, 2 established.
+#[inline(never)]
+pub(crate) fn peek<A: Header>(key: &ConnectionKey<A>, to: &mut ConnectionValue<A>) -> u32 {
+    match find(key, to) {
+        Some(Hit { established: true, .. }) => 2,
+        Some(_) => 1,
+        None => 0,
+    }
+}
+
+/// [`pair`] into room of the slow path. A call of its own: its temporaries are off the stack before the next call.
+#[inline(never)]
+fn put_pair<A: Header>(
+    key: &ConnectionKey<A>,
+    value: &ConnectionValue<A>,
+    to_key: &mut ConnectionKey<A>,
+    to_value: &mut ConnectionValue<A>,
+) -> Void {
+    (*to_key, *to_value) = pair(key, value);
+    VOID
+}
+
+/// The key of [`pair`] alone.
+#[inline(never)]
+pub(crate) fn put_pair_key<A: Header>(
+    key: &ConnectionKey<A>,
+    value: &ConnectionValue<A>,
+    to: &mut ConnectionKey<A>,
+) -> Void {
+    *to = pair(key, value).0;
+    VOID
+}
+
+/// Whether packets on this entry go from the flow's opener to its peer.
+#[inline(always)]
+fn is_forward<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> bool {
+    let masquerade = value.flags & flags::MASQUERADE != 0;
+    if key.hook == hook::INGRESS { !masquerade } else { masquerade }
+}
+
+impl<A: Header> Hit<A> {
+    /// Notes a packet on this entry, moves the flow on to established where it is due, looks after its pair.
+    ///
+    /// The notes go into an element that could have been recycled since the seal was checked; then another flow's idle time or
+    /// state is off until its own next packet, and no rewrite ever depends on that.
+    #[inline(always)]
+    pub(crate) fn note(&self, key: &ConnectionKey<A>, value: &ConnectionValue<A>, packet: &Packet<A>) {
+        let now = clock::now_secs();
+        let mut seen = value.state | state::SEEN;
+        if packet.proto == proto::TCP {
+            if packet.tcp_flags & tcp_flags::FIN != 0 {
+                seen |= state::FIN;
+            }
+            if packet.tcp_flags & tcp_flags::RST != 0 {
+                seen |= state::RST;
+            }
+            // Ports used anew: what the last connection ended with no longer counts.
+            if packet.is_syn() {
+                seen = state::SEEN;
+            }
+        }
+        // SAFETY: a live map value (see above for recycling); each store is one aligned word or byte. Unchanged notes are
+        // not stored, to leave the cache line to its readers.
+        unsafe {
+            if seen != value.state {
+                (&raw mut (*self.live).state).write_volatile(seen);
+            }
+            if now != value.seen {
+                (&raw mut (*self.live).seen).write_volatile(now);
+            }
+        }
+        if !self.established {
+            let forward = is_forward(key, value);
+            let due = if packet.proto == proto::TCP {
+                forward && packet.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST) == tcp_flags::ACK
+            } else {
+                !forward
+            };
+            if due && value.flags & flags::PENDING == 0 {
+                void(confirm(key, value, packet.proto == proto::UDP));
+            }
+        } else if now.wrapping_sub(value.checked) > 1 {
+            // SAFETY: as above.
+            unsafe { (&raw mut (*self.live).checked).write_volatile(now) };
+            void(repair(key, value));
+        }
+    }
+}
+
+/// Moves a pair to the established map, if its other side has spoken (`answered`: it just did).
+#[inline(never)]
+fn confirm<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>, answered: bool) -> Void {
+    let Some(Work { key: reverse_key, value: reverse, found, .. }) = Room::Confirm.work::<A>() else { return VOID };
+    void(put_pair(key, value, reverse_key, reverse));
+    if peek(reverse_key, found) == 0 {
+        if !answered {
+            return VOID;
+        }
+    } else if !answered && found.state & state::SEEN == 0 {
+        return VOID;
+    } else {
+        reverse.state = found.state;
+        reverse.seen = found.seen;
+    }
+    let now = clock::now_secs();
+    reverse.checked = now;
+    *found = ConnectionValue { seen: now, checked: now, state: value.state | state::SEEN, ..*value };
+    // The reverse entry first: once the opener's entry is established, nothing looks for the half-open ones.
+    if A::established().insert(&*reverse_key, &*reverse, BPF_ANY.into()).is_ok()
+        && A::established().insert(key, &*found, BPF_ANY.into()).is_ok()
+    {
+        let _ = A::half_open().remove(key);
+        let _ = A::half_open().remove(&*reverse_key);
+    } else {
+        count::reason(Reason::InsertFailed);
+    }
+    VOID
+}
+
+/// Puts back the half of an established pair that was evicted, and for a masqueraded flow the request for its other pair.
+#[inline(never)]
+fn repair<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void {
+    let Some(Work { key: other_key, value: other, found, .. }) = Room::Confirm.work::<A>() else { return VOID };
+    void(put_pair(key, value, other_key, other));
+    let now = clock::now_secs();
+    if peek(other_key, found) == 0 {
+        other.seen = now;
+        other.checked = now;
+        if A::established().insert(&*other_key, &*other, BPF_NOEXIST.into()).is_ok() {
+            count::reason(Reason::PairRepaired);
+        }
+    }
+    if key.hook == hook::INGRESS && value.flags & flags::NEEDS_MASQUERADE != 0 {
+        *other_key = masquerade_key(key, value);
+        if peek(other_key, found) == 0 && request_masquerade(other_key, other, value.service).is_ok() {
+            count::reason(Reason::PairRepaired);
+        }
+    }
+    VOID
+}
+
+/// Key under which the egress hook finds a translated packet of the flow that `key`, `value` (ingress) describe.
+#[inline(always)]
+fn masquerade_key<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> ConnectionKey<A> {
+    ConnectionKey::new(hook::EGRESS, key.proto, key.src, value.other, value.addr, value.port)
+}
+
+/// Asks the egress hook to masquerade: only there is the device known, and with it the source address (contract A75).
+#[inline(always)]
+fn request_masquerade<A: Header>(
+    key: &ConnectionKey<A>,
+    room: &mut ConnectionValue<A>,
+    service: u32,
+) -> Result<(), i32> {
+    *room = ConnectionValue { service, flags: flags::PENDING | flags::MASQUERADE, ..Default::default() };
+    void(freshen(key, room));
+    A::half_open().insert(key, &*room, BPF_ANY.into())
+}
+
+/// Fresh notes and the seal.
+#[inline(never)]
+pub(crate) fn freshen<A: Header>(key: &ConnectionKey<A>, value: &mut ConnectionValue<A>) -> Void {
+    let now = clock::now_secs();
+    value.seen = now;
+    value.checked = now;
+    value.state = state::SEEN;
+    value.seal = value.seal_for(key);
+    VOID
+}
+
+/// Whether the entry alone has been idle long enough for [`is_over`] to be worth asking.
+#[inline(always)]
+pub(crate) fn may_be_idle<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> bool {
+    let shortest = if key.proto == proto::TCP { TCP_HALF_OPEN } else { UDP_HALF_OPEN };
+    clock::now_secs().wrapping_sub(value.seen) > shortest
+}
+
+/// Whether a new connection may take this flow's place: closed on both sides, reset, or idle beyond its time-out.
+#[inline(never)]
+pub(crate) fn is_over<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>, established: bool) -> bool {
+    if value.flags & flags::PENDING != 0 {
+        return false;
+    }
+    let Some(Work { key: other_key, found, .. }) = Room::Over.work::<A>() else { return false };
+    void(put_pair_key(key, value, other_key));
+    let (other_state, other_seen) = if peek(other_key, found) != 0 { (found.state, found.seen) } else { (0, 0) };
+    let seen = if other_seen > value.seen { other_seen } else { value.seen };
+    let idle = clock::now_secs().wrapping_sub(seen);
+    if key.proto == proto::TCP {
+        if (value.state | other_state) & state::RST != 0 || value.state & other_state & state::FIN != 0 {
+            return true;
+        }
+        return idle > if established { TCP_ESTABLISHED } else { TCP_HALF_OPEN };
+    }
+    idle > if established { UDP_ESTABLISHED } else { UDP_HALF_OPEN }
+}
+
+#[inline(always)]
+fn remove<A: Header>(key: &ConnectionKey<A>) {
+    let _ = A::established().remove(key);
+    let _ = A::half_open().remove(key);
+}
+
+/// Removes a flow: the pair of `key`, and the pair that masquerades it, if there is one.
+#[inline(never)]
+pub(crate) fn forget<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void {
+    let Some(Work { key: other_key, value: other, found, spare_key, .. }) = Room::Forget.work::<A>() else {
+        return VOID;
+    };
+    void(put_pair(key, value, other_key, other));
+    if value.flags & flags::NEEDS_MASQUERADE != 0 {
+        *spare_key =
+            if key.hook == hook::INGRESS { masquerade_key(key, value) } else { masquerade_key(other_key, other) };
+        if peek(spare_key, found) != 0 {
+            remove(spare_key);
+            if found.flags & flags::PENDING == 0 {
+                void(put_pair_key(spare_key, found, other_key));
+                remove(other_key);
+                void(put_pair_key(key, value, other_key));
+            }
+        }
+    }
+    remove(key);
+    remove(other_key);
+    VOID
+}
+
+/// Enters a pair as half-open; `pair_key` and `pair_value` are its other half. `Err` counts and leaves nothing of it.
+#[inline(always)]
+pub(crate) fn open<A: Header>(
+    key: &ConnectionKey<A>,
+    value: &mut ConnectionValue<A>,
+    pair_key: &mut ConnectionKey<A>,
+    pair_value: &mut ConnectionValue<A>,
+) -> Result<(), ()> {
+    void(freshen(key, value));
+    void(put_pair(key, value, pair_key, pair_value));
+    let mut entered = A::half_open().insert(&*pair_key, &*pair_value, BPF_ANY.into()).is_ok()
+        && A::half_open().insert(key, &*value, BPF_ANY.into()).is_ok();
+    if entered && value.flags & flags::NEEDS_MASQUERADE != 0 {
+        *pair_key = masquerade_key(key, value);
+        entered = request_masquerade(pair_key, pair_value, value.service).is_ok();
+    }
+    if entered {
+        return Ok(());
+    }
+    void(forget(key, value));
+    count::reason(Reason::InsertFailed);
+    Err(())
+}
+
+/// Enters the masquerade pair of `key` (egress): the reverse entry claims the port, so two flows never share one. `evict`: a flow
+/// that is over may be put out of its port; without it only a free port is taken, which is quick to find out.
+///
+/// `Ok(false)`: the port is taken.
+#[inline(always)]
+pub(crate) fn claim_masquerade<A: Header>(
+    key: &ConnectionKey<A>,
+    value: &mut ConnectionValue<A>,
+    reverse_key: &mut ConnectionKey<A>,
+    reverse: &mut ConnectionValue<A>,
+    evict: bool,
+) -> Result<bool, ()> {
+    void(freshen(key, value));
+    void(put_pair_key(key, value, reverse_key));
+    if evict {
+        let held = peek(reverse_key, reverse);
+        if held != 0 {
+            if !is_over(reverse_key, reverse, held == 2) {
+                return Ok(false);
+            }
+            void(forget(reverse_key, reverse));
+        }
+    } else if A::established().get_ptr(&*reverse_key).is_some() {
+        return Ok(false);
+    }
+    void(put_pair(key, value, reverse_key, reverse));
+    if A::half_open().insert(&*reverse_key, &*reverse, BPF_NOEXIST.into()).is_err() {
+        return Ok(false);
+    }
+    if A::half_open().insert(key, &*value, BPF_ANY.into()).is_err() {
+        let _ = A::half_open().remove(&*reverse_key);
+        return Err(());
+    }
+    Ok(true)
+}
