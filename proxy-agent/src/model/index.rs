@@ -19,12 +19,14 @@ pub struct Touched {
     pub services: BTreeSet<ServiceKey>,
     /// Trigger times (nanoseconds since the epoch) that came with slices whose content changed (contract A28).
     pub triggers: Vec<(ServiceKey, i64)>,
+    /// Services, and EndpointSlices, that came, went or changed.
+    pub service_changes: u64,
+    pub slice_changes: u64,
 }
 
 impl Touched {
     pub fn is_empty(&self) -> bool {
-        let Self { services, triggers } = self;
-        services.is_empty() && triggers.is_empty()
+        *self == Self::default()
     }
 }
 
@@ -87,12 +89,14 @@ impl Index {
         let key = service.key.clone();
         if self.snapshot.services.get(&key) != Some(&service) {
             self.snapshot.services.insert(key.clone(), service);
+            touched.service_changes += 1;
             touched.services.insert(key);
         }
     }
 
     fn remove_service(&mut self, key: &ServiceKey, touched: &mut Touched) {
         if self.snapshot.services.remove(key).is_some() {
+            touched.service_changes += 1;
             touched.services.insert(key.clone());
         }
     }
@@ -135,6 +139,7 @@ impl Index {
                 touched.triggers.extend(trigger.map(|at| (service.clone(), at)));
             }
         }
+        touched.slice_changes += 1;
         touched.services.insert(service);
     }
 
@@ -148,6 +153,7 @@ impl Index {
                 self.snapshot.slices.remove(&service);
             }
         }
+        touched.slice_changes += 1;
         touched.services.insert(service);
     }
 

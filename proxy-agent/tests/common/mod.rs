@@ -1,0 +1,157 @@
+//! A small world for plan and sync tests: model objects from short texts, and arbitrary event sequences.
+#![allow(dead_code, reason = "each test binary uses its own part")]
+
+use std::{net::IpAddr, sync::Arc};
+
+use proptest::prelude::*;
+use proxy_agent::model::{
+    Endpoint, EndpointHints, EndpointPort, EndpointSlice, Event, Family, NodeFacts, Port, Protocol, Service,
+    ServiceKey, ServicePort, ServiceType, TrafficPolicy,
+};
+
+pub(crate) fn port(number: u16) -> Port {
+    Port::new(number).unwrap()
+}
+
+pub(crate) fn key(name: &str) -> ServiceKey {
+    ServiceKey::new("default", name)
+}
+
+/// One TCP port 80, named `http`.
+pub(crate) fn service(name: &str, ips: &[&str]) -> Service {
+    Service {
+        key: key(name),
+        uid: format!("uid-{name}").into(),
+        created: 100,
+        kind: ServiceType::ClusterIp,
+        cluster_ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
+        ports: vec![ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: port(80), node_port: None }],
+        internal_policy: TrafficPolicy::Cluster,
+        external_policy: TrafficPolicy::Cluster,
+        external_ips: Vec::new(),
+        load_balancer_ips: Vec::new(),
+        source_ranges: Vec::new(),
+        affinity_secs: None,
+        health_check_node_port: None,
+        algorithm: None,
+        problems: Vec::new(),
+    }
+}
+
+pub(crate) fn endpoint(address: IpAddr) -> Endpoint {
+    Endpoint { address, ready: true, serving: true, terminating: false, node: None, hints: None }
+}
+
+/// Ready endpoints on port 8080, named `http`; the family is that of the first.
+pub(crate) fn slice(service: &str, name: &str, addresses: &[&str]) -> EndpointSlice {
+    let endpoints: Vec<Endpoint> = addresses.iter().map(|a| endpoint(a.parse().unwrap())).collect();
+    EndpointSlice {
+        namespace: "default".into(),
+        name: name.into(),
+        service: key(service),
+        family: endpoints.first().map_or(Family::V4, |endpoint| Family::of(endpoint.address)),
+        ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: port(8080) }],
+        endpoints,
+        trigger_time: None,
+        problems: Vec::new(),
+    }
+}
+
+pub(crate) fn node(name: &str, zone: Option<&str>) -> NodeFacts {
+    NodeFacts { name: name.into(), zone: zone.map(Into::into), ..NodeFacts::default() }
+}
+
+fn protocols() -> impl Strategy<Value = Protocol> {
+    prop_oneof![4 => Just(Protocol::Tcp), 2 => Just(Protocol::Udp), 1 => Just(Protocol::Sctp)]
+}
+
+fn port_names() -> impl Strategy<Value = Arc<str>> {
+    prop_oneof![Just("http".into()), Just("".into())]
+}
+
+/// Few names, few addresses: claims collide often.
+pub(crate) fn services() -> impl Strategy<Value = Arc<Service>> {
+    let ports = prop::collection::vec((port_names(), protocols(), prop_oneof![Just(80_u16), Just(443)]), 0..3);
+    let ips = prop::sample::subsequence(vec!["10.96.0.1", "10.96.0.2", "fd00::1", "127.0.0.1"], 0..3);
+    let algorithm = prop_oneof![4 => Just(None), 1 => Just(Some("round-robin")), 1 => Just(Some("nonsense"))];
+    (0..5_usize, 0..3_i64, 0..2_u8, ips, ports, any::<(bool, bool)>(), algorithm).prop_map(
+        |(name, created, uid, ips, ports, (internal_local, external_name), algorithm)| {
+            let mut service = service(["a", "b", "c", "d", "e"][name], &ips);
+            service.created = created;
+            service.uid = format!("{uid}").into();
+            service.ports = ports
+                .into_iter()
+                .map(|(name, protocol, number)| ServicePort { name, protocol, port: port(number), node_port: None })
+                .collect();
+            if internal_local {
+                service.internal_policy = TrafficPolicy::Local;
+            }
+            if external_name && created == 0 {
+                service.kind = ServiceType::ExternalName;
+            }
+            service.algorithm = algorithm.map(Into::into);
+            Arc::new(service)
+        },
+    )
+}
+
+fn endpoints(family: Family) -> impl Strategy<Value = Endpoint> {
+    let addresses = match family {
+        Family::V4 => vec!["10.0.0.1", "10.0.0.2", "10.0.0.3", "127.0.0.1"],
+        Family::V6 => vec!["fd00:1::1", "fd00:1::2", "::1", "10.0.0.4"],
+    };
+    let names = || prop::collection::btree_set(prop_oneof![Just("x".into()), Just("y".into())], 0..3);
+    (prop::sample::select(addresses), any::<(bool, bool, bool)>(), prop::option::of(names()), names(), 0..3_u8)
+        .prop_map(|(address, (ready, serving, terminating), zones, nodes, on)| Endpoint {
+            address: address.parse().unwrap(),
+            ready,
+            serving,
+            terminating,
+            node: [None, Some("x".into()), Some("y".into())][usize::from(on)].clone(),
+            hints: zones.map(|zones| Box::new(EndpointHints { zones, nodes })),
+        })
+}
+
+pub(crate) fn slices() -> impl Strategy<Value = Arc<EndpointSlice>> {
+    let family = prop_oneof![2 => Just(Family::V4), 1 => Just(Family::V6)];
+    family.prop_flat_map(|family| {
+        let ports = prop::collection::vec((port_names(), protocols(), 8080..8082_u16), 0..3);
+        let endpoints = prop::collection::vec(endpoints(family), 0..5);
+        (0..5_usize, 0..4_usize, ports, endpoints, prop::option::of(0..3_i64)).prop_map(
+            move |(name, service, ports, endpoints, trigger_time)| {
+                Arc::new(EndpointSlice {
+                    namespace: "default".into(),
+                    name: ["s1", "s2", "s3", "s4", "s5"][name].into(),
+                    service: key(["a", "b", "c", "d"][service]),
+                    family,
+                    ports: ports
+                        .into_iter()
+                        .map(|(name, protocol, number)| EndpointPort { name, protocol, port: port(number) })
+                        .collect(),
+                    endpoints,
+                    trigger_time,
+                    problems: Vec::new(),
+                })
+            },
+        )
+    })
+}
+
+pub(crate) fn nodes() -> impl Strategy<Value = NodeFacts> {
+    let zone = prop_oneof![Just(None), Just(Some("x")), Just(Some("y"))];
+    (prop_oneof![Just("x"), Just("y")], zone).prop_map(|(name, zone)| node(name, zone))
+}
+
+pub(crate) fn events() -> impl Strategy<Value = Event> {
+    let names = || prop::sample::select(vec!["a", "b", "c", "d", "e"]);
+    let slice_names = || prop::sample::select(vec!["s1", "s2", "s3", "s4", "s5"]);
+    prop_oneof![
+        8 => services().prop_map(Event::Service),
+        2 => names().prop_map(|name| Event::ServiceGone(key(name))),
+        8 => slices().prop_map(Event::Slice),
+        2 => slice_names().prop_map(|name| Event::SliceGone { namespace: "default".into(), name: name.into() }),
+        1 => nodes().prop_map(Event::Node),
+        1 => prop::collection::vec(services(), 0..4).prop_map(Event::Services),
+        1 => prop::collection::vec(slices(), 0..4).prop_map(Event::Slices),
+    ]
+}

@@ -1,0 +1,102 @@
+//! Incremental planning equals the full plan, whatever happens in whatever order (fault F18).
+
+mod common;
+
+use std::{collections::BTreeMap, sync::Arc};
+
+use common::events;
+use proptest::prelude::*;
+use proxy_agent::{
+    desired::{Algorithm, DesiredState},
+    model::{
+        EndpointSlice, Event, Service, ServiceKey, Snapshot,
+        index::{Index, Touched},
+    },
+    plan::{Defaults, Planner},
+};
+
+/// The snapshot as events define it, without any cleverness.
+#[derive(Default)]
+struct Naive {
+    services: BTreeMap<ServiceKey, Arc<Service>>,
+    slices: BTreeMap<Arc<str>, Arc<EndpointSlice>>,
+    snapshot: Snapshot,
+}
+
+impl Naive {
+    fn apply(&mut self, event: Event) {
+        match event {
+            Event::Service(service) => drop(self.services.insert(service.key.clone(), service)),
+            Event::ServiceGone(key) => drop(self.services.remove(&key)),
+            Event::Slice(slice) => drop(self.slices.insert(Arc::clone(&slice.name), slice)),
+            Event::SliceGone { name, .. } => drop(self.slices.remove(&name)),
+            Event::Node(facts) => self.snapshot.node = facts,
+            Event::Services(list) => {
+                self.services.clear();
+                list.into_iter().for_each(|service| self.apply(Event::Service(service)));
+            }
+            Event::Problems(_) => {}
+            Event::Slices(list) => {
+                self.slices.clear();
+                list.into_iter().for_each(|slice| self.apply(Event::Slice(slice)));
+            }
+        }
+    }
+
+    fn snapshot(&self) -> Snapshot {
+        let mut snapshot = Snapshot { services: self.services.clone(), ..self.snapshot.clone() };
+        for slice in self.slices.values() {
+            let slices = snapshot.slices.entry(slice.service.clone()).or_default();
+            slices.insert(Arc::clone(&slice.name), Arc::clone(slice));
+        }
+        snapshot
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+
+    #[test]
+    fn incremental_equals_full(batches in prop::collection::vec(prop::collection::vec(events(), 1..4), 1..25)) {
+        let defaults = Defaults { algorithm: Algorithm::Random, masquerade_all: false };
+        let (mut index, mut naive) = (Index::default(), Naive::default());
+        let mut planner = Planner::new(defaults);
+        let mut kernel = DesiredState::default();
+        for batch in batches {
+            let mut touched = Touched::default();
+            for event in batch {
+                naive.apply(event.clone());
+                index.apply(event, &mut touched);
+            }
+            prop_assert_eq!(index.snapshot(), &naive.snapshot());
+            prop_assert_eq!(index.endpoints(), naive.slices.values().map(|slice| slice.endpoints.len()).sum::<usize>());
+
+            let before = planner.state().clone();
+            let changes = planner.update(index.snapshot(), &touched.services);
+            let mut oracle = Planner::new(defaults);
+            oracle.full(index.snapshot());
+            prop_assert_eq!(planner.state(), oracle.state());
+            prop_assert_eq!(planner.problems(), oracle.problems());
+
+            // The changes are exactly the difference, and carrying them out gives the new state.
+            prop_assert_eq!(&changes, &before.diff(planner.state()));
+            kernel.apply(&changes);
+            prop_assert_eq!(&kernel, planner.state());
+            prop_assert!(kernel.diff(planner.state()).is_empty());
+        }
+    }
+
+    #[test]
+    fn an_event_that_changes_nothing_touches_nothing(history in prop::collection::vec(events(), 1..25)) {
+        let mut index = Index::default();
+        let mut touched = Touched::default();
+        for event in history {
+            index.apply(event.clone(), &mut touched);
+            let is_relist = matches!(event, Event::Services(_) | Event::Slices(_));
+            touched = Touched::default();
+            index.apply(event, &mut touched);
+            // A relist may name one object twice; then it changes twice each time.
+            prop_assert!(is_relist || touched.is_empty(), "{:?}", touched);
+        }
+    }
+}
