@@ -2,8 +2,10 @@
 //!
 //! - [`world`] makes a cluster on one machine: nodes, pods, a client outside, the real agent on each node.
 //! - [`pod`] is what runs inside: a server that says who it is, and clients that say what they saw.
+//! - [`cases`] are the questions, each with the number of the contract that answers it.
 //! - [`suite`] runs cases and counts what passed, failed and was skipped.
 
+pub mod cases;
 pub mod pod;
 pub mod suite;
 pub mod world;

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Result;
 
-/// Outcome counts of one test binary.
+/// Outcome counts of one test binary. `cargo xtask test` reads what it prints.
 pub struct Suite {
     name: &'static str,
     only: Vec<String>,
@@ -28,14 +28,23 @@ impl Suite {
         Self { name, only, passed: 0, failed: Vec::new(), skipped: 0, started: Instant::now() }
     }
 
-    /// Whether a case whose name starts like this may run: worlds that nobody needs are not built.
-    pub fn wants(&self, prefix: &str) -> bool {
-        self.only.is_empty() || self.only.iter().any(|only| prefix.contains(only.as_str()) || only.starts_with(prefix))
+    /// Whether any of the cases called `<group>/…` may run: a world that nobody needs is not built.
+    pub fn wants_group(&self, group: &str) -> bool {
+        let near = |only: &String| {
+            // `routed/all` and `routed/all/a case` ask for the group; so does any text that may be in a case's name only.
+            group.contains(only.as_str()) || only.starts_with(group) || !only.contains('/')
+        };
+        self.only.is_empty() || self.only.iter().any(near)
+    }
+
+    /// Whether the case of this name is to run.
+    fn wants(&self, name: &str) -> bool {
+        self.only.is_empty() || self.only.iter().any(|only| name.contains(only.as_str()))
     }
 
     /// Runs one case; a panic in it is its failure.
     pub fn case(&mut self, name: &str, case: impl FnOnce() -> Result<()>) {
-        if !self.only.is_empty() && !self.only.iter().any(|only| name.contains(only.as_str())) {
+        if !self.wants(name) {
             return;
         }
         let started = Instant::now();
@@ -47,17 +56,23 @@ impl Suite {
                 .unwrap_or_else(|| "panic".to_owned());
             Err(anyhow::anyhow!("panic: {text}"))
         });
-        let took = started.elapsed().as_millis();
         match outcome {
             Ok(()) => {
                 self.passed += 1;
-                println!("ok   {name} ({took} ms)");
+                println!("ok   {name} ({} ms)", started.elapsed().as_millis());
             }
-            Err(error) => {
-                println!("FAIL {name} ({took} ms): {error:#}");
-                self.failed.push(name.to_owned());
-            }
+            Err(error) => self.fail_since(name, &error, started),
         }
+    }
+
+    /// Something that the cases need failed: a failure under this name.
+    pub fn fail(&mut self, name: &str, error: &anyhow::Error) {
+        self.fail_since(name, error, Instant::now());
+    }
+
+    fn fail_since(&mut self, name: &str, error: &anyhow::Error, since: Instant) {
+        println!("FAIL {name} ({} ms): {error:#}", since.elapsed().as_millis());
+        self.failed.push(name.to_owned());
     }
 
     pub fn skip(&mut self, name: &str, reason: &str) {

@@ -33,7 +33,7 @@ fn main() -> ExitCode {
     for topology in Topology::ALL {
         for rp_filter in [false, true] {
             let name = format!("{}/rp_filter={}", topology.name(), u8::from(rp_filter));
-            if suite.wants(&name) {
+            if suite.wants_group(&name) {
                 shape(&mut suite, &name, &Spec { rp_filter, ..Spec::two_nodes(topology) });
             }
         }
@@ -49,7 +49,7 @@ fn shape(suite: &mut Suite, name: &str, spec: &Spec) {
     let programs = Programs::find_testpod().map(|testpod| Programs { testpod, agent: "".into() });
     let world = match programs.and_then(|programs| World::new(spec, programs)) {
         Ok(world) => world,
-        Err(error) => return suite.case(name, || Err(error)),
+        Err(error) => return suite.fail(name, &error),
     };
     suite.case(&format!("{name}/pods and nodes reach each other and see true sources"), || everybody(&world));
     suite.case(&format!("{name}/outside reaches nodes but no pod"), || outside(&world));

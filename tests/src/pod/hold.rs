@@ -23,6 +23,9 @@ pub struct Args {
     /// How many connections
     #[arg(long, default_value_t = 10)]
     pub connections: usize,
+    /// Bind the first connection to this port, the next to the one after it, and so on
+    #[arg(long)]
+    pub source_port: Option<u16>,
     /// Milliseconds between two rounds over all connections
     #[arg(long, default_value_t = 100)]
     pub interval: u64,
@@ -54,13 +57,14 @@ struct Held {
 
 /// Opens the connections, prints `ready`, then goes round until stdin closes.
 pub fn run(args: &Args) -> Result<Report> {
-    let Args { to, connections, interval, timeout, expect } = args;
+    let Args { to, connections, source_port, interval, timeout, expect } = args;
     let expect: BTreeSet<&str> = expect.iter().map(String::as_str).collect();
     let timeout = Duration::from_millis(*timeout);
     let mut report = Report { connections: *connections, ..Report::default() };
     let mut held = Vec::with_capacity(*connections);
     for i in 0..*connections {
-        let stream = socket::tcp(*to, None, timeout).with_context(|| format!("connection {i} to {to}"))?;
+        let port = source_port.and_then(|first| first.checked_add(u16::try_from(i).ok()?));
+        let stream = socket::tcp(*to, port, timeout).with_context(|| format!("connection {i} to {to}"))?;
         stream.set_read_timeout(Some(timeout))?;
         stream.set_write_timeout(Some(timeout))?;
         let mut stream = BufReader::with_capacity(512, stream);

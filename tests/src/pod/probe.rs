@@ -4,7 +4,6 @@ use std::{
     collections::BTreeMap,
     io::{BufRead, BufReader, Write},
     net::SocketAddr,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -40,6 +39,9 @@ pub struct Args {
     /// Bytes to ask for
     #[arg(long, default_value_t = 0)]
     pub reply: usize,
+    /// End TCP connections with a reset: a socket in TIME_WAIT would keep its port from the next try
+    #[arg(long)]
+    pub reset: bool,
     /// Give up after the first try that fails
     #[arg(long)]
     pub fail_fast: bool,
@@ -107,15 +109,12 @@ pub fn run(args: &Args) -> Result<Report> {
         if failed && args.fail_fast {
             break;
         }
-        if args.source_port.is_some() {
-            thread::sleep(Duration::from_millis(20));
-        }
     }
     Ok(report)
 }
 
 fn ask(args: &Args, seen: &mut Try) -> nix::Result<()> {
-    let &Args { to, transport, source_port, timeout, mapped, size, reply, .. } = args;
+    let &Args { to, transport, source_port, timeout, mapped, size, reply, reset, .. } = args;
     let to = socket::target(to, mapped);
     let timeout = Duration::from_millis(timeout);
     let request = wire::request(size, reply);
@@ -129,8 +128,7 @@ fn ask(args: &Args, seen: &mut Try) -> nix::Result<()> {
             stream.write_all(&request).map_err(io)?;
             let mut line = Vec::new();
             BufReader::new(&stream).read_until(b'\n', &mut line).map_err(io)?;
-            if source_port.is_some() {
-                // End with a reset: a socket in TIME_WAIT would keep the port from the next try.
+            if reset {
                 let _ = nix::sys::socket::setsockopt(
                     &stream,
                     nix::sys::socket::sockopt::Linger,

@@ -286,20 +286,25 @@ impl World {
         self.settle()
     }
 
-    /// Waits until every running agent has read what was written so far: a marker Service, written last, must be in force.
+    /// Waits until every running agent has in force what was written so far: until a marker Service, written last, shows in
+    /// its maps.
     pub fn settle(&mut self) -> Result<()> {
         self.markers += 1;
-        let address = Ipv4Addr::new(10, 96, 255, u8::try_from(self.markers % 200)?.saturating_add(1));
-        let port = u16::try_from(10_000 + self.markers % 50_000)?;
-        self.write(&objects::service("marker").port("", "TCP", port).cluster_ips(&[address.into()]).json())?;
-        let wanted = format!("{address}:{port}");
+        // The last addresses of the Service network: frontends are written in the order of their addresses.
+        let address = Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0xf000 + u16::try_from(self.markers % 0xfff)?);
+        self.write(&objects::service("marker").port("", "TCP", 1).cluster_ips(&[address.into()]).json())?;
+        let wanted = format!("\"{address}\"");
         let deadline = Instant::now() + Duration::from_secs(10);
-        for i in 0..self.nodes.len() {
-            let Some(node) = self.nodes.get(i).filter(|node| node.agent.is_some()) else { continue };
-            while !node.status().is_ok_and(|status| frontend_in_force(&status, &wanted)) {
+        for node in self.nodes.iter().filter(|node| node.agent.is_some()) {
+            loop {
+                let shown = self.cli(node, &["services", "-o", "json"]);
+                if shown.as_ref().is_ok_and(|shown| shown.contains(&wanted)) {
+                    break;
+                }
                 if Instant::now() > deadline {
+                    let why = shown.err().map_or(String::new(), |error| format!(" ({error:#})"));
                     bail!(
-                        "{}: the agent has not programmed {wanted} within 10 s\n{}",
+                        "{}: the agent has not programmed {address} within 10 s{why}\n{}",
                         node.place.name,
                         node.agent_log()
                     );
@@ -308,6 +313,15 @@ impl World {
             }
         }
         Ok(())
+    }
+
+    /// What a reading command of the agent prints about a node's pins.
+    pub fn cli(&self, node: &Node, args: &[&str]) -> Result<String> {
+        let done = node.place.command(&self.programs.agent)?.args(args).arg("--bpffs").arg(&node.bpffs).output()?;
+        if !done.status.success() {
+            bail!("proxy-agent {}: {}", args.join(" "), String::from_utf8_lossy(&done.stderr).trim());
+        }
+        Ok(String::from_utf8_lossy(&done.stdout).into_owned())
     }
 
     /// Starts the agent on every node and waits until all are ready.
@@ -371,24 +385,6 @@ impl World {
     pub fn id(&self) -> &str {
         self.layout.id()
     }
-}
-
-/// Whether `/status` lists this frontend as programmed.
-fn frontend_in_force(status: &serde_json::Value, wanted: &str) -> bool {
-    fn find<'a>(value: &'a serde_json::Value, wanted: &str) -> Option<&'a serde_json::Value> {
-        match value {
-            serde_json::Value::Object(fields) => fields
-                .iter()
-                .find(|(key, value)| {
-                    key.starts_with(wanted) || value.as_str().is_some_and(|text| text.starts_with(wanted))
-                })
-                .map(|(key, inner)| if key.starts_with(wanted) { inner } else { value })
-                .or_else(|| fields.values().find_map(|inner| find(inner, wanted))),
-            serde_json::Value::Array(items) => items.iter().find_map(|inner| find(inner, wanted)),
-            _ => None,
-        }
-    }
-    find(status, wanted).is_some_and(|frontend| frontend.to_string().to_lowercase().contains("programmed"))
 }
 
 /// The Service network of every world.

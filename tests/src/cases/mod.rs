@@ -1,0 +1,185 @@
+//! What a ClusterIP Service owes its clients, asked with real sockets: one list for every topology and every dataplane.
+//!
+//! Numbers (A6, A81 …) are statements of the project's contract, which numbers kube-proxy's behaviour.
+
+pub mod choice;
+pub mod collisions;
+pub mod matrix;
+pub mod packets;
+pub mod refusal;
+pub mod services;
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+
+use crate::{
+    pod::{
+        probe::{Report, Try},
+        socket::Transport,
+    },
+    suite::Suite,
+    world::{Ask, Family, Place, SocketLb, Topology, World, vip},
+};
+
+use services::Svc;
+
+/// A world whose agents have the Services of [`services`] in force.
+pub struct Ground<'a> {
+    pub world: &'a World,
+    /// Who is translated at connect time.
+    pub socket_lb: SocketLb,
+}
+
+/// Every case, under names that begin with `group`.
+pub fn all(suite: &mut Suite, group: &str, ground: &Ground<'_>) {
+    let mut case = |name: &str, case: fn(&Ground<'_>) -> Result<()>| {
+        suite.case(&format!("{group}/{name}"), || {
+            case(ground)?;
+            // Every case ends with this: what was meant for a Service went nowhere else.
+            let leaks = ground.world.leaks()?;
+            ensure!(leaks.is_empty(), "packets for Services went to the default route: {leaks:?}");
+            Ok(())
+        });
+    };
+    case("A6: pod to ClusterIP, all endpoints, true source", matrix::pod);
+    case("A6: node to ClusterIP, all endpoints, the node's source", matrix::node);
+    case("A6: outside to ClusterIP, all endpoints, masqueraded", matrix::outside);
+    case("A6: internal policy Local, local endpoints only", matrix::local);
+    case("A70: a pod reaches itself through its Service", matrix::hairpin);
+    case("A51: host-network endpoints", matrix::host_network);
+    case("A47: protocol and port are part of the frontend", matrix::ports);
+    case("sockets see the VIP: getpeername, answers", matrix::names);
+    case("IPv4 through IPv6 sockets", matrix::mapped);
+    case("A81: no endpoints, refused", refusal::no_endpoints);
+    case("A48: unused port, refused", refusal::unused_port);
+    case("A83: internal policy Local without local endpoints, dropped", refusal::local_without_local);
+    case("A35: only ready endpoints", choice::ready_only);
+    case("A32: terminating endpoints where none is ready", choice::terminating);
+    case("A37: zone hints", choice::zones);
+    case("A36: node hints", choice::nodes);
+    case("A62: fragmented datagrams", packets::fragments);
+    case("path MTU is found through a VIP", packets::path_mtu);
+    case("two VIPs of one backend from one source port", collisions::two_vips);
+    case("a VIP, then its backend from the same source port", collisions::vip_then_backend);
+}
+
+impl Ground<'_> {
+    /// Asks and expects an answer every time. Returns what was seen.
+    fn answered(&self, from: &Place, ask: &Ask) -> Result<Report> {
+        let report = self.world.ask(from, ask)?;
+        let errors = report.errors();
+        ensure!(errors.is_empty(), "{} -> {} {}: {errors:?} of {} tries", from.name, ask.to, ask.transport, ask.count);
+        Ok(report)
+    }
+
+    /// Asks often and expects exactly these backends to answer, each at least once, each seeing the source that it should.
+    fn served_by(&self, from: &Place, svc: Svc, backends: &[&str]) -> Result<()> {
+        for family in Family::BOTH {
+            for transport in Transport::ALL {
+                let to = svc.at(family, transport);
+                // With 40 tries a backend of two is missed once in 10^12 runs.
+                let count = if backends.len() > 1 { 40 } else { 6 };
+                let what = format!("{} -> {to} {transport}", from.name);
+                let report = self.answered(from, &Ask::new(to, transport).times(count))?;
+                let seen: BTreeSet<String> = report.backends().into_keys().collect();
+                let expected: BTreeSet<String> = backends.iter().map(|&backend| backend.to_owned()).collect();
+                ensure!(seen == expected, "{what}: answered by {:?}, expected {expected:?}", report.backends());
+                for one in &report.tries {
+                    self.check_source(from, family, one).with_context(|| what.clone())?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// The source address that the backend saw (A6, A63, A70, A71).
+    fn check_source(&self, from: &Place, family: Family, seen: &Try) -> Result<()> {
+        let answer = seen.answer.as_ref().context("no answer")?;
+        let peer: SocketAddr = answer.peer.parse()?;
+        let backend = self.world.place(&answer.backend).context("an unknown backend")?;
+        let expected = self.sources(from, backend, family)?;
+        ensure!(
+            expected.contains(&peer.ip()),
+            "{} saw {} as the source, expected one of {expected:?}",
+            backend.name,
+            peer.ip()
+        );
+        Ok(())
+    }
+
+    fn sources(&self, from: &Place, backend: &Place, family: Family) -> Result<BTreeSet<IpAddr>> {
+        let own = || BTreeSet::from([from.ip(family)]);
+        let Some(number) = from.node else {
+            // What node1 takes in for an off-cluster client it masquerades, unless its own process is the backend: nothing
+            // leaves the node then, and the answer takes the same way back.
+            let to_entry = backend.is_node() && backend.node == Some(1);
+            return if to_entry { Ok(own()) } else { self.world.node_addresses(1) };
+        };
+        if from.is_node() {
+            return self.world.node_addresses(number);
+        }
+        if backend.name == from.name && self.socket_lb == SocketLb::Node {
+            return self.world.node_addresses(number);
+        }
+        // Not ours: flannel masquerades what leaves the pod network.
+        if self.world.topology == Topology::Vxlan && backend.is_node() && backend.node != from.node {
+            return self.world.node_addresses(number);
+        }
+        Ok(own())
+    }
+
+    /// Expects a refusal, at once: TCP and connected UDP by errno, an unconnected datagram at least unanswered.
+    fn refused(&self, from: &Place, ip: IpAddr, port: u16) -> Result<()> {
+        let to = SocketAddr::new(ip, port);
+        for transport in Transport::ALL {
+            let report = self.world.ask(from, &Ask::new(to, transport).timeout(1000))?;
+            let what = format!("{} -> {to} {transport}", from.name);
+            let one = report.tries.first().context("no try")?;
+            match (transport, one.error.as_deref()) {
+                (_, Some("ECONNREFUSED")) => {
+                    ensure!(one.micros < 500_000, "{what}: refused only after {} us", one.micros);
+                }
+                // The kernel tells an unconnected socket of an ICMP error only if it asks for them (IP_RECVERR).
+                (Transport::UdpUnconnected, Some("ETIMEDOUT")) if self.per_packet(from) => {}
+                _ => bail!("{what}: expected a refusal, saw {one:?}"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Expects no answer and no refusal.
+    fn dropped(&self, from: &Place, to: SocketAddr) -> Result<()> {
+        for transport in [Transport::Tcp, Transport::Udp] {
+            let report = self.world.ask(from, &Ask::new(to, transport).timeout(250))?;
+            let one = report.tries.first().context("no try")?;
+            let silent = one.error.as_deref() == Some("ETIMEDOUT");
+            // A program that drops at connect time can only refuse: there is no packet yet that could get lost.
+            let at_connect = !self.per_packet(from) && matches!(one.error.as_deref(), Some("EPERM" | "ETIMEDOUT"));
+            ensure!(silent || at_connect, "{} -> {to} {transport}: expected silence, saw {one:?}", from.name);
+        }
+        Ok(())
+    }
+
+    /// Whether what this place sends to a VIP is translated packet by packet.
+    fn per_packet(&self, from: &Place) -> bool {
+        match from.node {
+            None => true,
+            Some(_) if from.is_node() => false,
+            Some(_) => self.socket_lb == SocketLb::Node,
+        }
+    }
+
+    /// One of each origin (A6): a pod of node1, node1 itself, the client outside.
+    fn origins(&self) -> [&Place; 3] {
+        [self.world.pod("a1"), &self.world.node(1).place, self.world.outside()]
+    }
+}
+
+/// The address of a Service port in a family.
+fn at(family: Family, svc: Svc, port: u16) -> SocketAddr {
+    SocketAddr::new(vip(family, svc.number()), port)
+}
