@@ -93,3 +93,32 @@ fn inherited() -> Result<bool> {
     }
     Ok(all)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(path: &str) -> String {
+        fs::read_to_string(command::root().join(path)).unwrap()
+    }
+
+    #[test]
+    fn every_map_is_documented() {
+        let maps = read("proxy-ebpf/src/maps.rs") + &read("proxy-agent/src/dataplane/ebpf/layout.rs");
+        let docs = read("docs/maps.md");
+        let declared = maps.split("#[btf_map(name = \"").skip(1).chain(maps.split(" = \"").skip(1));
+        let names: Vec<&str> = declared.filter_map(|rest| rest.split('"').next()).collect();
+        assert!(names.len() > 20, "{names:?}");
+        for name in names {
+            assert!(docs.contains(&format!("`{name}`")), "docs/maps.md does not name the map `{name}`");
+        }
+        for option in maps.split('"').filter(|word| word.starts_with("--map-")) {
+            assert!(docs.contains(&format!("`{option}`")), "docs/maps.md does not name the option `{option}`");
+        }
+    }
+
+    #[test]
+    fn every_crate_inherits_the_lints() {
+        assert!(inherited().unwrap());
+    }
+}
