@@ -14,7 +14,9 @@ pub const HAVE_SET_RETVAL: &str = "HAVE_SET_RETVAL";
 /// `u8`: the kernel has `bpf_ktime_get_coarse_ns` (5.11); without it the exact clock is read.
 pub const HAVE_COARSE_CLOCK: &str = "HAVE_COARSE_CLOCK";
 /// `u8`: log through aya-log at this level or more severe; 0: off.
-pub const LOG_LEVEL: &str = "LOG_LEVEL";
+///
+/// aya-log's own symbol. The object's default logs everything, so the loader always sets it.
+pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
 
 pub mod socket_lb {
     /// Pods and the node's own processes.

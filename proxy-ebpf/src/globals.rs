@@ -25,5 +25,4 @@ globals! {
     MASQUERADE_PORT_MAX, masquerade_port_max: u16 = 29_999;
     HAVE_SET_RETVAL, have_set_retval: u8 = 1;
     HAVE_COARSE_CLOCK, have_coarse_clock: u8 = 1;
-    LOG_LEVEL, log_level: u8 = 0;
 }

@@ -10,6 +10,7 @@
 mod clock;
 mod count;
 mod globals;
+mod log;
 mod lookup;
 mod maps;
 mod sealed;

@@ -134,7 +134,10 @@ pub(crate) struct Packet<A> {
 /// One address family: its maps.
 pub(crate) trait Family: Address {
     type Slot: Slot<Addr = Self>;
+    /// The address as aya-log prints it.
+    type Shown: aya_log_ebpf::macro_support::IpFormatter + aya_log_ebpf::macro_support::Argument;
 
+    fn shown(self) -> Self::Shown;
     fn frontends() -> &'static Frontends<Self>;
     fn slots() -> &'static Slots<Self::Slot>;
     fn established() -> &'static Connections<Self>;
@@ -146,10 +149,15 @@ pub(crate) trait Family: Address {
 }
 
 macro_rules! family {
-    ($addr:ty, $slot:ty, $frontends:ident, $slots:ident, $established:ident, $half_open:ident, $fragments:ident, $peers:ident, $datagrams:ident, $work:ident) => {
+    ($addr:ty, $slot:ty, $shown:ty, $show:expr, $frontends:ident, $slots:ident, $established:ident, $half_open:ident, $fragments:ident, $peers:ident, $datagrams:ident, $work:ident) => {
         impl Family for $addr {
             type Slot = $slot;
+            type Shown = $shown;
 
+            #[inline(always)]
+            fn shown(self) -> $shown {
+                $show(self)
+            }
             #[inline(always)]
             fn frontends() -> &'static Frontends<Self> {
                 &$frontends
@@ -189,6 +197,8 @@ macro_rules! family {
 family!(
     Ipv4Be,
     SlotV4,
+    u32,
+    |addr: Ipv4Be| u32::from_be(addr.0),
     FRONTENDS_V4,
     SLOTS_V4,
     ESTABLISHED_V4,
@@ -201,6 +211,8 @@ family!(
 family!(
     Ipv6Be,
     SlotV6,
+    [u8; 16],
+    |addr: Ipv6Be| addr.octets(),
     FRONTENDS_V6,
     SLOTS_V6,
     ESTABLISHED_V6,

@@ -135,11 +135,10 @@ impl Datapath {
     pub(crate) fn load(globals: &Globals, frontends: u32, slots: u32) -> Self {
         let object = fs::read(env::var_os("PROXY_EBPF_OBJECT").expect("checked by skip()")).unwrap();
         let mut loader = EbpfLoader::new();
-        loader.override_global("SOCKET_LB", &globals.socket_lb, true).override_global(
-            "NODE_NETNS_COOKIE",
-            &globals.node_netns_cookie,
-            true,
-        );
+        loader
+            .override_global("AYA_LOG_LEVEL", &0_u8, true)
+            .override_global("SOCKET_LB", &globals.socket_lb, true)
+            .override_global("NODE_NETNS_COOKIE", &globals.node_netns_cookie, true);
         for family in ["v4", "v6"] {
             loader
                 .map_max_entries(if family == "v4" { "frontends_v4" } else { "frontends_v6" }, frontends)

@@ -13,7 +13,10 @@ use super::{
     peer::{Peer, Record},
     view::{Either, V4, View},
 };
-use crate::lookup::{Choice, choose};
+use crate::{
+    log,
+    lookup::{Choice, choose},
+};
 
 #[cgroup_sock_addr(connect4)]
 pub fn connect4(ctx: SockAddrContext) -> i32 {
@@ -39,6 +42,7 @@ fn connect<V: View>(view: &V) -> i32 {
     let vip = view.target();
     match choose::<V::Addr>(&FrontendKey::new(vip.addr, vip.port, proto), origin) {
         Choice::Backend { target: backend, service, .. } => {
+            log::chosen(view.ctx(), proto, (vip.addr, vip.port), (backend.addr, backend.port));
             view.set_target(backend);
             if let Some(record) = Record::of_or_new(view) {
                 record.set(Peer { vip, backend }, service, proto);
@@ -52,7 +56,10 @@ fn connect<V: View>(view: &V) -> i32 {
         // a TCP one learns at once what it would learn after its retries.
         Choice::Drop { service } if service != 0 => fail(if proto == proto::TCP { ETIMEDOUT } else { EPERM }),
         // The frontend could not be read (service 0), or has nobody to serve it.
-        Choice::Drop { .. } | Choice::Refuse { .. } => fail(ECONNREFUSED),
+        Choice::Drop { .. } | Choice::Refuse { .. } => {
+            log::refused(view.ctx(), proto, (vip.addr, vip.port));
+            fail(ECONNREFUSED)
+        }
     }
 }
 

@@ -31,7 +31,7 @@ use self::{
     table::Room,
 };
 use crate::{
-    count, globals,
+    count, globals, log,
     lookup::{self, Choice},
     maps::{DEVICES, Packet, Work, kind},
 };
@@ -196,9 +196,15 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
     };
     let Some(Work { value, key: pair_key, found, .. }) = Room::Enter.work::<A>() else { return TC_ACT_SHOT };
     match pick(packet, from, value) {
-        PICKED => enter(ctx, l3, packet, key, value, pair_key, found),
+        PICKED => {
+            table::void(log::chosen(ctx, key.proto, (key.dst, key.dport), (value.addr, value.port)));
+            enter(ctx, l3, packet, key, value, pair_key, found)
+        }
         PICKED_NOTHING => direct(ctx, l3, packet, key, value, pair_key, found),
-        PICKED_REFUSAL => REFUSE,
+        PICKED_REFUSAL => {
+            table::void(log::refused(ctx, key.proto, (key.dst, key.dport)));
+            REFUSE
+        }
         _ => TC_ACT_SHOT,
     }
 }
