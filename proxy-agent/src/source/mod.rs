@@ -15,8 +15,9 @@ mod address;
 mod api;
 mod convert;
 mod directory;
+mod kubernetes;
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
@@ -40,12 +41,21 @@ pub enum Input {
     Directory(PathBuf),
 }
 
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug)]
 pub struct KubernetesOptions {
     /// `None`: `KUBECONFIG`, `~/.kube/config`, or the pod's service account, in this order.
     pub kubeconfig: Option<PathBuf>,
     /// Address of the API server in place of the one the kubeconfig names (kube-proxy's `--master`).
     pub server: Option<String>,
+    /// A watch is asked to last this long, and given up for dead a little later: how long a connection that silently died can go
+    /// unnoticed. The default is a minute.
+    pub watch_timeout: Duration,
+}
+
+impl Default for KubernetesOptions {
+    fn default() -> Self {
+        Self { kubeconfig: None, server: None, watch_timeout: Duration::from_secs(60) }
+    }
 }
 
 /// Why a source cannot even start. What goes wrong later is a [`SourceState`].
@@ -55,6 +65,10 @@ pub enum SourceError {
     NodeName(String),
     #[error("cannot read the directory {}: {cause}; --source names a directory of YAML files", path.display())]
     Directory { path: PathBuf, cause: String },
+    #[error("cannot use {what}: {cause}; --kubeconfig names another, --source reads a directory instead")]
+    Config { what: String, cause: String },
+    #[error("following the API server ended: {0}")]
+    Ended(String),
 }
 
 /// The own node's name: the override, else the host's name; trimmed, in lower case (contract A124).
@@ -77,10 +91,6 @@ pub async fn run(
     let Options { node, input } = options;
     match input {
         Input::Directory(root) => directory::run(&node, &root, &events, &state, &cancel).await,
-        Input::Kubernetes(_) => {
-            state.send_replace(SourceState::Listing { missing: Vec::new() });
-            cancel.cancelled().await;
-            Ok(())
-        }
+        Input::Kubernetes(options) => kubernetes::run(&node, options, events, state, &cancel).await,
     }
 }

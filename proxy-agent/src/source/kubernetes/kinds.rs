@@ -1,0 +1,318 @@
+//! What is particular to each kind: where it lives, what is asked for, and what becomes of an object.
+
+use std::{sync::Arc, time::Duration};
+
+use kube::api::WatchParams;
+use serde::de::DeserializeOwned;
+use tracing::{debug, info, warn};
+
+use super::board;
+use crate::{
+    model::{EndpointSlice, Event, NodeFacts, Service},
+    source::{
+        api,
+        convert::{self, Names},
+    },
+};
+
+/// What is asked for, besides the kind. Whatever a server does not understand is filtered again by `convert`.
+#[derive(Clone, Default)]
+pub(super) struct Selectors {
+    pub(super) labels: Option<String>,
+    pub(super) fields: Option<String>,
+    /// The field selector only saves traffic: a server that refuses it (400) is asked without.
+    pub(super) fields_optional: bool,
+}
+
+impl Selectors {
+    pub(super) fn watch(&self, timeout: Duration) -> WatchParams {
+        WatchParams {
+            label_selector: self.labels.clone(),
+            field_selector: self.fields.clone(),
+            timeout: Some(u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX).max(1)),
+            bookmarks: true,
+            ..WatchParams::default()
+        }
+    }
+}
+
+pub(super) trait Kind: Send + 'static {
+    type Object: DeserializeOwned + Clone + Send + 'static;
+    const KIND: board::Kind;
+    const PATH: &'static str;
+    /// As RBAC rules name it.
+    const RESOURCE: &'static str;
+    /// Objects asked for at a time while listing: a page is held whole, as text and as objects.
+    const PAGE: u32;
+
+    fn selectors(&self) -> Selectors;
+    fn metadata(object: &Self::Object) -> &api::Metadata;
+
+    /// Takes in one object of a list that is not complete yet.
+    fn listed(&mut self, object: Self::Object);
+    /// Forgets a list that was broken off.
+    fn list_lost(&mut self);
+    /// The list is complete: it replaces all that was known.
+    fn list_done(&mut self) -> Option<Event>;
+    fn applied(&mut self, object: Self::Object) -> Option<Event>;
+    fn deleted(&mut self, object: Self::Object) -> Option<Event>;
+
+    /// Why a complete list is not enough yet.
+    fn missing(&self) -> Option<String> {
+        None
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Services {
+    names: Names,
+    list: Vec<Arc<Service>>,
+}
+
+impl Kind for Services {
+    type Object = api::Service;
+    const KIND: board::Kind = board::Kind::Services;
+    const PATH: &'static str = "/api/v1/services";
+    const RESOURCE: &'static str = "services";
+    const PAGE: u32 = 500;
+
+    fn selectors(&self) -> Selectors {
+        Selectors {
+            labels: Some(format!("!{}", api::PROXY_NAME_LABEL)),
+            fields: Some("spec.clusterIP!=None".to_owned()),
+            fields_optional: true,
+        }
+    }
+
+    fn metadata(object: &api::Service) -> &api::Metadata {
+        &object.metadata
+    }
+
+    fn listed(&mut self, object: api::Service) {
+        if let Ok(service) = convert::service(&object, &mut self.names) {
+            self.list.push(Arc::new(service));
+        }
+    }
+
+    fn list_lost(&mut self) {
+        self.list = Vec::new();
+    }
+
+    fn list_done(&mut self) -> Option<Event> {
+        info!(services = self.list.len(), "listed");
+        Some(Event::Services(std::mem::take(&mut self.list)))
+    }
+
+    fn applied(&mut self, object: api::Service) -> Option<Event> {
+        Some(match convert::service(&object, &mut self.names) {
+            Ok(service) => Event::Service(Arc::new(service)),
+            Err(_) => Event::ServiceGone(convert::key(&object.metadata, &mut self.names)),
+        })
+    }
+
+    fn deleted(&mut self, object: api::Service) -> Option<Event> {
+        Some(Event::ServiceGone(convert::key(&object.metadata, &mut self.names)))
+    }
+}
+
+#[derive(Default)]
+pub(super) struct Slices {
+    names: Names,
+    list: Vec<Arc<EndpointSlice>>,
+}
+
+impl Slices {
+    fn convert(&mut self, object: &api::EndpointSlice) -> Option<Arc<EndpointSlice>> {
+        match convert::slice(object, &mut self.names) {
+            Ok(slice) => Some(Arc::new(slice)),
+            Err(why) => {
+                debug!(slice = %convert::key(&object.metadata, &mut self.names), ?why, "ignored");
+                None
+            }
+        }
+    }
+
+    fn gone(&mut self, metadata: &api::Metadata) -> Event {
+        Event::SliceGone { namespace: self.names.get(&metadata.namespace), name: self.names.get(&metadata.name) }
+    }
+}
+
+impl Kind for Slices {
+    type Object = api::EndpointSlice;
+    const KIND: board::Kind = board::Kind::Slices;
+    const PATH: &'static str = "/apis/discovery.k8s.io/v1/endpointslices";
+    const RESOURCE: &'static str = "endpointslices.discovery.k8s.io";
+    // A slice holds up to a thousand endpoints, usually a hundred.
+    const PAGE: u32 = 200;
+
+    fn selectors(&self) -> Selectors {
+        Selectors { labels: Some(format!("!{}", api::HEADLESS_LABEL)), ..Selectors::default() }
+    }
+
+    fn metadata(object: &api::EndpointSlice) -> &api::Metadata {
+        &object.metadata
+    }
+
+    fn listed(&mut self, object: api::EndpointSlice) {
+        let slice = self.convert(&object);
+        self.list.extend(slice);
+    }
+
+    fn list_lost(&mut self) {
+        self.list = Vec::new();
+    }
+
+    fn list_done(&mut self) -> Option<Event> {
+        info!(slices = self.list.len(), "listed");
+        Some(Event::Slices(std::mem::take(&mut self.list)))
+    }
+
+    fn applied(&mut self, object: api::EndpointSlice) -> Option<Event> {
+        Some(self.convert(&object).map_or_else(|| self.gone(&object.metadata), Event::Slice))
+    }
+
+    fn deleted(&mut self, object: api::EndpointSlice) -> Option<Event> {
+        Some(self.gone(&object.metadata))
+    }
+}
+
+/// The own Node alone (contract A124). A Node that goes away leaves its facts behind: the machine is still here.
+pub(super) struct OwnNode {
+    name: String,
+    facts: Option<NodeFacts>,
+    listed: Option<api::Node>,
+}
+
+impl OwnNode {
+    pub(super) fn new(name: &str) -> Self {
+        Self { name: name.to_owned(), facts: None, listed: None }
+    }
+
+    fn changed(&mut self, object: &api::Node) -> Option<Event> {
+        if object.metadata.name != self.name {
+            return None;
+        }
+        let (facts, problems) = convert::node(object);
+        self.set(facts, &problems)
+    }
+
+    /// Nodes change with every heartbeat; the facts hardly ever do.
+    fn set(&mut self, facts: NodeFacts, problems: &[String]) -> Option<Event> {
+        if self.facts.as_ref() == Some(&facts) {
+            return None;
+        }
+        for problem in problems {
+            warn!(node = self.name, "{problem}");
+        }
+        info!(node = self.name, zone = facts.zone.as_deref(), leaving = facts.leaving, "own Node");
+        self.facts = Some(facts.clone());
+        Some(Event::Node(facts))
+    }
+
+    /// A Node that is gone is as good as leaving (contract A117).
+    fn gone(&mut self) -> Option<Event> {
+        let facts = NodeFacts { leaving: true, ..self.facts.clone()? };
+        self.set(facts, &[])
+    }
+}
+
+impl Kind for OwnNode {
+    type Object = api::Node;
+    const KIND: board::Kind = board::Kind::Node;
+    const PATH: &'static str = "/api/v1/nodes";
+    const RESOURCE: &'static str = "nodes";
+    const PAGE: u32 = 1;
+
+    fn selectors(&self) -> Selectors {
+        Selectors { fields: Some(format!("metadata.name={}", self.name)), ..Selectors::default() }
+    }
+
+    fn metadata(object: &api::Node) -> &api::Metadata {
+        &object.metadata
+    }
+
+    fn listed(&mut self, object: api::Node) {
+        self.listed = Some(object);
+    }
+
+    fn list_lost(&mut self) {
+        self.listed = None;
+    }
+
+    fn list_done(&mut self) -> Option<Event> {
+        match self.listed.take() {
+            Some(object) => self.changed(&object),
+            None => self.gone(),
+        }
+    }
+
+    fn applied(&mut self, object: api::Node) -> Option<Event> {
+        self.changed(&object)
+    }
+
+    fn deleted(&mut self, _object: api::Node) -> Option<Event> {
+        self.gone()
+    }
+
+    fn missing(&self) -> Option<String> {
+        self.facts.is_none().then(|| {
+            format!(
+                "there is no Node {:?}: kubelet has not registered it, or --hostname-override must name another",
+                self.name
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn object<T: DeserializeOwned>(yaml: &str) -> T {
+        serde_saphyr::from_str(yaml).unwrap()
+    }
+
+    /// A1, A6: what stops being ours is gone, what starts being ours is there.
+    #[test]
+    fn services_change_hands() {
+        let mut services = Services::default();
+        let ours = "{metadata: {namespace: n, name: s}, spec: {clusterIP: 10.0.0.1, ports: [{port: 80}]}}";
+        for not_ours in [
+            "{metadata: {namespace: n, name: s}, spec: {clusterIP: None}}",
+            "{metadata: {namespace: n, name: s}, spec: {type: ExternalName, clusterIP: 10.0.0.1}}",
+            "{metadata: {namespace: n, name: s, labels: {service.kubernetes.io/service-proxy-name: x}}, spec: {clusterIP: 10.0.0.1}}",
+        ] {
+            assert!(matches!(services.applied(object(ours)), Some(Event::Service(_))));
+            let gone = services.applied(object(not_ours)).unwrap();
+            assert!(matches!(&gone, Event::ServiceGone(key) if key.to_string() == "n/s"), "{gone:?}");
+            services.listed(object(not_ours));
+        }
+        services.listed(object(ours));
+        assert!(matches!(services.list_done(), Some(Event::Services(list)) if list.len() == 1));
+        // A list that was broken off leaves nothing in the next one.
+        services.listed(object(ours));
+        services.list_lost();
+        assert!(matches!(services.list_done(), Some(Event::Services(list)) if list.is_empty()));
+    }
+
+    #[test]
+    fn the_own_node_is_waited_for_and_kept() {
+        let mut node = OwnNode::new("n1");
+        let n1 = "{metadata: {name: n1, labels: {topology.kubernetes.io/zone: z}}}";
+        assert_eq!(node.list_done(), None);
+        assert!(node.missing().unwrap().contains("--hostname-override"));
+        assert_eq!(node.applied(object("{metadata: {name: n2}}")), None);
+        assert!(node.missing().is_some());
+        let event = node.applied(object(n1));
+        assert!(matches!(&event, Some(Event::Node(facts)) if facts.zone.as_deref() == Some("z")), "{event:?}");
+        assert_eq!(node.missing(), None);
+        // A heartbeat is no news.
+        assert_eq!(node.applied(object(n1)), None);
+        let event = node.deleted(object(n1));
+        assert!(matches!(&event, Some(Event::Node(facts)) if facts.leaving && facts.zone.is_some()), "{event:?}");
+        assert_eq!(node.missing(), None);
+        assert_eq!(node.list_done(), None);
+        node.listed(object(n1));
+        assert!(matches!(node.list_done(), Some(Event::Node(facts)) if !facts.leaving));
+    }
+}

@@ -1,0 +1,56 @@
+//! A Kubernetes API server as a source.
+//!
+//! Three kinds are followed independently, each by its own list and watch ([`follow`]): Services, EndpointSlices, and the own
+//! Node. Nothing is kept of them here; what is read is slimmed and handed on. What they share is the [`Board`], which makes one
+//! [`SourceState`] of how the three stand.
+
+mod board;
+mod connect;
+mod follow;
+mod kinds;
+
+use std::sync::Arc;
+
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tokio_util::sync::CancellationToken;
+
+use self::{
+    board::Board,
+    connect::Connector,
+    follow::{Follower, follow},
+    kinds::{OwnNode, Services, Slices},
+};
+use super::{KubernetesOptions, SourceError};
+use crate::model::{Event, SourceState};
+
+pub(super) async fn run(
+    node: &str,
+    options: KubernetesOptions,
+    events: mpsc::Sender<Event>,
+    state: watch::Sender<SourceState>,
+    cancel: &CancellationToken,
+) -> Result<(), SourceError> {
+    let watch_timeout = options.watch_timeout;
+    let follower = Follower {
+        connector: Arc::new(Connector::new(options).await?),
+        board: Arc::new(Board::new(state)),
+        events: events.clone(),
+        watch_timeout,
+    };
+    let mut tasks = JoinSet::new();
+    tasks.spawn(follow(Services::default(), follower.clone()));
+    tasks.spawn(follow(Slices::default(), follower.clone()));
+    tasks.spawn(follow(OwnNode::new(node), follower));
+    tokio::select! {
+        () = cancel.cancelled() => Ok(()),
+        () = events.closed() => Ok(()),
+        // Followers end only when nobody listens; anything else is a fault of ours that must not pass for silence.
+        ended = tasks.join_next() => match ended {
+            Some(Err(error)) => Err(SourceError::Ended(error.to_string())),
+            _ => Ok(()),
+        },
+    }
+}
