@@ -1,12 +1,237 @@
 //! `run`: the product, started.
+//!
+//! With a kubeconfig: against that cluster, from this host. Without one: in a world of network namespaces on this machine (two
+//! nodes with pods and the agent, a client outside), from the ordinary Kubernetes objects in `examples/`.
 
-use std::process::ExitCode;
+mod ask;
+mod expected;
 
-use anyhow::{Result, bail};
+use std::{
+    io::Write as _,
+    os::unix::process::CommandExt as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result};
+use proxy_tests::world::{
+    AgentOptions, Programs, SocketLb, Spec, Topology, World, cleanup_on_signals, set_exit_status,
+};
+
+use crate::{build, command, setup};
 
 #[derive(clap::Args)]
-pub struct Args {}
+pub struct Args {
+    /// Run against the cluster of this kubeconfig, from this host
+    #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
+    kubeconfig: Option<PathBuf>,
 
-pub fn run(_args: Args) -> Result<ExitCode> {
-    bail!("`run` is not built yet")
+    /// Ask every frontend, print how often each backend answered, clean up; exit 0 only if all answered and shared fairly
+    #[arg(long)]
+    once: bool,
+
+    /// What to print what was asked and answered as
+    #[arg(long, short, value_enum, default_value_t = Output::Table)]
+    output: Output,
+
+    /// How pods are attached to the nodes of the world
+    #[arg(long, value_enum, default_value_t = Shape::Routed)]
+    topology: Shape,
+
+    /// Whose sockets are translated at connect time; the others go packet by packet
+    #[arg(long, value_enum, default_value_t = Sockets::All)]
+    socket_lb: Sockets,
+
+    /// How often each frontend is asked from each place
+    #[arg(long, default_value_t = 60, value_name = "N")]
+    tries: u32,
+
+    /// The objects to start from
+    #[arg(long, default_value = "examples", value_name = "DIR")]
+    source: PathBuf,
+
+    /// Further options of `proxy-agent run`
+    #[arg(last = true, value_name = "OPTION")]
+    agent: Vec<String>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Output {
+    Table,
+    Json,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Shape {
+    Routed,
+    Bridge,
+    Vxlan,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum Sockets {
+    All,
+    Node,
+}
+
+impl Args {
+    fn topology(&self) -> Topology {
+        match self.topology {
+            Shape::Routed => Topology::Routed,
+            Shape::Bridge => Topology::Bridge,
+            Shape::Vxlan => Topology::Vxlan,
+        }
+    }
+
+    fn socket_lb(&self) -> SocketLb {
+        match self.socket_lb {
+            Sockets::All => SocketLb::All,
+            Sockets::Node => SocketLb::Node,
+        }
+    }
+}
+
+/// Set for the second start, as root, with what the first one built.
+const BUILT: &str = "PROXY_XTASK_BUILT";
+
+pub fn run(args: Args) -> Result<ExitCode> {
+    if let Some(kubeconfig) = args.kubeconfig.as_ref().filter(|path| !path.as_os_str().is_empty()) {
+        return against_cluster(kubeconfig, &args.agent);
+    }
+    let programs = programs()?;
+    if !command::is_root() {
+        return again_as_root(&programs);
+    }
+    if let Some(reason) = World::unavailable() {
+        anyhow::bail!("no world can be made here: {reason}");
+    }
+    // Before any thread is started: Ctrl-C takes the world down.
+    cleanup_on_signals()?;
+    World::sweep()?;
+    in_a_world(&args, programs)
+}
+
+/// Builds what runs in a world, unless the start before `sudo` did.
+fn programs() -> Result<Programs> {
+    setup::tools(&setup::WORLD)?;
+    setup::tools(&setup::NETNS_SUITES[..1])?;
+    if std::env::var_os(BUILT).is_some() {
+        return Programs::find();
+    }
+    let agent = build::agent()?;
+    command::check(command::cargo().args([
+        "build",
+        "--locked",
+        "--quiet",
+        "--package",
+        "proxy-tests",
+        "--bin",
+        "testpod",
+    ]))?;
+    Ok(Programs { agent, testpod: command::target_dir().join("debug/testpod") })
+}
+
+fn again_as_root(programs: &Programs) -> Result<ExitCode> {
+    let own = std::env::current_exe().context("find the running program")?;
+    let mut sudo = command::as_root("env", "a world of network namespaces")?;
+    sudo.arg(format!("{BUILT}=1"))
+        .arg(format!("PROXY_AGENT_BIN={}", programs.agent.display()))
+        .arg(format!("PROXY_TESTPOD_BIN={}", programs.testpod.display()))
+        .arg(own)
+        .args(std::env::args_os().skip(1));
+    // Replaces this process: Ctrl-C and the exit status are the other one's.
+    Err(sudo.exec()).context("start as root")
+}
+
+fn against_cluster(kubeconfig: &Path, options: &[String]) -> Result<ExitCode> {
+    let agent = build::agent()?;
+    let kubeconfig = kubeconfig.canonicalize().with_context(|| format!("no kubeconfig at {}", kubeconfig.display()))?;
+    eprintln!("run: {} run --kubeconfig {} {}", agent.display(), kubeconfig.display(), options.join(" "));
+    let mut agent = command::as_root(agent, "programming this host's datapath")?;
+    agent.arg("run").arg("--kubeconfig").arg(kubeconfig).args(options);
+    Err(agent.exec()).context("start the agent")
+}
+
+/// The pods that `examples/` speaks of, in the order that gives them their addresses.
+fn pods() -> Vec<Vec<String>> {
+    [&["client", "web-1", "dns-1", "store-1"], &["web-2", "dns-2", "store-2", "store-3"]]
+        .map(|names| names.map(str::to_owned).to_vec())
+        .to_vec()
+}
+
+fn in_a_world(args: &Args, programs: Programs) -> Result<ExitCode> {
+    let source = command::root()
+        .join(&args.source)
+        .canonicalize()
+        .with_context(|| format!("no directory of objects at {}", args.source.display()))?;
+    let frontends = expected::read(&source)?;
+    say(args, &format!("making two nodes with pods ({}) and a client outside", args.topology().name()));
+    let spec = Spec { topology: args.topology(), nodes: pods(), rp_filter: false };
+    let mut world = World::new(&spec, programs)?;
+    say(args, &format!("starting proxy-agent on both, objects from {}", source.display()));
+    world.start_agents(&AgentOptions {
+        socket_lb: args.socket_lb(),
+        source: Some(source.clone()),
+        extra: args.agent.clone(),
+    })?;
+    say(args, &format!("asking {} frontends from a pod, a node and outside", frontends.len()));
+    let report = ask::all(&world, &frontends, args.tries)?;
+    match args.output {
+        Output::Table => print!("{}", report.table()),
+        Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
+    }
+    if args.once {
+        drop(world);
+        return Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+    }
+    println!("{}", what_next(&world, &source));
+    std::io::stdout().flush()?;
+    // Ctrl-C is how this ends: the signal removes the world.
+    set_exit_status(0);
+    loop {
+        std::thread::sleep(Duration::from_secs(1));
+        for node in &world.nodes {
+            if let Some(log) = node.agent_ended() {
+                eprintln!("the agent on {} has ended; what it programmed goes on serving\n{log}", node.place.name);
+                return Ok(ExitCode::from(3));
+            }
+        }
+    }
+}
+
+fn say(args: &Args, what: &str) {
+    if args.output == Output::Table {
+        println!("run: {what}");
+    }
+}
+
+fn what_next(world: &World, source: &Path) -> String {
+    let programs = world.programs();
+    let (agent, testpod) = (programs.agent.display(), programs.testpod.display());
+    let node = world.node(1);
+    let bpffs = node.bpffs.display();
+    let inside = |command: &str| node.place.by_hand(command);
+    let pod = |command: &str| world.pod("client").by_hand(command);
+    let log = node.agent_log_path().map_or_else(String::new, |path| path.display().to_string());
+    format!(
+        "
+Running until Ctrl-C. In another terminal, as root:
+
+  ask as a pod       {}
+                     {}
+  ask from outside   {}
+  change something   edit {source}/web.yaml, then ask again
+  what is in force   {agent} services --bpffs {bpffs}
+                     {agent} backends --bpffs {bpffs}
+  how the agent is   {}
+  connections        {agent} connections --bpffs {bpffs}
+  its log            tail -f {log}
+",
+        pod(&format!("{testpod} probe 10.96.0.10:80 --count 4")),
+        pod("curl -s http://10.96.0.10/"),
+        world.outside().by_hand(&format!("{testpod} probe [fd00:96::53]:53 --transport udp --count 4")),
+        inside(&format!("{agent} status --bpffs {bpffs}")),
+        source = source.display(),
+    )
 }

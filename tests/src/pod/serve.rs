@@ -72,6 +72,15 @@ fn converse(stream: TcpStream, name: &str) -> std::io::Result<()> {
     let mut reader = BufReader::with_capacity(4096, stream);
     let mut line = Vec::new();
     while reader.read_until(b'\n', &mut line)? > 0 {
+        // For people with curl.
+        if line.starts_with(b"GET ") {
+            let mut header = String::new();
+            while reader.read_line(&mut header)? > 2 {
+                header.clear();
+            }
+            writer.write_all(b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n")?;
+            return writer.write_all(&wire::answer(name, &peer, &local, &line));
+        }
         writer.write_all(&wire::answer(name, &peer, &local, &line))?;
         line.clear();
     }

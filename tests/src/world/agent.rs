@@ -35,13 +35,15 @@ impl SocketLb {
 #[derive(Clone, Debug)]
 pub struct AgentOptions {
     pub socket_lb: SocketLb,
+    /// The directory to read instead of the world's own.
+    pub source: Option<PathBuf>,
     /// Further arguments of `proxy-agent run`.
     pub extra: Vec<String>,
 }
 
 impl AgentOptions {
     pub fn new(socket_lb: SocketLb) -> Self {
-        Self { socket_lb, extra: Vec::new() }
+        Self { socket_lb, source: None, extra: Vec::new() }
     }
 }
 
@@ -58,7 +60,7 @@ impl Agent {
         logs: &Path,
         options: &AgentOptions,
     ) -> Result<Self> {
-        let AgentOptions { socket_lb, extra } = options;
+        let AgentOptions { socket_lb, source, extra } = options;
         let name = &node.place.name;
         let log = logs.join(format!("{name}.log"));
         let stderr =
@@ -68,7 +70,7 @@ impl Agent {
             .command(program)?
             .arg("run")
             .arg("--source")
-            .arg(objects)
+            .arg(source.as_deref().unwrap_or(objects))
             .args(["--hostname-override", name, "--socket-lb", socket_lb.name()])
             .arg("--bpffs")
             .arg(&node.bpffs)
@@ -112,6 +114,14 @@ impl Drop for Agent {
 }
 
 impl Node {
+    /// What the agent's log ends with, if there was one here and it has ended.
+    pub fn agent_ended(&self) -> Option<String> {
+        let agent = self.agent.as_ref()?;
+        // An ended child that nobody has waited for has no executable any more.
+        let alive = Path::new(&format!("/proc/{}/exe", agent.child.id())).exists();
+        (!alive).then(|| agent.log_tail())
+    }
+
     /// Asks one of the agent's HTTP servers, on the node's loopback.
     pub fn http(&self, port: u16, path: &str) -> Result<(u16, String)> {
         self.place.namespace.enter(|| get(port, path))?

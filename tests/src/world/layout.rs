@@ -125,10 +125,7 @@ fn remove(id: &str) -> Result<()> {
     let processes = cgroup::root().map(|root| root.join(format!("proxy-world-{id}")));
     let steps = [
         // First the processes: nothing is opened, attached or pinned after that. Attached programs live on in links.
-        processes.and_then(|tree| {
-            cgroup_kill(&tree);
-            Ok(())
-        }),
+        processes.map(|tree| cgroup_kill(&tree)),
         remove_pins(&PathBuf::from(BPFFS).join(format!("proxy-world-{id}"))),
         remove_namespaces(&format!("pw-{id}-")),
         cgroup::root().and_then(|root| cgroup::remove(&root.join(format!("proxy-world-{id}")))),

@@ -1,0 +1,208 @@
+//! Asks every frontend from everywhere, and judges: answered (or refused, where it must be), by the right backends, in fair
+//! shares.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write as _,
+    net::SocketAddr,
+};
+
+use anyhow::Result;
+use proxy_tests::world::{Ask, Place, World};
+use serde::Serialize;
+
+use super::expected::Frontend;
+
+/// The JSON of `run -o json`.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Report {
+    /// Everything below is as it should be.
+    pub ok: bool,
+    pub topology: &'static str,
+    /// Packets for Services that reached the default route.
+    pub leaks: Vec<String>,
+    pub frontends: Vec<Asked>,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Asked {
+    pub service: String,
+    pub address: String,
+    pub port: u16,
+    pub protocol: &'static str,
+    /// Who asked: `pod`, `node` or `outside`.
+    pub from: &'static str,
+    pub expected: Expected,
+    pub tries: u32,
+    /// Answers by backend.
+    pub backends: BTreeMap<String, usize>,
+    /// Failures by errno.
+    pub errors: BTreeMap<String, usize>,
+    /// Each backend had its share, as far as chance goes.
+    pub fair: bool,
+    pub ok: bool,
+}
+
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Expected {
+    /// Exactly these answer.
+    Backends(BTreeSet<String>),
+    /// Nobody can: ECONNREFUSED.
+    Refused,
+    /// Somebody could, but not on this node: silence.
+    Dropped,
+}
+
+/// All from node1: a pod on it, itself, and outside by way of it.
+pub fn all(world: &World, frontends: &[Frontend], tries: u32) -> Result<Report> {
+    let origins = [("pod", world.pod("client")), ("node", &world.node(1).place), ("outside", world.outside())];
+    let mut asked = Vec::new();
+    for frontend in frontends {
+        for (from, place) in origins {
+            asked.push(one(world, frontend, from, place, tries)?);
+        }
+    }
+    let leaks = world.leaks()?;
+    let ok = leaks.is_empty() && asked.iter().all(|asked| asked.ok);
+    Ok(Report { ok, topology: world.topology.name(), leaks, frontends: asked })
+}
+
+fn expect(world: &World, frontend: &Frontend) -> Expected {
+    let usable = |node: &str| !frontend.local || node == "node1";
+    let name = |address: &std::net::IpAddr| {
+        let places = world.pods().chain(world.nodes.iter().map(|node| &node.place));
+        let place = places.into_iter().find(|place| [place.v4.into(), place.v6.into()].contains(address));
+        place.map_or_else(|| address.to_string(), |place| place.name.clone())
+    };
+    let backends: BTreeSet<String> =
+        frontend.endpoints.iter().filter(|(_, node)| usable(node)).map(|(address, _)| name(address)).collect();
+    match (backends.is_empty(), frontend.endpoints.is_empty()) {
+        (false, _) => Expected::Backends(backends),
+        (true, true) => Expected::Refused,
+        (true, false) => Expected::Dropped,
+    }
+}
+
+fn one(world: &World, frontend: &Frontend, from: &'static str, place: &Place, tries: u32) -> Result<Asked> {
+    let expected = expect(world, frontend);
+    let (tries, timeout) = match &expected {
+        Expected::Backends(backends) => (tries * u32::try_from(backends.len()).unwrap_or(1), 1000),
+        Expected::Refused => (5, 1000),
+        Expected::Dropped => (2, 250),
+    };
+    let to = SocketAddr::new(frontend.address, frontend.port);
+    let report = world.ask(place, &Ask::new(to, frontend.transport).times(tries).timeout(timeout))?;
+    let (backends, errors) = (report.backends(), report.errors());
+    let fair = is_fair(backends.values().copied());
+    let all = |errno| backends.is_empty() && errors.keys().eq([errno]);
+    let ok = match &expected {
+        Expected::Backends(expected) => errors.is_empty() && backends.keys().eq(expected) && fair,
+        Expected::Refused => all("ECONNREFUSED"),
+        Expected::Dropped => all("ETIMEDOUT") || all("EPERM"),
+    };
+    Ok(Asked {
+        service: frontend.service.clone(),
+        address: frontend.address.to_string(),
+        port: frontend.port,
+        protocol: if frontend.transport == proxy_tests::pod::socket::Transport::Tcp { "TCP" } else { "UDP" },
+        from,
+        expected,
+        tries,
+        backends,
+        errors,
+        fair,
+        ok,
+    })
+}
+
+/// Pearson's chi-square test against equal shares; a fair choice fails it once in a million.
+fn is_fair(counts: impl Iterator<Item = usize> + Clone) -> bool {
+    #[allow(clippy::cast_precision_loss, reason = "counts of a few thousand")]
+    let counts: Vec<f64> = counts.map(|count| count as f64).collect();
+    #[allow(clippy::cast_precision_loss, reason = "a handful of backends")]
+    let n = counts.len() as f64;
+    if n < 2.0 {
+        return true;
+    }
+    let mean = counts.iter().sum::<f64>() / n;
+    let chi_square: f64 = counts.iter().map(|count| (count - mean).powi(2) / mean).sum();
+    // Wilson and Hilferty's approximation of the quantile; 4.75 standard deviations are one in a million.
+    let freedom = n - 1.0;
+    let spread = 2.0 / (9.0 * freedom);
+    chi_square <= freedom * (1.0 - spread + 4.75 * spread.sqrt()).powi(3)
+}
+
+impl Report {
+    pub fn table(&self) -> String {
+        let mut rows = vec![["SERVICE", "FRONTEND", "FROM", "ANSWERED BY", ""].map(str::to_owned)];
+        for asked in &self.frontends {
+            let shares = asked.backends.iter().map(|(name, count)| format!("{name} {count}"));
+            let errors = asked.errors.iter().map(|(name, count)| match (name.as_str(), &asked.expected) {
+                ("ECONNREFUSED", Expected::Refused) => format!("refused {count}"),
+                _ => format!("{name} {count}"),
+            });
+            rows.push([
+                asked.service.clone(),
+                format!(
+                    "{}/{}",
+                    SocketAddr::new(asked.address.parse().unwrap_or([0; 4].into()), asked.port),
+                    asked.protocol
+                ),
+                asked.from.to_owned(),
+                shares.chain(errors).collect::<Vec<_>>().join(", "),
+                self.verdict(asked),
+            ]);
+        }
+        let width = |column: usize| rows.iter().map(|row| row[column].len()).max().unwrap_or(0);
+        let widths = [0, 1, 2, 3].map(width);
+        let mut table = String::from("\n");
+        for [service, frontend, from, answered, verdict] in &rows {
+            let [a, b, c, d] = widths;
+            let line = format!("{service:a$}  {frontend:b$}  {from:c$}  {answered:d$}  {verdict}");
+            let _ = writeln!(table, "{}", line.trim_end());
+        }
+        for leak in &self.leaks {
+            let _ = writeln!(table, "leaked to the default route: {leak}");
+        }
+        let good = self.frontends.iter().filter(|asked| asked.ok).count();
+        let _ = writeln!(table, "\n{good} of {} as they should be", self.frontends.len());
+        table
+    }
+
+    fn verdict(&self, asked: &Asked) -> String {
+        if asked.ok {
+            return "ok".to_owned();
+        }
+        match &asked.expected {
+            Expected::Backends(_) if !asked.fair => "UNFAIR".to_owned(),
+            Expected::Backends(expected) => {
+                format!("WRONG, expected {}", expected.iter().cloned().collect::<Vec<_>>().join(", "))
+            }
+            Expected::Refused => "WRONG, expected a refusal".to_owned(),
+            Expected::Dropped => "WRONG, expected silence".to_owned(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::is_fair;
+
+    #[test]
+    fn even_and_nearly_even_shares_are_fair() {
+        assert!(is_fair([60, 60].into_iter()));
+        assert!(is_fair([50, 70].into_iter()));
+        assert!(is_fair([52, 61, 67].into_iter()));
+        assert!(is_fair([7].into_iter()));
+    }
+
+    #[test]
+    fn lopsided_shares_are_not() {
+        assert!(!is_fair([95, 25].into_iter()));
+        assert!(!is_fair([120, 0].into_iter()));
+        assert!(!is_fair([100, 60, 20].into_iter()));
+    }
+}
