@@ -1,1 +1,244 @@
-//! (module)
+//! A dataplane without a kernel: holds the desired state, and fails where it is told to. For tests of the loop, and for
+//! whatever wants the loop without its effects.
+//!
+//! [`Kernel`] stands for what outlives the agent: a test keeps it, alters it behind the agent's back, and hands it to the
+//! next agent as a restart would.
+
+use std::{
+    collections::BTreeMap,
+    net::IpAddr,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use super::{Capabilities, Dataplane, DataplaneError, Drift, Failure, Fill, Hook, Report};
+use crate::{
+    desired::{Changes, DesiredState, Devices, Frontend},
+    model::Protocol,
+};
+
+/// What goes wrong.
+#[derive(Clone, Debug, Default)]
+pub struct Faults {
+    /// Writes of these frontends fail.
+    pub frontends: BTreeMap<Frontend, Failure>,
+    /// Attaching to these devices (by name) fails.
+    pub devices: BTreeMap<String, Failure>,
+    /// Every so many writes one fails; 0: none.
+    pub every: u64,
+    /// After so many writes nothing is written any more, as if the agent had died there.
+    pub crash_after: Option<u64>,
+    /// No more frontends than this.
+    pub capacity: Option<usize>,
+    /// `activate` fails.
+    pub activate: bool,
+    /// Each call takes at least this long.
+    pub slow: Duration,
+}
+
+/// What the kernel would hold.
+#[derive(Debug, Default)]
+pub struct State {
+    pub desired: DesiredState,
+    pub devices: Devices,
+    pub active: bool,
+    /// Writes that took effect.
+    pub writes: u64,
+    /// Writes that were tried, failed ones included.
+    pub tried: u64,
+    /// Calls of `resync`, `apply` and `set_devices`, by name, in order.
+    pub calls: Vec<&'static str>,
+    pub faults: Faults,
+}
+
+/// A shared handle on the state that outlives a [`Memory`].
+#[derive(Clone, Debug, Default)]
+pub struct Kernel(Arc<Mutex<State>>);
+
+impl Kernel {
+    /// A panic elsewhere leaves the state as it was; it holds no invariants that could break.
+    pub fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    /// One write; `None` if it takes effect.
+    fn fault(&mut self) -> Option<Failure> {
+        if self.faults.crash_after.is_some_and(|writes| self.writes >= writes) {
+            return Some(Failure::Retry("dead".into()));
+        }
+        self.tried += 1;
+        if self.faults.every != 0 && self.tried.is_multiple_of(self.faults.every) {
+            return Some(Failure::Retry(format!("write {} fails on purpose", self.tried)));
+        }
+        self.writes += 1;
+        None
+    }
+
+    fn frontend_fault(&mut self, frontend: &Frontend, adds: bool) -> Option<Failure> {
+        if let Some(failure) = self.faults.frontends.get(frontend) {
+            return Some(failure.clone());
+        }
+        let full = self.faults.capacity.filter(|capacity| self.desired.frontends.len() >= *capacity);
+        match full {
+            Some(capacity) if adds => Some(Failure::Retry(format!(
+                "frontend {frontend}: the frontends table is full ({capacity}); there is no option to raise it"
+            ))),
+            _ => self.fault(),
+        }
+    }
+
+    fn carry_out(&mut self, changes: &Changes) -> Report {
+        let Changes { set, remove, guard, unguard } = changes;
+        let mut report = Report::default();
+        let before = self.writes;
+        for frontend in remove {
+            if self.desired.frontends.contains_key(frontend) {
+                match self.frontend_fault(frontend, false) {
+                    Some(failure) => drop(report.failed.insert(*frontend, failure)),
+                    None => drop(self.desired.frontends.remove(frontend)),
+                }
+            }
+        }
+        for (frontend, spec) in set {
+            let known = self.desired.frontends.get(frontend);
+            if known != Some(spec) {
+                match self.frontend_fault(frontend, known.is_none()) {
+                    Some(failure) => drop(report.failed.insert(*frontend, failure)),
+                    None => drop(self.desired.frontends.insert(*frontend, Arc::clone(spec))),
+                }
+            }
+        }
+        for (addrs, wanted) in [(guard, true), (unguard, false)] {
+            for addr in
+                addrs.iter().filter(|addr| self.desired.guards.contains(*addr) != wanted).copied().collect::<Vec<_>>()
+            {
+                match self.fault() {
+                    Some(failure) => drop(report.failed_guards.insert(addr, failure)),
+                    None => self.set_guard(addr, wanted),
+                }
+            }
+        }
+        report.writes = self.writes - before;
+        report
+    }
+
+    fn set_guard(&mut self, addr: IpAddr, wanted: bool) {
+        if wanted {
+            self.desired.guards.insert(addr);
+        } else {
+            self.desired.guards.remove(&addr);
+        }
+    }
+}
+
+/// See the module.
+pub struct Memory {
+    kernel: Kernel,
+    /// What this agent believes it programmed; `observe` compares the kernel with it.
+    believed: DesiredState,
+}
+
+impl Memory {
+    pub fn new(kernel: Kernel) -> Self {
+        Self { kernel, believed: DesiredState::default() }
+    }
+
+    fn call(&self, name: &'static str) -> MutexGuard<'_, State> {
+        let slow = self.kernel.state().faults.slow;
+        if !slow.is_zero() {
+            std::thread::sleep(slow);
+        }
+        let mut state = self.kernel.state();
+        state.calls.push(name);
+        state
+    }
+}
+
+impl Dataplane for Memory {
+    fn capabilities(&self) -> Capabilities {
+        Capabilities { name: "memory", protocols: vec![Protocol::Tcp, Protocol::Udp, Protocol::Sctp], affinity: true }
+    }
+
+    fn resync(&mut self, desired: &DesiredState) -> Report {
+        let mut state = self.call("resync");
+        let changes = state.desired.diff(desired);
+        let report = state.carry_out(&changes);
+        let believed = state.desired.clone();
+        drop(state);
+        self.believed = believed;
+        report
+    }
+
+    fn apply(&mut self, changes: &Changes) -> Report {
+        let mut state = self.call("apply");
+        let report = state.carry_out(changes);
+        drop(state);
+        let Report { failed, failed_guards, failed_devices: _, writes: _ } = &report;
+        let mut done = changes.clone();
+        done.set.retain(|frontend, _| !failed.contains_key(frontend));
+        done.remove.retain(|frontend| !failed.contains_key(frontend));
+        done.guard.retain(|addr| !failed_guards.contains_key(addr));
+        done.unguard.retain(|addr| !failed_guards.contains_key(addr));
+        self.believed.apply(&done);
+        report
+    }
+
+    fn set_devices(&mut self, devices: &Devices) -> Report {
+        let mut state = self.call("set_devices");
+        let faults = state.faults.devices.clone();
+        state.devices = devices.clone();
+        state.devices.retain(|_, device| !faults.contains_key(&device.name));
+        let failed_devices = faults.into_iter().filter(|(name, _)| devices.values().any(|d| d.name == *name)).collect();
+        Report { failed_devices, ..Report::default() }
+    }
+
+    fn activate(&mut self) -> Result<(), DataplaneError> {
+        let mut state = self.call("activate");
+        if state.faults.activate {
+            return Err(DataplaneError::Unavailable("hooks: attaching fails on purpose".into()));
+        }
+        state.active = true;
+        Ok(())
+    }
+
+    fn observe(&mut self) -> Result<Drift, DataplaneError> {
+        let state = self.kernel.state();
+        let Changes { set, remove, guard, unguard } = state.desired.diff(&self.believed);
+        let hooks = if state.active { Vec::new() } else { vec!["memory/hook".into()] };
+        Ok(Drift {
+            frontends: set.into_keys().chain(remove).collect(),
+            guards: guard.into_iter().chain(unguard).collect(),
+            hooks,
+        })
+    }
+
+    fn tick(&mut self) -> Option<Duration> {
+        None
+    }
+
+    fn teardown(&mut self) -> Result<(), DataplaneError> {
+        let mut state = self.kernel.state();
+        state.desired = DesiredState::default();
+        state.devices.clear();
+        state.active = false;
+        Ok(())
+    }
+
+    fn fill(&self) -> Vec<Fill> {
+        let state = self.kernel.state();
+        let fill = |map: &str, entries: usize, capacity| Fill {
+            map: map.into(),
+            entries: u64::try_from(entries).unwrap_or(u64::MAX),
+            capacity,
+            option: "",
+        };
+        let capacity = state.faults.capacity.and_then(|capacity| u64::try_from(capacity).ok()).unwrap_or(u64::MAX);
+        vec![fill("frontends", state.desired.frontends.len(), capacity)]
+    }
+
+    fn hooks(&self) -> Vec<Hook> {
+        Vec::new()
+    }
+}

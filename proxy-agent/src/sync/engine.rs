@@ -1,0 +1,505 @@
+//! One turn of the loop after the other; see the module above.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
+
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::CancellationToken;
+
+use super::{Options, SyncError, retry::Retry, table::Table};
+use crate::{
+    dataplane::{Dataplane, Drift, Failure, Report},
+    desired::{Changes, Devices},
+    model::{
+        Event, ServiceKey, SourceState,
+        index::{Index, Touched},
+    },
+    plan::Planner,
+    status::{FrontendState, Status},
+};
+
+/// So many queued events are taken together at most; what is left is the next turn's.
+const BATCH: usize = 4096;
+/// Where nothing is due.
+const IDLE: Duration = Duration::from_secs(3600);
+
+pub(super) struct Engine {
+    options: Options,
+    events: mpsc::Receiver<Event>,
+    devices: watch::Receiver<Devices>,
+    source: watch::Receiver<SourceState>,
+    dataplane: Box<dyn Dataplane>,
+    cancel: CancellationToken,
+
+    index: Index,
+    touched: Touched,
+    planner: Planner,
+    retry: Retry,
+    table: Table,
+    /// The first full state is programmed.
+    running: bool,
+    /// Devices were sent at least once; before that nothing is attached or detached.
+    devices_known: bool,
+    devices_changed: bool,
+    devices_open: bool,
+    source_open: bool,
+    active: bool,
+    /// Since when the oldest change that is not in force waits.
+    queued: Option<Instant>,
+    /// Trigger times (nanoseconds since the epoch) of changes that are not in force, the oldest for each Service.
+    triggers: BTreeMap<ServiceKey, i64>,
+    /// What the dataplane as a whole complains of, by object.
+    complaints: BTreeMap<String, String>,
+    problems_seen: Option<u64>,
+    synced: Option<Instant>,
+    observe_at: Instant,
+    tick_at: Option<Instant>,
+}
+
+impl Engine {
+    pub(super) fn new(
+        options: Options,
+        events: mpsc::Receiver<Event>,
+        devices: watch::Receiver<Devices>,
+        source: watch::Receiver<SourceState>,
+        dataplane: Box<dyn Dataplane>,
+        status: watch::Sender<Arc<Status>>,
+        cancel: CancellationToken,
+    ) -> Self {
+        let first = status.borrow().clone();
+        let starting = Status { mode: dataplane.capabilities().name, ..Status::clone(&first) };
+        Self {
+            planner: Planner::new(options.defaults),
+            retry: Retry::new(&options),
+            table: Table::new(status, starting),
+            observe_at: Instant::now() + options.resync_period,
+            options,
+            events,
+            devices,
+            source,
+            dataplane,
+            cancel,
+            index: Index::default(),
+            touched: Touched::default(),
+            running: false,
+            devices_known: false,
+            devices_changed: false,
+            devices_open: true,
+            source_open: true,
+            active: false,
+            queued: None,
+            triggers: BTreeMap::new(),
+            complaints: BTreeMap::new(),
+            problems_seen: None,
+            synced: None,
+            tick_at: None,
+        }
+    }
+
+    pub(super) async fn run(mut self) -> Result<(), SyncError> {
+        // What the channels hold now may have been sent before anybody listened.
+        self.devices_known = !self.devices.borrow().is_empty();
+        self.devices_changed = self.devices_known;
+        self.table.edit().source = self.source.borrow_and_update().clone();
+        loop {
+            let wake = tokio::time::Instant::from_std(self.wake());
+            tokio::select! {
+                biased;
+                () = self.cancel.cancelled() => return Ok(()),
+                event = self.events.recv() => match event {
+                    Some(event) => self.take(event),
+                    None => return Err(SyncError::SourceEnded),
+                },
+                changed = self.devices.changed(), if self.devices_open => self.devices_open = self.hear_devices(changed.is_ok()),
+                changed = self.source.changed(), if self.source_open => self.source_open = self.hear_source(changed.is_ok()),
+                () = tokio::time::sleep_until(wake) => {}
+            }
+            for _ in 0..BATCH {
+                let Ok(event) = self.events.try_recv() else { break };
+                self.take(event);
+            }
+            // Events that never pause would keep these from being heard above.
+            if self.devices.has_changed().unwrap_or(false) {
+                self.devices.mark_unchanged();
+                self.hear_devices(true);
+            }
+            if self.source.has_changed().unwrap_or(false) {
+                self.hear_source(true);
+            }
+            self.turn();
+        }
+    }
+
+    fn hear_devices(&mut self, sent: bool) -> bool {
+        self.devices_known |= sent;
+        self.devices_changed |= sent;
+        sent
+    }
+
+    fn hear_source(&mut self, sent: bool) -> bool {
+        if sent {
+            self.table.edit().source = self.source.borrow_and_update().clone();
+        }
+        sent
+    }
+
+    fn take(&mut self, event: Event) {
+        let before = (self.touched.service_changes, self.touched.slice_changes);
+        let is_report = matches!(event, Event::Problems(_));
+        self.index.apply(event, &mut self.touched);
+        let services = self.touched.service_changes - before.0;
+        let slices = self.touched.slice_changes - before.1;
+        if is_report {
+            self.problems_seen = None;
+        }
+        let changed = services + slices > 0 || !self.touched.services.is_empty();
+        let snapshot = self.index.snapshot();
+        let (node, eligible, known) =
+            (Arc::clone(&snapshot.node.name), !snapshot.node.leaving, snapshot.services.len());
+        let endpoints = self.index.endpoints();
+        let status = self.table.edit();
+        status.service_changes.total += services;
+        status.service_changes.pending += services;
+        status.endpoint_changes.total += slices;
+        status.endpoint_changes.pending += slices;
+        (status.node_eligible, status.services, status.endpoints) = (eligible, known, endpoints);
+        if !node.is_empty() {
+            status.node = node;
+        }
+        if changed && self.queued.is_none() {
+            self.queued = Some(Instant::now());
+            status.last_queued = Some(SystemTime::now());
+        }
+    }
+
+    /// When there is something to do although nothing happens.
+    fn wake(&self) -> Instant {
+        let now = Instant::now();
+        let sync = (self.running && !self.touched.services.is_empty()).then(|| self.sync_at(now));
+        let observe = self.running.then_some(self.observe_at);
+        let retry = self.retry.at().filter(|_| self.running);
+        [sync, observe, retry, self.tick_at, self.table.due()].into_iter().flatten().min().unwrap_or(now + IDLE)
+    }
+
+    fn sync_at(&self, now: Instant) -> Instant {
+        self.synced.map_or(now, |synced| synced + self.options.min_period)
+    }
+
+    /// Does what is due, changes first.
+    fn turn(&mut self) {
+        let due = |at: Option<Instant>| at.is_some_and(|at| at <= Instant::now());
+        if !self.running {
+            self.start();
+        } else if !self.touched.services.is_empty() && due(Some(self.sync_at(Instant::now()))) {
+            self.sync();
+        }
+        if self.running {
+            if self.devices_changed {
+                self.set_devices();
+                self.retry.schedule(Instant::now(), false);
+            }
+            if due(self.retry.at()) {
+                self.try_again();
+            }
+            if due(Some(self.observe_at)) {
+                self.observe();
+            }
+            self.be_ready();
+        }
+        if due(self.tick_at) {
+            self.tick();
+        }
+        if due(self.table.due()) {
+            self.publish();
+        }
+    }
+
+    /// The gate: opens once, when everything has been heard of.
+    fn start(&mut self) {
+        let synced = matches!(self.table.next.source, SourceState::Synced | SourceState::Stale { .. });
+        if !synced || !self.index.is_complete() {
+            return;
+        }
+        let start = Instant::now();
+        self.take_touched();
+        self.planner.full(self.index.snapshot());
+        let now = SystemTime::now();
+        for (frontend, spec) in &self.planner.state().frontends {
+            self.table.set(*frontend, spec, FrontendState::Pending, now);
+        }
+        self.announce();
+        self.publish();
+        let report = self.dataplane.resync(self.planner.state());
+        self.settle_full(&report);
+        self.running = true;
+        if self.devices_known {
+            self.set_devices();
+        }
+        self.activate();
+        self.retry.schedule(Instant::now(), false);
+        self.observe_at = Instant::now() + self.options.resync_period;
+        self.finish(start);
+        tracing::info!(
+            frontends = self.planner.state().frontends.len(),
+            failed = report.failed.len(),
+            writes = report.writes,
+            took = ?start.elapsed(),
+            "first full state programmed"
+        );
+        self.be_ready();
+        self.publish();
+    }
+
+    /// Plans what was touched and carries it out.
+    fn sync(&mut self) {
+        let start = Instant::now();
+        let services = self.take_touched();
+        let changes = self.planner.update(self.index.snapshot(), &services);
+        if !changes.is_empty() {
+            self.announce();
+            let report = self.dataplane.apply(&changes);
+            self.settle(&changes, &report);
+            self.retry.schedule(Instant::now(), !changes.remove.is_empty());
+            tracing::debug!(
+                services = services.len(),
+                set = changes.set.len(),
+                removed = changes.remove.len(),
+                failed = report.failed.len(),
+                writes = report.writes,
+                took = ?start.elapsed(),
+                "synced"
+            );
+        }
+        self.finish(start);
+    }
+
+    fn take_touched(&mut self) -> BTreeSet<ServiceKey> {
+        let Touched { services, triggers, service_changes: _, slice_changes: _ } = std::mem::take(&mut self.touched);
+        let started = nanoseconds(self.table.next.started);
+        // A28: what happened before we were there says nothing of how fast we are.
+        for (service, at) in triggers.into_iter().filter(|(_, at)| *at >= started) {
+            let oldest = self.triggers.entry(service).or_insert(at);
+            *oldest = at.min(*oldest);
+        }
+        services
+    }
+
+    /// Says that something is being waited for, before a call that might not return. Once is enough: the next publication
+    /// takes it back.
+    fn announce(&mut self) {
+        if self.table.next.pending_since.is_none() {
+            self.table.edit().pending_since = Some(self.queued.unwrap_or_else(Instant::now));
+            self.table.publish_brief();
+        }
+    }
+
+    /// The call did return.
+    fn returned(&mut self) {
+        self.table.edit().pending_since = None;
+    }
+
+    /// After a sync: what was queued is in force, or in the table as failed.
+    fn finish(&mut self, start: Instant) {
+        let now = SystemTime::now();
+        self.table.timings.sync.observe(start.elapsed());
+        self.record_programmed(now);
+        self.queued = None;
+        self.synced = Some(Instant::now());
+        let status = self.table.edit();
+        status.syncs += 1;
+        status.last_sync = Some(now);
+        status.service_changes.pending = 0;
+        status.endpoint_changes.pending = 0;
+        self.returned();
+        self.tick();
+    }
+
+    /// Latency of what is in force now; a Service with a frontend that failed goes on waiting.
+    fn record_programmed(&mut self, now: SystemTime) {
+        if self.triggers.is_empty() {
+            return;
+        }
+        let frontends = &self.planner.state().frontends;
+        let failed: BTreeSet<&ServiceKey> =
+            self.retry.frontends.iter().filter_map(|f| frontends.get(f)).map(|spec| &spec.service.service).collect();
+        let now = nanoseconds(now);
+        let programming = &mut self.table.timings.programming;
+        self.triggers.retain(|service, at| {
+            let waits = failed.contains(service);
+            if !waits {
+                programming.observe(Duration::from_nanos(u64::try_from(now - *at).unwrap_or(0)));
+            }
+            waits
+        });
+    }
+
+    fn settle(&mut self, changes: &Changes, report: &Report) {
+        let Changes { set, remove, guard, unguard } = changes;
+        let Report { failed, failed_guards, failed_devices: _, writes: _ } = report;
+        let now = SystemTime::now();
+        for (frontend, spec) in set {
+            let failure = failed.get(frontend);
+            let state = failure.map_or(FrontendState::Programmed, |failure| FrontendState::Degraded(failure.clone()));
+            self.table.set(*frontend, spec, state, now);
+            self.retry.frontend(*frontend, failure);
+        }
+        for frontend in remove {
+            let failure = failed.get(frontend);
+            match failure {
+                Some(failure) => self.table.stuck(*frontend, failure, now),
+                None => self.table.remove(frontend),
+            }
+            self.retry.frontend(*frontend, failure);
+        }
+        for addr in guard.iter().chain(unguard) {
+            let failure = failed_guards.get(addr);
+            match failure {
+                Some(failure) => drop(self.table.failed_guards.insert(*addr, failure.clone())),
+                None => drop(self.table.failed_guards.remove(addr)),
+            }
+            self.retry.guard(*addr, failure);
+        }
+    }
+
+    /// After a resync, which has dealt with everything there is and with everything that should not be.
+    fn settle_full(&mut self, report: &Report) {
+        let state = self.planner.state();
+        let gone = self.table.frontends().into_iter().chain(report.failed.keys().copied());
+        let changes = Changes {
+            set: state.frontends.clone(),
+            remove: gone.filter(|frontend| !state.frontends.contains_key(frontend)).collect(),
+            guard: state.guards.union(&report.failed_guards.keys().copied().collect()).copied().collect(),
+            unguard: BTreeSet::new(),
+        };
+        self.retry.frontends.clear();
+        self.retry.guards.clear();
+        self.table.failed_guards.clear();
+        self.settle(&changes, report);
+    }
+
+    fn set_devices(&mut self) {
+        self.devices_changed = false;
+        let devices = self.devices.borrow().clone();
+        let Report { failed_devices, .. } = self.dataplane.set_devices(&devices);
+        for (device, failure) in &failed_devices {
+            tracing::warn!(%device, %failure, "not attached");
+        }
+        self.retry.devices = failed_devices.values().any(|failure| matches!(failure, Failure::Retry(_)));
+        let hooks = self.dataplane.hooks();
+        let status = self.table.edit();
+        status.devices = Arc::new(devices);
+        status.failed_devices = Arc::new(failed_devices);
+        status.hooks = Arc::new(hooks);
+    }
+
+    fn activate(&mut self) {
+        let result = self.dataplane.activate();
+        self.retry.hooks = result.is_err();
+        self.active |= result.is_ok();
+        self.complain("hooks", result.err().map(|error| error.to_string()));
+        let hooks = self.dataplane.hooks();
+        self.table.edit().hooks = Arc::new(hooks);
+    }
+
+    fn complain(&mut self, object: &str, complaint: Option<String>) {
+        let before = match &complaint {
+            Some(text) => self.complaints.insert(object.into(), text.clone()),
+            None => self.complaints.remove(object),
+        };
+        if before != complaint {
+            self.problems_seen = None;
+            self.table.edit();
+            if let Some(text) = complaint {
+                tracing::error!(%object, "{text}");
+            }
+        }
+    }
+
+    fn try_again(&mut self) {
+        self.announce();
+        let before = self.retry.waiting();
+        let changes = self.retry.changes(self.planner.state());
+        if !changes.is_empty() {
+            let report = self.dataplane.apply(&changes);
+            self.settle(&changes, &report);
+        }
+        if self.retry.devices {
+            self.set_devices();
+        }
+        if self.retry.hooks {
+            self.activate();
+        }
+        self.retry.reschedule(Instant::now(), before);
+        self.record_programmed(SystemTime::now());
+        self.tick();
+        self.returned();
+        tracing::info!(before, waiting = self.retry.waiting(), "tried again what had failed");
+    }
+
+    /// Compares with the kernel and repairs what somebody else changed.
+    fn observe(&mut self) {
+        self.announce();
+        let observed = self.dataplane.observe();
+        self.complain("kernel state", observed.as_ref().err().map(|error| format!("cannot be read: {error}")));
+        if let Ok(drift) = observed
+            && !drift.is_empty()
+        {
+            let Drift { frontends, guards, hooks } = &drift;
+            tracing::warn!(
+                frontends = frontends.len(),
+                guards = guards.len(),
+                ?hooks,
+                "kernel state was altered; repairing"
+            );
+            let repaired = frontends.len() + guards.len() + hooks.len();
+            self.table.edit().drift_repaired += u64::try_from(repaired).unwrap_or(u64::MAX);
+            let report = self.dataplane.resync(self.planner.state());
+            self.settle_full(&report);
+            if self.devices_known {
+                self.set_devices();
+            }
+            self.activate();
+            self.retry.schedule(Instant::now(), false);
+            self.tick();
+        }
+        self.returned();
+        self.observe_at = Instant::now() + self.options.resync_period;
+    }
+
+    /// The first full state is in force, on every device and with its hooks; from then on the node stays ready.
+    fn be_ready(&mut self) {
+        // Whoever would send devices may be gone or switched off; then there is nothing to wait for.
+        let attached = self.devices_known || !self.devices_open;
+        if !self.table.next.ready && self.active && attached {
+            self.table.edit().ready = true;
+            self.publish();
+        }
+    }
+
+    fn tick(&mut self) {
+        self.tick_at = self.dataplane.tick().map(|pause| Instant::now() + pause);
+    }
+
+    fn publish(&mut self) {
+        if self.problems_seen != Some(self.planner.problems_version()) {
+            self.problems_seen = Some(self.planner.problems_version());
+            let mut problems = self.planner.problems();
+            problems.extend(self.index.problems().clone());
+            problems.extend(self.complaints.iter().map(|(object, text)| (object.clone(), vec![text.clone()])));
+            self.table.edit().problems = Arc::new(problems);
+        }
+        let fill = self.dataplane.fill();
+        if *self.table.next.fill != fill {
+            self.table.edit().fill = Arc::new(fill);
+        }
+        self.table.publish();
+    }
+}
+
+fn nanoseconds(at: SystemTime) -> i64 {
+    let since = at.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    i64::try_from(since.as_nanos()).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,443 @@
+//! The loop over a dataplane without a kernel: the gate, failures apart from each other, retries, relists, coalescing,
+//! drift, and faults at every step (faults F2, F21, F25, F26).
+
+mod common;
+
+use std::{sync::Arc, time::Duration};
+
+use common::{key, node, service, slice};
+use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
+use proxy_agent::{
+    dataplane::{
+        Failure,
+        memory::{Kernel, Memory},
+    },
+    desired::{Device, DeviceRole, Devices, Frontend},
+    model::{EndpointSlice, Event, Protocol, SourceState, index::Index},
+    plan::{Defaults, Planner},
+    status::{FrontendState, Status},
+    sync::{self, Options, SyncError},
+};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
+use tokio_util::sync::CancellationToken;
+
+const SOON: Duration = Duration::from_secs(5);
+
+/// A running loop with all its ends.
+struct World {
+    kernel: Kernel,
+    events: mpsc::Sender<Event>,
+    devices: watch::Sender<Devices>,
+    source: watch::Sender<SourceState>,
+    status: watch::Receiver<Arc<Status>>,
+    cancel: CancellationToken,
+    task: JoinHandle<Result<(), SyncError>>,
+    oracle: Index,
+}
+
+fn quick() -> Options {
+    Options {
+        retry_first: Duration::from_millis(20),
+        retry_max: Duration::from_millis(80),
+        resync_period: Duration::from_millis(100),
+        ..Options::default()
+    }
+}
+
+impl World {
+    fn start(kernel: Kernel, options: Options) -> Self {
+        let (events, events_rx) = mpsc::channel(1024);
+        let (devices, devices_rx) = watch::channel(Devices::new());
+        let (source, source_rx) = watch::channel(SourceState::Listing { missing: Vec::new() });
+        let (status_tx, status) = watch::channel(Arc::new(Status::starting("", "this".into())));
+        let cancel = CancellationToken::new();
+        let dataplane = Box::new(Memory::new(kernel.clone()));
+        let run = sync::run(options, events_rx, devices_rx, source_rx, dataplane, status_tx, cancel.clone());
+        let task = tokio::spawn(run);
+        Self { kernel, events, devices, source, status, cancel, task, oracle: Index::default() }
+    }
+
+    /// Started, and through the gate with these events and no devices.
+    async fn started(kernel: Kernel, options: Options, events: Vec<Event>) -> Self {
+        let mut world = Self::start(kernel, options);
+        world.open_gate(events).await;
+        world.wait("ready", |status| status.ready).await;
+        world
+    }
+
+    async fn open_gate(&mut self, events: Vec<Event>) {
+        for event in [Event::Node(node("this", None)), Event::Services(Vec::new()), Event::Slices(Vec::new())] {
+            self.send(event).await;
+        }
+        for event in events {
+            self.send(event).await;
+        }
+        self.devices.send_replace(Devices::new());
+        self.source.send_replace(SourceState::Synced);
+    }
+
+    async fn send(&mut self, event: Event) {
+        self.oracle.apply(event.clone(), &mut Default::default());
+        self.events.send(event).await.unwrap();
+    }
+
+    async fn wait(&mut self, what: &str, condition: impl Fn(&Status) -> bool) -> Arc<Status> {
+        let found = tokio::time::timeout(SOON, self.status.wait_for(|status| condition(status))).await;
+        if let Some(status) = found.ok().map(|status| Arc::clone(&status.unwrap())) {
+            return status;
+        }
+        panic!("not in time: {what}; {:#?}", self.status.borrow());
+    }
+
+    /// Until the kernel holds exactly what one full plan of all that was sent says.
+    async fn converge(&self) {
+        let mut planner = Planner::new(Defaults::default());
+        let desired = planner.full(self.oracle.snapshot());
+        for _ in 0..1000 {
+            if self.kernel.state().desired == *desired {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        panic!("kernel {:#?}\nis not {desired:#?}", self.kernel.state().desired);
+    }
+
+    async fn stop(self) {
+        self.cancel.cancel();
+        self.task.await.unwrap().unwrap();
+    }
+}
+
+fn web(ip: &str, name: &str) -> Event {
+    Event::Service(Arc::new(service(name, &[ip])))
+}
+
+fn frontend(ip: &str) -> Frontend {
+    Frontend { addr: ip.parse().unwrap(), port: common::port(80), protocol: Protocol::Tcp }
+}
+
+fn three() -> Vec<Event> {
+    vec![web("10.96.0.1", "a"), web("10.96.0.2", "b"), web("10.96.0.3", "c")]
+}
+
+fn full() -> Failure {
+    Failure::Retry("the frontends table is full (3); raise --map-frontends".into())
+}
+
+#[tokio::test]
+async fn nothing_is_written_before_everything_was_heard_of_a130() {
+    // Left by an earlier run; no Service of that name exists in the lists that come.
+    let kernel = Kernel::default();
+    {
+        let before = World::started(kernel.clone(), quick(), vec![web("10.96.9.9", "old")]).await;
+        before.stop().await;
+    }
+    kernel.state().calls.clear();
+    let left = kernel.state().desired.clone();
+    assert_eq!(left.frontends.len(), 1);
+
+    let mut world = World::start(kernel.clone(), quick());
+    let gate = [
+        Event::Services(vec![Arc::new(service("a", &["10.96.0.1"]))]),
+        Event::Slices(vec![Arc::new(slice("a", "a-1", &["10.0.0.1"]))]),
+        Event::Node(node("this", None)),
+    ];
+    for event in gate {
+        world.send(event).await;
+        tokio::time::sleep(Duration::from_millis(30)).await;
+        assert_eq!(kernel.state().desired, left);
+    }
+    // All is known, but the source does not yet say that this is all.
+    assert!(kernel.state().calls.is_empty(), "{:?}", kernel.state().calls);
+    assert!(!world.status.borrow().ready);
+
+    world.source.send_replace(SourceState::Synced);
+    world.wait("programmed", |status| status.syncs > 0).await;
+    world.converge().await;
+    // Devices that nobody has told us are not touched, and the node is not ready without them.
+    assert_eq!(kernel.state().calls, ["resync", "activate"]);
+    assert!(!world.status.borrow().ready);
+    world.devices.send_replace(Devices::new());
+    world.wait("ready", |status| status.ready).await;
+    assert_eq!(kernel.state().calls, ["resync", "activate", "set_devices"]);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_restart_with_nothing_changed_writes_nothing() {
+    let kernel = Kernel::default();
+    World::started(kernel.clone(), quick(), three()).await.stop().await;
+    let writes = kernel.state().writes;
+    assert_eq!(writes, 6);
+    let world = World::started(kernel.clone(), quick(), three()).await;
+    world.converge().await;
+    assert_eq!(kernel.state().writes, writes);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn one_failure_stands_alone_and_is_tried_again_f21() {
+    let kernel = Kernel::default();
+    kernel.state().faults.frontends.insert(frontend("10.96.0.2"), full());
+    let mut world = World::started(kernel.clone(), quick(), three()).await;
+    let degraded = |status: &Status| status.frontends.get(&frontend("10.96.0.2")).map(|row| row.state.clone());
+    let status = world.wait("degraded", |status| degraded(status) == Some(FrontendState::Degraded(full()))).await;
+    for ip in ["10.96.0.1", "10.96.0.3"] {
+        assert_eq!(status.frontends[&frontend(ip)].state, FrontendState::Programmed);
+    }
+    assert_eq!(kernel.state().desired.frontends.len(), 2);
+
+    // Others go on meanwhile.
+    world.send(web("10.96.0.4", "d")).await;
+    world.wait("the fourth", |status| status.frontends.contains_key(&frontend("10.96.0.4"))).await;
+
+    kernel.state().faults.frontends.clear();
+    world.wait("recovered", |status| degraded(status) == Some(FrontendState::Programmed)).await;
+    world.converge().await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn what_can_never_work_is_not_tried_again() {
+    let kernel = Kernel::default();
+    let never = Failure::Unsupported("SCTP is not supported by this dataplane".into());
+    kernel.state().faults.frontends.insert(frontend("10.96.0.2"), never.clone());
+    let options = Options { resync_period: Duration::from_secs(60), ..quick() };
+    let mut world = World::started(kernel.clone(), options, three()).await;
+    world.wait("said", |s| s.frontends[&frontend("10.96.0.2")].state == FrontendState::Degraded(never.clone())).await;
+    tokio::time::sleep(Duration::from_millis(200)).await;
+    assert_eq!(kernel.state().calls, ["resync", "set_devices", "activate"]);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn room_that_is_made_is_used_at_once() {
+    let kernel = Kernel::default();
+    kernel.state().faults.capacity = Some(2);
+    let options = Options { retry_first: Duration::from_millis(30), retry_max: Duration::from_secs(60), ..quick() };
+    let mut world = World::started(kernel.clone(), options, three()).await;
+    // Time enough for the pauses to grow beyond what the test waits.
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    world.send(Event::ServiceGone(key("a"))).await;
+    world.converge().await;
+    world.wait("in force", |s| s.frontends[&frontend("10.96.0.3")].state == FrontendState::Programmed).await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_relist_removes_what_vanished_meanwhile_f2_a137() {
+    let mut world = World::started(Kernel::default(), quick(), three()).await;
+    world.converge().await;
+    world.send(Event::Services(vec![Arc::new(service("b", &["10.96.0.2"]))])).await;
+    world.converge().await;
+    assert_eq!(world.kernel.state().desired.frontends.len(), 1);
+    let status = world.wait("rows follow", |status| status.frontends.len() == 1).await;
+    assert_eq!(status.services, 1);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_queued_is_taken_together() {
+    let kernel = Kernel::default();
+    let mut world = World::started(kernel.clone(), quick(), three()).await;
+    kernel.state().calls.clear();
+    kernel.state().faults.slow = Duration::from_millis(50);
+    for i in 1..=200_u8 {
+        world.send(Event::Slice(Arc::new(slice("a", "a-1", &[&format!("10.0.0.{i}")])))).await;
+    }
+    world.converge().await;
+    let applies = kernel.state().calls.iter().filter(|call| **call == "apply").count();
+    assert!((1..=10).contains(&applies), "{applies} calls for 200 changes");
+    let status = world.wait("counted", |status| status.endpoint_changes.total == 200).await;
+    assert_eq!(status.endpoints, 1);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_minimum_period_is_kept() {
+    let kernel = Kernel::default();
+    let options = Options { min_period: Duration::from_millis(300), ..quick() };
+    let mut world = World::started(kernel.clone(), options, three()).await;
+    kernel.state().calls.clear();
+    for i in 1..=5_u8 {
+        world.send(Event::Slice(Arc::new(slice("a", "a-1", &[&format!("10.0.0.{i}")])))).await;
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
+    world.converge().await;
+    assert_eq!(kernel.state().calls, ["apply"]);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn drift_is_repaired_and_counted_f27() {
+    let kernel = Kernel::default();
+    let mut world = World::started(kernel.clone(), quick(), three()).await;
+    kernel.state().desired.frontends.remove(&frontend("10.96.0.1"));
+    kernel.state().active = false;
+    let status = world.wait("repaired", |status| status.drift_repaired > 0).await;
+    assert_eq!(status.drift_repaired, 2);
+    world.converge().await;
+    assert!(kernel.state().active);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn hooks_that_do_not_attach_are_said_and_tried_again() {
+    let kernel = Kernel::default();
+    kernel.state().faults.activate = true;
+    let mut world = World::start(kernel.clone(), quick());
+    world.open_gate(three()).await;
+    let status = world.wait("said", |status| status.problems.contains_key("hooks")).await;
+    assert!(!status.ready);
+    kernel.state().faults.activate = false;
+    world.wait("ready", |status| status.ready && status.problems.is_empty()).await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn devices_are_followed_and_failures_tried_again() {
+    let kernel = Kernel::default();
+    let mut world = World::started(kernel.clone(), quick(), three()).await;
+    kernel.state().faults.devices.insert("veth1".into(), Failure::Retry("busy".into()));
+    let device =
+        |name: &str| Device { name: name.into(), role: DeviceRole::Pod, ethernet: true, source4: None, source6: None };
+    world.devices.send_replace([(7, device("veth0")), (8, device("veth1"))].into());
+    let status = world.wait("said", |status| status.failed_devices.contains_key("veth1")).await;
+    assert_eq!(status.devices.len(), 2);
+    assert_eq!(kernel.state().devices.len(), 1);
+    kernel.state().faults.devices.clear();
+    world.wait("attached", |status| status.failed_devices.is_empty()).await;
+    assert_eq!(kernel.state().devices.len(), 2);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn latency_is_measured_from_the_trigger_time_a28() {
+    let mut world = World::started(Kernel::default(), quick(), three()).await;
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap();
+    let now = i64::try_from(now.as_nanos()).unwrap();
+    let with = |name: &str, trigger_time, address: &str| {
+        Event::Slice(Arc::new(EndpointSlice { trigger_time, ..slice(name, &format!("{name}-1"), &[address]) }))
+    };
+    // Before our time; without a time; now; now, but it fails.
+    world.kernel.state().faults.frontends.insert(frontend("10.96.0.3"), full());
+    world.send(with("a", Some(now - 3_600_000_000_000), "10.0.0.1")).await;
+    world.send(with("a", None, "10.0.0.2")).await;
+    world.send(with("b", Some(now), "10.0.0.1")).await;
+    world.send(with("c", Some(now), "10.0.0.1")).await;
+    let status = world.wait("measured", |status| status.timings.programming.count() > 0).await;
+    assert_eq!(status.timings.programming.count(), 1);
+    world.kernel.state().faults.frontends.clear();
+    let status = world.wait("the failed one", |status| status.timings.programming.count() > 1).await;
+    assert_eq!(status.timings.programming.count(), 2);
+    assert!(status.timings.programming.sum() < 10.0);
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_call_that_does_not_return_is_seen() {
+    let mut world = World::started(Kernel::default(), quick(), three()).await;
+    world.kernel.state().faults.slow = Duration::from_millis(700);
+    world.send(web("10.96.0.4", "d")).await;
+    let status = world.wait("announced", |status| status.pending_since.is_some()).await;
+    assert!(status.pending_since.unwrap().elapsed() < Duration::from_millis(600), "announced before the call returned");
+    world.kernel.state().faults.slow = Duration::ZERO;
+    world.wait("over", |status| status.pending_since.is_none()).await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn what_the_source_reports_and_what_conflicts_is_published() {
+    let mut world = World::started(Kernel::default(), quick(), three()).await;
+    world.send(Event::Problems([("web.yaml:3".to_owned(), vec!["not YAML".to_owned()])].into())).await;
+    world.send(web("10.96.0.1", "z")).await;
+    let status = world.wait("both", |status| status.problems.len() == 2).await;
+    assert!(status.problems["Service default/z"][0].contains("already used by default/a:http"));
+    world.send(Event::Problems([].into())).await;
+    world.wait("one", |status| status.problems.len() == 1).await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn a_source_that_ends_ends_the_loop_and_leaves_the_kernel_alone() {
+    let kernel = Kernel::default();
+    let world = World::started(kernel.clone(), quick(), three()).await;
+    world.converge().await;
+    drop(world.events);
+    assert!(matches!(world.task.await.unwrap(), Err(SyncError::SourceEnded)));
+    assert_eq!(kernel.state().desired.frontends.len(), 3);
+}
+
+/// An arbitrary history, always the same for one seed.
+fn history(length: usize) -> Vec<Event> {
+    let mut runner = TestRunner::deterministic();
+    let strategy = prop::collection::vec(common::events(), length);
+    strategy.new_tree(&mut runner).unwrap().current()
+}
+
+#[tokio::test]
+async fn converges_whatever_fails_f25() {
+    for every in [2, 3, 7] {
+        let kernel = Kernel::default();
+        kernel.state().faults.every = every;
+        let mut world = World::started(kernel.clone(), quick(), Vec::new()).await;
+        for event in history(60) {
+            world.send(event).await;
+            tokio::task::yield_now().await;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        kernel.state().faults.every = 0;
+        world.converge().await;
+        let rows = kernel.state().desired.frontends.len();
+        let programmed =
+            |s: &Status| s.frontends.values().filter(|row| row.state == FrontendState::Programmed).count() == rows;
+        world.wait("clean", |status| status.frontends.len() == rows && programmed(status)).await;
+        world.stop().await;
+    }
+}
+
+#[tokio::test]
+async fn dying_after_any_write_and_starting_again_converges_f26() {
+    let endpoints =
+        |service: &str, addresses: &[&str]| Event::Slice(Arc::new(slice(service, &format!("{service}-1"), addresses)));
+    let mut first = three();
+    first.push(endpoints("a", &["10.0.0.1", "10.0.0.2"]));
+    let then = [
+        endpoints("a", &["10.0.0.2"]),
+        endpoints("b", &["10.0.0.3"]),
+        Event::ServiceGone(key("c")),
+        web("10.96.0.9", "b"),
+        web("10.96.0.1", "d"),
+        Event::ServiceGone(key("a")),
+    ];
+    let mut steps = 0;
+    for crash_after in 0.. {
+        let kernel = Kernel::default();
+        kernel.state().faults.crash_after = Some(crash_after);
+        let mut world = World::start(kernel.clone(), quick());
+        world.open_gate(first.clone()).await;
+        world.wait("first sync", |status| status.syncs > 0).await;
+        for (at, event) in then.iter().enumerate() {
+            world.send(event.clone()).await;
+            world.wait("sync", |status| status.syncs > at as u64 + 1).await;
+        }
+        world.cancel.cancel();
+        world.task.await.unwrap().unwrap();
+        let died = kernel.state().writes == crash_after;
+
+        kernel.state().faults.crash_after = None;
+        let everything = first.iter().chain(&then).cloned().collect();
+        let world = World::started(kernel.clone(), quick(), everything).await;
+        world.converge().await;
+        world.stop().await;
+        steps += 1;
+        if !died {
+            break;
+        }
+    }
+    // Three frontends and guards; set, set, remove both, move both, hand over. One run dies with the last write, one after.
+    assert_eq!(steps, 6 + 2 + 2 + 4 + 1 + 2);
+}
