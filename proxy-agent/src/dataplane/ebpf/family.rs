@@ -2,11 +2,12 @@
 
 use proxy_common::{
     Address, Ipv4Be, Ipv6Be,
-    frontend::FrontendKey,
+    frontend::{FrontendKey, FrontendValue},
     slot::{Slot, SlotV4, SlotV6},
 };
 
-use crate::{dataplane::ebpf::layout::MapName, model};
+use super::{layout::MapName, maps::SlotArray, sys::Map};
+use crate::model;
 
 pub(crate) trait Family: Address + aya::Pod + std::hash::Hash + Send + Sync {
     type Slot: Slot<Addr = Self> + aya::Pod + Send + Sync;
@@ -15,7 +16,13 @@ pub(crate) trait Family: Address + aya::Pod + std::hash::Hash + Send + Sync {
     const FAMILY: model::Family;
     const FRONTENDS: MapName;
     const SLOTS: MapName;
+
+    /// This family's of a pair of maps.
+    fn frontends<'a>(v4: &'a FrontendMap<Ipv4Be>, v6: &'a FrontendMap<Ipv6Be>) -> &'a Map<Self::Key, FrontendValue>;
+    fn slots<'a>(v4: &'a SlotArray<SlotV4>, v6: &'a SlotArray<SlotV6>) -> &'a SlotArray<Self::Slot>;
 }
+
+pub(crate) type FrontendMap<A> = Map<FrontendKey<A>, FrontendValue>;
 
 impl Family for Ipv4Be {
     type Slot = SlotV4;
@@ -24,6 +31,14 @@ impl Family for Ipv4Be {
     const FAMILY: model::Family = model::Family::V4;
     const FRONTENDS: MapName = MapName::FrontendsV4;
     const SLOTS: MapName = MapName::SlotsV4;
+
+    fn frontends<'a>(v4: &'a FrontendMap<Ipv4Be>, _: &'a FrontendMap<Ipv6Be>) -> &'a Map<Self::Key, FrontendValue> {
+        v4
+    }
+
+    fn slots<'a>(v4: &'a SlotArray<SlotV4>, _: &'a SlotArray<SlotV6>) -> &'a SlotArray<Self::Slot> {
+        v4
+    }
 }
 
 impl Family for Ipv6Be {
@@ -33,4 +48,12 @@ impl Family for Ipv6Be {
     const FAMILY: model::Family = model::Family::V6;
     const FRONTENDS: MapName = MapName::FrontendsV6;
     const SLOTS: MapName = MapName::SlotsV6;
+
+    fn frontends<'a>(_: &'a FrontendMap<Ipv4Be>, v6: &'a FrontendMap<Ipv6Be>) -> &'a Map<Self::Key, FrontendValue> {
+        v6
+    }
+
+    fn slots<'a>(_: &'a SlotArray<SlotV4>, v6: &'a SlotArray<SlotV6>) -> &'a SlotArray<Self::Slot> {
+        v6
+    }
 }

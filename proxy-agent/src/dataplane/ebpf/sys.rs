@@ -501,3 +501,28 @@ fn dump_each(map: BorrowedFd<'_>, key: usize, value: usize, mut each: impl FnMut
         at = Some(next);
     }
 }
+
+/// Deletes one element of a map whose values the caller does not care for. Whether there was one.
+pub(crate) fn remove<K: Pod>(map: BorrowedFd<'_>, key: &K) -> io::Result<bool> {
+    if map_info(map)?.key as usize != size_of::<K>() {
+        return Err(io::Error::new(io::ErrorKind::InvalidData, "a key of another size"));
+    }
+    let attr = &mut ElementAttr { map: raw(map), key: address(key), ..Default::default() };
+    match bpf(cmd::MAP_DELETE, attr) {
+        Ok(_) => Ok(true),
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Writes one element from bytes that [`dump`] gave of a map of the same kind.
+pub(crate) fn put_bytes(map: BorrowedFd<'_>, key: &[u8], value: &[u8], flags: u64) -> io::Result<()> {
+    let attr = &mut ElementAttr {
+        map: raw(map),
+        key: address(key.as_ptr()),
+        value: address(value.as_ptr()),
+        flags,
+        ..Default::default()
+    };
+    bpf(cmd::MAP_UPDATE, attr).map(drop)
+}

@@ -1,0 +1,601 @@
+//! Programs and where they sit: loads them, pins them, attaches them, swaps them in place, notices when somebody took them off.
+//!
+//! Nothing is kept in memory that the kernel could contradict: every question is asked of the pinned links again.
+//!
+//! Each step is idempotent and leaves a state that the next process can go on from, so a crash anywhere is repaired by the
+//! ordinary start:
+//! - a program's pin is replaced by rename, a link's program by `BPF_LINK_UPDATE`: no socket and no packet finds a gap;
+//! - a link is right if its target is ours and its program is the pinned one; anything else is put right;
+//! - `meta` says what is loaded, and is written last.
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
+};
+
+use aya::{
+    EbpfLoader,
+    programs::{Program as AyaProgram, ProgramType},
+    sys::{BpfHelper, is_helper_supported},
+};
+use proxy_common::{LAYOUT_VERSION, globals, meta::Meta};
+
+use super::{
+    Options, SocketLb, Tc,
+    clsact::{self, Direction},
+    layout::MapName,
+    object::Digest,
+    pins::Layout,
+    sys::{self, Target},
+};
+use crate::{
+    dataplane::{DataplaneError, Failure, Hook, Report},
+    desired::{Device, Devices},
+};
+
+/// Connect-time programs and their attach types (`enum bpf_attach_type`).
+pub(crate) const CGROUP_PROGRAMS: [(&str, u32); 8] = [
+    ("connect4", 10),
+    ("connect6", 11),
+    ("sendmsg4", 14),
+    ("sendmsg6", 15),
+    ("recvmsg4", 19),
+    ("recvmsg6", 20),
+    ("getpeername4", 29),
+    ("getpeername6", 30),
+];
+
+/// Per-packet programs.
+const TC_PROGRAMS: [&str; 4] = ["tc_ingress_ether", "tc_egress_ether", "tc_ingress_l3", "tc_egress_l3"];
+
+const TCX_INGRESS: u32 = 46;
+const TCX_EGRESS: u32 = 47;
+
+const fn tc_program(direction: Direction, ethernet: bool) -> &'static str {
+    match (direction, ethernet) {
+        (Direction::Ingress, true) => "tc_ingress_ether",
+        (Direction::Egress, true) => "tc_egress_ether",
+        (Direction::Ingress, false) => "tc_ingress_l3",
+        (Direction::Egress, false) => "tc_egress_l3",
+    }
+}
+
+const fn tcx_type(direction: Direction) -> u32 {
+    match direction {
+        Direction::Ingress => TCX_INGRESS,
+        Direction::Egress => TCX_EGRESS,
+    }
+}
+
+/// What programs are loaded with; together with the object, what tells one set of programs from another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Globals {
+    socket_lb: u8,
+    node_netns_cookie: u64,
+    masquerade_ports: (u16, u16),
+    have_set_retval: u8,
+    have_coarse_clock: u8,
+    log_level: u8,
+}
+
+impl Globals {
+    pub(crate) fn of(options: &Options) -> Result<Self, DataplaneError> {
+        let helper = |program, helper: BpfHelper| {
+            is_helper_supported(program, helper).map(u8::from).map_err(|error| {
+                DataplaneError::Unavailable(format!(
+                    "cannot ask the kernel which helpers it has ({error}): the agent needs CAP_BPF and CAP_PERFMON \
+                     (CAP_SYS_ADMIN before kernel 5.8)"
+                ))
+            })
+        };
+        Ok(Self {
+            socket_lb: match options.socket_lb {
+                SocketLb::Node => globals::socket_lb::NODE,
+                SocketLb::All | SocketLb::Off => globals::socket_lb::ALL,
+            },
+            node_netns_cookie: netns_cookie()
+                .map_err(|source| DataplaneError::Kernel { what: "SO_NETNS_COOKIE (kernel 5.14)".into(), source })?,
+            masquerade_ports: options.masquerade_ports,
+            have_set_retval: helper(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval)?,
+            have_coarse_clock: helper(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_ktime_get_coarse_ns)?,
+            log_level: options.log_level,
+        })
+    }
+
+    fn digest(&self, object: &[u8], maps: &[(MapName, u32)]) -> u64 {
+        let Self { socket_lb, node_netns_cookie, masquerade_ports, have_set_retval, have_coarse_clock, log_level } =
+            self;
+        let mut digest = Digest::new()
+            .bytes(object)
+            .bytes(&[*socket_lb, *have_set_retval, *have_coarse_clock, *log_level])
+            .bytes(&node_netns_cookie.to_le_bytes())
+            .bytes(&masquerade_ports.0.to_le_bytes())
+            .bytes(&masquerade_ports.1.to_le_bytes());
+        // Programs hold on to their maps: other maps need other programs.
+        for (map, entries) in maps {
+            digest = digest.bytes(map.as_str().as_bytes()).bytes(&entries.to_le_bytes());
+        }
+        digest.finish()
+    }
+}
+
+/// `SO_NETNS_COOKIE` of the namespace this process is in (kernel 5.14, e8b9eab99232).
+fn netns_cookie() -> io::Result<u64> {
+    const SO_NETNS_COOKIE: libc::c_int = 71;
+    let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::DGRAM, None)?;
+    let mut cookie = 0_u64;
+    let mut len = size_of::<u64>() as libc::socklen_t;
+    // SAFETY: the socket is open, and `cookie` has room for the `len` bytes the kernel may write.
+    let result = unsafe {
+        libc::getsockopt(
+            std::os::fd::AsRawFd::as_raw_fd(&socket),
+            libc::SOL_SOCKET,
+            SO_NETNS_COOKIE,
+            (&raw mut cookie).cast(),
+            &raw mut len,
+        )
+    };
+    if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Where cgroup v2 is mounted. Hybrid hierarchies have it below the v1 ones.
+pub(crate) fn cgroup2_root() -> io::Result<Option<PathBuf>> {
+    let mounts = fs::read_to_string("/proc/self/mounts")?;
+    Ok(mounts.lines().find_map(|line| {
+        let mut words = line.split(' ');
+        let path = words.nth(1)?;
+        // Spaces and the like are written as octal escapes; a cgroup mount has none.
+        (words.next()? == "cgroup2").then(|| PathBuf::from(path))
+    }))
+}
+
+#[derive(Debug)]
+struct Program {
+    name: &'static str,
+    fd: OwnedFd,
+    id: u32,
+}
+
+#[derive(Debug)]
+struct Cgroup {
+    path: PathBuf,
+    fd: OwnedFd,
+    /// What the kernel calls it in a link.
+    id: u64,
+}
+
+/// Programs and links of one agent.
+#[derive(Debug)]
+pub(crate) struct Hooks {
+    layout: Layout,
+    programs: Vec<Program>,
+    cgroup: Option<Cgroup>,
+    tcx: bool,
+    meta: Meta,
+    devices: Devices,
+    activated: bool,
+}
+
+fn unavailable(what: impl std::fmt::Display) -> DataplaneError {
+    DataplaneError::Unavailable(what.to_string())
+}
+
+fn kernel(what: impl Into<String>) -> impl FnOnce(io::Error) -> DataplaneError {
+    let what = what.into();
+    |source| DataplaneError::Kernel { what, source }
+}
+
+/// An error with all its causes: the verifier's words are in the last.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+impl Hooks {
+    /// Adopts the pinned programs if they are the ones we would load, loads and pins ours otherwise. Attaches nothing yet.
+    ///
+    /// `maps`: every map with its size; `map_path` says where each is pinned.
+    pub(crate) fn open(
+        layout: &Layout,
+        options: &Options,
+        found: &Meta,
+        maps: &[(MapName, u32)],
+        map_path: &dyn Fn(MapName) -> PathBuf,
+    ) -> Result<Self, DataplaneError> {
+        let object = options.object()?;
+        let globals = Globals::of(options)?;
+        let meta = Meta {
+            layout: LAYOUT_VERSION,
+            pad: 0,
+            programs: globals.digest(object, maps),
+            node_netns_cookie: globals.node_netns_cookie,
+        };
+        let wanted: Vec<&'static str> = match options.socket_lb {
+            SocketLb::Off => TC_PROGRAMS.to_vec(),
+            SocketLb::All | SocketLb::Node => {
+                CGROUP_PROGRAMS.iter().map(|(name, _)| *name).chain(TC_PROGRAMS).collect()
+            }
+        };
+        if found.node_netns_cookie != 0 && found.node_netns_cookie != meta.node_netns_cookie {
+            // Interface indexes in the names of the links mean devices of another namespace.
+            remove_links(layout, |name| name.starts_with("tcx-"))
+                .map_err(kernel("links of another network namespace"))?;
+        }
+        // A logger can only be had from programs loaded by this process.
+        let adopted = if *found == meta && options.log_level == 0 { open_programs(layout, &wanted).ok() } else { None };
+        let programs = match adopted {
+            Some(programs) => {
+                tracing::info!(programs = programs.len(), "adopted the pinned programs");
+                programs
+            }
+            None => load(layout, object, &globals, &wanted, maps, map_path)?,
+        };
+        let cgroup = match options.socket_lb {
+            SocketLb::Off => None,
+            SocketLb::All | SocketLb::Node => Some(open_cgroup(options.cgroup_root.as_deref())?),
+        };
+        let tcx = match options.tc {
+            Tc::Tcx => true,
+            Tc::Clsact => false,
+            Tc::Auto => programs
+                .iter()
+                .find(|p| p.name == "tc_ingress_ether")
+                .is_some_and(|program| has_tcx(program.fd.as_fd())),
+        };
+        Ok(Self { layout: layout.clone(), programs, cgroup, tcx, meta, devices: Devices::new(), activated: false })
+    }
+
+    pub(crate) const fn meta(&self) -> &Meta {
+        &self.meta
+    }
+
+    fn program(&self, name: &str) -> io::Result<&Program> {
+        self.programs
+            .iter()
+            .find(|program| program.name == name)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("program {name} is not loaded")))
+    }
+
+    /// Attaches the connect-time programs, and whatever devices are known. Returns how many writes it took.
+    pub(crate) fn activate(&mut self, report: &mut Report) -> Result<(), DataplaneError> {
+        self.activated = true;
+        let mut wanted = BTreeSet::new();
+        if let Some(cgroup) = &self.cgroup {
+            for (name, attach_type) in CGROUP_PROGRAMS {
+                wanted.insert(name.to_owned());
+                let program = self.program(name).map_err(kernel(format!("cgroup {}", cgroup.path.display())))?;
+                report.writes += ensure_link(
+                    &self.layout.links.join(name),
+                    program,
+                    Target::Cgroup(cgroup.fd.as_fd()),
+                    cgroup.id,
+                    attach_type,
+                )
+                .map_err(kernel(format!("attach {name} to cgroup {}", cgroup.path.display())))?;
+            }
+        }
+        report.writes += remove_links(&self.layout, |name| !name.starts_with("tcx-") && !wanted.contains(name))
+            .map_err(kernel("links that are not wanted any more"))?;
+        self.attach_devices(report);
+        Ok(())
+    }
+
+    /// From now on, these devices. Attached at once if the dataplane is active, else on activation.
+    pub(crate) fn set_devices(&mut self, devices: &Devices, report: &mut Report) {
+        self.devices = devices.clone();
+        if self.activated {
+            self.attach_devices(report);
+        }
+    }
+
+    fn attach_devices(&self, report: &mut Report) {
+        for (index, device) in &self.devices {
+            for direction in Direction::BOTH {
+                match self.attach_device(*index, device, direction) {
+                    Ok(writes) => report.writes += writes,
+                    // The device is gone; the next list of devices will not have it.
+                    Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+                    Err(error) => {
+                        let why = format!("device {}: cannot attach at {}: {error}", device.name, direction.as_str());
+                        report.failed_devices.insert(device.name.clone(), Failure::Retry(why));
+                    }
+                }
+            }
+        }
+        let wanted: BTreeSet<String> = if self.tcx {
+            self.devices.keys().flat_map(|index| Direction::BOTH.map(|d| tcx_name(*index, d))).collect()
+        } else {
+            BTreeSet::new()
+        };
+        match remove_links(&self.layout, |name| name.starts_with("tcx-") && !wanted.contains(name)) {
+            Ok(writes) => report.writes += writes,
+            Err(error) => tracing::warn!(%error, "links of devices that are gone stay pinned"),
+        }
+    }
+
+    fn attach_device(&self, index: u32, device: &Device, direction: Direction) -> io::Result<u64> {
+        let program = self.program(tc_program(direction, device.ethernet))?;
+        if self.tcx {
+            ensure_link(
+                &self.layout.links.join(tcx_name(index, direction)),
+                program,
+                Target::Interface(index),
+                u64::from(index),
+                tcx_type(direction),
+            )
+        } else if clsact::program(index, direction)? == Some(program.id) {
+            Ok(0)
+        } else {
+            clsact::attach(index, direction, program.fd.as_fd(), program.name)?;
+            Ok(1)
+        }
+    }
+
+    /// Takes our filters off devices that are not wanted any more (`known`: those that may carry some). TCX links go with their
+    /// pins.
+    pub(crate) fn detach_others(&self, known: &[u32], report: &mut Report) {
+        for index in known.iter().filter(|index| self.tcx || !self.devices.contains_key(index)) {
+            for direction in Direction::BOTH {
+                // With TCX this only matters after a change of mode; asking costs less than knowing.
+                match clsact::detach(*index, direction) {
+                    Ok(was_there) => report.writes += u64::from(was_there),
+                    Err(error) => tracing::warn!(index, %error, "cannot remove the tc filter"),
+                }
+            }
+        }
+    }
+
+    /// Hooks that should be in force, each with whether it is.
+    fn expected(&self) -> Vec<(Hook, bool)> {
+        let mut hooks = vec![];
+        if !self.activated {
+            return hooks;
+        }
+        if let Some(cgroup) = &self.cgroup {
+            for (name, _) in CGROUP_PROGRAMS {
+                let hook = Hook {
+                    kind: format!("cgroup/{name}"),
+                    target: cgroup.path.display().to_string(),
+                    program: name.to_owned(),
+                };
+                hooks.push((hook, self.holds(&self.layout.links.join(name), name, cgroup.id)));
+            }
+        }
+        for (index, device) in &self.devices {
+            for direction in Direction::BOTH {
+                let name = tc_program(direction, device.ethernet);
+                let holds = if self.tcx {
+                    self.holds(&self.layout.links.join(tcx_name(*index, direction)), name, u64::from(*index))
+                } else {
+                    let id = self.program(name).map(|p| p.id).ok();
+                    id.is_some() && clsact::program(*index, direction).ok().flatten() == id
+                };
+                let kind = if self.tcx { "tcx" } else { "clsact" };
+                let hook = Hook {
+                    kind: format!("{kind}/{}", direction.as_str()),
+                    target: device.name.clone(),
+                    program: name.to_owned(),
+                };
+                hooks.push((hook, holds));
+            }
+        }
+        hooks
+    }
+
+    fn holds(&self, pin: &Path, program: &str, target: u64) -> bool {
+        let Ok(info) = sys::open(pin).and_then(|link| sys::link_info(link.as_fd())) else { return false };
+        info.target == target && self.program(program).is_ok_and(|p| p.id == info.program_id)
+    }
+
+    pub(crate) fn in_force(&self) -> Vec<Hook> {
+        self.expected().into_iter().filter(|(_, holds)| *holds).map(|(hook, _)| hook).collect()
+    }
+
+    pub(crate) fn lost(&self) -> Vec<String> {
+        self.expected()
+            .into_iter()
+            .filter(|(_, holds)| !holds)
+            .map(|(Hook { kind, target, .. }, _)| format!("{kind} {target}"))
+            .collect()
+    }
+}
+
+fn tcx_name(index: u32, direction: Direction) -> String {
+    format!("tcx-{index}-{}", direction.as_str())
+}
+
+/// The index and the direction in a pin's name.
+pub(crate) fn parse_tcx_name(name: &str) -> Option<(u32, &str)> {
+    let (index, direction) = name.strip_prefix("tcx-")?.split_once('-')?;
+    Some((index.parse().ok()?, direction))
+}
+
+/// A kernel with TCX finds no such device; one without does not know the attach type (6.6, e420bed02507).
+pub(crate) fn has_tcx(program: std::os::fd::BorrowedFd<'_>) -> bool {
+    let nowhere = Target::Interface(u32::try_from(i32::MAX).unwrap_or_default());
+    matches!(sys::link_create(program, nowhere, TCX_INGRESS), Err(error) if error.raw_os_error() == Some(libc::ENODEV))
+}
+
+fn open_cgroup(root: Option<&Path>) -> Result<Cgroup, DataplaneError> {
+    let path = match root {
+        Some(path) => path.to_owned(),
+        None => cgroup2_root().map_err(kernel("/proc/self/mounts"))?.ok_or_else(|| {
+            unavailable(
+                "no cgroup v2 hierarchy is mounted: mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with \
+                 --cgroup-root, or run with --socket-lb off",
+            )
+        })?,
+    };
+    const CGROUP2_MAGIC: u64 = 0x6367_7270;
+    let open = || -> io::Result<_> {
+        let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+        let fd = rustix::fs::open(&path, flags, rustix::fs::Mode::empty())?;
+        let magic = rustix::fs::fstatfs(&fd)?.f_type as u64;
+        Ok((fd, magic, fs::metadata(&path)?.ino()))
+    };
+    let (fd, magic, id) = open().map_err(kernel(format!("--cgroup-root {}", path.display())))?;
+    if magic != CGROUP2_MAGIC {
+        return Err(unavailable(format!(
+            "--cgroup-root {} is not in a cgroup v2 hierarchy: connect-time programs cannot be attached there; name one that \
+             is, or run with --socket-lb off",
+            path.display()
+        )));
+    }
+    Ok(Cgroup { path, fd, id })
+}
+
+fn open_programs(layout: &Layout, wanted: &[&'static str]) -> io::Result<Vec<Program>> {
+    wanted
+        .iter()
+        .map(|name| {
+            let fd = sys::open(&layout.programs.join(name))?;
+            let id = sys::program_id(fd.as_fd())?;
+            Ok(Program { name, fd, id })
+        })
+        .collect()
+}
+
+fn load(
+    layout: &Layout,
+    object: &[u8],
+    globals: &Globals,
+    wanted: &[&'static str],
+    maps: &[(MapName, u32)],
+    map_path: &dyn Fn(MapName) -> PathBuf,
+) -> Result<Vec<Program>, DataplaneError> {
+    let Globals {
+        socket_lb,
+        node_netns_cookie,
+        masquerade_ports: (low, high),
+        have_set_retval,
+        have_coarse_clock,
+        log_level,
+    } = globals;
+    let mut loader = EbpfLoader::new();
+    loader
+        .override_global(globals::SOCKET_LB, socket_lb, true)
+        .override_global(globals::NODE_NETNS_COOKIE, node_netns_cookie, true)
+        .override_global(globals::MASQUERADE_PORT_MIN, low, true)
+        .override_global(globals::MASQUERADE_PORT_MAX, high, true)
+        .override_global(globals::HAVE_SET_RETVAL, have_set_retval, true)
+        .override_global(globals::HAVE_COARSE_CLOCK, have_coarse_clock, true)
+        .override_global(globals::LOG_LEVEL, log_level, true);
+    for (map, entries) in maps.iter().filter(|(map, _)| !map.is_agents()) {
+        loader.map_max_entries(map.as_str(), *entries).map_pin_path(map.as_str(), map_path(*map));
+    }
+    let started = std::time::Instant::now();
+    let mut ebpf = loader.load(object).map_err(|error| {
+        unavailable(format!(
+            "the eBPF object cannot be loaded: {}; the agent needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON",
+            chain(&error)
+        ))
+    })?;
+    let mut programs = vec![];
+    for name in wanted {
+        let program = ebpf
+            .program_mut(name)
+            .ok_or_else(|| unavailable(format!("the embedded eBPF object has no program {name}: build it again")))?;
+        let loaded = match program {
+            AyaProgram::CgroupSockAddr(program) => program.load(),
+            AyaProgram::SchedClassifier(program) => program.load(),
+            _ => return Err(unavailable(format!("the embedded program {name} is of an unexpected kind"))),
+        };
+        loaded.map_err(|error| unavailable(format!("program {name} cannot be loaded: {}", chain(&error))))?;
+        let fd = program
+            .fd()
+            .map_err(|error| unavailable(format!("program {name}: {}", chain(&error))))?
+            .as_fd()
+            .try_clone_to_owned()
+            .map_err(kernel(format!("program {name}")))?;
+        sys::pin_over(fd.as_fd(), &layout.programs.join(name)).map_err(kernel(format!("pin program {name}")))?;
+        let id = sys::program_id(fd.as_fd()).map_err(kernel(format!("program {name}")))?;
+        programs.push(Program { name, fd, id });
+    }
+    // Programs an earlier configuration pinned.
+    for name in list(&layout.programs).map_err(kernel("pinned programs"))? {
+        if !wanted.contains(&name.as_str()) {
+            fs::remove_file(layout.programs.join(&name)).map_err(kernel(format!("unpin program {name}")))?;
+        }
+    }
+    tracing::info!(programs = programs.len(), took = ?started.elapsed(), "loaded the programs");
+    if *log_level > 0 {
+        super::log::drain(&mut ebpf);
+    }
+    Ok(programs)
+}
+
+/// Names in a directory of pins.
+pub(crate) fn list(directory: &Path) -> io::Result<Vec<String>> {
+    let mut names = vec![];
+    for entry in fs::read_dir(directory)? {
+        if let Ok(name) = entry?.file_name().into_string() {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+/// Makes `pin` a link of `program` on `target`; how many writes that took.
+fn ensure_link(pin: &Path, program: &Program, target: Target<'_>, target_id: u64, attach_type: u32) -> io::Result<u64> {
+    match sys::open(pin) {
+        Ok(link) => {
+            let info = sys::link_info(link.as_fd());
+            match info {
+                Ok(info) if info.target == target_id && info.program_id == program.id => return Ok(0),
+                // In place. If the link turns out dead after all, it is replaced below.
+                Ok(info) if info.target == target_id => {
+                    if sys::link_update(link.as_fd(), program.fd.as_fd()).is_ok() {
+                        return Ok(1);
+                    }
+                }
+                _ => {}
+            }
+        }
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error),
+    }
+    let link = sys::link_create(program.fd.as_fd(), target, attach_type)?;
+    sys::pin_over(link.as_fd(), pin)?;
+    Ok(1)
+}
+
+/// Detaches and unpins links by name; how many.
+fn remove_links(layout: &Layout, which: impl Fn(&str) -> bool) -> io::Result<u64> {
+    let mut removed = 0;
+    for name in list(&layout.links)?.iter().filter(|name| which(name)) {
+        let path = layout.links.join(name);
+        if let Ok(link) = sys::open(&path) {
+            // It may be dead already (its device is gone); the pin goes either way.
+            let _ = sys::link_detach(link.as_fd());
+        }
+        fs::remove_file(&path)?;
+        removed += 1;
+    }
+    Ok(removed)
+}
+
+/// Removes every link and every program pin, whoever made them in this directory.
+pub(crate) fn remove_all(layout: &Layout, known_devices: &[u32]) -> io::Result<()> {
+    for index in known_devices {
+        for direction in Direction::BOTH {
+            clsact::detach(*index, direction)?;
+        }
+    }
+    remove_links(layout, |_| true)?;
+    for name in list(&layout.programs)? {
+        fs::remove_file(layout.programs.join(name))?;
+    }
+    Ok(())
+}

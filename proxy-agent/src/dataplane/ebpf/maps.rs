@@ -1,0 +1,289 @@
+//! The pinned maps, open: what [`Table`](super::table::Table) writes to in a real kernel.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    path::{Path, PathBuf},
+    ptr,
+    sync::atomic::{AtomicU64, Ordering},
+};
+
+use proxy_common::{
+    Ipv4Be, Ipv6Be,
+    counters::ServiceCounters,
+    device::DeviceValue,
+    frontend::{FrontendKey, FrontendValue},
+    meta::{Meta, ServiceName},
+    slot::{Slot, SlotV4, SlotV6},
+};
+use rustix::mm::{MapFlags, ProtFlags};
+
+use super::{
+    family::{Family, FrontendMap},
+    layout::MapName,
+    store::{Result, Store, StoreError},
+    sys::{self, Map},
+};
+
+/// A slots map in our address space. A store here is seen by programs at once, without a system call.
+#[derive(Debug)]
+pub(crate) struct SlotArray<T> {
+    words: *mut AtomicU64,
+    bytes: usize,
+    len: u32,
+    slot: std::marker::PhantomData<T>,
+}
+
+// SAFETY: the pointer is to a shared mapping that this value owns; every access to it is atomic.
+unsafe impl<T> Send for SlotArray<T> {}
+// SAFETY: as above.
+unsafe impl<T> Sync for SlotArray<T> {}
+
+impl<T: Slot + aya::Pod> SlotArray<T> {
+    const WORDS: usize = size_of::<T>() / 8;
+
+    /// Maps the array; `writable` needs a descriptor that was opened for writing.
+    pub(crate) fn new(fd: BorrowedFd<'_>, writable: bool) -> io::Result<Self> {
+        // What the accesses below rely on: the kernel lays elements of an array out at their size rounded up to 8.
+        const { assert!(size_of::<T>() % 8 == 0 && align_of::<T>() == 8) };
+        let info = sys::map_info(fd)?;
+        if info.value as usize != size_of::<T>() || info.kind != sys::map_type::ARRAY {
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "not a slots map"));
+        }
+        let bytes = info.max_entries as usize * size_of::<T>();
+        let protection = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
+        // SAFETY: a fresh mapping at an address of the kernel's choice; nothing else is touched.
+        let start = unsafe { rustix::mm::mmap(ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, 0) }?;
+        Ok(Self { words: start.cast(), bytes, len: info.max_entries, slot: std::marker::PhantomData })
+    }
+
+    pub(crate) const fn len(&self) -> u32 {
+        self.len
+    }
+
+    fn word(&self, index: u32, word: usize) -> Option<&AtomicU64> {
+        let at = (index < self.len && word < Self::WORDS).then(|| index as usize * Self::WORDS + word)?;
+        // SAFETY: `index` is below the number of elements, so the word lies in the mapping, which lives as long as `self` and
+        // is page-aligned, so the word is 8-byte aligned. Programs only read it; other processes write it atomically.
+        Some(unsafe { &*self.words.add(at) })
+    }
+
+    /// A slot as it stands; the default where there is none such.
+    pub(crate) fn read(&self, index: u32) -> T {
+        let mut slot = T::default();
+        let to = ptr::from_mut(&mut slot).cast::<u64>();
+        for word in 0..Self::WORDS {
+            if let Some(from) = self.word(index, word) {
+                // SAFETY: `T` is `WORDS` aligned words of plain data (asserted in `new`).
+                unsafe { to.add(word).write(from.load(Ordering::Acquire)) };
+            }
+        }
+        slot
+    }
+
+    /// Each word in one aligned store, the last with release order: it carries the generation (and, for IPv6, the proof), so
+    /// a reader that sees it sees the others.
+    pub(crate) fn write(&self, index: u32, slot: &T) {
+        let from = ptr::from_ref(slot).cast::<u64>();
+        for word in 0..Self::WORDS {
+            if let Some(to) = self.word(index, word) {
+                // SAFETY: `T` is `WORDS` aligned words of plain data (asserted in `new`).
+                let value = unsafe { from.add(word).read() };
+                to.store(value, if word + 1 == Self::WORDS { Ordering::Release } else { Ordering::Relaxed });
+            }
+        }
+    }
+
+    /// Copies what fits of another array; for a change of size.
+    pub(crate) fn copy_from(&self, other: &Self) {
+        for index in 0..self.len.min(other.len) {
+            let slot = other.read(index);
+            if !slot.is_virgin() {
+                self.write(index, &slot);
+            }
+        }
+    }
+}
+
+impl<T> Drop for SlotArray<T> {
+    fn drop(&mut self) {
+        // SAFETY: the mapping made in `new`, of that length; no reference into it outlives `self`.
+        let _ = unsafe { rustix::mm::munmap(self.words.cast(), self.bytes) };
+    }
+}
+
+/// The maps that the agent itself reads and writes.
+#[derive(Debug)]
+pub(crate) struct Maps {
+    frontends_v4: FrontendMap<Ipv4Be>,
+    frontends_v6: FrontendMap<Ipv6Be>,
+    slots_v4: SlotArray<SlotV4>,
+    slots_v6: SlotArray<SlotV6>,
+    names: Map<u32, ServiceName>,
+    counters: OwnedFd,
+    devices: Map<u32, DeviceValue>,
+    meta: Map<u32, Meta>,
+    writes: u64,
+}
+
+impl Maps {
+    /// Opens the pins; `path` says where each map is.
+    pub(crate) fn open(path: impl Fn(MapName) -> PathBuf) -> Result<Self> {
+        let fd = |map: MapName| sys::open(&path(map)).map_err(|source| StoreError::Io { map, source });
+        fn typed<K: aya::Pod, V: aya::Pod>(map: MapName, fd: OwnedFd) -> Result<Map<K, V>> {
+            Map::new(fd).map_err(|source| StoreError::Io { map, source })
+        }
+        fn slots<T: Slot + aya::Pod>(map: MapName, fd: OwnedFd) -> Result<SlotArray<T>> {
+            SlotArray::new(fd.as_fd(), true).map_err(|source| StoreError::Io { map, source })
+        }
+        Ok(Self {
+            frontends_v4: typed(MapName::FrontendsV4, fd(MapName::FrontendsV4)?)?,
+            frontends_v6: typed(MapName::FrontendsV6, fd(MapName::FrontendsV6)?)?,
+            slots_v4: slots(MapName::SlotsV4, fd(MapName::SlotsV4)?)?,
+            slots_v6: slots(MapName::SlotsV6, fd(MapName::SlotsV6)?)?,
+            names: typed(MapName::Names, fd(MapName::Names)?)?,
+            counters: fd(MapName::ServiceCounters)?,
+            devices: typed(MapName::Devices, fd(MapName::Devices)?)?,
+            meta: typed(MapName::Meta, fd(MapName::Meta)?)?,
+            writes: 0,
+        })
+    }
+
+    pub(crate) fn meta(&self) -> io::Result<Meta> {
+        Ok(self.meta.get(&0)?.unwrap_or_default())
+    }
+
+    /// Writes only what differs.
+    pub(crate) fn set_meta(&mut self, meta: &Meta) -> io::Result<()> {
+        if self.meta()? != *meta {
+            self.meta.put(&0, meta, sys::ANY)?;
+            self.writes += 1;
+        }
+        Ok(())
+    }
+
+    fn refused(&self, map: MapName, fd: BorrowedFd<'_>, source: io::Error) -> StoreError {
+        match (source.raw_os_error(), sys::map_info(fd)) {
+            (Some(libc::E2BIG), Ok(info)) => StoreError::Full { map, capacity: info.max_entries },
+            _ => StoreError::Io { map, source },
+        }
+    }
+}
+
+impl Store for Maps {
+    fn slots<A: Family>(&self) -> u32 {
+        A::slots(&self.slots_v4, &self.slots_v6).len()
+    }
+
+    fn slot<A: Family>(&self, index: u32) -> A::Slot {
+        A::slots(&self.slots_v4, &self.slots_v6).read(index)
+    }
+
+    fn write_slot<A: Family>(&mut self, index: u32, slot: A::Slot) -> Result<()> {
+        A::slots(&self.slots_v4, &self.slots_v6).write(index, &slot);
+        self.writes += 1;
+        Ok(())
+    }
+
+    fn frontends<A: Family>(&self) -> Result<Vec<(FrontendKey<A>, FrontendValue)>> {
+        let entries = A::frontends(&self.frontends_v4, &self.frontends_v6)
+            .entries()
+            .map_err(|source| StoreError::Io { map: A::FRONTENDS, source })?;
+        Ok(entries.into_iter().map(|(key, value)| (key.into(), value)).collect())
+    }
+
+    fn put_frontends<A: Family>(&mut self, entries: &[(FrontendKey<A>, FrontendValue)]) -> (usize, Option<StoreError>) {
+        let map = A::frontends(&self.frontends_v4, &self.frontends_v6);
+        let (keys, values): (Vec<A::Key>, Vec<_>) = entries.iter().map(|(k, v)| (A::Key::from(*k), *v)).unzip();
+        let (landed, error) = map.put_all(&keys, &values, sys::ANY);
+        let error = error.map(|source| self.refused(A::FRONTENDS, map.fd(), source));
+        self.writes += landed as u64;
+        (landed, error)
+    }
+
+    fn remove_frontends<A: Family>(&mut self, keys: &[FrontendKey<A>]) -> Result<()> {
+        let keys: Vec<A::Key> = keys.iter().map(|key| A::Key::from(*key)).collect();
+        let removed = A::frontends(&self.frontends_v4, &self.frontends_v6)
+            .remove_all(&keys)
+            .map_err(|source| StoreError::Io { map: A::FRONTENDS, source })?;
+        self.writes += removed as u64;
+        Ok(())
+    }
+
+    fn names(&self) -> Result<Vec<(u32, ServiceName)>> {
+        self.names.entries().map_err(|source| StoreError::Io { map: MapName::Names, source })
+    }
+
+    fn put_name(&mut self, id: u32, name: &ServiceName) -> Result<()> {
+        self.names.put(&id, name, sys::ANY).map_err(|source| self.refused(MapName::Names, self.names.fd(), source))?;
+        self.writes += 1;
+        Ok(())
+    }
+
+    fn remove_name(&mut self, id: u32) -> Result<()> {
+        let removed = self.names.remove(&id).map_err(|source| StoreError::Io { map: MapName::Names, source })?;
+        self.writes += u64::from(removed);
+        Ok(())
+    }
+
+    fn remove_counters(&mut self, id: u32) -> Result<()> {
+        let removed = sys::remove(self.counters.as_fd(), &id)
+            .map_err(|source| StoreError::Io { map: MapName::ServiceCounters, source })?;
+        self.writes += u64::from(removed);
+        Ok(())
+    }
+
+    fn devices(&self) -> Result<Vec<(u32, DeviceValue)>> {
+        self.devices.entries().map_err(|source| StoreError::Io { map: MapName::Devices, source })
+    }
+
+    fn put_device(&mut self, index: u32, value: &DeviceValue) -> Result<()> {
+        self.devices
+            .put(&index, value, sys::ANY)
+            .map_err(|source| self.refused(MapName::Devices, self.devices.fd(), source))?;
+        self.writes += 1;
+        Ok(())
+    }
+
+    fn remove_device(&mut self, index: u32) -> Result<()> {
+        let removed = self.devices.remove(&index).map_err(|source| StoreError::Io { map: MapName::Devices, source })?;
+        self.writes += u64::from(removed);
+        Ok(())
+    }
+
+    fn writes(&self) -> u64 {
+        self.writes
+    }
+}
+
+/// Copies every entry of a hash map into another that no one else writes yet; for a change of size. What does not fit is left
+/// out where the map may forget anyway (LRU), and an error elsewhere. `flags`: [`sys::NOEXIST`] keeps what is there already.
+pub(crate) fn copy_entries(from: &Path, to: &Path, value_size: usize, flags: u64, may_forget: bool) -> io::Result<()> {
+    let from = sys::open_read_only(from)?;
+    let to = sys::open(to)?;
+    let info = sys::map_info(from.as_fd())?;
+    let mut failed = None;
+    sys::dump(from.as_fd(), info.key as usize, value_size, |key, value| {
+        if let Err(error) = sys::put_bytes(to.as_fd(), key, value, flags) {
+            let there = error.raw_os_error() == Some(libc::EEXIST);
+            if !there && !may_forget {
+                failed = Some(error);
+            }
+        }
+    })?;
+    failed.map_or(Ok(()), Err)
+}
+
+/// Size of one value as system calls see it: all CPUs' values of a per-CPU map, each rounded up to 8.
+pub(crate) fn value_size(map: MapName) -> io::Result<usize> {
+    let info = map.info(&super::layout::Sizes::default());
+    let per_cpu = matches!(info.kind, sys::map_type::PERCPU_HASH | sys::map_type::PERCPU_ARRAY);
+    Ok(if per_cpu {
+        let cpus = aya::util::nr_cpus().map_err(|(_, error)| error)?;
+        (info.value as usize).next_multiple_of(8) * cpus
+    } else {
+        info.value as usize
+    })
+}
+
+const _: () = assert!(size_of::<ServiceCounters>() % 8 == 0);
