@@ -18,7 +18,8 @@ pub(crate) fn drain(ebpf: &mut Ebpf) {
         return;
     };
     runtime.spawn(async move {
-        let Ok(mut logger) = AsyncFd::register(logger) else { return };
+        // SAFETY: the logger owns the descriptor it reports, always the same one, and moves into the `AsyncFd`.
+        let Ok(mut logger) = (unsafe { AsyncFd::register(logger) }) else { return };
         while let Ok(mut ready) = logger.readable_mut().await {
             ready.get_inner_mut().flush();
             ready.clear_ready();
