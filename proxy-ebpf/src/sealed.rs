@@ -25,7 +25,7 @@ pub(crate) unsafe fn copy<T: Copy>(from: *const T) -> T {
 /// As for [`copy`]; `to` has room for one `T`, aligned like it.
 #[inline(always)]
 pub(crate) unsafe fn copy_to<T: Copy>(from: *const T, to: *mut T) {
-    const { assert!(size_of::<T>() % 4 == 0 && align_of::<T>() <= 8) };
+    const { assert!(size_of::<T>().is_multiple_of(4) && align_of::<T>() <= 8) };
     let mut i = 0;
     if align_of::<T>() == 8 {
         while i < size_of::<T>() / 8 {
