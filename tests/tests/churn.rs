@@ -1,0 +1,399 @@
+//! Endpoints that change a hundred times a second, and agents that die, under traffic: nobody notices.
+//!
+//! Every server stays alive throughout, so whoever was ever an endpoint of a Service may still answer for it; a pod of another
+//! Service never may.
+
+use std::{
+    collections::BTreeSet,
+    net::SocketAddr,
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use proxy_tests::{
+    pod::{hold, socket::Transport, storm},
+    suite::Suite,
+    world::{
+        AgentOptions, Ask, Client, Family, Place, Programs, SocketLb, Spec, Topology, World, cleanup_on_signals,
+        objects, vip,
+    },
+};
+use serde_json::Value;
+
+const RED: &str = "red";
+const BLUE: &str = "blue";
+
+fn main() -> ExitCode {
+    let mut suite = Suite::new("churn");
+    let programs = match World::unavailable().map_or_else(|| Programs::find().map_err(|e| format!("{e:#}")), Err) {
+        Ok(programs) => programs,
+        Err(reason) => {
+            suite.skip("churn", &reason);
+            return suite.finish();
+        }
+    };
+    if let Err(error) = cleanup_on_signals().and_then(|()| World::sweep().map(drop)) {
+        suite.fail("preparation", &error);
+        return suite.finish();
+    }
+    for socket_lb in SocketLb::BOTH {
+        let group = format!("churn/{}", socket_lb.name());
+        if !suite.wants_group(&group) {
+            continue;
+        }
+        let mut world = match prepare(programs.clone(), socket_lb) {
+            Ok(world) => world,
+            Err(error) => {
+                suite.fail(&group, &error);
+                continue;
+            }
+        };
+        suite.case(&format!("{group}/endpoints and Services come and go"), || lifecycle(&mut world));
+        suite.case(&format!("{group}/A45: connections outlive their endpoint's removal"), || {
+            removed_endpoint(&mut world)
+        });
+        suite.case(&format!("{group}/1000 connections, 100 changes a second"), || endpoint_churn(&mut world));
+        let options = AgentOptions::new(socket_lb);
+        suite.case(&format!("{group}/A135: killed and started again under traffic"), || killed(&mut world, &options));
+        suite
+            .case(&format!("{group}/a restart without a change writes nothing"), || idle_restart(&mut world, &options));
+        suite.case(&format!("{group}/what changed while no agent ran"), || changed_meanwhile(&mut world, &options));
+    }
+    suite.finish()
+}
+
+fn prepare(programs: Programs, socket_lb: SocketLb) -> Result<World> {
+    let pods = [["client", "r1", "r2", "b1"], ["r3", "r4", "b2", "b3"]];
+    let nodes = pods.iter().map(|names| names.iter().map(|&name| name.to_owned()).collect()).collect();
+    let mut world = World::new(&Spec { topology: Topology::Routed, nodes, rp_filter: false }, programs)?;
+    for (node, zone) in world.nodes.iter().zip(["zone-a", "zone-b"]) {
+        world.write(&objects::node(&node.place, zone))?;
+    }
+    for (name, number) in [(RED, 100), (BLUE, 101)] {
+        world.write(&service(name, number))?;
+    }
+    write_endpoints(&world, RED, &reds(&world))?;
+    write_endpoints(&world, BLUE, &blues(&world))?;
+    world.start_agents(&AgentOptions::new(socket_lb))?;
+    world.settle()?;
+    Ok(world)
+}
+
+fn service(name: &str, number: u8) -> Value {
+    let addresses = Family::BOTH.map(|family| vip(family, number));
+    objects::service(name).cluster_ips(&addresses).port("web", "TCP", 80).port("dns", "UDP", 53).json()
+}
+
+fn write_endpoints(world: &World, service: &str, places: &[&Place]) -> Result<()> {
+    Family::BOTH.into_iter().try_for_each(|family| world.write(&slice(service, family, places)))
+}
+
+fn slice(service: &str, family: Family, places: &[&Place]) -> Value {
+    objects::slice(service, family)
+        .port("web", "TCP", 8080)
+        .port("dns", "UDP", 8080)
+        .endpoints(places.iter().copied())
+        .json()
+}
+
+fn reds(world: &World) -> Vec<&Place> {
+    ["r1", "r2", "r3", "r4"].map(|name| world.pod(name)).to_vec()
+}
+
+fn blues(world: &World) -> Vec<&Place> {
+    ["b1", "b2", "b3"].map(|name| world.pod(name)).to_vec()
+}
+
+fn names(places: &[&Place]) -> BTreeSet<String> {
+    places.iter().map(|place| place.name.clone()).collect()
+}
+
+fn web(family: Family, number: u8) -> SocketAddr {
+    SocketAddr::new(vip(family, number), 80)
+}
+
+fn origins(world: &World) -> [&Place; 3] {
+    [world.pod("client"), &world.node(1).place, world.outside()]
+}
+
+/// Exactly these answer, from everywhere.
+fn served_by(world: &World, number: u8, places: &[&Place]) -> Result<()> {
+    for from in origins(world) {
+        for family in Family::BOTH {
+            for (transport, port) in [(Transport::Tcp, 80), (Transport::Udp, 53)] {
+                let to = SocketAddr::new(vip(family, number), port);
+                let tries = 20 * u32::try_from(places.len())?;
+                let report = world.ask(from, &Ask::new(to, transport).times(tries))?;
+                let seen: BTreeSet<String> = report.backends().into_keys().collect();
+                ensure!(
+                    report.errors().is_empty() && seen == names(places),
+                    "{} -> {to} {transport}: {:?} {:?}, expected {:?}",
+                    from.name,
+                    report.backends(),
+                    report.errors(),
+                    names(places)
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+fn unanswered(world: &World, number: u8, errno: Option<&str>) -> Result<()> {
+    for from in origins(world) {
+        for family in Family::BOTH {
+            let to = web(family, number);
+            let report = world.ask(from, &Ask::new(to, Transport::Tcp).timeout(250))?;
+            let right = errno.is_none_or(|errno| report.errors().keys().eq([errno]));
+            ensure!(report.backends().is_empty() && right, "{} -> {to}: {report:?}", from.name);
+        }
+    }
+    Ok(())
+}
+
+fn lifecycle(world: &mut World) -> Result<()> {
+    let own = |world: &World, names: &[&str]| -> Result<()> {
+        let places: Vec<&Place> = names.iter().map(|name| world.pod(name)).collect();
+        write_endpoints(world, "short", &places)
+    };
+    own(world, &["r1"])?;
+    world.apply(&[service("short", 60)])?;
+    served_by(world, 60, &[world.pod("r1")])?;
+    own(world, &["r3", "b3"])?;
+    world.settle()?;
+    served_by(world, 60, &[world.pod("r3"), world.pod("b3")])?;
+    own(world, &[])?;
+    world.settle()?;
+    unanswered(world, 60, Some("ECONNREFUSED"))?;
+    own(world, &["r4"])?;
+    world.settle()?;
+    served_by(world, 60, &[world.pod("r4")])?;
+    // A13: the same name with another address.
+    world.remove(&service("short", 60))?;
+    world.settle()?;
+    unanswered(world, 60, None)?;
+    world.apply(&[service("short", 61)])?;
+    served_by(world, 61, &[world.pod("r4")])?;
+    unanswered(world, 60, None)?;
+    world.remove(&service("short", 61))?;
+    for family in Family::BOTH {
+        world.remove(&slice("short", family, &[]))?;
+    }
+    world.settle()?;
+    // An address that is nobody's goes where the routes say: to the sink, here.
+    world.leaks().map(drop)
+}
+
+struct Traffic {
+    holds: Vec<(String, Client)>,
+    storms: Vec<(String, Client)>,
+}
+
+impl Traffic {
+    /// A thousand connections held, and new ones from everywhere all the time.
+    fn start(world: &World) -> Result<Self> {
+        let (client, node, outside) = (world.pod("client"), &world.node(1).place, world.outside());
+        let red = names(&reds(world)).into_iter().collect::<Vec<_>>().join(",");
+        let blue = names(&blues(world)).into_iter().collect::<Vec<_>>().join(",");
+        let flows = [
+            // Who, to which Service, connections held, connections made each second.
+            (client, Family::V4, 100, &red, 250, 80),
+            (client, Family::V6, 100, &red, 150, 60),
+            (client, Family::V4, 101, &blue, 200, 60),
+            (node, Family::V4, 100, &red, 100, 40),
+            (node, Family::V6, 101, &blue, 100, 40),
+            (outside, Family::V4, 100, &red, 100, 40),
+            (outside, Family::V6, 101, &blue, 100, 40),
+        ];
+        let mut traffic = Self { holds: Vec::new(), storms: Vec::new() };
+        for (from, family, number, expect, held, rate) in flows {
+            let to = web(family, number);
+            let what = format!("{} -> {to}", from.name);
+            let args = |args: &[&str]| -> Vec<String> {
+                args.iter().map(|&arg| arg.to_owned()).chain([to.to_string(), format!("--expect={expect}")]).collect()
+            };
+            let hold = args(&["hold", "--interval=400", &format!("--connections={held}")]);
+            traffic.holds.push((what.clone(), from.start(&world.programs().testpod, &hold)?));
+            let storm = args(&["storm", "--seconds=120", &format!("--rate={rate}")]);
+            traffic.storms.push((what, from.start(&world.programs().testpod, &storm)?));
+        }
+        for (_, client) in traffic.holds.iter_mut().chain(&mut traffic.storms) {
+            client.wait_for_line("ready", Duration::from_secs(15))?;
+        }
+        Ok(traffic)
+    }
+
+    /// Nothing broke, nothing failed, nobody wrong answered.
+    fn finish(self) -> Result<()> {
+        let mut held = 0;
+        let mut trouble = Vec::new();
+        for (what, client) in self.holds {
+            let report: hold::Report = client.finish(Duration::from_secs(10))?;
+            held += report.connections;
+            if !report.broken.is_empty() || !report.wrong.is_empty() || report.rounds < 2 {
+                trouble.push(format!(
+                    "{what}: {} of {} connections broke, {} wrong answers, {} rounds; first: {:?}",
+                    report.broken.len(),
+                    report.connections,
+                    report.wrong.len(),
+                    report.rounds,
+                    report.broken.iter().chain(&report.wrong).next()
+                ));
+            }
+        }
+        let mut tries = 0;
+        for (what, client) in self.storms {
+            let report: storm::Report = client.finish(Duration::from_secs(10))?;
+            tries += report.tries;
+            if !report.failures.is_empty() || !report.wrong.is_empty() || report.tries == 0 {
+                trouble.push(format!(
+                    "{what}: of {} new connections failed {:?}, wrong {:?}",
+                    report.tries, report.failures, report.wrong
+                ));
+            }
+        }
+        ensure!(trouble.is_empty(), "{}", trouble.join("\n"));
+        ensure!(held >= 1000, "only {held} connections were held");
+        println!("     {held} connections held, {tries} made");
+        Ok(())
+    }
+}
+
+fn removed_endpoint(world: &mut World) -> Result<()> {
+    let (r1, r3) = (world.pod("r1").clone(), world.pod("r3").clone());
+    write_endpoints(world, RED, &[&r1, &r3])?;
+    world.settle()?;
+    let mut held = Vec::new();
+    for from in origins(world) {
+        for family in Family::BOTH {
+            let args = ["hold", &web(family, 100).to_string(), "--connections=12", "--interval=50"].map(str::to_owned);
+            let mut client = from.start(&world.programs().testpod, &args)?;
+            client.wait_for_line("ready", Duration::from_secs(5))?;
+            held.push((format!("{} {family}", from.name), client));
+        }
+    }
+    let r4 = world.pod("r4").clone();
+    write_endpoints(world, RED, &[&r4])?;
+    world.settle()?;
+    served_by(world, 100, &[&r4])?;
+    write_endpoints(world, RED, &[])?;
+    world.settle()?;
+    unanswered(world, 100, Some("ECONNREFUSED"))?;
+    thread::sleep(Duration::from_millis(300));
+    for (what, client) in held {
+        let report: hold::Report = client.finish(Duration::from_secs(5))?;
+        ensure!(report.broken.is_empty() && report.wrong.is_empty() && report.rounds > 3, "{what}: {report:?}");
+    }
+    write_endpoints(world, RED, &reds(world))?;
+    world.settle()
+}
+
+/// Small and the same in every run: a failure can be looked at again.
+struct Dice(u64);
+
+impl Dice {
+    fn roll(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// Some of them, at least one.
+    fn some<'a>(&mut self, places: &[&'a Place]) -> Vec<&'a Place> {
+        let mask = self.roll();
+        let always = usize::try_from(self.roll()).unwrap_or(0) % places.len();
+        let chosen = places.iter().enumerate().filter(|(i, _)| *i == always || mask >> i & 1 == 1);
+        chosen.map(|(_, place)| *place).collect()
+    }
+}
+
+/// `times` changes, one every 10 ms, of red and blue, both families.
+fn churn(world: &World, dice: &mut Dice, times: u32) -> Result<()> {
+    let (reds, blues) = (reds(world), blues(world));
+    let start = Instant::now();
+    for turn in 0..times {
+        let (name, all) = if turn % 3 == 0 { (BLUE, &blues) } else { (RED, &reds) };
+        let family = if dice.roll() & 1 == 0 { Family::V4 } else { Family::V6 };
+        let chosen = dice.some(all);
+        world.write(&slice(name, family, &chosen))?;
+        thread::sleep((Duration::from_millis(10) * (turn + 1)).saturating_sub(start.elapsed()));
+    }
+    Ok(())
+}
+
+fn endpoint_churn(world: &mut World) -> Result<()> {
+    let traffic = Traffic::start(world)?;
+    let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
+    churn(world, &mut dice, 1000)?;
+    let last = [world.pod("r2").clone(), world.pod("r3").clone()];
+    write_endpoints(world, RED, &[&last[0], &last[1]])?;
+    world.settle().context("after the churn")?;
+    served_by(world, 100, &[&last[0], &last[1]]).context("after the churn")?;
+    write_endpoints(world, RED, &reds(world))?;
+    write_endpoints(world, BLUE, &blues(world))?;
+    world.settle()?;
+    traffic.finish()
+}
+
+fn restart(world: &mut World, options: &AgentOptions) -> Result<()> {
+    for number in [1, 2] {
+        world.kill_agent(number)?;
+    }
+    thread::sleep(Duration::from_millis(300));
+    world.start_agents(options)
+}
+
+/// With and without changes going on.
+fn killed(world: &mut World, options: &AgentOptions) -> Result<()> {
+    let traffic = Traffic::start(world)?;
+    let mut dice = Dice(0x2545_f491_4f6c_dd1d);
+    for _ in 0..2 {
+        restart(world, options)?;
+        thread::sleep(Duration::from_millis(500));
+    }
+    for _ in 0..3 {
+        churn(world, &mut dice, 50)?;
+        // In the middle of a change, as likely as not.
+        for number in [1, 2] {
+            world.kill_agent(number)?;
+        }
+        churn(world, &mut dice, 20)?;
+        world.start_agents(options)?;
+    }
+    write_endpoints(world, RED, &reds(world))?;
+    write_endpoints(world, BLUE, &blues(world))?;
+    world.settle()?;
+    served_by(world, 100, &reds(world))?;
+    served_by(world, 101, &blues(world))?;
+    traffic.finish()
+}
+
+fn changed_meanwhile(world: &mut World, options: &AgentOptions) -> Result<()> {
+    for number in [1, 2] {
+        world.kill_agent(number)?;
+    }
+    // The datapath goes on with what it has.
+    served_by(world, 101, &blues(world)).context("with no agent")?;
+    let r2 = world.pod("r2").clone();
+    write_endpoints(world, RED, &[&r2])?;
+    world.write(&service("late", 62))?;
+    write_endpoints(world, "late", &[&r2])?;
+    world.remove(&service(BLUE, 101))?;
+    world.start_agents(options)?;
+    served_by(world, 100, &[&r2])?;
+    served_by(world, 62, &[&r2])?;
+    unanswered(world, 101, None)?;
+    world.leaks().map(drop)
+}
+
+fn idle_restart(world: &mut World, options: &AgentOptions) -> Result<()> {
+    restart(world, options)?;
+    for number in [1, 2] {
+        let writes = world.node(number).metric("proxy_agent_map_writes_total")?;
+        ensure!(writes == 0.0, "node{number}: {writes} map writes after a restart with nothing changed");
+    }
+    Ok(())
+}
