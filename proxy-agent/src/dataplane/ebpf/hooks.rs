@@ -107,6 +107,26 @@ impl Globals {
         })
     }
 
+    /// Sets them in what is about to be loaded.
+    pub(crate) fn give<'a>(&'a self, loader: &mut EbpfLoader<'a>) {
+        let Self {
+            socket_lb,
+            node_netns_cookie,
+            masquerade_ports: (low, high),
+            have_set_retval,
+            have_coarse_clock,
+            log_level,
+        } = self;
+        loader
+            .override_global(globals::SOCKET_LB, socket_lb, true)
+            .override_global(globals::NODE_NETNS_COOKIE, node_netns_cookie, true)
+            .override_global(globals::MASQUERADE_PORT_MIN, low, true)
+            .override_global(globals::MASQUERADE_PORT_MAX, high, true)
+            .override_global(globals::HAVE_SET_RETVAL, have_set_retval, true)
+            .override_global(globals::HAVE_COARSE_CLOCK, have_coarse_clock, true)
+            .override_global(globals::LOG_LEVEL, log_level, true);
+    }
+
     fn digest(&self, object: &[u8], maps: &[(MapName, u32)]) -> u64 {
         let Self { socket_lb, node_netns_cookie, masquerade_ports, have_set_retval, have_coarse_clock, log_level } =
             self;
@@ -191,7 +211,7 @@ fn kernel(what: impl Into<String>) -> impl FnOnce(io::Error) -> DataplaneError {
 }
 
 /// An error with all its causes: the verifier's words are in the last.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
@@ -474,23 +494,8 @@ fn load(
     maps: &[(MapName, u32)],
     map_path: &dyn Fn(MapName) -> PathBuf,
 ) -> Result<Vec<Program>, DataplaneError> {
-    let Globals {
-        socket_lb,
-        node_netns_cookie,
-        masquerade_ports: (low, high),
-        have_set_retval,
-        have_coarse_clock,
-        log_level,
-    } = globals;
     let mut loader = EbpfLoader::new();
-    loader
-        .override_global(globals::SOCKET_LB, socket_lb, true)
-        .override_global(globals::NODE_NETNS_COOKIE, node_netns_cookie, true)
-        .override_global(globals::MASQUERADE_PORT_MIN, low, true)
-        .override_global(globals::MASQUERADE_PORT_MAX, high, true)
-        .override_global(globals::HAVE_SET_RETVAL, have_set_retval, true)
-        .override_global(globals::HAVE_COARSE_CLOCK, have_coarse_clock, true)
-        .override_global(globals::LOG_LEVEL, log_level, true);
+    globals.give(&mut loader);
     for (map, entries) in maps.iter().filter(|(map, _)| !map.is_agents()) {
         loader.map_max_entries(map.as_str(), *entries).map_pin_path(map.as_str(), map_path(*map));
     }
@@ -529,7 +534,7 @@ fn load(
         }
     }
     tracing::info!(programs = programs.len(), took = ?started.elapsed(), "loaded the programs");
-    if *log_level > 0 {
+    if globals.log_level > 0 {
         super::log::drain(&mut ebpf);
     }
     Ok(programs)

@@ -29,6 +29,7 @@ use crate::{
 
 mod alloc;
 mod clsact;
+mod diag;
 mod family;
 mod hooks;
 mod layout;
@@ -36,6 +37,8 @@ mod log;
 mod maps;
 pub mod object;
 mod pins;
+pub mod probe;
+pub mod read;
 mod render;
 mod services;
 mod store;

@@ -1,0 +1,257 @@
+//! Can this node run the eBPF dataplane, and why not: one check a line, each with its remedy. Changes nothing.
+
+use std::{fs, os::fd::AsFd, path::Path};
+
+use aya::{
+    EbpfLoader,
+    maps::MapType,
+    programs::{Program, ProgramType},
+    sys::{BpfHelper, is_helper_supported, is_map_supported, is_program_supported},
+};
+use serde::Serialize;
+
+use super::{Options, SocketLb, hooks, pins};
+
+/// One answer.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Check {
+    pub name: &'static str,
+    pub ok: bool,
+    /// The agent runs without it, with something missing that `detail` names.
+    pub optional: bool,
+    pub detail: String,
+    /// What to do about it; empty where nothing is amiss.
+    pub remedy: String,
+}
+
+impl Check {
+    fn good(name: &'static str, detail: impl Into<String>) -> Self {
+        Self { name, ok: true, optional: false, detail: detail.into(), remedy: String::new() }
+    }
+
+    fn bad(name: &'static str, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { name, ok: false, optional: false, detail: detail.into(), remedy: remedy.into() }
+    }
+
+    fn of(name: &'static str, ok: bool, good: &str, bad: &str, remedy: &str) -> Self {
+        if ok { Self::good(name, good) } else { Self::bad(name, bad, remedy) }
+    }
+
+    fn optional(self) -> Self {
+        Self { optional: true, ..self }
+    }
+}
+
+/// Every check, in the order they matter.
+pub fn probe(options: &Options) -> Vec<Check> {
+    let mut checks = vec![embedded(options)];
+    checks.extend(capabilities());
+    checks.push(kernel());
+    checks.push(btf());
+    checks.push(bpffs(&options.bpffs));
+    if options.socket_lb != SocketLb::Off {
+        checks.push(cgroup(options.cgroup_root.as_deref()));
+        checks.push(helper(
+            "bpf_set_retval",
+            ProgramType::CgroupSockAddr,
+            BpfHelper::BPF_FUNC_set_retval,
+            "a refused connect gets EPERM instead of ECONNREFUSED",
+            "5.18",
+        ));
+    }
+    checks.push(helper(
+        "coarse clock",
+        ProgramType::SchedClassifier,
+        BpfHelper::BPF_FUNC_ktime_get_coarse_ns,
+        "the exact, slower clock is read for each packet",
+        "5.11",
+    ));
+    checks.extend(programs(options));
+    checks.push(inet_diag_destroy());
+    checks.push(forwarding());
+    checks
+}
+
+fn embedded(options: &Options) -> Check {
+    match options.object() {
+        Ok(object) => Check::good("programs", format!("{} KiB embedded", object.len() / 1024)),
+        Err(error) => Check::bad("programs", error.to_string(), "build with `cargo xtask build`"),
+    }
+}
+
+/// Effective capabilities of this process.
+fn capabilities() -> Vec<Check> {
+    const SYS_ADMIN: u32 = 21;
+    let wanted = [("CAP_NET_ADMIN", 12), ("CAP_PERFMON", 38), ("CAP_BPF", 39)];
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let held = status
+        .lines()
+        .find_map(|line| line.strip_prefix("CapEff:"))
+        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
+        .unwrap_or(0);
+    let has = |bit: u32| held & 1 << bit != 0;
+    wanted
+        .into_iter()
+        .map(|(name, bit)| {
+            // Before 5.8 CAP_SYS_ADMIN stands for both of the newer ones, and it still does.
+            let ok = has(bit) || (bit >= 38 && has(SYS_ADMIN));
+            Check::of(
+                name,
+                ok,
+                "held",
+                "missing",
+                &format!("run as root, or add {} to the container's capabilities", name.trim_start_matches("CAP_")),
+            )
+        })
+        .collect()
+}
+
+fn kernel() -> Check {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default().trim().to_owned();
+    let lacking: Vec<&str> = [
+        ("classifier programs", is_program_supported(ProgramType::SchedClassifier)),
+        ("cgroup socket-address programs", is_program_supported(ProgramType::CgroupSockAddr)),
+    ]
+    .into_iter()
+    .filter(|(_, supported)| !matches!(supported, Ok(true)))
+    .map(|(what, _)| what)
+    .chain(
+        [("LRU hash maps", MapType::LruHash), ("socket storage", MapType::SkStorage)]
+            .into_iter()
+            .filter(|(_, kind)| !matches!(is_map_supported(*kind), Ok(true)))
+            .map(|(what, _)| what),
+    )
+    .collect();
+    if lacking.is_empty() {
+        Check::good("kernel", release)
+    } else {
+        Check::bad(
+            "kernel",
+            format!("{release} lacks (or this process may not use) {}", lacking.join(", ")),
+            "use kernel 5.10 or later with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF, and run with the capabilities above",
+        )
+    }
+}
+
+fn btf() -> Check {
+    Check::of(
+        "BTF",
+        Path::new("/sys/kernel/btf/vmlinux").exists(),
+        "/sys/kernel/btf/vmlinux",
+        "/sys/kernel/btf/vmlinux is missing: socket storage maps need type information",
+        "use a kernel with CONFIG_DEBUG_INFO_BTF",
+    )
+}
+
+fn bpffs(path: &Path) -> Check {
+    match pins::is_on_bpffs(path) {
+        Ok(true) => Check::good("bpffs", path.display().to_string()),
+        Ok(false) if path.starts_with("/sys/fs/bpf") => Check::bad(
+            "bpffs",
+            "nothing is mounted at /sys/fs/bpf",
+            "mount -t bpf bpf /sys/fs/bpf (the agent does it if it may)",
+        )
+        .optional(),
+        Ok(false) => Check::bad(
+            "bpffs",
+            format!("{} is not on a bpf filesystem", path.display()),
+            "mount one (`mount -t bpf bpf DIR`) or give --bpffs a path on one",
+        ),
+        Err(error) => Check::bad("bpffs", format!("{}: {error}", path.display()), "give --bpffs a path that exists"),
+    }
+}
+
+fn cgroup(root: Option<&Path>) -> Check {
+    let remedy =
+        "mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with --cgroup-root, or use --socket-lb off";
+    let path = match root {
+        Some(root) => Some(root.to_owned()),
+        None => hooks::cgroup2_root().ok().flatten(),
+    };
+    match path {
+        None => Check::bad("cgroup v2", "not mounted", remedy),
+        Some(path) if path.join("cgroup.controllers").exists() => Check::good("cgroup v2", path.display().to_string()),
+        Some(path) => Check::bad("cgroup v2", format!("{} is no cgroup v2 directory", path.display()), remedy),
+    }
+}
+
+fn helper(name: &'static str, program: ProgramType, helper: BpfHelper, without: &str, since: &str) -> Check {
+    match is_helper_supported(program, helper) {
+        Ok(true) => Check::good(name, "supported"),
+        Ok(false) => Check::bad(name, without, format!("kernel {since} or later")).optional(),
+        Err(error) => {
+            Check::bad(name, format!("cannot be asked: {error}"), "run with CAP_BPF and CAP_PERFMON").optional()
+        }
+    }
+}
+
+/// Loads every program as a dry run, with small maps, pinning nothing; and asks how tc programs can be attached.
+fn programs(options: &Options) -> Vec<Check> {
+    let Ok(object) = options.object() else { return vec![] };
+    let mut loader = EbpfLoader::new();
+    for map in super::layout::MapName::ALL.iter().filter(|map| !map.is_agents() && !map.option().is_empty()) {
+        loader.map_max_entries(map.as_str(), 16);
+    }
+    let globals = match hooks::Globals::of(options) {
+        Ok(globals) => globals,
+        Err(error) => return vec![Check::bad("load", error.to_string(), "run with CAP_BPF and CAP_PERFMON")],
+    };
+    globals.give(&mut loader);
+    let remedy =
+        "run with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; if they are held, report the verifier's words and the kernel";
+    let mut ebpf = match loader.load(object) {
+        Ok(ebpf) => ebpf,
+        Err(error) => return vec![Check::bad("load", hooks::chain(&error), remedy)],
+    };
+    let mut tcx = None;
+    let mut loaded = 0;
+    for (name, program) in ebpf.programs_mut() {
+        let result = match program {
+            Program::CgroupSockAddr(_) if options.socket_lb == SocketLb::Off => continue,
+            Program::CgroupSockAddr(program) => program.load(),
+            Program::SchedClassifier(program) => {
+                let result = program.load();
+                if let (None, Ok(fd)) = (tcx, program.fd()) {
+                    tcx = Some(hooks::has_tcx(fd.as_fd()));
+                }
+                result
+            }
+            _ => continue,
+        };
+        if let Err(error) = result {
+            return vec![Check::bad("load", format!("{name}: {}", hooks::chain(&error)), remedy)];
+        }
+        loaded += 1;
+    }
+    let attach = if tcx == Some(true) { "TCX" } else { "clsact filters (TCX needs kernel 6.6)" };
+    vec![Check::good("load", format!("{loaded} programs pass the verifier")), Check::good("tc", attach)]
+}
+
+/// Asks the socket-diagnostics interface to destroy a socket that does not exist: a kernel without the operation says so.
+fn inet_diag_destroy() -> Check {
+    let without = "sockets still aimed at a removed UDP backend cannot be destroyed; connected UDP clients keep it until they give up";
+    let remedy = "use a kernel with CONFIG_INET_DIAG_DESTROY and run with CAP_NET_ADMIN";
+    match super::diag::can_destroy() {
+        Ok(true) => Check::good("INET_DIAG_DESTROY", "supported"),
+        Ok(false) => Check::bad("INET_DIAG_DESTROY", without, remedy).optional(),
+        Err(error) => Check::bad("INET_DIAG_DESTROY", format!("{without} ({error})"), remedy).optional(),
+    }
+}
+
+fn forwarding() -> Check {
+    let on = |path: &str| fs::read_to_string(path).is_ok_and(|text| text.trim() == "1");
+    let v4 = on("/proc/sys/net/ipv4/ip_forward");
+    let v6 = on("/proc/sys/net/ipv6/conf/all/forwarding") || !Path::new("/proc/sys/net/ipv6").exists();
+    Check::of(
+        "forwarding",
+        v4 && v6,
+        "on for IPv4 and IPv6",
+        match (v4, v6) {
+            (false, false) => "off: the node passes no packets on to pods",
+            (false, true) => "off for IPv4: the node passes no IPv4 packets on to pods",
+            _ => "off for IPv6: the node passes no IPv6 packets on to pods",
+        },
+        "sysctl -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1",
+    )
+    .optional()
+}

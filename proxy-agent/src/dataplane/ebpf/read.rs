@@ -1,0 +1,400 @@
+//! The pinned maps for readers: the CLI, metrics. Opened read-only; works with no agent running.
+//!
+//! A reader runs beside a writing agent, so a frontend may change while it is read; its seal and the generation of its slots
+//! say so, and the entry is read once more.
+
+use std::{
+    collections::BTreeMap,
+    io,
+    net::{IpAddr, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+};
+
+use proxy_common::{
+    Ipv4Be, Ipv6Be,
+    connection::{ConnectionKey, ConnectionValue, flags, hook},
+    counters::{Reason, ServiceCounters},
+    frontend::{FrontendKey, FrontendValue, Range, origin},
+    meta::{Meta, ServiceName},
+    slot::{Slot, SlotV4, SlotV6, Target},
+};
+use serde::Serialize;
+
+use super::{
+    family::Family,
+    hooks::{self, CGROUP_PROGRAMS},
+    layout::{MapName, Sizes},
+    maps::{self, SlotArray},
+    pins::{self, Layout},
+    render, sys,
+};
+use crate::{
+    dataplane::{Fill, Hook},
+    desired::{Algorithm, Verdict},
+    model::Protocol,
+};
+
+#[derive(Debug, thiserror::Error)]
+pub enum ReadError {
+    #[error("{0} holds no pins: no agent with the eBPF dataplane has run here, or --bpffs names another directory")]
+    Nothing(std::path::PathBuf),
+    #[error("{path}: {source}")]
+    Io { path: std::path::PathBuf, source: io::Error },
+}
+
+/// Verdict for each origin.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub struct VerdictRow {
+    pub pod: Verdict,
+    pub node: Verdict,
+    pub external: Verdict,
+}
+
+/// One entry of `frontends`.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct FrontendRow {
+    pub addr: IpAddr,
+    /// 0 for a guard.
+    pub port: u16,
+    /// `None` for a guard.
+    pub protocol: Option<Protocol>,
+    /// What holds for the address where no frontend claims the port.
+    pub guard: bool,
+    pub service_id: u32,
+    /// `namespace/name:port`; empty for a guard.
+    pub service: String,
+    pub verdicts: VerdictRow,
+    pub algorithm: Algorithm,
+    pub affinity_secs: Option<u32>,
+    pub all: Vec<SocketAddr>,
+    pub local: Vec<SocketAddr>,
+    /// The entry changed while it was read, twice; or somebody wrote to it who should not.
+    pub torn: bool,
+}
+
+/// One flow of the per-packet path, as the ingress half tells it: one row for both halves of a pair.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
+pub struct ConnectionRow {
+    /// `TCP`, `UDP`, or a number.
+    pub protocol: String,
+    pub client: SocketAddr,
+    /// What the client aims at; for the masqueraded half of a flow, the node's address.
+    pub frontend: SocketAddr,
+    pub backend: SocketAddr,
+    pub service_id: u32,
+    pub service: String,
+    pub masquerade: bool,
+    pub established: bool,
+    /// Seconds since the last packet in this direction.
+    pub idle_secs: u32,
+}
+
+/// A pin directory, open for reading.
+#[derive(Debug)]
+pub struct Pins {
+    layout: Layout,
+}
+
+type Result<T, E = ReadError> = std::result::Result<T, E>;
+
+impl Pins {
+    pub fn open(bpffs: &Path) -> Result<Self> {
+        let layout = Layout::of(bpffs);
+        match layout.map(MapName::Meta).symlink_metadata() {
+            Ok(_) => Ok(Self { layout }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Err(ReadError::Nothing(bpffs.to_owned())),
+            Err(source) => Err(ReadError::Io { path: layout.maps, source }),
+        }
+    }
+
+    fn fd(&self, map: MapName) -> Result<OwnedFd> {
+        let path = self.layout.map(map);
+        sys::open_read_only(&path).map_err(|source| ReadError::Io { path, source })
+    }
+
+    fn failed(&self, map: MapName) -> impl FnOnce(io::Error) -> ReadError {
+        let path = self.layout.map(map);
+        |source| ReadError::Io { path, source }
+    }
+
+    fn map<K: aya::Pod, V: aya::Pod>(&self, map: MapName) -> Result<sys::Map<K, V>> {
+        sys::Map::new(self.fd(map)?).map_err(self.failed(map))
+    }
+
+    /// Service id → `namespace/name:port`.
+    pub fn names(&self) -> Result<BTreeMap<u32, String>> {
+        let names = self.map::<u32, ServiceName>(MapName::Names)?;
+        let entries = names.entries().map_err(self.failed(MapName::Names))?;
+        Ok(entries.into_iter().map(|(id, name)| (id, name.as_str().to_owned())).collect())
+    }
+
+    pub fn meta(&self) -> Result<Meta> {
+        let meta = self.map::<u32, Meta>(MapName::Meta)?;
+        Ok(meta.get(&0).map_err(self.failed(MapName::Meta))?.unwrap_or_default())
+    }
+
+    /// Whether an agent holds the directory now.
+    pub fn agent_running(&self) -> bool {
+        pins::is_held(&self.layout.root)
+    }
+
+    /// Frontends and guards of both families, sorted.
+    pub fn frontends(&self) -> Result<Vec<FrontendRow>> {
+        let names = self.names()?;
+        let mut rows = self.frontends_of::<Ipv4Be>(&names)?;
+        rows.extend(self.frontends_of::<Ipv6Be>(&names)?);
+        rows.sort_by_key(|row| (row.addr, row.port, row.protocol));
+        Ok(rows)
+    }
+
+    fn frontends_of<A: Family>(&self, names: &BTreeMap<u32, String>) -> Result<Vec<FrontendRow>> {
+        let map = self.map::<A::Key, FrontendValue>(A::FRONTENDS)?;
+        // A reader cannot map a map that it opened read-only for writing; reading is what it wants.
+        let slots = SlotArray::<A::Slot>::new(self.fd(A::SLOTS)?.as_fd(), false).map_err(self.failed(A::SLOTS))?;
+        let mut rows = vec![];
+        for (key, value) in map.entries().map_err(self.failed(A::FRONTENDS))? {
+            let row = frontend_row::<A>(key.into(), &value, &slots, names);
+            let row = if row.torn {
+                match map.get(&key).map_err(self.failed(A::FRONTENDS))? {
+                    Some(value) => frontend_row::<A>(key.into(), &value, &slots, names),
+                    None => continue,
+                }
+            } else {
+                row
+            };
+            rows.push(row);
+        }
+        Ok(rows)
+    }
+
+    /// Flows of the per-packet path, sorted.
+    pub fn connections(&self) -> Result<Vec<ConnectionRow>> {
+        let names = self.names()?;
+        let mut rows = vec![];
+        for (map, established) in [(MapName::EstablishedV4, true), (MapName::HalfOpenV4, false)] {
+            self.connections_of::<Ipv4Be>(map, established, &names, &mut rows)?;
+        }
+        for (map, established) in [(MapName::EstablishedV6, true), (MapName::HalfOpenV6, false)] {
+            self.connections_of::<Ipv6Be>(map, established, &names, &mut rows)?;
+        }
+        rows.sort();
+        rows.dedup();
+        Ok(rows)
+    }
+
+    fn connections_of<A: Family>(
+        &self,
+        map: MapName,
+        established: bool,
+        names: &BTreeMap<u32, String>,
+        rows: &mut Vec<ConnectionRow>,
+    ) -> Result<()>
+    where
+        ConnectionKey<A>: aya::Pod,
+        ConnectionValue<A>: aya::Pod,
+    {
+        let now = monotonic_secs();
+        let entries = self.map::<ConnectionKey<A>, ConnectionValue<A>>(map)?.entries().map_err(self.failed(map))?;
+        for (key, value) in entries {
+            // An egress entry tells what its ingress pair tells; one that waits for a port has no pair yet.
+            let told = key.hook == hook::INGRESS && value.flags & (flags::PENDING | flags::DIRECT) == 0;
+            if !told || !value.is_sealed_for(&key) {
+                continue;
+            }
+            let at = |addr: A, port: proxy_common::Be16| SocketAddr::new(addr.to_ip(), port.to_host());
+            rows.push(ConnectionRow {
+                protocol: Protocol::from_number(key.proto).map_or_else(|| key.proto.to_string(), |p| p.to_string()),
+                client: at(key.src, key.sport),
+                frontend: at(key.dst, key.dport),
+                backend: at(value.addr, value.port),
+                service_id: value.service,
+                service: names.get(&value.service).cloned().unwrap_or_default(),
+                masquerade: value.flags & flags::MASQUERADE != 0,
+                established,
+                idle_secs: now.saturating_sub(value.seen),
+            });
+        }
+        Ok(())
+    }
+
+    /// By service id, summed over CPUs.
+    pub fn service_counters(&self) -> Result<BTreeMap<u32, ServiceCounters>> {
+        let mut counters = BTreeMap::new();
+        self.each_per_cpu(MapName::ServiceCounters, |key, cpus| {
+            let mut sum = ServiceCounters::default();
+            for cpu in cpus.chunks_exact(size_of::<ServiceCounters>()) {
+                let words = words(cpu);
+                let [connections, packets, bytes, refused] = words;
+                sum.connections += connections;
+                sum.packets += packets;
+                sum.bytes += bytes;
+                sum.refused += refused;
+            }
+            counters.insert(key, sum);
+        })?;
+        Ok(counters)
+    }
+
+    /// Every reason, summed over CPUs; in order.
+    pub fn reasons(&self) -> Result<Vec<(Reason, u64)>> {
+        let mut counts = BTreeMap::new();
+        self.each_per_cpu(MapName::Reasons, |index, cpus| {
+            let sum: u64 = cpus.chunks_exact(8).map(|cpu| words::<1>(cpu).iter().sum::<u64>()).sum();
+            counts.insert(index, sum);
+        })?;
+        Ok(Reason::ALL.into_iter().map(|r| (r, counts.get(&(r as u32)).copied().unwrap_or(0))).collect())
+    }
+
+    /// Calls `each` with a key and all its CPUs' values.
+    fn each_per_cpu(&self, map: MapName, mut each: impl FnMut(u32, &[u8])) -> Result<()> {
+        let fd = self.fd(map)?;
+        let size = maps::value_size(map).map_err(self.failed(map))?;
+        let mut entry = |key: &[u8], value: &[u8]| {
+            if let Some(key) = key.first_chunk() {
+                each(u32::from_ne_bytes(*key), value);
+            }
+        };
+        sys::dump(fd.as_fd(), 4, size, &mut entry).map_err(self.failed(map))
+    }
+
+    /// How full the maps are. Counts entries: costs a walk over the larger maps.
+    pub fn fill(&self) -> Result<Vec<Fill>> {
+        let mut fill = vec![];
+        for map in MapName::ALL.iter().copied() {
+            let entries = match map {
+                MapName::SlotsV4 => self.slots_used::<Ipv4Be>()?,
+                MapName::SlotsV6 => self.slots_used::<Ipv6Be>()?,
+                // Socket storage has no size, the others are always full.
+                MapName::PeersV4 | MapName::PeersV6 | MapName::Reasons | MapName::Meta => continue,
+                _ => {
+                    let info = map.info(&Sizes::default());
+                    let value = maps::value_size(map).map_err(self.failed(map))?;
+                    let mut count = 0;
+                    sys::dump(self.fd(map)?.as_fd(), info.key as usize, value, |_, _| count += 1)
+                        .map_err(self.failed(map))?;
+                    count
+                }
+            };
+            let capacity = sys::map_info(self.fd(map)?.as_fd()).map_err(self.failed(map))?.max_entries;
+            fill.push(Fill { map: map.to_string(), entries, capacity: u64::from(capacity), option: map.option() });
+        }
+        Ok(fill)
+    }
+
+    /// Slots that some frontend points at.
+    fn slots_used<A: Family>(&self) -> Result<u64> {
+        let map = self.map::<A::Key, FrontendValue>(A::FRONTENDS)?;
+        let mut ranges: Vec<(u32, u16)> = map
+            .entries()
+            .map_err(self.failed(A::FRONTENDS))?
+            .into_iter()
+            .flat_map(|(_, value)| [value.all(), value.local()])
+            .map(|range| (range.base, range.count))
+            .collect();
+        ranges.sort_unstable();
+        ranges.dedup();
+        Ok(ranges.into_iter().map(|(_, count)| u64::from(count)).sum())
+    }
+
+    /// Pinned links that are attached. (Filters of the clsact fallback have no pins; the running agent knows them.)
+    pub fn hooks(&self) -> Result<Vec<Hook>> {
+        let names = hooks::list(&self.layout.links)
+            .map_err(|source| ReadError::Io { path: self.layout.links.clone(), source })?;
+        let mut found = vec![];
+        for name in names {
+            let Ok(info) = sys::open(&self.layout.links.join(&name)).and_then(|link| sys::link_info(link.as_fd()))
+            else {
+                continue;
+            };
+            if info.target == 0 {
+                continue;
+            }
+            let hook = if let Some((index, direction)) = hooks::parse_tcx_name(&name) {
+                Hook {
+                    kind: format!("tcx/{direction}"),
+                    target: interface_name(index).unwrap_or_else(|| format!("interface {index}")),
+                    program: self.program_name(info.program_id).unwrap_or_else(|| format!("tc_{direction}")),
+                }
+            } else if CGROUP_PROGRAMS.iter().any(|(program, _)| *program == name) {
+                Hook { kind: format!("cgroup/{name}"), target: format!("cgroup {}", info.target), program: name }
+            } else {
+                continue;
+            };
+            found.push(hook);
+        }
+        Ok(found)
+    }
+
+    /// The pinned program of this id.
+    fn program_name(&self, id: u32) -> Option<String> {
+        hooks::list(&self.layout.programs).ok()?.into_iter().find(|name| {
+            sys::open(&self.layout.programs.join(name))
+                .and_then(|fd| sys::program_id(fd.as_fd()))
+                .is_ok_and(|i| i == id)
+        })
+    }
+}
+
+fn words<const N: usize>(bytes: &[u8]) -> [u64; N] {
+    let mut words = [0; N];
+    for (word, chunk) in words.iter_mut().zip(bytes.chunks_exact(8)) {
+        *word = chunk.first_chunk().map_or(0, |c| u64::from_ne_bytes(*c));
+    }
+    words
+}
+
+fn frontend_row<A: Family>(
+    key: FrontendKey<A>,
+    value: &FrontendValue,
+    slots: &SlotArray<A::Slot>,
+    names: &BTreeMap<u32, String>,
+) -> FrontendRow {
+    let mut torn = !value.is_sealed_for(&key);
+    let mut backends = |range: Range| -> Vec<SocketAddr> {
+        (0..u32::from(range.count))
+            .filter_map(|offset| {
+                let slot = slots.read(range.base.wrapping_add(offset));
+                let Some(Target { addr, port }) = slot.decode(range.generation) else {
+                    torn = true;
+                    return None;
+                };
+                Some(SocketAddr::new(addr.to_ip(), port.to_host()))
+            })
+            .collect()
+    };
+    let (all, local) = (backends(value.all()), backends(value.local()));
+    let verdict = |origin: usize| render::verdict_of(value.verdicts.get(origin).copied().unwrap_or_default());
+    FrontendRow {
+        addr: key.addr.to_ip(),
+        port: key.port.to_host(),
+        protocol: Protocol::from_number(key.proto),
+        guard: key.is_guard(),
+        service_id: value.service,
+        service: names.get(&value.service).cloned().unwrap_or_default(),
+        verdicts: VerdictRow {
+            pod: verdict(origin::POD),
+            node: verdict(origin::NODE),
+            external: verdict(origin::EXTERNAL),
+        },
+        algorithm: render::algorithm_of(value.algorithm),
+        affinity_secs: Some(value.affinity_secs).filter(|secs| *secs > 0),
+        all,
+        local,
+        torn,
+    }
+}
+
+/// The clock of the connection table.
+fn monotonic_secs() -> u32 {
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    u32::try_from(now.tv_sec).unwrap_or(u32::MAX)
+}
+
+/// The device's name, if it is in this network namespace.
+fn interface_name(index: u32) -> Option<String> {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::DGRAM, None).ok()?;
+    rustix::net::netdevice::index_to_name(&socket, index).ok()
+}
+
+const _: () = assert!(size_of::<SlotV4>() == 8 && size_of::<SlotV6>() == 24);
