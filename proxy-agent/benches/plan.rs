@@ -1,0 +1,46 @@
+//! The plan alone: all of a large cluster (bar: 10k Services with 100k endpoints within 50 ms), and one change in clusters
+//! of growing size (bar: the size does not show; bench C4).
+
+mod common;
+
+use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use proxy_agent::{
+    model::{Event, index::Touched},
+    plan::{Defaults, Planner},
+};
+
+fn full(c: &mut Criterion) {
+    let mut group = c.benchmark_group("full plan, by services");
+    group.sample_size(20);
+    for services in [100, 1_000, 10_000] {
+        let index = common::index(services);
+        group.bench_function(BenchmarkId::from_parameter(services), |b| {
+            b.iter_with_large_drop(|| {
+                let mut planner = Planner::new(Defaults::default());
+                planner.full(index.snapshot());
+                planner
+            });
+        });
+    }
+}
+
+fn change(c: &mut Criterion) {
+    let mut group = c.benchmark_group("one endpoint changes, by services");
+    for services in [100, 1_000, 10_000, 50_000] {
+        let mut index = common::index(services);
+        let mut planner = Planner::new(Defaults::default());
+        planner.full(index.snapshot());
+        let mut version = 0;
+        group.bench_function(BenchmarkId::from_parameter(services), |b| {
+            b.iter(|| {
+                version += 1;
+                let mut touched = Touched::default();
+                index.apply(Event::Slice(common::slice(version / 2 * 37 % services, version)), &mut touched);
+                planner.update(index.snapshot(), &touched.services)
+            });
+        });
+    }
+}
+
+criterion_group!(benches, full, change);
+criterion_main!(benches);
