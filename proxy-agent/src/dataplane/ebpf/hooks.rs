@@ -127,7 +127,7 @@ impl Globals {
             .override_global(globals::LOG_LEVEL, log_level, true);
     }
 
-    fn digest(&self, object: &[u8], maps: &[(MapName, u32)]) -> u64 {
+    fn digest(&self, object: &[u8], programs: &[&str], maps: &[(MapName, u32)]) -> u64 {
         let Self { socket_lb, node_netns_cookie, masquerade_ports, have_set_retval, have_coarse_clock, log_level } =
             self;
         let mut digest = Digest::new()
@@ -136,6 +136,9 @@ impl Globals {
             .bytes(&node_netns_cookie.to_le_bytes())
             .bytes(&masquerade_ports.0.to_le_bytes())
             .bytes(&masquerade_ports.1.to_le_bytes());
+        for program in programs {
+            digest = digest.bytes(program.as_bytes());
+        }
         // Programs hold on to their maps: other maps need other programs.
         for (map, entries) in maps {
             digest = digest.bytes(map.as_str().as_bytes()).bytes(&entries.to_le_bytes());
@@ -235,25 +238,31 @@ impl Hooks {
     ) -> Result<Self, DataplaneError> {
         let object = options.object()?;
         let globals = Globals::of(options)?;
-        let meta = Meta {
-            layout: LAYOUT_VERSION,
-            pad: 0,
-            programs: globals.digest(object, maps),
-            node_netns_cookie: globals.node_netns_cookie,
-        };
         let wanted: Vec<&'static str> = match options.socket_lb {
             SocketLb::Off => TC_PROGRAMS.to_vec(),
             SocketLb::All | SocketLb::Node => {
                 CGROUP_PROGRAMS.iter().map(|(name, _)| *name).chain(TC_PROGRAMS).collect()
             }
         };
+        let meta = Meta {
+            layout: LAYOUT_VERSION,
+            pad: 0,
+            programs: globals.digest(object, &wanted, maps),
+            node_netns_cookie: globals.node_netns_cookie,
+        };
         if found.node_netns_cookie != 0 && found.node_netns_cookie != meta.node_netns_cookie {
             // Interface indexes in the names of the links mean devices of another namespace.
             remove_links(layout, |name| name.starts_with("tcx-"))
                 .map_err(kernel("links of another network namespace"))?;
         }
-        // A logger can only be had from programs loaded by this process.
-        let adopted = if *found == meta && options.log_level == 0 { open_programs(layout, &wanted).ok() } else { None };
+        // Programs whose maps lost their pins would go on with maps that nobody else sees. And a logger can only be had from
+        // programs loaded by this process.
+        let all_pinned = maps.iter().all(|(map, _)| layout.map(*map).exists());
+        let adopted = if *found == meta && all_pinned && options.log_level == 0 {
+            open_programs(layout, &wanted).ok()
+        } else {
+            None
+        };
         let programs = match adopted {
             Some(programs) => {
                 tracing::info!(programs = programs.len(), "adopted the pinned programs");

@@ -1,4 +1,4 @@
-//! The pinned maps for readers: the CLI, metrics. Opened read-only; works with no agent running.
+//! The pinned maps for readers: the CLI, metrics. Opened or mapped read-only; works with no agent running.
 //!
 //! A reader runs beside a writing agent, so a frontend may change while it is read; its seal and the generation of its slots
 //! say so, and the entry is read once more.
@@ -150,8 +150,10 @@ impl Pins {
 
     fn frontends_of<A: Family>(&self, names: &BTreeMap<u32, String>) -> Result<Vec<FrontendRow>> {
         let map = self.map::<A::Key, FrontendValue>(A::FRONTENDS)?;
-        // A reader cannot map a map that it opened read-only for writing; reading is what it wants.
-        let slots = SlotArray::<A::Slot>::new(self.fd(A::SLOTS)?.as_fd(), false).map_err(self.failed(A::SLOTS))?;
+        // The kernel shares the pages of a map only through a descriptor that may write; the mapping itself is read-only.
+        let slots = sys::open(&self.layout.map(A::SLOTS))
+            .and_then(|fd| SlotArray::<A::Slot>::new(fd.as_fd(), false))
+            .map_err(self.failed(A::SLOTS))?;
         let mut rows = vec![];
         for (key, value) in map.entries().map_err(self.failed(A::FRONTENDS))? {
             let row = frontend_row::<A>(key.into(), &value, &slots, names);

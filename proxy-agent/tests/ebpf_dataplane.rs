@@ -1,0 +1,435 @@
+//! The eBPF dataplane in the kernel: pins, adoption, swaps, lost hooks, full maps. Needs root and the object; else skipped.
+//!
+//! Each test has its own network namespace (its thread's), cgroup and pin directory, and removes them.
+
+use std::{
+    collections::BTreeMap,
+    env, fs,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use proxy_agent::{
+    dataplane::{
+        Dataplane, Failure,
+        ebpf::{Ebpf, Options, Sizes, SocketLb, Tc, probe::probe, read::Pins},
+    },
+    desired::{
+        Action, Algorithm, Backend, DesiredState, Device, DeviceRole, Devices, Frontend, FrontendKind, FrontendSpec,
+        Verdict, Verdicts,
+    },
+    model::{Protocol, ServiceKey, ServicePortName},
+};
+
+const BPFFS: &str = "/sys/fs/bpf";
+
+fn skip() -> Option<String> {
+    if !rustix::process::geteuid().is_root() {
+        return Some("not root".into());
+    }
+    match env::var_os("PROXY_EBPF_OBJECT") {
+        None => Some("PROXY_EBPF_OBJECT names no object (cargo xtask build-ebpf)".into()),
+        Some(object) if !Path::new(&object).is_file() => Some(format!("no object at {}", Path::new(&object).display())),
+        Some(_) if cgroup_root().is_none() => Some("no cgroup v2 is mounted".into()),
+        Some(_) => None,
+    }
+}
+
+fn cgroup_root() -> Option<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let line = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2"))?;
+    line.split(' ').nth(1).map(PathBuf::from)
+}
+
+/// What one test has for itself.
+struct World {
+    options: Options,
+}
+
+impl World {
+    /// `None` where the test is to be skipped.
+    fn new(test: &str) -> Option<Self> {
+        if let Some(reason) = skip() {
+            println!("SKIP {test}: {reason}");
+            return None;
+        }
+        let object: &'static [u8] = fs::read(env::var_os("PROXY_EBPF_OBJECT").unwrap()).unwrap().leak();
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let name = format!("dataplane-{test}-{}", std::process::id());
+        let cgroup = cgroup_root().unwrap().join(&name);
+        fs::create_dir(&cgroup).unwrap();
+        let options = Options {
+            bpffs: Path::new(BPFFS).join(&name),
+            cgroup_root: Some(cgroup),
+            sizes: Sizes {
+                frontends: 256,
+                slots: 1024,
+                services: 256,
+                connections: 256,
+                half_open: 256,
+                datagrams: 256,
+            },
+            object: Some(object),
+            ..Options::default()
+        };
+        Some(Self { options })
+    }
+
+    fn open(&self) -> Ebpf {
+        Ebpf::open(&self.options).unwrap()
+    }
+
+    fn pins(&self) -> Pins {
+        Pins::open(&self.options.bpffs).unwrap()
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        let _ = Ebpf::remove(&self.options.bpffs);
+        let _ = fs::remove_dir_all(&self.options.bpffs);
+        let _ = fs::remove_dir(self.options.cgroup_root.as_ref().unwrap());
+    }
+}
+
+fn sh(command: &str) -> String {
+    let output = Command::new("sh").args(["-c", command]).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+fn frontend(n: u8, v6: bool) -> Frontend {
+    Frontend {
+        addr: if v6 { IpAddr::from([0xfd96, 0, 0, 0, 0, 0, 0, u16::from(n)]) } else { IpAddr::from([10, 96, 0, n]) },
+        port: 80.try_into().unwrap(),
+        protocol: Protocol::Tcp,
+    }
+}
+
+fn spec(n: u8, v6: bool, backends: std::ops::Range<u8>) -> Arc<FrontendSpec> {
+    let backend = |b: u8| Backend {
+        addr: if v6 {
+            IpAddr::from([0xfd00, u16::from(n), 0, 0, 0, 0, 0, u16::from(b)])
+        } else {
+            IpAddr::from([10, n, 0, b])
+        },
+        port: 8080.try_into().unwrap(),
+    };
+    let pick = |masquerade| Verdict { action: Action::PickAll, masquerade };
+    Arc::new(FrontendSpec {
+        service: ServicePortName {
+            service: ServiceKey::new("default", &format!("web{n}")),
+            port: "http".into(),
+            protocol: Protocol::Tcp,
+        },
+        kind: FrontendKind::ClusterIp,
+        all: backends.map(backend).collect(),
+        local: [].into(),
+        verdicts: Verdicts { pod: pick(false), node: pick(false), external: pick(true) },
+        algorithm: Algorithm::Random,
+        affinity_secs: None,
+    })
+}
+
+/// Services 1..=count over both families, three backends each, guards for IPv4.
+fn state(count: u8) -> DesiredState {
+    let mut state = DesiredState::default();
+    for n in 1..=count {
+        for v6 in [false, true] {
+            state.frontends.insert(frontend(n, v6), spec(n, v6, 1..4));
+        }
+        state.guards.insert(frontend(n, false).addr);
+    }
+    state
+}
+
+/// Two veths of fixed indexes.
+fn devices() -> Devices {
+    sh(
+        "ip link add veth-a index 701 type veth peer name peer-a && ip link add veth-b index 702 type veth peer name peer-b",
+    );
+    device_list(&[(701, "veth-a"), (702, "veth-b")])
+}
+
+fn device_list(devices: &[(u32, &str)]) -> Devices {
+    devices
+        .iter()
+        .map(|(index, name)| {
+            let device = Device {
+                name: (*name).into(),
+                role: DeviceRole::Pod,
+                ethernet: true,
+                source4: Some([192, 168, 0, 1].into()),
+                source6: None,
+            };
+            (*index, device)
+        })
+        .collect()
+}
+
+/// As the loop does it at start.
+fn start(ebpf: &mut Ebpf, state: &DesiredState, devices: &Devices) -> u64 {
+    let resync = ebpf.resync(state);
+    assert!(resync.is_clean(), "{resync:?}");
+    let report = ebpf.set_devices(devices);
+    assert!(report.is_clean(), "{report:?}");
+    ebpf.activate().unwrap();
+    let drift = ebpf.observe().unwrap();
+    assert!(drift.is_empty(), "{drift:?}");
+    resync.writes + report.writes
+}
+
+fn assert_holds(pins: &Pins, state: &DesiredState) {
+    let rows: BTreeMap<_, _> =
+        pins.frontends().unwrap().into_iter().map(|row| ((row.addr, row.port, row.protocol), row)).collect();
+    assert_eq!(rows.len(), state.frontends.len() + state.guards.len());
+    for (frontend, spec) in &state.frontends {
+        let row = &rows[&(frontend.addr, frontend.port.get(), Some(frontend.protocol))];
+        assert!(!row.torn && !row.guard);
+        assert_eq!(row.service, spec.service.to_string());
+        let all: Vec<_> = spec.all.iter().map(|b| std::net::SocketAddr::new(b.addr, b.port.get())).collect();
+        assert_eq!(row.all, all);
+        assert_eq!(row.verdicts.external, spec.verdicts.external);
+    }
+    for guard in &state.guards {
+        assert!(rows[&(*guard, 0, None)].guard);
+    }
+}
+
+/// Ids of the programs in force, by hook; a fresh load changes them.
+fn program_ids(world: &World) -> BTreeMap<String, u32> {
+    let links = world.options.bpffs.join("v1/links");
+    fs::read_dir(links)
+        .unwrap()
+        .map(|entry| {
+            let path = entry.unwrap().path();
+            let link = aya::programs::links::FdLink::from(aya::programs::links::PinnedLink::from_pin(&path).unwrap());
+            (path.file_name().unwrap().to_str().unwrap().to_owned(), link.info().unwrap().program_id())
+        })
+        .collect()
+}
+
+fn link_ids(world: &World) -> BTreeMap<String, u32> {
+    let links = world.options.bpffs.join("v1/links");
+    fs::read_dir(links)
+        .unwrap()
+        .map(|entry| {
+            let path = entry.unwrap().path();
+            let link = aya::programs::links::FdLink::from(aya::programs::links::PinnedLink::from_pin(&path).unwrap());
+            (path.file_name().unwrap().to_str().unwrap().to_owned(), link.info().unwrap().id())
+        })
+        .collect()
+}
+
+#[test]
+fn a_restart_adopts_everything_and_writes_nothing() {
+    let Some(world) = World::new("restart") else { return };
+    let (state, devices) = (state(20), devices());
+    let mut first = world.open();
+    assert!(start(&mut first, &state, &devices) > 0);
+    assert_eq!(first.hooks().len(), 8 + 2 * 2);
+    assert_holds(&world.pins(), &state);
+    assert!(world.pins().agent_running());
+    let refused = Ebpf::open(&world.options).unwrap_err().to_string();
+    assert!(refused.contains("another agent") && refused.contains(&std::process::id().to_string()), "{refused}");
+    let (programs, links) = (program_ids(&world), link_ids(&world));
+    drop(first);
+    assert!(!world.pins().agent_running());
+
+    let began = Instant::now();
+    let mut second = world.open();
+    assert_eq!(start(&mut second, &state, &devices), 0, "nothing changed, nothing written");
+    let took = began.elapsed();
+    assert_eq!((program_ids(&world), link_ids(&world)), (programs, links));
+    assert!(took < Duration::from_millis(400), "{took:?}");
+    assert_holds(&world.pins(), &state);
+    assert_eq!(world.pins().hooks().unwrap().len(), 12);
+}
+
+#[test]
+fn other_programs_are_swapped_into_the_same_links() {
+    let Some(mut world) = World::new("swap") else { return };
+    let (state, devices) = (state(2), devices());
+    start(&mut world.open(), &state, &devices);
+    let (programs, links) = (program_ids(&world), link_ids(&world));
+    world.options.masquerade_ports = (2048, 4096);
+    start(&mut world.open(), &state, &devices);
+    let now = program_ids(&world);
+    assert_eq!(link_ids(&world), links, "the links themselves stay");
+    assert!(now.iter().all(|(hook, id)| programs[hook] != *id), "{programs:?} {now:?}");
+
+    // Connect-time translation off: those links and programs go, the others stay.
+    world.options.socket_lb = SocketLb::Off;
+    let mut ebpf = world.open();
+    start(&mut ebpf, &state, &devices);
+    assert_eq!(ebpf.hooks().len(), 4);
+    assert_eq!(program_ids(&world).len(), 4);
+    let programs: Vec<_> = fs::read_dir(world.options.bpffs.join("v1/programs"))
+        .unwrap()
+        .map(|e| e.unwrap().file_name().into_string().unwrap())
+        .collect();
+    assert!(programs.iter().all(|p| p.starts_with("tc_")), "{programs:?}");
+}
+
+#[test]
+fn lost_hooks_are_noticed_and_put_back() {
+    let Some(world) = World::new("lost") else { return };
+    let (state, devices) = (state(2), devices());
+    let mut ebpf = world.open();
+    start(&mut ebpf, &state, &devices);
+
+    // The device of index 701 goes and another comes with the same index.
+    sh("ip link del veth-a && ip link add veth-c index 701 type veth peer name peer-c");
+    // Somebody unpins a link.
+    fs::remove_file(world.options.bpffs.join("v1/links/connect4")).unwrap();
+    let mut lost = ebpf.observe().unwrap().hooks;
+    lost.sort();
+    assert_eq!(lost.len(), 3, "{lost:?}");
+    assert!(lost[0].starts_with("cgroup/connect4") && lost[1].starts_with("tcx/egress veth-a"), "{lost:?}");
+    let devices = device_list(&[(701, "veth-c"), (702, "veth-b")]);
+    assert!(ebpf.set_devices(&devices).is_clean());
+    ebpf.activate().unwrap();
+    assert!(ebpf.observe().unwrap().is_empty());
+
+    // A device that is not wanted any more.
+    assert!(ebpf.set_devices(&device_list(&[(702, "veth-b")])).is_clean());
+    assert_eq!(program_ids(&world).keys().filter(|name| name.starts_with("tcx")).count(), 2);
+    // A device that is not there is no failure: it is about to be reported gone.
+    assert!(ebpf.set_devices(&device_list(&[(702, "veth-b"), (9999, "ghost")])).is_clean());
+}
+
+#[test]
+fn half_pinned_states_are_completed() {
+    let Some(world) = World::new("half") else { return };
+    let (state, devices) = (state(2), devices());
+    // Dies after loading: programs and maps pinned, nothing attached, `meta` empty.
+    drop(world.open());
+    start(&mut world.open(), &state, &devices);
+    for victim in ["v1/programs/connect4", "v1/links/tcx-701-ingress", "v1/links/sendmsg6", "v1/maps/reasons"] {
+        fs::remove_file(world.options.bpffs.join(victim)).unwrap();
+        let mut ebpf = world.open();
+        start(&mut ebpf, &state, &devices);
+        assert_eq!(ebpf.hooks().len(), 12, "{victim}");
+        assert!(world.options.bpffs.join(victim).exists(), "{victim}");
+    }
+    assert_holds(&world.pins(), &state);
+}
+
+#[test]
+fn clsact_serves_where_tcx_is_missing() {
+    let Some(mut world) = World::new("clsact") else { return };
+    world.options.tc = Tc::Clsact;
+    let (state, devices) = (state(2), devices());
+    let mut ebpf = world.open();
+    let program = world.options.bpffs.join("v1/programs/tc_ingress_ether");
+    sh(&format!(
+        "tc qdisc add dev veth-a clsact && tc filter add dev veth-a ingress prio 7 bpf da pinned {}",
+        program.display()
+    ));
+    start(&mut ebpf, &state, &devices);
+    assert_eq!(ebpf.hooks().iter().filter(|h| h.kind.starts_with("clsact/")).count(), 4);
+    let shown = sh("tc filter show dev veth-a ingress; tc filter show dev veth-b egress");
+    assert!(shown.contains("tc_ingress_ether") && shown.contains("tc_egress_ether"), "{shown}");
+    drop(ebpf);
+    let mut ebpf = world.open();
+    assert_eq!(start(&mut ebpf, &state, &devices), 0);
+    sh("tc filter del dev veth-b egress prio 80");
+    assert_eq!(ebpf.observe().unwrap().hooks, ["clsact/egress veth-b"]);
+    ebpf.activate().unwrap();
+    assert!(ebpf.observe().unwrap().is_empty());
+    assert!(ebpf.set_devices(&device_list(&[(701, "veth-a")])).is_clean());
+    assert!(!sh("tc filter show dev veth-b egress").contains("tc_egress"));
+    ebpf.teardown().unwrap();
+    let shown = sh("tc filter show dev veth-a ingress");
+    assert!(shown.contains("pref 7 ") && !shown.contains("pref 80 "), "a foreign filter stays, ours goes: {shown}");
+}
+
+#[test]
+fn a_full_map_fails_one_frontend_and_leaves_the_others() {
+    let Some(mut world) = World::new("full") else { return };
+    world.options.sizes.frontends = 4;
+    world.options.sizes.slots = 16;
+    let mut ebpf = world.open();
+    let mut small = state(2);
+    assert!(ebpf.resync(&small).is_clean());
+    let report = ebpf.resync(&state(3));
+    assert_eq!(report.failed.len() + report.failed_guards.len(), 2, "{report:?}");
+    let Some(Failure::Retry(why)) = report.failed.get(&frontend(3, false)) else { panic!("{report:?}") };
+    assert!(why.contains("frontends_v4 is full (4 entries): raise --map-frontends"), "{why}");
+    // All of the first two hold; the third stands over IPv6, where there was room.
+    small.frontends.insert(frontend(3, true), spec(3, true, 1..4));
+    assert_holds(&world.pins(), &small);
+    let full = world.pins().fill().unwrap().into_iter().find(|f| f.map == "frontends_v4").unwrap();
+    assert_eq!((full.entries, full.capacity, full.option), (4, 4, "--map-frontends"));
+    // More backends than there are slots.
+    let mut large = small.clone();
+    large.frontends.insert(frontend(1, true), spec(1, true, 1..40));
+    let report = ebpf.resync(&large);
+    let Some(Failure::Retry(why)) = report.failed.get(&frontend(1, true)) else { panic!("{report:?}") };
+    assert!(why.contains("slots_v6") && why.contains("--map-slots"), "{why}");
+    assert_holds(&world.pins(), &small);
+}
+
+#[test]
+fn maps_change_their_size_and_keep_what_is_in_them() {
+    let Some(mut world) = World::new("resize") else { return };
+    let (state, devices) = (state(10), devices());
+    start(&mut world.open(), &state, &devices);
+    let links = link_ids(&world);
+    world.options.sizes =
+        Sizes { frontends: 512, slots: 2048, services: 128, connections: 512, half_open: 128, datagrams: 512 };
+    let mut ebpf = world.open();
+    assert_eq!(start(&mut ebpf, &state, &devices), 0, "the entries came along");
+    assert_eq!(link_ids(&world), links);
+    let fill = world.pins().fill().unwrap();
+    let capacity = |map: &str| fill.iter().find(|f| f.map == map).unwrap().capacity;
+    assert_eq!((capacity("frontends_v4"), capacity("slots_v6"), capacity("established_v4")), (512, 2048, 512));
+    assert_holds(&world.pins(), &state);
+    drop(ebpf);
+    assert_eq!(start(&mut world.open(), &state, &devices), 0, "and the next restart is an ordinary one");
+    world.options.sizes.frontends = 8;
+    let refused = Ebpf::open(&world.options).unwrap_err().to_string();
+    assert!(refused.contains("--map-frontends 8") && refused.contains("20 entries"), "{refused}");
+}
+
+#[test]
+fn teardown_leaves_nothing() {
+    let Some(world) = World::new("teardown") else { return };
+    let mut ebpf = world.open();
+    start(&mut ebpf, &state(2), &devices());
+    ebpf.teardown().unwrap();
+    assert!(!world.options.bpffs.exists());
+    drop(ebpf);
+    assert!(Pins::open(&world.options.bpffs).unwrap_err().to_string().contains("holds no pins"));
+    Ebpf::remove(&world.options.bpffs).unwrap();
+}
+
+#[test]
+fn a_map_of_another_layout_is_refused() {
+    let Some(world) = World::new("layout") else { return };
+    drop(world.open());
+    let maps = world.options.bpffs.join("v1/maps");
+    fs::remove_file(maps.join("frontends_v4")).unwrap();
+    fs::rename(maps.join("frontends_v6"), maps.join("frontends_v4")).unwrap();
+    let refused = Ebpf::open(&world.options).unwrap_err().to_string();
+    assert!(refused.contains("frontends_v4") && refused.contains("another layout"), "{refused}");
+}
+
+#[test]
+fn every_check_names_its_remedy() {
+    let Some(world) = World::new("probe") else { return };
+    let checks = probe(&world.options);
+    for name in ["programs", "CAP_BPF", "kernel", "cgroup v2", "load", "tc", "INET_DIAG_DESTROY", "forwarding"] {
+        let check = checks.iter().find(|c| c.name == name).unwrap_or_else(|| panic!("no check {name}: {checks:#?}"));
+        assert!(check.ok || !check.remedy.is_empty(), "{check:?}");
+        assert!(check.ok || check.optional, "{check:?}");
+    }
+    let mut options = world.options.clone();
+    options.cgroup_root = Some("/proc".into());
+    options.bpffs = "/tmp/pins".into();
+    let failed: Vec<_> = probe(&options).into_iter().filter(|c| !c.ok && !c.optional).map(|c| c.name).collect();
+    assert_eq!(failed, ["bpffs", "cgroup v2"]);
+}
