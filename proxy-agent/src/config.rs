@@ -1,1 +1,246 @@
-//! (module)
+//! The values of the configuration: how they are written, their defaults, and what is odd about them.
+//!
+//! Nothing here reads a command line or a file (`cli` does) or acts on a value (everything else does).
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+    ops::RangeInclusive,
+    path::Path,
+    str::FromStr,
+    time::Duration,
+};
+
+/// Where the pins are, unless told otherwise.
+pub const BPFFS: &str = "/sys/fs/bpf/proxy-agent";
+/// Port of the health server, where kube-proxy has it.
+pub const HEALTHZ_PORT: u16 = 10256;
+/// Port of the metrics server, where kube-proxy has it.
+pub const METRICS_PORT: u16 = 10249;
+
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+pub enum ConfigError {
+    #[error("{0} is not available in this version; use auto or ebpf")]
+    Mode(&'static str),
+    #[error("{0:?} is no mode; the modes are auto and ebpf")]
+    UnknownMode(String),
+    #[error("{0:?} is no range of ports; write it as MIN-MAX, for example 1024-29999")]
+    Ports(String),
+    #[error("{0:?} is no duration; write it as 500ms, 30s, 1m30s or 1h")]
+    Duration(String),
+    #[error("{0:?} is no address to listen on; write it as ADDRESS:PORT, [ADDRESS]:PORT, ADDRESS, or leave it empty")]
+    Bind(String),
+}
+
+/// Which dataplane; there is one as yet, so both lead to it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum ProxyMode {
+    #[default]
+    Auto,
+    Ebpf,
+}
+
+impl FromStr for ProxyMode {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "ebpf" => Ok(Self::Ebpf),
+            "nftables" => Err(ConfigError::Mode("nftables")),
+            "iptables" => Err(ConfigError::Mode("iptables")),
+            "ipvs" => Err(ConfigError::Mode("ipvs")),
+            other => Err(ConfigError::UnknownMode(other.to_owned())),
+        }
+    }
+}
+
+impl fmt::Display for ProxyMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Ebpf => "ebpf",
+        })
+    }
+}
+
+/// First and last port, both included.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct PortRange {
+    pub min: u16,
+    pub max: u16,
+}
+
+impl PortRange {
+    /// Below the kernel's ephemeral ports (32768-60999) and below the NodePorts (30000-32767).
+    pub const MASQUERADE: Self = Self { min: 1024, max: 29_999 };
+
+    pub const fn overlaps(self, other: Self) -> bool {
+        self.min <= other.max && other.min <= self.max
+    }
+
+    /// The kernel's ephemeral ports, of the network namespace this runs in.
+    pub fn ephemeral() -> Option<Self> {
+        let text = std::fs::read_to_string("/proc/sys/net/ipv4/ip_local_port_range").ok()?;
+        let mut numbers = text.split_whitespace().map(str::parse);
+        match (numbers.next()?, numbers.next()?) {
+            (Ok(min), Ok(max)) => Some(Self { min, max }),
+            _ => None,
+        }
+    }
+
+    /// What to say if `self` is used for masquerading while the kernel hands out `ephemeral`.
+    pub fn overlap_warning(self, ephemeral: Self) -> Option<String> {
+        self.overlaps(ephemeral).then(|| {
+            format!(
+                "--masquerade-ports {self} overlaps the kernel's ephemeral ports {ephemeral}: a masqueraded flow may take the \
+                 port of a connection of this node; choose a range outside, or move net.ipv4.ip_local_port_range"
+            )
+        })
+    }
+}
+
+impl From<PortRange> for RangeInclusive<u16> {
+    fn from(PortRange { min, max }: PortRange) -> Self {
+        min..=max
+    }
+}
+
+impl FromStr for PortRange {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let parsed = text.split_once('-').and_then(|(min, max)| {
+            let (min, max) = (min.trim().parse().ok()?, max.trim().parse().ok()?);
+            (min > 0 && min <= max).then_some(Self { min, max })
+        });
+        parsed.ok_or_else(|| ConfigError::Ports(text.to_owned()))
+    }
+}
+
+impl fmt::Display for PortRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.min, self.max)
+    }
+}
+
+/// A duration as Go and kube-proxy write it: `1m30s`. A bare `0` is nought.
+pub fn duration(text: &str) -> Result<Duration, ConfigError> {
+    let error = || ConfigError::Duration(text.to_owned());
+    if text == "0" {
+        return Ok(Duration::ZERO);
+    }
+    let mut rest = text;
+    let mut total = 0.0;
+    while !rest.is_empty() {
+        let digits = rest.find(|c: char| !c.is_ascii_digit() && c != '.').ok_or_else(error)?;
+        let (number, unit) = rest.split_at(digits);
+        let end = unit.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(unit.len());
+        let (unit, following) = unit.split_at(end);
+        let scale = match unit {
+            "ms" => 0.001,
+            "s" => 1.0,
+            "m" => 60.0,
+            "h" => 3600.0,
+            _ => return Err(error()),
+        };
+        total += number.parse::<f64>().map_err(|_| error())? * scale;
+        rest = following;
+    }
+    if text.is_empty() { Err(error()) } else { Duration::try_from_secs_f64(total).map_err(|_| error()) }
+}
+
+/// An address to listen on, in kube-proxy's ways of writing it; empty: not at all.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Bind {
+    Off,
+    /// Port of the option's default.
+    Address(IpAddr),
+    Socket(SocketAddr),
+}
+
+impl Bind {
+    pub fn socket(self, default_port: u16) -> Option<SocketAddr> {
+        match self {
+            Self::Off => None,
+            Self::Address(addr) => Some(SocketAddr::new(addr, default_port)),
+            Self::Socket(socket) => Some(socket),
+        }
+    }
+}
+
+impl FromStr for Bind {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
+        if text.is_empty() {
+            Ok(Self::Off)
+        } else if let Ok(addr) = bare.parse() {
+            Ok(Self::Address(addr))
+        } else {
+            text.parse().map(Self::Socket).map_err(|_| ConfigError::Bind(text.to_owned()))
+        }
+    }
+}
+
+/// Whether this node can forward at all: without it nothing that comes from one device leaves by another.
+pub fn forwarding(proc_sys: &Path) -> [(&'static str, bool); 2] {
+    let on = |path: &str| std::fs::read_to_string(proc_sys.join(path)).is_ok_and(|text| text.trim() == "1");
+    [
+        ("net.ipv4.ip_forward", on("net/ipv4/ip_forward")),
+        ("net.ipv6.conf.all.forwarding", on("net/ipv6/conf/all/forwarding")),
+    ]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn modes_that_come_later_are_refused_by_name() {
+        assert_eq!("auto".parse(), Ok(ProxyMode::Auto));
+        assert_eq!("ebpf".parse(), Ok(ProxyMode::Ebpf));
+        let error = "ipvs".parse::<ProxyMode>().unwrap_err().to_string();
+        assert_eq!(error, "ipvs is not available in this version; use auto or ebpf");
+        assert!("IPVS".parse::<ProxyMode>().is_err());
+    }
+
+    #[test]
+    fn port_ranges() {
+        assert_eq!("1024-29999".parse(), Ok(PortRange::MASQUERADE));
+        for bad in ["", "80", "0-10", "10-9", "1-65536", "a-b", "-", "1-2-3"] {
+            assert!(bad.parse::<PortRange>().is_err(), "{bad}");
+        }
+        let ephemeral = PortRange { min: 32_768, max: 60_999 };
+        assert_eq!(PortRange::MASQUERADE.overlap_warning(ephemeral), None);
+        let warning = PortRange { min: 1024, max: 32_768 }.overlap_warning(ephemeral).unwrap();
+        assert!(warning.contains("1024-32768") && warning.contains("32768-60999"), "{warning}");
+    }
+
+    #[test]
+    fn durations_as_go_writes_them() {
+        for (text, millis) in
+            [("0", 0), ("500ms", 500), ("30s", 30_000), ("1m30s", 90_000), ("1h", 3_600_000), ("1.5s", 1500)]
+        {
+            assert_eq!(duration(text), Ok(Duration::from_millis(millis)), "{text}");
+        }
+        for bad in ["", "30", "s", "1x", "-1s", "1s1", "1e3s", "..s", "99999999999999999999999h"] {
+            assert!(duration(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn addresses_to_listen_on() {
+        let socket = |text: &str| text.parse::<Bind>().map(|bind| bind.socket(10_256).map(|addr| addr.to_string()));
+        assert_eq!(socket(""), Ok(None));
+        assert_eq!(socket("0.0.0.0:1"), Ok(Some("0.0.0.0:1".into())));
+        assert_eq!(socket("127.0.0.1"), Ok(Some("127.0.0.1:10256".into())));
+        assert_eq!(socket("::"), Ok(Some("[::]:10256".into())));
+        assert_eq!(socket("[::1]"), Ok(Some("[::1]:10256".into())));
+        assert_eq!(socket("[::1]:80"), Ok(Some("[::1]:80".into())));
+        for bad in ["localhost:80", "1.2.3.4:99999", ":80", "[::1"] {
+            assert!(socket(bad).is_err(), "{bad}");
+        }
+    }
+}

@@ -9,6 +9,8 @@ use std::{
 
 use serde::Serialize;
 
+pub mod report;
+
 pub use crate::model::SourceState;
 use crate::{
     dataplane::{Failure, Fill, Hook},

@@ -1,1 +1,113 @@
-//! (module)
+//! The command line: one file per verb. `run` starts the loop; every other verb reads pins, or asks the running agent over HTTP.
+//!
+//! Data goes to stdout, everything else to stderr. Exit status: [`Exit`].
+
+use std::{
+    io::{self, Write},
+    process::ExitCode,
+};
+
+use clap::{Parser, Subcommand};
+
+mod completions;
+mod exit;
+mod man;
+mod run;
+
+pub use exit::Exit;
+
+/// A kube-proxy replacement: Services and EndpointSlices compiled into eBPF maps
+#[derive(Debug, Parser)]
+#[command(
+    name = "proxy-agent",
+    version,
+    max_term_width = 100,
+    after_help = "Exit status: 0 done, 1 the thing asked for does not hold, 2 usage, 3 could not be done"
+)]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Watch Services and EndpointSlices and keep the kernel in step
+    Run(Box<run::Args>),
+    /// Write a completion script for a shell
+    Completions(completions::Args),
+    /// Write the manual pages
+    Man(man::Args),
+}
+
+pub fn main() -> ExitCode {
+    let Cli { verb } = Cli::parse();
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    let outcome = execute(verb, &mut out).and_then(|exit| {
+        out.flush()?;
+        Ok(exit)
+    });
+    let exit = outcome.unwrap_or_else(|error| {
+        let exit = exit::of_error(&error);
+        if exit != Exit::Done {
+            // Nobody is left to tell if stderr is gone, too.
+            let _ = writeln!(io::stderr(), "error: {error:#}");
+        }
+        exit
+    });
+    exit.into()
+}
+
+fn execute(verb: Verb, out: &mut dyn Write) -> anyhow::Result<Exit> {
+    match verb {
+        Verb::Run(args) => run::execute(*args),
+        Verb::Completions(args) => completions::execute(args, out),
+        Verb::Man(args) => man::execute(args, out),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, error::ErrorKind};
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    fn parse(args: &[&str]) -> Result<Cli, ErrorKind> {
+        let args = ["proxy-agent"].into_iter().chain(args.iter().copied());
+        Cli::try_parse_from(args).map_err(|error| error.kind())
+    }
+
+    #[test]
+    fn usage_errors_are_found_before_anything_is_done() {
+        for (args, kind) in [
+            (&["run", "--source", "a", "--kubeconfig", "b"][..], ErrorKind::ArgumentConflict),
+            (&["run", "--proxy-mode", "ipvs"], ErrorKind::ValueValidation),
+            (&["run", "--masquerade-ports", "9-1"], ErrorKind::ValueValidation),
+            (&["run", "--sync-period", "30"], ErrorKind::ValueValidation),
+            (&["run", "--socket-lb", "some"], ErrorKind::InvalidValue),
+            (&["run", "--map-slots", "0"], ErrorKind::ValueValidation),
+            (&["trace"], ErrorKind::InvalidSubcommand),
+            (&[], ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand),
+        ] {
+            assert_eq!(parse(args).map(|_| ()), Err(kind), "{args:?}");
+        }
+        for args in [&["run"][..], &["run", "--source", "x", "--devices", "eth*,!docker0"]] {
+            assert!(parse(args).is_ok(), "{args:?}");
+        }
+    }
+
+    #[test]
+    fn every_page_and_script_can_be_written() {
+        for args in [&["man"][..], &["man", "run"], &["completions", "bash"], &["completions", "zsh"]] {
+            let mut out = Vec::new();
+            assert_eq!(execute(parse(args).unwrap().verb, &mut out).unwrap(), Exit::Done);
+            assert!(out.len() > 500, "{args:?}");
+        }
+        let error = execute(parse(&["man", "trace"]).unwrap().verb, &mut Vec::new()).unwrap_err();
+        assert_eq!(exit::of_error(&error), Exit::Usage);
+    }
+}

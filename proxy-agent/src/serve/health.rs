@@ -12,8 +12,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use serde::Serialize;
 
-use super::report::rfc3339;
-use crate::status::{SourceState, Status};
+use crate::status::{SourceState, Status, report::rfc3339};
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Health {

@@ -17,10 +17,9 @@ use prometheus_client::{
 };
 use tracing::warn;
 
-use super::report::FrontendCount;
 use crate::{
     dataplane::Fill,
-    status::{Histogram, SourceState, Status},
+    status::{Histogram, SourceState, Status, report::FrontendCount},
 };
 
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -244,104 +243,9 @@ impl Encoder<'_> {
 }
 
 #[cfg(test)]
-pub(crate) mod tests {
-    use std::{collections::BTreeMap, num::NonZeroU16, time::Duration};
-
+mod tests {
     use super::*;
-    use crate::{
-        dataplane::{Failure, Hook},
-        desired::{
-            Action, Algorithm, Backend, Device, DeviceRole, Frontend, FrontendKind, FrontendSpec, Verdict, Verdicts,
-        },
-        model::{Protocol, ServiceKey, ServicePortName},
-        status::{ChangeCount, FrontendState, FrontendStatus, Timings},
-    };
-
-    fn port(port: u16) -> NonZeroU16 {
-        NonZeroU16::new(port).unwrap()
-    }
-
-    fn frontend(addr: &str, name: &str, state: FrontendState) -> (Frontend, FrontendStatus) {
-        let pick = Verdict { action: Action::PickAll, masquerade: false };
-        let spec = FrontendSpec {
-            service: ServicePortName {
-                service: ServiceKey::new("default", name),
-                port: "http".into(),
-                protocol: Protocol::Tcp,
-            },
-            kind: FrontendKind::ClusterIp,
-            all: [Backend { addr: "10.1.1.3".parse().unwrap(), port: port(8080) }].into(),
-            local: [].into(),
-            verdicts: Verdicts { pod: pick, node: pick, external: Verdict { masquerade: true, ..pick } },
-            algorithm: Algorithm::Random,
-            affinity_secs: None,
-        };
-        let since = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
-        let frontend = Frontend { addr: addr.parse().unwrap(), port: port(80), protocol: Protocol::Tcp };
-        (frontend, FrontendStatus { spec: spec.into(), state, since })
-    }
-
-    /// A status with something in every field.
-    pub(crate) fn busy() -> Status {
-        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
-        let mut timings = Timings::default();
-        timings.sync.observe(Duration::from_millis(3));
-        timings.programming.observe(Duration::from_millis(40));
-        let full =
-            Failure::Retry("frontend 10.96.0.2:80/TCP: map frontends_v4 is full (65536); raise --map-frontends".into());
-        Status {
-            started: at(900),
-            source: SourceState::Synced,
-            ready: true,
-            last_sync: Some(at(1_000)),
-            last_queued: Some(at(999)),
-            service_changes: ChangeCount { total: 7, pending: 0 },
-            endpoint_changes: ChangeCount { total: 12, pending: 1 },
-            timings: timings.into(),
-            syncs: 9,
-            services: 2,
-            endpoints: 1,
-            frontends: Arc::new(BTreeMap::from([
-                frontend("10.96.0.1", "web", FrontendState::Programmed),
-                frontend("10.96.0.2", "api", FrontendState::Degraded(full)),
-            ])),
-            failed_guards: Arc::new(BTreeMap::from([(
-                "10.96.0.2".parse().unwrap(),
-                Failure::Retry("guard 10.96.0.2: map frontends_v4 is full (65536); raise --map-frontends".into()),
-            )])),
-            problems: Arc::new(BTreeMap::from([(
-                "Service default/odd".to_owned(),
-                vec!["spec.clusterIP: \"010.96.0.9\" is no address; left out".to_owned()],
-            )])),
-            devices: Arc::new(BTreeMap::from([(
-                2,
-                Device {
-                    name: "eth0".into(),
-                    role: DeviceRole::Outward,
-                    ethernet: true,
-                    source4: Some([192, 0, 2, 1].into()),
-                    source6: None,
-                },
-            )])),
-            failed_devices: Arc::new(BTreeMap::from([(
-                "veth9".to_owned(),
-                Failure::Retry("device veth9: no such device".into()),
-            )])),
-            hooks: Arc::new(vec![Hook {
-                kind: "tcx/ingress".into(),
-                target: "eth0".into(),
-                program: "tc_ingress_ether".into(),
-            }]),
-            fill: Arc::new(vec![Fill {
-                map: "frontends_v4".into(),
-                entries: 2,
-                capacity: 65_536,
-                option: "--map-frontends",
-            }]),
-            drift_repaired: 1,
-            ..Status::starting("ebpf", "n1".into())
-        }
-    }
+    use crate::status::report::tests::busy;
 
     fn readings() -> Readings {
         Readings {

@@ -26,16 +26,10 @@ use tracing::warn;
 pub mod health;
 mod listen;
 pub mod metrics;
-pub mod report;
 
 pub use metrics::{Event, Probe, Readings};
 
-use crate::status::Status;
-
-/// Port of the health server, also where kube-proxy has it.
-pub const HEALTHZ_PORT: u16 = 10256;
-/// Port of the metrics server, also where kube-proxy has it.
-pub const METRICS_PORT: u16 = 10249;
+use crate::status::{Status, report};
 
 #[derive(Clone)]
 pub struct Options {
@@ -46,7 +40,9 @@ pub struct Options {
     pub bind_address_hard_fail: bool,
     /// A change that waits twice as long makes the node unhealthy (contract A117).
     pub sync_period: Duration,
-    /// Named in the report, so that a reader of other pins notices.
+    /// For the report: whose sockets are translated at connect time.
+    pub socket_lb: &'static str,
+    /// For the report, so that a reader of other pins notices.
     pub bpffs: PathBuf,
     /// Reads what only the kernel knows; called at every scrape.
     pub probe: Probe,
@@ -137,7 +133,7 @@ fn answer(healthy: bool, body: health::Body) -> Response {
 
 async fn report(State(shared): State<Arc<Shared>>) -> Response {
     let health = shared.health();
-    let report = report::Report::new(&shared.status(), health.livez(), &shared.options.bpffs);
+    let report = report::Report::new(&shared.status(), health.livez(), shared.options.socket_lb, &shared.options.bpffs);
     Json(report).into_response()
 }
 
@@ -179,6 +175,7 @@ mod tests {
             metrics: Some(free_address().await),
             bind_address_hard_fail: false,
             sync_period: Duration::from_secs(30),
+            socket_lb: "all",
             bpffs: "/sys/fs/bpf/test".into(),
             probe: Arc::new(|| Ok(Readings::default())),
         }

@@ -10,10 +10,10 @@ use std::{
 use k8s_openapi::jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::{ChangeCount, FrontendState, FrontendStatus, SourceState, Status};
 use crate::{
     desired::{DeviceRole, Frontend},
     model::Protocol,
-    status::{ChangeCount, FrontendState, FrontendStatus, SourceState, Status},
 };
 
 /// Version of every JSON document this program writes.
@@ -28,6 +28,8 @@ pub struct Report {
     pub pid: u32,
     pub node: String,
     pub mode: String,
+    /// Whose sockets are translated at connect time: `all`, `node` or `off`.
+    pub socket_lb: String,
     pub bpffs: PathBuf,
     pub started: String,
     pub uptime_seconds: u64,
@@ -93,8 +95,6 @@ pub struct Unprogrammed {
     pub state: String,
     pub reason: Option<String>,
     pub since: String,
-    /// Wanted backends; what the kernel holds may be older.
-    pub backends: usize,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -125,7 +125,7 @@ pub struct MapFill {
 impl Report {
     pub const KIND: &'static str = "NodeStatus";
 
-    pub fn new(status: &Status, healthy: bool, bpffs: &Path) -> Self {
+    pub fn new(status: &Status, healthy: bool, socket_lb: &str, bpffs: &Path) -> Self {
         let Status {
             mode,
             node,
@@ -160,6 +160,7 @@ impl Report {
             pid: std::process::id(),
             node: node.to_string(),
             mode: (*mode).to_owned(),
+            socket_lb: socket_lb.to_owned(),
             bpffs: bpffs.to_owned(),
             started: rfc3339(*started),
             uptime_seconds: started.elapsed().map_or(0, |elapsed| elapsed.as_secs()),
@@ -233,7 +234,6 @@ impl Unprogrammed {
             state: state.to_owned(),
             reason,
             since: rfc3339(*since),
-            backends: spec.all.len(),
         })
     }
 }
@@ -270,11 +270,104 @@ pub fn rfc3339(time: SystemTime) -> String {
 }
 
 #[cfg(test)]
-mod tests {
-    use std::time::Duration;
+pub(crate) mod tests {
+    use std::{num::NonZeroU16, sync::Arc, time::Duration};
 
     use super::*;
-    use crate::serve::metrics::tests::busy;
+    use crate::{
+        dataplane::{Failure, Fill},
+        desired::{
+            Action, Algorithm, Backend, Device, DeviceRole, Frontend, FrontendKind, FrontendSpec, Verdict, Verdicts,
+        },
+        model::{ServiceKey, ServicePortName},
+        status::Timings,
+    };
+
+    fn port(port: u16) -> NonZeroU16 {
+        NonZeroU16::new(port).unwrap()
+    }
+
+    fn frontend(addr: &str, name: &str, state: FrontendState) -> (Frontend, FrontendStatus) {
+        let pick = Verdict { action: Action::PickAll, masquerade: false };
+        let spec = FrontendSpec {
+            service: ServicePortName {
+                service: ServiceKey::new("default", name),
+                port: "http".into(),
+                protocol: Protocol::Tcp,
+            },
+            kind: FrontendKind::ClusterIp,
+            all: [Backend { addr: "10.1.1.3".parse().unwrap(), port: port(8080) }].into(),
+            local: [].into(),
+            verdicts: Verdicts { pod: pick, node: pick, external: Verdict { masquerade: true, ..pick } },
+            algorithm: Algorithm::Random,
+            affinity_secs: None,
+        };
+        let since = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
+        let frontend = Frontend { addr: addr.parse().unwrap(), port: port(80), protocol: Protocol::Tcp };
+        (frontend, FrontendStatus { spec: spec.into(), state, since })
+    }
+
+    /// A status with something in every field.
+    pub(crate) fn busy() -> Status {
+        let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
+        let mut timings = Timings::default();
+        timings.sync.observe(Duration::from_millis(3));
+        timings.programming.observe(Duration::from_millis(40));
+        let full =
+            Failure::Retry("frontend 10.96.0.2:80/TCP: map frontends_v4 is full (65536); raise --map-frontends".into());
+        Status {
+            started: at(900),
+            source: SourceState::Synced,
+            ready: true,
+            last_sync: Some(at(1_000)),
+            last_queued: Some(at(999)),
+            service_changes: ChangeCount { total: 7, pending: 0 },
+            endpoint_changes: ChangeCount { total: 12, pending: 1 },
+            timings: timings.into(),
+            syncs: 9,
+            services: 2,
+            endpoints: 1,
+            frontends: Arc::new(BTreeMap::from([
+                frontend("10.96.0.1", "web", FrontendState::Programmed),
+                frontend("10.96.0.2", "api", FrontendState::Degraded(full)),
+            ])),
+            failed_guards: Arc::new(BTreeMap::from([(
+                "10.96.0.2".parse().unwrap(),
+                Failure::Retry("guard 10.96.0.2: map frontends_v4 is full (65536); raise --map-frontends".into()),
+            )])),
+            problems: Arc::new(BTreeMap::from([(
+                "Service default/odd".to_owned(),
+                vec!["spec.clusterIP: \"010.96.0.9\" is no address; left out".to_owned()],
+            )])),
+            devices: Arc::new(BTreeMap::from([(
+                2,
+                Device {
+                    name: "eth0".into(),
+                    role: DeviceRole::Outward,
+                    ethernet: true,
+                    source4: Some([192, 0, 2, 1].into()),
+                    source6: None,
+                },
+            )])),
+            failed_devices: Arc::new(BTreeMap::from([(
+                "veth9".to_owned(),
+                Failure::Retry("device veth9: no such device".into()),
+            )])),
+            hooks: Arc::new(vec![crate::dataplane::Hook {
+                kind: "tcx/ingress".into(),
+                target: "eth0".into(),
+                program: "tc_ingress_ether".into(),
+            }]),
+            fill: Arc::new(vec![Fill {
+                map: "frontends_v4".into(),
+                entries: 2,
+                capacity: 65_536,
+                option: "--map-frontends",
+            }]),
+            drift_repaired: 1,
+            ..Status::starting("ebpf", "n1".into())
+        }
+    }
 
     #[test]
     fn times_are_utc_to_the_millisecond() {
@@ -288,7 +381,7 @@ mod tests {
             pid: 4242,
             uptime_seconds: 61,
             version: "0.0.0".into(),
-            ..Report::new(&busy(), true, Path::new("/sys/fs/bpf/x"))
+            ..Report::new(&busy(), true, "all", Path::new("/sys/fs/bpf/x"))
         };
         insta::assert_snapshot!("report", serde_json::to_string_pretty(&report).unwrap());
         let text = serde_json::to_string(&report).unwrap();

@@ -1,0 +1,209 @@
+//! The options of `run`. Names are kube-proxy's wherever kube-proxy has them.
+
+use std::{path::PathBuf, time::Duration};
+
+use clap::{Args as ClapArgs, ValueEnum, value_parser};
+
+use crate::{
+    config::{self, BPFFS, Bind, PortRange, ProxyMode},
+    dataplane::ebpf,
+    desired::Algorithm,
+};
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Args {
+    /// Watch this cluster [default: KUBECONFIG, ~/.kube/config, or the pod's service account]
+    #[arg(long, value_name = "FILE", help_heading = "Source")]
+    pub kubeconfig: Option<PathBuf>,
+    /// Address of the API server, in place of the one the kubeconfig names
+    #[arg(long, value_name = "URL", help_heading = "Source")]
+    pub master: Option<String>,
+    /// Watch Service, EndpointSlice and Node YAML below this directory instead of a cluster
+    #[arg(
+        long,
+        value_name = "DIR",
+        conflicts_with_all = ["kubeconfig", "master"],
+        env = "PROXY_AGENT_SOURCE",
+        help_heading = "Source"
+    )]
+    pub source: Option<PathBuf>,
+    /// This node's name [default: the host's name]
+    #[arg(long, value_name = "NAME", env = "PROXY_AGENT_HOSTNAME_OVERRIDE", help_heading = "Source")]
+    pub hostname_override: Option<String>,
+
+    /// Which dataplane: auto or ebpf
+    #[arg(long, value_name = "MODE", default_value_t, env = "PROXY_AGENT_PROXY_MODE")]
+    pub proxy_mode: ProxyMode,
+    /// Whose sockets are translated at connect time; what is not goes per packet
+    #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_SOCKET_LB")]
+    pub socket_lb: SocketLb,
+    /// Attach only to devices that match; patterns with * and ?, ! in front excludes
+    #[arg(long, value_name = "PATTERN,…", value_delimiter = ',', env = "PROXY_AGENT_DEVICES")]
+    pub devices: Vec<String>,
+    /// How a backend is chosen, where the Service does not say
+    #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_ALGORITHM")]
+    pub algorithm: AlgorithmArg,
+    /// Masquerade all traffic to ClusterIPs, pods' too
+    #[arg(long, env = "PROXY_AGENT_MASQUERADE_ALL")]
+    pub masquerade_all: bool,
+    /// Source ports of masqueraded flows
+    #[arg(long, value_name = "MIN-MAX", default_value_t = PortRange::MASQUERADE, env = "PROXY_AGENT_MASQUERADE_PORTS")]
+    pub masquerade_ports: PortRange,
+    /// Root of the cgroup v2 tree to attach to [default: where it is mounted]
+    #[arg(long, value_name = "DIR", env = "PROXY_AGENT_CGROUP_ROOT")]
+    pub cgroup_root: Option<PathBuf>,
+    /// Directory of the pinned maps and programs, on a bpf filesystem
+    #[arg(long, value_name = "DIR", default_value = BPFFS, env = "PROXY_AGENT_BPFFS")]
+    pub bpffs: PathBuf,
+
+    /// Least time between two syncs; 0: as soon as something changes
+    #[arg(long, value_name = "DURATION", default_value = "0", value_parser = config::duration, help_heading = "Sync")]
+    pub min_sync_period: Duration,
+    /// How often the kernel is compared with what should be in force, and failures are tried again
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = period, help_heading = "Sync")]
+    pub sync_period: Duration,
+    /// Where /healthz and /livez answer; empty: nowhere
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        default_value = "0.0.0.0:10256",
+        env = "PROXY_AGENT_HEALTHZ_BIND_ADDRESS",
+        help_heading = "Serving"
+    )]
+    pub healthz_bind_address: Bind,
+    /// Where /metrics, /status and /proxyMode answer; empty: nowhere
+    #[arg(
+        long,
+        value_name = "ADDRESS",
+        default_value = "127.0.0.1:10249",
+        env = "PROXY_AGENT_METRICS_BIND_ADDRESS",
+        help_heading = "Serving"
+    )]
+    pub metrics_bind_address: Bind,
+    /// End if an address cannot be had, instead of trying again
+    #[arg(long, help_heading = "Serving")]
+    pub bind_address_hard_fail: bool,
+
+    #[command(flatten)]
+    pub maps: Maps,
+
+    /// How log lines look
+    #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_LOG_FORMAT", help_heading = "Logging")]
+    pub log_format: LogFormat,
+    /// What the agent logs: a level, or target=level,…
+    #[arg(long, value_name = "FILTER", default_value = "info", env = "RUST_LOG", help_heading = "Logging")]
+    pub log_level: String,
+    /// What the eBPF programs log; it costs them time
+    #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_EBPF_LOG_LEVEL", help_heading = "Logging")]
+    pub ebpf_log_level: EbpfLogLevel,
+}
+
+/// Entries of the maps; each counts for one address family.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ClapArgs)]
+#[command(next_help_heading = "Sizes (entries, for each address family)")]
+pub struct Maps {
+    /// Frontends: one for each address, port and protocol of a Service, and one for each address
+    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = entries())]
+    pub map_frontends: u32,
+    /// Slots: one for each backend of each ServicePort, and room for the next version of the list
+    #[arg(long, value_name = "N", default_value_t = 1_048_576, value_parser = entries())]
+    pub map_slots: u32,
+    /// ServicePorts
+    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = entries())]
+    pub map_services: u32,
+    /// Entries of established flows; a flow has two, a masqueraded one four
+    #[arg(long, value_name = "N", default_value_t = 262_144, value_parser = entries())]
+    pub map_connections: u32,
+    /// Entries of half-open flows
+    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = entries())]
+    pub map_half_open: u32,
+    /// Entries of unconnected UDP sockets
+    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = entries())]
+    pub map_datagrams: u32,
+}
+
+/// A map cannot be empty, and the kernel refuses sizes near 2³².
+fn entries() -> clap::builder::RangedI64ValueParser<u32> {
+    value_parser!(u32).range(1..=1 << 30)
+}
+
+fn period(text: &str) -> Result<Duration, String> {
+    match config::duration(text) {
+        Ok(Duration::ZERO) => Err("must be more than 0".into()),
+        Ok(period) => Ok(period),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum SocketLb {
+    /// Pods and the node's own processes
+    #[default]
+    All,
+    /// The node's own processes only
+    Node,
+    /// None; the node's own processes are then not served
+    Off,
+}
+
+impl From<SocketLb> for ebpf::SocketLb {
+    fn from(socket_lb: SocketLb) -> Self {
+        match socket_lb {
+            SocketLb::All => Self::All,
+            SocketLb::Node => Self::Node,
+            SocketLb::Off => Self::Off,
+        }
+    }
+}
+
+impl SocketLb {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Node => "node",
+            Self::Off => "off",
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum AlgorithmArg {
+    #[default]
+    Random,
+    /// Each CPU walks the list on its own
+    RoundRobin,
+}
+
+impl From<AlgorithmArg> for Algorithm {
+    fn from(algorithm: AlgorithmArg) -> Self {
+        match algorithm {
+            AlgorithmArg::Random => Self::Random,
+            AlgorithmArg::RoundRobin => Self::RoundRobin,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum LogFormat {
+    #[default]
+    Text,
+    Json,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default, ValueEnum)]
+pub enum EbpfLogLevel {
+    #[default]
+    Off,
+    Error,
+    Warn,
+    Info,
+    Debug,
+    Trace,
+}
+
+impl EbpfLogLevel {
+    /// As the programs' global has it.
+    pub const fn number(self) -> u8 {
+        self as u8
+    }
+}

@@ -1,0 +1,189 @@
+//! `run`: the agent. Opens the dataplane, wires the tasks, and waits for a reason to stop.
+//!
+//! ```text
+//! source ──events──► sync ──status──► serve
+//! node ───devices──►  │ owns the dataplane
+//! ```
+
+use std::{path::Path, sync::Arc};
+
+use anyhow::Context;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+};
+use tracing::{info, warn};
+
+use super::Exit;
+use crate::{
+    config::{self, HEALTHZ_PORT, METRICS_PORT, PortRange},
+    dataplane::{Dataplane, ebpf},
+    desired::{Algorithm, Devices},
+    model::SourceState,
+    plan, serve, source,
+    status::Status,
+    sync,
+};
+
+mod args;
+mod logging;
+mod tasks;
+
+pub use args::Args;
+use args::Maps;
+use tasks::Tasks;
+
+/// Events a source may be ahead of the loop.
+const EVENTS: usize = 1024;
+
+/// What every task is started with.
+struct Plan {
+    source: source::Options,
+    sync: sync::Options,
+    serve: serve::Options,
+    dataplane: ebpf::Options,
+}
+
+pub fn execute(args: Args) -> anyhow::Result<Exit> {
+    logging::start(args.log_format, &args.log_level)?;
+    let plan = plan(args)?;
+    warn_of_settings(plan.dataplane.masquerade_ports);
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    let dataplane = {
+        // The programs' own log is read by a task.
+        let _inside = runtime.enter();
+        ebpf::Ebpf::open(&plan.dataplane).context("the eBPF dataplane cannot be had on this node")?
+    };
+    let outcome = runtime.block_on(run(plan, Box::new(dataplane)));
+    // A blocking read of the kernel for a scrape may still be under way; nobody waits for it.
+    runtime.shutdown_background();
+    outcome.map(|()| Exit::Done)
+}
+
+/// From options to what each task wants; everything that can be wrong with them is found here.
+fn plan(args: Args) -> anyhow::Result<Plan> {
+    let Args {
+        kubeconfig,
+        master,
+        source: directory,
+        hostname_override,
+        // Both modes there are lead to the one dataplane there is.
+        proxy_mode: _,
+        socket_lb,
+        devices: _,
+        algorithm,
+        masquerade_all,
+        masquerade_ports: PortRange { min, max },
+        cgroup_root,
+        bpffs,
+        min_sync_period,
+        sync_period,
+        healthz_bind_address,
+        metrics_bind_address,
+        bind_address_hard_fail,
+        maps,
+        log_format: _,
+        log_level: _,
+        ebpf_log_level,
+    } = args;
+    let node = source::node_name(hostname_override.as_deref())?;
+    let input = match directory {
+        Some(directory) => source::Input::Directory(directory),
+        None => {
+            source::Input::Kubernetes(source::KubernetesOptions { kubeconfig, server: master, ..Default::default() })
+        }
+    };
+    Ok(Plan {
+        source: source::Options { node, input },
+        sync: sync::Options {
+            defaults: plan::Defaults { algorithm: Algorithm::from(algorithm), masquerade_all },
+            min_period: min_sync_period,
+            resync_period: sync_period,
+            ..Default::default()
+        },
+        serve: serve::Options {
+            healthz: healthz_bind_address.socket(HEALTHZ_PORT),
+            metrics: metrics_bind_address.socket(METRICS_PORT),
+            bind_address_hard_fail,
+            sync_period,
+            socket_lb: socket_lb.name(),
+            bpffs: bpffs.clone(),
+            probe: probe(&bpffs),
+        },
+        dataplane: ebpf::Options {
+            bpffs,
+            cgroup_root,
+            socket_lb: socket_lb.into(),
+            sizes: sizes(maps),
+            masquerade_ports: (min, max),
+            log_level: ebpf_log_level.number(),
+            ..Default::default()
+        },
+    })
+}
+
+fn sizes(maps: Maps) -> ebpf::Sizes {
+    let Maps { map_frontends, map_slots, map_services, map_connections, map_half_open, map_datagrams } = maps;
+    ebpf::Sizes {
+        frontends: map_frontends,
+        slots: map_slots,
+        services: map_services,
+        connections: map_connections,
+        half_open: map_half_open,
+        datagrams: map_datagrams,
+    }
+}
+
+/// Settings of the node that will hurt; `check` names more.
+fn warn_of_settings((min, max): (u16, u16)) {
+    let overlap = PortRange::ephemeral().and_then(|ephemeral| PortRange { min, max }.overlap_warning(ephemeral));
+    if let Some(text) = overlap {
+        warn!("{text}");
+    }
+    for (name, on) in config::forwarding(Path::new("/proc/sys")) {
+        if !on {
+            warn!("{name} is off: this node passes nothing from one device to another; sysctl -w {name}=1");
+        }
+    }
+}
+
+async fn run(plan: Plan, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
+    let Plan { source, sync, serve, dataplane: ebpf::Options { bpffs, .. } } = plan;
+    let stop = stop_signal()?;
+    info!(
+        version = env!("CARGO_PKG_VERSION"),
+        node = source.node,
+        mode = dataplane.capabilities().name,
+        socket_lb = serve.socket_lb,
+        bpffs = %bpffs.display(),
+        "starting"
+    );
+    let starting = Status::starting(dataplane.capabilities().name, source.node.as_str().into());
+    let (events, heard) = mpsc::channel(EVENTS);
+    let (source_state, source_seen) = watch::channel(SourceState::Listing { missing: Vec::new() });
+    let (_devices, devices_seen) = watch::channel(Devices::new());
+    let (status, status_seen) = watch::channel(Arc::new(starting));
+
+    let mut tasks = Tasks::new();
+    tasks.spawn("source", source::run(source, events, source_state, tasks.token()));
+    tasks.spawn("sync", sync::run(sync, heard, devices_seen, source_seen, dataplane, status, tasks.token()));
+    tasks.spawn("HTTP server", serve::run(serve, status_seen, tasks.token()));
+    tasks.run(stop, tasks::GRACE).await
+}
+
+/// Resolves to the name of the signal that asks the agent to stop.
+fn stop_signal() -> anyhow::Result<impl Future<Output = &'static str>> {
+    let mut term = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    let mut int = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+    Ok(async move {
+        tokio::select! {
+            _ = term.recv() => "SIGTERM",
+            _ = int.recv() => "SIGINT",
+        }
+    })
+}
+
+/// What metrics read from the kernel at every scrape.
+fn probe(_bpffs: &Path) -> serve::Probe {
+    Arc::new(|| Ok(serve::Readings::default()))
+}
