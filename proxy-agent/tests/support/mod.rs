@@ -24,7 +24,7 @@ pub(crate) const CONNECT_TIME: [&str; 8] =
 
 /// Why the programs cannot be run here, if they cannot.
 pub(crate) fn skip() -> Option<String> {
-    if !rustix::process::geteuid().is_root() {
+    if !nix::unistd::geteuid().is_root() {
         return Some("not root".into());
     }
     match env::var_os("PROXY_EBPF_OBJECT") {
