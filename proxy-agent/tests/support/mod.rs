@@ -133,6 +133,11 @@ pub(crate) struct Datapath {
 
 impl Datapath {
     pub(crate) fn load(globals: &Globals, frontends: u32, slots: u32) -> Self {
+        Self::load_sized(globals, frontends, slots, &[])
+    }
+
+    /// The same, with the sizes of some other maps.
+    pub(crate) fn load_sized(globals: &Globals, frontends: u32, slots: u32, sizes: &[(&str, u32)]) -> Self {
         let object = fs::read(env::var_os("PROXY_EBPF_OBJECT").expect("checked by skip()")).unwrap();
         let mut loader = EbpfLoader::new();
         loader
@@ -143,6 +148,9 @@ impl Datapath {
             loader
                 .map_max_entries(if family == "v4" { "frontends_v4" } else { "frontends_v6" }, frontends)
                 .map_max_entries(if family == "v4" { "slots_v4" } else { "slots_v6" }, slots);
+        }
+        for (map, size) in sizes {
+            loader.map_max_entries(map, *size);
         }
         Self { ebpf: loader.load(&object).unwrap(), next_slot: 0 }
     }

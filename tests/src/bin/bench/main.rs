@@ -13,7 +13,6 @@
 //! next round in the opposite order. A control, the same as the baseline in another cgroup, tells how much is noise.
 #![allow(unreachable_pub, reason = "a program: nothing of it is reached from outside")]
 
-mod c3;
 mod connect_cost;
 mod packets;
 mod report;
@@ -55,15 +54,12 @@ struct Args {
     /// A quarter of an hour: what docs/bench.md quotes (the default)
     #[arg(long)]
     full: bool,
-    /// Only these (d1, d2, d3, d5, d6, c3)
+    /// Only these (d1, d2, d3, d5, d6)
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Where the JSON and the table go
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
-    /// The agent to measure with C3
-    #[arg(long)]
-    agent: Option<PathBuf>,
     #[arg(long, hide = true)]
     cgroup: Option<PathBuf>,
     #[arg(long, hide = true)]
@@ -79,8 +75,9 @@ struct Scale {
     /// Services in the maps for the cost of one `connect`.
     services: &'static [u32],
     batches: usize,
-    changes: usize,
-    change_services: u32,
+    /// Runs of a program on one packet.
+    repeat: u32,
+    new_flows: u16,
 }
 
 const SMOKE: Scale = Scale {
@@ -89,8 +86,8 @@ const SMOKE: Scale = Scale {
     rules: &[1_000],
     services: &[1, 10_000],
     batches: 20,
-    changes: 100,
-    change_services: 1_000,
+    repeat: 50_000,
+    new_flows: 1_500,
 };
 const FULL: Scale = Scale {
     rounds: 20,
@@ -98,8 +95,8 @@ const FULL: Scale = Scale {
     rules: &[100, 1_000, 10_000],
     services: &[1, 100, 10_000, 50_000],
     batches: 100,
-    changes: 2_000,
-    change_services: 10_000,
+    repeat: 1_000_000,
+    new_flows: 8_192,
 };
 
 fn main() -> ExitCode {
@@ -162,9 +159,6 @@ fn measure(args: &Args, cgroup: &Path) -> Result<ExitCode> {
     }
     if wants("d6") {
         packets::measure(&scale, &mut report).context("D6")?;
-    }
-    if wants("c3") {
-        c3::measure(&scale, args.agent.as_deref(), &cgroups, &mut report).context("C3")?;
     }
 
     report.write(&args.out)?;
