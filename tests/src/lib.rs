@@ -3,8 +3,10 @@
 //! - [`world`] makes a cluster on one machine: nodes, pods, a client outside, the real agent on each node.
 //! - [`pod`] is what runs inside: a server that says who it is, and clients that say what they saw.
 //! - [`cases`] are the questions, each with the number of the contract that answers it.
+//! - [`apiserver`] is a real etcd and kube-apiserver.
 //! - [`suite`] runs cases and counts what passed, failed and was skipped.
 
+pub mod apiserver;
 pub mod cases;
 pub mod pod;
 pub mod suite;

@@ -80,6 +80,11 @@ impl Suite {
         println!("SKIP {name}: {reason}");
     }
 
+    /// Nothing failed so far.
+    pub fn is_clean(&self) -> bool {
+        self.failed.is_empty()
+    }
+
     /// Prints the counts; success only if nothing failed.
     pub fn finish(self) -> ExitCode {
         let Self { name, only: _, passed, failed, skipped, started } = self;

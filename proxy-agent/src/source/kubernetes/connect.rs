@@ -2,6 +2,7 @@
 
 use std::{
     error::Error,
+    io,
     time::{Duration, Instant},
 };
 
@@ -49,7 +50,7 @@ impl Connector {
 
 async fn connect(options: &KubernetesOptions) -> Result<Client, SourceError> {
     let KubernetesOptions { kubeconfig, server, watch_timeout: _ } = options;
-    let wrong = |what: String, error: &dyn Error| SourceError::Config { what, cause: root_cause(error) };
+    let wrong = |what: String, error: &(dyn Error + 'static)| SourceError::Config { what, cause: root_cause(error) };
     let mut config = match kubeconfig {
         Some(path) => {
             let what = || format!("the kubeconfig {}", path.display());
@@ -74,12 +75,14 @@ async fn connect(options: &KubernetesOptions) -> Result<Client, SourceError> {
 }
 
 /// What an error comes down to: the outer layers say "service error", the innermost "connection refused".
-fn root_cause(error: &dyn Error) -> String {
+fn root_cause(error: &(dyn Error + 'static)) -> String {
     let mut error = error;
     while let Some(source) = error.source() {
         error = source;
     }
-    error.to_string()
+    // Says "deadline has elapsed" of itself.
+    let late = error.downcast_ref::<io::Error>().is_some_and(|error| error.kind() == io::ErrorKind::TimedOut);
+    if late { "it does not answer".to_owned() } else { error.to_string() }
 }
 
 /// Says what went wrong, and what to do where that can be told. `resource`: as RBAC names it.

@@ -33,8 +33,10 @@ use super::{
 };
 use crate::model::Event;
 
-/// A page of a list, whole; and the beginning of an answer to a watch.
-const ANSWER: Duration = Duration::from_secs(45);
+/// A page of a list, whole.
+const PAGE: Duration = Duration::from_secs(45);
+/// The beginning of an answer to a watch, which a server gives at once.
+const ANSWER: Duration = Duration::from_secs(15);
 /// The server ends a watch when its time is up; a connection still silent so much later is dead.
 const GRACE: Duration = Duration::from_secs(5);
 /// A watch that lasted this long, or told anything, was a good one: failures before it are forgiven.
@@ -174,9 +176,9 @@ async fn list<K: Kind>(kind: &mut K, selectors: &Selectors, follower: &Follower)
     let version = loop {
         let request =
             Request::new(K::PATH).list(&parameters).map_err(|error| trouble(&kube::Error::BuildRequest(error)))?;
-        let answer = timeout(ANSWER, client.request::<Page<K::Object>>(request)).await;
+        let answer = timeout(PAGE, client.request::<Page<K::Object>>(request)).await;
         let Page { metadata, items } =
-            answer.map_err(|_| Trouble::silent(K::RESOURCE, ANSWER))?.map_err(|error| trouble(&error))?;
+            answer.map_err(|_| Trouble::silent(K::RESOURCE, PAGE))?.map_err(|error| trouble(&error))?;
         for object in items {
             kind.listed(object);
         }
