@@ -1,1 +1,275 @@
-//! (module)
+//! The node's own facts: its name, and its devices as they come and go.
+//!
+//! Level-triggered like everything else: an event only says that something changed. What is queued is taken together, links,
+//! addresses and default routes are listed again, and the whole is classified anew. So a lost event (the kernel says when its
+//! buffer ran over) costs another listing and nothing more.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+    time::Duration,
+};
+
+use futures::{StreamExt, TryStreamExt};
+use netlink_packet_route::{
+    AddressFamily, RouteNetlinkMessage,
+    address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope},
+    link::{InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
+    route::{RouteAttribute, RouteMessage, RouteType},
+};
+use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::desired::Devices;
+
+pub mod classify;
+
+pub use classify::Pattern;
+use classify::{Address, Link, classify, route_devices};
+
+/// How long events are gathered: a pod's link makes half a dozen of them.
+const GATHER: Duration = Duration::from_millis(10);
+
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// `--devices`.
+    pub patterns: Vec<Pattern>,
+    /// The node's own addresses, where they are known.
+    pub node_ips: Vec<IpAddr>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum NodeError {
+    #[error("cannot watch network devices: {0}")]
+    Open(#[source] io::Error),
+    #[error("cannot list {what}: {source}")]
+    List { what: &'static str, source: rtnetlink::Error },
+    #[error("the kernel's stream of device events ended")]
+    Ended,
+}
+
+/// The node's name as kube-proxy has it: trimmed and lower case (contract A124).
+pub fn hostname() -> String {
+    rustix::system::uname().nodename().to_string_lossy().trim().to_lowercase()
+}
+
+/// What an event calls for.
+#[derive(Default)]
+struct Dirty {
+    any: bool,
+    routes: bool,
+    /// A device of ours went away; one of the same index may have come, so the list is published even if it looks the same.
+    gone: bool,
+}
+
+/// Publishes the devices now and whenever they change, until cancelled.
+pub async fn run(
+    options: Options,
+    devices: watch::Sender<Devices>,
+    cancel: CancellationToken,
+) -> Result<(), NodeError> {
+    let (connection, handle, mut events) = new_multicast_connection(&[
+        MulticastGroup::Link,
+        MulticastGroup::Ipv4Ifaddr,
+        MulticastGroup::Ipv6Ifaddr,
+        MulticastGroup::Ipv4Route,
+        MulticastGroup::Ipv6Route,
+    ])
+    .map_err(NodeError::Open)?;
+    let connection = tokio::spawn(connection);
+    let watched = async {
+        let mut view = View { handle, routes: BTreeSet::new() };
+        let mut published = view.list(&options, true).await?;
+        devices.send_replace(published.clone());
+        loop {
+            let mut dirty = Dirty::default();
+            let (first, _) = events.next().await.ok_or(NodeError::Ended)?;
+            view.note(first.payload, &published, &mut dirty);
+            if !dirty.any {
+                continue;
+            }
+            let gathered = tokio::time::sleep(GATHER);
+            tokio::pin!(gathered);
+            loop {
+                tokio::select! {
+                    () = &mut gathered => break,
+                    event = events.next() => {
+                        let (event, _) = event.ok_or(NodeError::Ended)?;
+                        view.note(event.payload, &published, &mut dirty);
+                    }
+                }
+            }
+            let now = view.list(&options, dirty.routes).await?;
+            if now != published || dirty.gone {
+                tracing::info!(devices = now.len(), "devices changed");
+                devices.send_replace(now.clone());
+                published = now;
+            }
+        }
+    };
+    let result = tokio::select! {
+        () = cancel.cancelled() => Ok(()),
+        result = watched => result,
+    };
+    connection.abort();
+    result
+}
+
+struct View {
+    handle: Handle,
+    /// Devices with a default route, as last listed.
+    routes: BTreeSet<u32>,
+}
+
+impl View {
+    fn note(
+        &self,
+        payload: rtnetlink::packet_core::NetlinkPayload<RouteNetlinkMessage>,
+        published: &Devices,
+        dirty: &mut Dirty,
+    ) {
+        use rtnetlink::packet_core::NetlinkPayload;
+        match payload {
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::NewLink(link)) => {
+                dirty.any = true;
+                dirty.routes |= self.routes.contains(&link.header.index);
+            }
+            NetlinkPayload::InnerMessage(RouteNetlinkMessage::DelLink(link)) => {
+                dirty.any = true;
+                dirty.gone |= published.contains_key(&link.header.index);
+                dirty.routes |= self.routes.contains(&link.header.index);
+            }
+            NetlinkPayload::InnerMessage(
+                RouteNetlinkMessage::NewAddress(address) | RouteNetlinkMessage::DelAddress(address),
+            ) => {
+                dirty.any = true;
+                dirty.routes |= self.routes.contains(&address.header.index);
+            }
+            NetlinkPayload::InnerMessage(
+                RouteNetlinkMessage::NewRoute(route) | RouteNetlinkMessage::DelRoute(route),
+            ) => {
+                let default = is_default(&route);
+                dirty.any |= default;
+                dirty.routes |= default;
+            }
+            // Events were lost.
+            NetlinkPayload::Overrun(_) => *dirty = Dirty { any: true, routes: true, gone: true },
+            _ => {}
+        }
+    }
+
+    async fn list(&mut self, options: &Options, routes: bool) -> Result<Devices, NodeError> {
+        let mut links = BTreeMap::new();
+        let mut listed = self.handle.link().get().execute();
+        while let Some(message) = listed.try_next().await.map_err(failed("network devices"))? {
+            links.insert(message.header.index, link_of(message));
+        }
+        let mut addresses = self.handle.address().get().execute();
+        while let Some(message) = addresses.try_next().await.map_err(failed("addresses"))? {
+            if let Some(link) = links.get_mut(&message.header.index) {
+                link.addresses.extend(address_of(&message));
+            }
+        }
+        if routes {
+            self.routes = self.list_routes().await?;
+        }
+        for index in &self.routes {
+            if let Some(link) = links.get_mut(index) {
+                link.default_route = true;
+            }
+        }
+        self.routes = route_devices(&links);
+        let Options { patterns, node_ips } = options;
+        Ok(classify(&links, node_ips, patterns))
+    }
+
+    async fn list_routes(&self) -> Result<BTreeSet<u32>, NodeError> {
+        let mut found = BTreeSet::new();
+        let v4 = RouteMessageBuilder::<std::net::Ipv4Addr>::new().build();
+        let v6 = RouteMessageBuilder::<std::net::Ipv6Addr>::new().build();
+        for family in [v4, v6] {
+            let mut listed = self.handle.route().get(family).execute();
+            while let Some(route) = listed.try_next().await.map_err(failed("routes"))? {
+                if is_default(&route) {
+                    found.extend(outputs(&route));
+                }
+            }
+        }
+        Ok(found)
+    }
+}
+
+fn failed(what: &'static str) -> impl FnOnce(rtnetlink::Error) -> NodeError {
+    move |source| NodeError::List { what, source }
+}
+
+fn is_default(route: &RouteMessage) -> bool {
+    route.header.destination_prefix_length == 0 && route.header.kind == RouteType::Unicast
+}
+
+/// Devices a route leads to.
+fn outputs(route: &RouteMessage) -> impl Iterator<Item = u32> {
+    route.attributes.iter().flat_map(|attribute| match attribute {
+        RouteAttribute::Oif(index) => vec![*index],
+        RouteAttribute::MultiPath(hops) => hops.iter().map(|hop| hop.interface_index).collect(),
+        _ => vec![],
+    })
+}
+
+fn link_of(message: LinkMessage) -> Link {
+    let LinkMessage { header, attributes, .. } = message;
+    let mut link = Link {
+        up: header.flags.contains(LinkFlags::Up),
+        loopback: header.flags.contains(LinkFlags::Loopback),
+        ethernet: header.link_layer_type == LinkLayerType::Ether,
+        ..Default::default()
+    };
+    for attribute in attributes {
+        match attribute {
+            LinkAttribute::IfName(name) => link.name = name,
+            LinkAttribute::Controller(index) => link.master = Some(index).filter(|index| *index != 0),
+            LinkAttribute::LinkNetNsId(_) => link.peer_elsewhere = true,
+            LinkAttribute::LinkInfo(infos) => {
+                for info in infos {
+                    if let LinkInfo::Kind(kind) = info {
+                        link.kind = match kind {
+                            InfoKind::Other(name) => name,
+                            kind => kind.to_string(),
+                        };
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    link
+}
+
+fn address_of(message: &AddressMessage) -> Option<Address> {
+    let AddressMessage { header, attributes, .. } = message;
+    // On a point-to-point link `Address` is the other end; `Local` is ours. IPv6 gives only `Address` otherwise.
+    let local = attributes.iter().find_map(|a| match a {
+        AddressAttribute::Local(ip) => Some(*ip),
+        _ => None,
+    });
+    let ip = local.or_else(|| {
+        attributes.iter().find_map(|a| match a {
+            AddressAttribute::Address(ip) => Some(*ip),
+            _ => None,
+        })
+    })?;
+    let unusable = AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed | AddressHeaderFlags::Deprecated;
+    let family_matches = matches!(header.family, AddressFamily::Inet | AddressFamily::Inet6);
+    Some(Address {
+        ip,
+        prefix: header.prefix_len,
+        usable: family_matches && header.scope == AddressScope::Universe && !header.flags.intersects(unusable),
+        secondary: header.flags.contains(AddressHeaderFlags::Secondary),
+    })
+}
+
+#[cfg(test)]
+#[path = "tests.rs"]
+mod tests;

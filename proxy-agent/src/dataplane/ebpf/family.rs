@@ -7,13 +7,11 @@ use proxy_common::{
 };
 
 use super::{layout::MapName, maps::SlotArray, sys::Map};
-use crate::model;
 
 pub(crate) trait Family: Address + aya::Pod + std::hash::Hash + Send + Sync {
     type Slot: Slot<Addr = Self> + aya::Pod + Send + Sync;
     type Key: Into<FrontendKey<Self>> + From<FrontendKey<Self>> + aya::Pod + Send + Sync;
 
-    const FAMILY: model::Family;
     const FRONTENDS: MapName;
     const SLOTS: MapName;
 
@@ -28,7 +26,6 @@ impl Family for Ipv4Be {
     type Slot = SlotV4;
     type Key = FrontendKey<Self>;
 
-    const FAMILY: model::Family = model::Family::V4;
     const FRONTENDS: MapName = MapName::FrontendsV4;
     const SLOTS: MapName = MapName::SlotsV4;
 
@@ -45,7 +42,6 @@ impl Family for Ipv6Be {
     type Slot = SlotV6;
     type Key = FrontendKey<Self>;
 
-    const FAMILY: model::Family = model::Family::V6;
     const FRONTENDS: MapName = MapName::FrontendsV6;
     const SLOTS: MapName = MapName::SlotsV6;
 

@@ -303,10 +303,6 @@ impl<K: Pod, V: Pod> Map<K, V> {
         self.fd.as_fd()
     }
 
-    pub(crate) fn capacity(&self) -> io::Result<u32> {
-        Ok(map_info(self.fd())?.max_entries)
-    }
-
     fn element(&self) -> ElementAttr {
         ElementAttr { map: raw(self.fd()), ..Default::default() }
     }

@@ -1,0 +1,396 @@
+//! Which devices the per-packet programs belong on, and what is behind each. Pure.
+//!
+//! A packet must meet the programs once on its way in and once on its way out:
+//! - *pod*: a veth or netkit whose peer lives in another namespace, unless it carries the node's address or a default route
+//!   (a node that is itself a container has such an `eth0`);
+//! - *outward*: carries a default route or an address of the node's networks;
+//! - *overlay*: a tunnel to other nodes.
+//!
+//! Where devices are stacked, one floor is chosen:
+//! - ports of a bond, a team or a bridge with an uplink are left to their master, which has the addresses and the routes;
+//! - a bridge that only joins pods (the CNI bridge plugin, Docker) is left out and its ports, the pods' own links, are taken:
+//!   there, bridged packets between two pods pass too;
+//! - ports of a VRF are taken and the VRF device is not: its ports see the packets with their link headers.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
+
+use crate::desired::{Device, DeviceRole, Devices};
+
+/// An address of a device.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Address {
+    pub ip: IpAddr,
+    pub prefix: u8,
+    /// Of global scope, past duplicate detection, not deprecated.
+    pub usable: bool,
+    /// Not the first of its prefix (IPv4), or a temporary one (IPv6).
+    pub secondary: bool,
+}
+
+/// What netlink says of a link, as far as it matters here.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Link {
+    pub name: String,
+    /// `veth`, `vxlan` …; empty for hardware.
+    pub kind: String,
+    pub up: bool,
+    pub loopback: bool,
+    pub ethernet: bool,
+    pub master: Option<u32>,
+    /// Its other end is in another network namespace.
+    pub peer_elsewhere: bool,
+    pub addresses: Vec<Address>,
+    pub default_route: bool,
+}
+
+/// One of `--devices`: a glob (`*`, `?`), with `!` in front to exclude.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Pattern {
+    glob: String,
+    exclude: bool,
+}
+
+impl Pattern {
+    pub fn new(text: &str) -> Self {
+        match text.strip_prefix('!') {
+            Some(glob) => Self { glob: glob.to_owned(), exclude: true },
+            None => Self { glob: text.to_owned(), exclude: false },
+        }
+    }
+}
+
+/// Excluded by no pattern, and matched by one if there are any that include.
+fn is_wanted(name: &str, patterns: &[Pattern]) -> bool {
+    let matches = |p: &Pattern| glob(p.glob.as_bytes(), name.as_bytes());
+    let mut includes = patterns.iter().filter(|p| !p.exclude).peekable();
+    let included = includes.peek().is_none() || includes.any(matches);
+    included && !patterns.iter().any(|p| p.exclude && matches(p))
+}
+
+fn glob(pattern: &[u8], text: &[u8]) -> bool {
+    match (pattern.split_first(), text.split_first()) {
+        (None, None) => true,
+        (Some((b'*', rest)), _) => glob(rest, text) || text.split_first().is_some_and(|(_, tail)| glob(pattern, tail)),
+        (Some((p, rest)), Some((t, tail))) if *p == b'?' || p == t => glob(rest, tail),
+        _ => false,
+    }
+}
+
+const TUNNELS: [&str; 16] = [
+    "vxlan",
+    "geneve",
+    "wireguard",
+    "ipip",
+    "ip6tnl",
+    "sit",
+    "gre",
+    "gretap",
+    "ip6gre",
+    "ip6gretap",
+    "erspan",
+    "ip6erspan",
+    "tun",
+    "vti",
+    "vti6",
+    "xfrm",
+];
+
+struct World<'a> {
+    links: &'a BTreeMap<u32, Link>,
+    node_ips: &'a [IpAddr],
+    /// Devices with another one on top of them as its ports.
+    ports: BTreeMap<u32, Vec<&'a Link>>,
+}
+
+impl World<'_> {
+    /// Carries the node's address. Where the node's addresses are not known, an address of a whole network tells: the
+    /// gateway address that a CNI puts on a pod's link stands for itself alone (/32, /128).
+    fn has_node_address(&self, link: &Link) -> bool {
+        link.addresses.iter().any(|address| {
+            let Address { ip, prefix, usable, .. } = address;
+            let host = if ip.is_ipv4() { 32 } else { 128 };
+            *usable && if self.node_ips.is_empty() { *prefix < host } else { self.node_ips.contains(ip) }
+        })
+    }
+
+    fn is_pod(&self, link: &Link) -> bool {
+        matches!(link.kind.as_str(), "veth" | "netkit")
+            && link.peer_elsewhere
+            && !link.default_route
+            && !self.has_node_address(link)
+    }
+
+    fn master<'b>(&'b self, link: &Link) -> Option<(u32, &'b Link)> {
+        let index = link.master?;
+        Some((index, self.links.get(&index)?))
+    }
+
+    fn role(&self, index: u32, link: &Link) -> Option<DeviceRole> {
+        if link.loopback || matches!(link.kind.as_str(), "dummy" | "vrf" | "ifb" | "nlmon") {
+            return None;
+        }
+        if self.is_pod(link) {
+            return Some(DeviceRole::Pod);
+        }
+        // Its packets are its master's.
+        if self.master(link).is_some_and(|(_, master)| matches!(master.kind.as_str(), "bridge" | "bond" | "team")) {
+            return None;
+        }
+        if TUNNELS.contains(&link.kind.as_str()) {
+            return link.up.then_some(DeviceRole::Overlay);
+        }
+        let has_address = link.addresses.iter().any(|a| a.usable);
+        let outward = if link.kind == "bridge" {
+            let uplink = self.ports.get(&index).is_some_and(|ports| ports.iter().any(|port| !self.is_pod(port)));
+            let known = !self.node_ips.is_empty() && self.has_node_address(link);
+            link.default_route || known || (has_address && uplink)
+        } else {
+            link.default_route || has_address
+        };
+        outward.then_some(DeviceRole::Outward)
+    }
+}
+
+/// The address that a packet masqueraded at `link` gets (contract A75): its own first one, its master's, else `fallback`.
+fn source<T: Copy>(
+    link: &Link,
+    master: Option<&Link>,
+    fallback: Option<T>,
+    pick: impl Fn(IpAddr) -> Option<T>,
+) -> Option<T> {
+    primary(link, &pick).or_else(|| master.and_then(|master| primary(master, &pick))).or(fallback)
+}
+
+fn primary<T>(link: &Link, pick: impl Fn(IpAddr) -> Option<T>) -> Option<T> {
+    let of = |secondary: bool| link.addresses.iter().filter(move |a| a.usable && a.secondary == secondary);
+    of(false).chain(of(true)).find_map(|address| pick(address.ip))
+}
+
+const fn v4(ip: IpAddr) -> Option<Ipv4Addr> {
+    match ip {
+        IpAddr::V4(ip) => Some(ip),
+        IpAddr::V6(_) => None,
+    }
+}
+
+const fn v6(ip: IpAddr) -> Option<Ipv6Addr> {
+    match ip {
+        IpAddr::V6(ip) => Some(ip),
+        IpAddr::V4(_) => None,
+    }
+}
+
+/// What the kernel would pick for a device without addresses: the address of the device with the default route, the node's
+/// own, any.
+fn fallback<T: Copy>(
+    links: &BTreeMap<u32, Link>,
+    node_ips: &[IpAddr],
+    pick: impl Fn(IpAddr) -> Option<T>,
+) -> Option<T> {
+    let by_route = links.values().filter(|l| l.default_route).find_map(|link| primary(link, &pick));
+    let by_node = || node_ips.iter().copied().find_map(&pick);
+    let any = || links.values().filter(|l| !l.loopback).find_map(|link| primary(link, &pick));
+    by_route.or_else(by_node).or_else(any)
+}
+
+/// Every device the programs belong on.
+pub fn classify(links: &BTreeMap<u32, Link>, node_ips: &[IpAddr], patterns: &[Pattern]) -> Devices {
+    let mut ports: BTreeMap<u32, Vec<&Link>> = BTreeMap::new();
+    for link in links.values() {
+        if let Some(master) = link.master {
+            ports.entry(master).or_default().push(link);
+        }
+    }
+    let world = World { links, node_ips, ports };
+    let (fallback4, fallback6) = (fallback(links, node_ips, v4), fallback(links, node_ips, v6));
+    let device = |(index, link): (&u32, &Link)| {
+        let role = world.role(*index, link).filter(|_| is_wanted(&link.name, patterns))?;
+        let master = world.master(link).map(|(_, master)| master);
+        let device = Device {
+            name: link.name.clone(),
+            role,
+            ethernet: link.ethernet,
+            source4: source(link, master, fallback4, v4),
+            source6: source(link, master, fallback6, v6),
+        };
+        Some((*index, device))
+    };
+    links.iter().filter_map(device).collect()
+}
+
+/// Indexes whose devices carry a default route: where routes must be read again when they change.
+pub(super) fn route_devices(links: &BTreeMap<u32, Link>) -> BTreeSet<u32> {
+    links.iter().filter(|(_, link)| link.default_route).map(|(index, _)| *index).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `name kind [flags…] [addr/prefix…]`; flags: up, lo, l3, peer, default, master=N.
+    fn links(lines: &[&str]) -> BTreeMap<u32, Link> {
+        let mut links = BTreeMap::new();
+        for (line, index) in lines.iter().zip(1..) {
+            let mut words = line.split_whitespace();
+            let mut link = Link {
+                name: words.next().unwrap().into(),
+                kind: words.next().unwrap().trim_matches('-').into(),
+                ethernet: true,
+                up: true,
+                ..Default::default()
+            };
+            for word in words {
+                match word {
+                    "down" => link.up = false,
+                    "lo" => link.loopback = true,
+                    "l3" => link.ethernet = false,
+                    "peer" => link.peer_elsewhere = true,
+                    "default" => link.default_route = true,
+                    _ => match word.strip_prefix("master=") {
+                        Some(master) => link.master = Some(master.parse().unwrap()),
+                        None => {
+                            let net: ipnet::IpNet = word.parse().unwrap();
+                            link.addresses.push(Address {
+                                ip: net.addr(),
+                                prefix: net.prefix_len(),
+                                usable: true,
+                                secondary: false,
+                            });
+                        }
+                    },
+                }
+            }
+            links.insert(index, link);
+        }
+        links
+    }
+
+    /// `name:role:source4`, space between.
+    fn shown(lines: &[&str], node_ips: &[&str], patterns: &[&str]) -> String {
+        let node_ips: Vec<IpAddr> = node_ips.iter().map(|ip| ip.parse().unwrap()).collect();
+        let patterns: Vec<_> = patterns.iter().map(|p| Pattern::new(p)).collect();
+        let devices = classify(&links(lines), &node_ips, &patterns);
+        let one = |d: &Device| {
+            let l3 = if d.ethernet { "" } else { ":l3" };
+            let source = d.source4.map(|s| s.to_string()).unwrap_or_else(|| "none".into());
+            format!("{}:{:?}:{source}{l3}", d.name, d.role)
+        };
+        devices.values().map(one).collect::<Vec<_>>().join(" ")
+    }
+
+    #[test]
+    fn roles_by_topology() {
+        let cases: [(&str, &[&str], &[&str], &str); 14] = [
+            (
+                "routed pods (Calico): links without addresses",
+                &["lo - lo 127.0.0.1/8", "eth0 - default 192.168.0.1/24", "cali1 veth peer", "cali2 netkit peer"],
+                &[],
+                "eth0:Outward:192.168.0.1 cali1:Pod:192.168.0.1 cali2:Pod:192.168.0.1",
+            ),
+            (
+                "bridge CNI: the pods' links, not the bridge; its address masquerades",
+                &["eth0 - default 192.168.0.1/24", "cni0 bridge 10.244.1.1/24", "veth1 veth peer master=2"],
+                &[],
+                "eth0:Outward:192.168.0.1 veth1:Pod:10.244.1.1",
+            ),
+            (
+                "a bridge without pods yet",
+                &["eth0 - default 192.168.0.1/24", "cni0 bridge 10.244.1.1/24"],
+                &[],
+                "eth0:Outward:192.168.0.1",
+            ),
+            (
+                "a node that is a container: its eth0 is a veth, too",
+                &["eth0 veth peer default 172.18.0.2/16", "veth1 veth peer 10.244.0.1/32"],
+                &[],
+                "eth0:Outward:172.18.0.2 veth1:Pod:10.244.0.1",
+            ),
+            (
+                "such a node without a default route",
+                &["eth0 veth peer 192.168.77.1/24", "veth1 veth peer"],
+                &[],
+                "eth0:Outward:192.168.77.1 veth1:Pod:192.168.77.1",
+            ),
+            (
+                "known node addresses tell where a gateway's prefix does not",
+                &["eth0 veth peer 192.168.77.1/24", "veth1 veth peer 10.244.0.1/24"],
+                &["192.168.77.1"],
+                "eth0:Outward:192.168.77.1 veth1:Pod:10.244.0.1",
+            ),
+            (
+                "bond: the master, not its ports",
+                &["eth0 - master=3", "eth1 - master=3", "bond0 bond default 192.168.0.1/24"],
+                &[],
+                "bond0:Outward:192.168.0.1",
+            ),
+            (
+                "VLAN on a bond",
+                &["eth0 - master=2", "bond0 bond", "bond0.7 vlan default 192.168.7.1/24"],
+                &[],
+                "bond0.7:Outward:192.168.7.1",
+            ),
+            (
+                "a bridge over the uplink has the node's address",
+                &["eth0 - master=2", "br0 bridge default 192.168.0.1/24", "vnet1 veth peer master=2"],
+                &[],
+                "br0:Outward:192.168.0.1 vnet1:Pod:192.168.0.1",
+            ),
+            (
+                "overlays, with and without link headers; one that is down",
+                &[
+                    "eth0 - default 192.168.0.1/24",
+                    "flannel.1 vxlan 10.244.1.0/32",
+                    "wg0 wireguard l3",
+                    "tunl0 ipip l3 down",
+                ],
+                &[],
+                "eth0:Outward:192.168.0.1 flannel.1:Overlay:10.244.1.0 wg0:Overlay:192.168.0.1:l3",
+            ),
+            (
+                "local veth pair, dummies, idle hardware",
+                &["eth0 - default 192.168.0.1/24", "a veth", "b veth", "kube-ipvs0 dummy 10.96.0.1/32", "eth1 -"],
+                &[],
+                "eth0:Outward:192.168.0.1",
+            ),
+            (
+                "VRF: its port, not itself",
+                &["eth0 - master=2 192.168.0.1/24", "red vrf l3", "eth1 - default 10.0.0.1/8"],
+                &[],
+                "eth0:Outward:192.168.0.1 eth1:Outward:10.0.0.1",
+            ),
+            (
+                "two uplinks, the second without a route",
+                &["eth0 - default 192.168.0.1/24", "eth1 - 10.0.0.1/8"],
+                &[],
+                "eth0:Outward:192.168.0.1 eth1:Outward:10.0.0.1",
+            ),
+            ("no address anywhere", &["eth0 - default", "veth1 veth peer"], &[], "eth0:Outward:none veth1:Pod:none"),
+        ];
+        for (case, lines, node_ips, expected) in cases {
+            assert_eq!(shown(lines, node_ips, &[]), expected, "{case}");
+        }
+    }
+
+    #[test]
+    fn patterns_narrow() {
+        let lines = ["eth0 - default 192.168.0.1/24", "eth1 - 10.0.0.1/8", "cali1 veth peer", "lxc1 veth peer"];
+        let names = |patterns: &[&str]| {
+            shown(&lines, &[], patterns).split(' ').map(|d| d.split(':').next().unwrap().to_owned()).collect::<Vec<_>>()
+        };
+        assert_eq!(names(&["eth*", "cali*"]), ["eth0", "eth1", "cali1"]);
+        assert_eq!(names(&["!eth1"]), ["eth0", "cali1", "lxc1"]);
+        assert_eq!(names(&["*", "!lxc?"]), ["eth0", "eth1", "cali1"]);
+        assert_eq!(names(&["eth?", "!*0"]), ["eth1"]);
+    }
+
+    #[test]
+    fn secondary_addresses_come_last() {
+        let mut links = links(&["eth0 - default 192.168.0.9/24 192.168.0.1/24"]);
+        links.get_mut(&1).unwrap().addresses[0].secondary = true;
+        let devices = classify(&links, &[], &[]);
+        assert_eq!(devices[&1].source4, Some([192, 168, 0, 1].into()));
+    }
+}

@@ -1,0 +1,117 @@
+//! Devices of a real network namespace, live. Needs root.
+
+use std::process::Command;
+
+use super::*;
+use crate::desired::DeviceRole;
+
+fn sh(command: &str) {
+    let output = Command::new("sh").args(["-c", command]).output().unwrap();
+    assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+}
+
+/// Waits until the devices are as `wanted` says.
+async fn until(devices: &mut watch::Receiver<Devices>, what: &str, wanted: impl Fn(&Devices) -> bool) -> Devices {
+    let found =
+        tokio::time::timeout(Duration::from_secs(5), async { devices.wait_for(wanted).await.unwrap().clone() }).await;
+    match found {
+        Ok(found) => found,
+        Err(_) => panic!("{what}: {:?}", devices.borrow()),
+    }
+}
+
+fn roles(devices: &Devices) -> Vec<(String, DeviceRole)> {
+    devices.values().map(|d| (d.name.clone(), d.role)).collect()
+}
+
+/// A process that only keeps a network namespace alive.
+struct Pod(std::process::Child);
+
+impl Pod {
+    fn new() -> Self {
+        let child = Command::new("unshare").args(["--net", "sleep", "60"]).spawn().unwrap();
+        let own = std::fs::read_link("/proc/thread-self/ns/net").unwrap();
+        let theirs = format!("/proc/{}/ns/net", child.id());
+        while std::fs::read_link(&theirs).map_or(true, |ns| ns == own) {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Self(child)
+    }
+}
+
+impl Drop for Pod {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn devices_are_followed_as_they_come_and_go() {
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIP devices_are_followed_as_they_come_and_go: not root");
+        return;
+    }
+    // This thread alone, and what it starts.
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let (pod, uplink) = (Pod::new(), Pod::new());
+        sh(&format!(
+            "ip link set lo up && ip link add eth0 type veth peer name up netns {} && ip link set eth0 up && \
+             ip addr add 192.168.9.2/24 dev eth0 && ip addr add fd00:9::2/64 dev eth0 nodad",
+            uplink.0.id()
+        ));
+        let (sender, mut devices) = watch::channel(Devices::new());
+        let cancel = CancellationToken::new();
+        let running = tokio::spawn(run(Options::default(), sender, cancel.clone()));
+
+        let found = until(&mut devices, "eth0", |d| d.len() == 1).await;
+        assert_eq!(roles(&found), [("eth0".into(), DeviceRole::Outward)]);
+        let eth0 = found.values().next().unwrap();
+        assert_eq!(eth0.source4, Some([192, 168, 9, 2].into()));
+        assert_eq!(eth0.source6, Some("fd00:9::2".parse().unwrap()));
+
+        sh(&format!("ip link add pod1 index 900 type veth peer name eth0 netns {}", pod.0.id()));
+        let found = until(&mut devices, "pod1", |d| d.contains_key(&900)).await;
+        assert_eq!((found[&900].role, found[&900].source4), (DeviceRole::Pod, Some([192, 168, 9, 2].into())));
+
+        sh("ip link add cni0 type bridge && ip addr add 10.244.1.1/24 dev cni0 && ip link set cni0 up && \
+            ip link set pod1 master cni0");
+        let found = until(&mut devices, "master", |d| d[&900].source4 == Some([10, 244, 1, 1].into())).await;
+        assert!(found.values().all(|d| d.name != "cni0"));
+
+        sh("ip link set pod1 name pod9");
+        until(&mut devices, "rename", |d| d[&900].name == "pod9").await;
+
+        // Gone and another there, faster than anybody looks: published all the same.
+        devices.mark_unchanged();
+        sh(&format!(
+            "ip link del pod9 && ip link add pod9 index 900 type veth peer name eth0 netns {} && \
+                     ip link set pod9 master cni0",
+            pod.0.id()
+        ));
+        tokio::time::timeout(Duration::from_secs(5), devices.changed()).await.unwrap().unwrap();
+
+        sh("ip addr flush dev cni0 && ip link del cni0");
+        until(&mut devices, "no master", |d| d.get(&900).is_some_and(|p| p.source4 == Some([192, 168, 9, 2].into())))
+            .await;
+
+        // An uplink without an address counts once it has a default route.
+        sh(&format!("ip link add wan type veth peer name up2 netns {} && ip link set wan up", uplink.0.id()));
+        until(&mut devices, "wan", |d| d.values().any(|d| d.name == "wan" && d.role == DeviceRole::Pod)).await;
+        sh("ip route add default dev wan");
+        until(&mut devices, "route", |d| d.values().any(|d| d.name == "wan" && d.role == DeviceRole::Outward)).await;
+        sh("ip link del pod9");
+        until(&mut devices, "gone", |d| !d.contains_key(&900)).await;
+
+        cancel.cancel();
+        running.await.unwrap().unwrap();
+    });
+}
+
+#[test]
+fn the_name_is_lower_case() {
+    let name = hostname();
+    assert!(!name.is_empty() && name == name.trim().to_lowercase());
+}
