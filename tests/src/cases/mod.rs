@@ -38,6 +38,7 @@ pub struct Ground<'a> {
 pub fn all(suite: &mut Suite, group: &str, ground: &Ground<'_>) {
     let mut case = |name: &str, case: fn(&Ground<'_>) -> Result<()>| {
         suite.case(&format!("{group}/{name}"), || {
+            ground.world.leaks()?;
             case(ground)?;
             // Every case ends with this: what was meant for a Service went nowhere else.
             let leaks = ground.world.leaks()?;
@@ -70,7 +71,7 @@ pub fn all(suite: &mut Suite, group: &str, ground: &Ground<'_>) {
 impl Ground<'_> {
     /// Asks and expects an answer every time. Returns what was seen.
     fn answered(&self, from: &Place, ask: &Ask) -> Result<Report> {
-        let report = self.world.ask(from, ask)?;
+        let report = self.world.ask(from, &ask.clone().with("--fail-fast"))?;
         let errors = report.errors();
         ensure!(errors.is_empty(), "{} -> {} {}: {errors:?} of {} tries", from.name, ask.to, ask.transport, ask.count);
         Ok(report)
@@ -152,8 +153,9 @@ impl Ground<'_> {
     }
 
     /// Expects no answer and no refusal.
-    fn dropped(&self, from: &Place, to: SocketAddr) -> Result<()> {
+    fn dropped(&self, from: &Place, svc: Svc, family: Family) -> Result<()> {
         for transport in [Transport::Tcp, Transport::Udp] {
+            let to = svc.at(family, transport);
             let report = self.world.ask(from, &Ask::new(to, transport).timeout(250))?;
             let one = report.tries.first().context("no try")?;
             let silent = one.error.as_deref() == Some("ETIMEDOUT");

@@ -53,6 +53,8 @@ pub struct Ask {
     pub to: SocketAddr,
     pub transport: Transport,
     pub count: u32,
+    /// Milliseconds to wait for each answer.
+    pub timeout: u32,
     pub extra: Vec<String>,
 }
 
@@ -142,7 +144,7 @@ impl Place {
 
 impl Ask {
     pub fn new(to: SocketAddr, transport: Transport) -> Self {
-        Self { to, transport, count: 1, extra: Vec::new() }
+        Self { to, transport, count: 1, timeout: 1000, extra: Vec::new() }
     }
 
     pub fn times(mut self, count: u32) -> Self {
@@ -151,8 +153,9 @@ impl Ask {
     }
 
     /// Milliseconds to wait for each answer.
-    pub fn timeout(self, millis: u32) -> Self {
-        self.with(format!("--timeout={millis}"))
+    pub fn timeout(mut self, millis: u32) -> Self {
+        self.timeout = millis;
+        self
     }
 
     pub fn with(mut self, arg: impl Into<String>) -> Self {
@@ -161,9 +164,9 @@ impl Ask {
     }
 
     fn args(&self) -> Vec<String> {
-        let Self { to, transport, count, extra } = self;
-        let mut args =
-            vec!["probe".to_owned(), to.to_string(), format!("--transport={transport}"), format!("--count={count}")];
+        let Self { to, transport, count, timeout, extra } = self;
+        let mut args = vec!["probe".to_owned(), to.to_string()];
+        args.extend([format!("--transport={transport}"), format!("--count={count}"), format!("--timeout={timeout}")]);
         args.extend(extra.iter().cloned());
         args
     }

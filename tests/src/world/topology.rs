@@ -155,6 +155,9 @@ fn build_node(spec: &Spec, number: u8, underlay: &Namespace, layout: &Layout) ->
         ("ipv4/ip_forward", "1"),
         ("ipv6/conf/all/forwarding", "1"),
         ("ipv6/conf/default/forwarding", "1"),
+        // Cases are refused more often than a node's kernel would say so by default.
+        ("ipv4/icmp_ratelimit", "0"),
+        ("ipv6/icmp/ratelimit", "0"),
         ("ipv4/conf/all/rp_filter", rp_filter),
         ("ipv4/conf/default/rp_filter", rp_filter),
     ])?;
