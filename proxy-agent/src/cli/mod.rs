@@ -9,10 +9,22 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
-mod completions;
-mod exit;
-mod man;
-mod run;
+pub mod agent;
+pub mod backends;
+pub mod check;
+pub mod cleanup;
+pub mod completions;
+pub mod connections;
+pub mod counters;
+pub mod exit;
+pub mod filter;
+pub mod man;
+pub mod output;
+pub mod pins;
+pub mod run;
+pub mod services;
+pub mod shapes;
+pub mod status;
 
 pub use exit::Exit;
 
@@ -33,6 +45,21 @@ struct Cli {
 enum Verb {
     /// Watch Services and EndpointSlices and keep the kernel in step
     Run(Box<run::Args>),
+    /// List the frontends in the kernel and whether each is in force
+    #[command(visible_alias = "svc")]
+    Services(services::Args),
+    /// List which backend serves which frontends
+    Backends(backends::Args),
+    /// List the flows of the per-packet path
+    Connections(connections::Args),
+    /// Show what was counted, per Service and per reason
+    Counters(counters::Args),
+    /// Show what runs here: agent, hooks, devices, sync, how full the maps are
+    Status(status::Args),
+    /// Tell whether this node can run the agent, and what to do if not
+    Check(check::Args),
+    /// Remove everything of ours from the kernel
+    Cleanup(cleanup::Args),
     /// Write a completion script for a shell
     Completions(completions::Args),
     /// Write the manual pages
@@ -60,6 +87,13 @@ pub fn main() -> ExitCode {
 fn execute(verb: Verb, out: &mut dyn Write) -> anyhow::Result<Exit> {
     match verb {
         Verb::Run(args) => run::execute(*args),
+        Verb::Services(args) => services::execute(args, out),
+        Verb::Backends(args) => backends::execute(args, out),
+        Verb::Connections(args) => connections::execute(args, out),
+        Verb::Counters(args) => counters::execute(args, out),
+        Verb::Status(args) => status::execute(args, out),
+        Verb::Check(args) => check::execute(args, out),
+        Verb::Cleanup(args) => cleanup::execute(args, out),
         Verb::Completions(args) => completions::execute(args, out),
         Verb::Man(args) => man::execute(args, out),
     }
@@ -90,19 +124,21 @@ mod tests {
             (&["run", "--sync-period", "30"], ErrorKind::ValueValidation),
             (&["run", "--socket-lb", "some"], ErrorKind::InvalidValue),
             (&["run", "--map-slots", "0"], ErrorKind::ValueValidation),
+            (&["services", "--service", "web"], ErrorKind::ValueValidation),
+            (&["services", "-o", "xml"], ErrorKind::InvalidValue),
             (&["trace"], ErrorKind::InvalidSubcommand),
             (&[], ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand),
         ] {
             assert_eq!(parse(args).map(|_| ()), Err(kind), "{args:?}");
         }
-        for args in [&["run"][..], &["run", "--source", "x", "--devices", "eth*,!docker0"]] {
+        for args in [&["run"][..], &["run", "--source", "x", "--devices", "eth*,!docker0"], &["svc", "-o", "wide"]] {
             assert!(parse(args).is_ok(), "{args:?}");
         }
     }
 
     #[test]
     fn every_page_and_script_can_be_written() {
-        for args in [&["man"][..], &["man", "run"], &["completions", "bash"], &["completions", "zsh"]] {
+        for args in [&["man"][..], &["man", "services"], &["completions", "bash"], &["completions", "zsh"]] {
             let mut out = Vec::new();
             assert_eq!(execute(parse(args).unwrap().verb, &mut out).unwrap(), Exit::Done);
             assert!(out.len() > 500, "{args:?}");

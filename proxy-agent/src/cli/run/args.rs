@@ -5,8 +5,8 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Args as ClapArgs, ValueEnum, value_parser};
 
 use crate::{
+    cli::shapes::SocketLb,
     config::{self, BPFFS, Bind, PortRange, ProxyMode},
-    dataplane::ebpf,
     desired::Algorithm,
 };
 
@@ -132,37 +132,6 @@ fn period(text: &str) -> Result<Duration, String> {
         Ok(Duration::ZERO) => Err("must be more than 0".into()),
         Ok(period) => Ok(period),
         Err(error) => Err(error.to_string()),
-    }
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
-pub enum SocketLb {
-    /// Pods and the node's own processes
-    #[default]
-    All,
-    /// The node's own processes only
-    Node,
-    /// None; the node's own processes are then not served
-    Off,
-}
-
-impl From<SocketLb> for ebpf::SocketLb {
-    fn from(socket_lb: SocketLb) -> Self {
-        match socket_lb {
-            SocketLb::All => Self::All,
-            SocketLb::Node => Self::Node,
-            SocketLb::Off => Self::Off,
-        }
-    }
-}
-
-impl SocketLb {
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::All => "all",
-            Self::Node => "node",
-            Self::Off => "off",
-        }
     }
 }
 

@@ -8,6 +8,7 @@
 use std::{path::Path, sync::Arc};
 
 use anyhow::Context;
+use proxy_common::counters::Reason;
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
@@ -25,7 +26,7 @@ use crate::{
     sync,
 };
 
-mod args;
+pub mod args;
 mod logging;
 mod tasks;
 
@@ -184,6 +185,15 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = &'static str>> {
 }
 
 /// What metrics read from the kernel at every scrape.
-fn probe(_bpffs: &Path) -> serve::Probe {
-    Arc::new(|| Ok(serve::Readings::default()))
+fn probe(bpffs: &Path) -> serve::Probe {
+    let bpffs = bpffs.to_owned();
+    Arc::new(move || {
+        let read = || -> Result<serve::Readings, ebpf::read::ReadError> {
+            let pins = ebpf::read::Pins::open(&bpffs)?;
+            let event =
+                |(reason, count): (Reason, u64)| serve::Event { reason: reason.name(), drop: reason.is_drop(), count };
+            Ok(serve::Readings { events: pins.reasons()?.into_iter().map(event).collect(), fill: pins.fill()? })
+        };
+        read().map_err(|error| error.to_string())
+    })
 }

@@ -170,6 +170,11 @@ pub(crate) fn is_held(path: &Path) -> bool {
     rustix::fs::flock(&fd, FlockOperation::NonBlockingLockShared) == Err(rustix::io::Errno::WOULDBLOCK)
 }
 
+/// Who holds this directory.
+pub(crate) fn holder_of(path: &Path) -> Option<u32> {
+    holder(&open_dir(path).ok()?)
+}
+
 /// Who holds the lock, as far as this pid namespace can tell.
 fn holder(directory: &OwnedFd) -> Option<u32> {
     let stat = rustix::fs::fstat(directory.as_fd()).ok()?;

@@ -13,7 +13,7 @@ use std::{
 
 use proxy_common::{
     Ipv4Be, Ipv6Be,
-    connection::{ConnectionKey, ConnectionValue, flags, hook},
+    connection::{ConnectionKey, ConnectionValue},
     counters::{Reason, ServiceCounters},
     frontend::{FrontendKey, FrontendValue, Range, origin},
     meta::{Meta, ServiceName},
@@ -51,6 +51,20 @@ pub struct VerdictRow {
     pub external: Verdict,
 }
 
+/// A run of slots.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize)]
+pub struct RangeRow {
+    pub base: u32,
+    pub count: u16,
+    pub generation: u8,
+}
+
+impl From<Range> for RangeRow {
+    fn from(Range { base, count, generation }: Range) -> Self {
+        Self { base, count, generation }
+    }
+}
+
 /// One entry of `frontends`.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct FrontendRow {
@@ -69,25 +83,33 @@ pub struct FrontendRow {
     pub affinity_secs: Option<u32>,
     pub all: Vec<SocketAddr>,
     pub local: Vec<SocketAddr>,
+    /// Where the slots of `all` and of `local` are.
+    pub all_range: RangeRow,
+    pub local_range: RangeRow,
     /// The entry changed while it was read, twice; or somebody wrote to it who should not.
     pub torn: bool,
 }
 
-/// One flow of the per-packet path, as the ingress half tells it: one row for both halves of a pair.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord, Debug, Serialize)]
-pub struct ConnectionRow {
-    /// `TCP`, `UDP`, or a number.
-    pub protocol: String,
-    pub client: SocketAddr,
-    /// What the client aims at; for the masqueraded half of a flow, the node's address.
-    pub frontend: SocketAddr,
-    pub backend: SocketAddr,
-    pub service_id: u32,
-    pub service: String,
-    pub masquerade: bool,
-    pub established: bool,
-    /// Seconds since the last packet in this direction.
+/// One entry of the connection table, addresses decoded; what the entries of one flow make together is the reader's.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct ConnectionEntry {
+    /// IP protocol number.
+    pub protocol: u8,
+    /// `proxy_common::connection::hook`.
+    pub hook: u8,
+    pub src: SocketAddr,
+    pub dst: SocketAddr,
+    /// New destination (ingress) or new source (egress).
+    pub to: SocketAddr,
+    /// New source port (ingress) or new destination port (egress).
+    pub other: u16,
+    /// `proxy_common::connection::flags`.
+    pub flags: u8,
+    /// `proxy_common::connection::state`.
+    pub state: u8,
+    /// Seconds since the last packet on this entry.
     pub idle_secs: u32,
+    pub service: String,
 }
 
 /// A pin directory, open for reading.
@@ -139,6 +161,11 @@ impl Pins {
         pins::is_held(&self.layout.root)
     }
 
+    /// Its pid, as far as this pid namespace can tell.
+    pub fn agent_pid(&self) -> Option<u32> {
+        pins::holder_of(&self.layout.root)
+    }
+
     /// Frontends and guards of both families, sorted.
     pub fn frontends(&self) -> Result<Vec<FrontendRow>> {
         let names = self.names()?;
@@ -170,27 +197,24 @@ impl Pins {
         Ok(rows)
     }
 
-    /// Flows of the per-packet path, sorted.
-    pub fn connections(&self) -> Result<Vec<ConnectionRow>> {
+    /// The entries of the per-packet path's flows, in no order.
+    pub fn connections(&self) -> Result<Vec<ConnectionEntry>> {
         let names = self.names()?;
         let mut rows = vec![];
-        for (map, established) in [(MapName::EstablishedV4, true), (MapName::HalfOpenV4, false)] {
-            self.connections_of::<Ipv4Be>(map, established, &names, &mut rows)?;
+        for map in [MapName::EstablishedV4, MapName::HalfOpenV4] {
+            self.connections_of::<Ipv4Be>(map, &names, &mut rows)?;
         }
-        for (map, established) in [(MapName::EstablishedV6, true), (MapName::HalfOpenV6, false)] {
-            self.connections_of::<Ipv6Be>(map, established, &names, &mut rows)?;
+        for map in [MapName::EstablishedV6, MapName::HalfOpenV6] {
+            self.connections_of::<Ipv6Be>(map, &names, &mut rows)?;
         }
-        rows.sort();
-        rows.dedup();
         Ok(rows)
     }
 
     fn connections_of<A: Family>(
         &self,
         map: MapName,
-        established: bool,
         names: &BTreeMap<u32, String>,
-        rows: &mut Vec<ConnectionRow>,
+        rows: &mut Vec<ConnectionEntry>,
     ) -> Result<()>
     where
         ConnectionKey<A>: aya::Pod,
@@ -198,23 +222,20 @@ impl Pins {
     {
         let now = monotonic_secs();
         let entries = self.map::<ConnectionKey<A>, ConnectionValue<A>>(map)?.entries().map_err(self.failed(map))?;
-        for (key, value) in entries {
-            // An egress entry tells what its ingress pair tells; one that waits for a port has no pair yet.
-            let told = key.hook == hook::INGRESS && value.flags & (flags::PENDING | flags::DIRECT) == 0;
-            if !told || !value.is_sealed_for(&key) {
-                continue;
-            }
-            let at = |addr: A, port: proxy_common::Be16| SocketAddr::new(addr.to_ip(), port.to_host());
-            rows.push(ConnectionRow {
-                protocol: Protocol::from_number(key.proto).map_or_else(|| key.proto.to_string(), |p| p.to_string()),
-                client: at(key.src, key.sport),
-                frontend: at(key.dst, key.dport),
-                backend: at(value.addr, value.port),
-                service_id: value.service,
-                service: names.get(&value.service).cloned().unwrap_or_default(),
-                masquerade: value.flags & flags::MASQUERADE != 0,
-                established,
+        let at = |addr: A, port: proxy_common::Be16| SocketAddr::new(addr.to_ip(), port.to_host());
+        // An entry that changed while it was read tells nothing; its pair does.
+        for (key, value) in entries.into_iter().filter(|(key, value)| value.is_sealed_for(key)) {
+            rows.push(ConnectionEntry {
+                protocol: key.proto,
+                hook: key.hook,
+                src: at(key.src, key.sport),
+                dst: at(key.dst, key.dport),
+                to: at(value.addr, value.port),
+                other: value.other.to_host(),
+                flags: value.flags,
+                state: value.state,
                 idle_secs: now.saturating_sub(value.seen),
+                service: names.get(&value.service).cloned().unwrap_or_default(),
             });
         }
         Ok(())
@@ -383,6 +404,8 @@ fn frontend_row<A: Family>(
         affinity_secs: Some(value.affinity_secs).filter(|secs| *secs > 0),
         all,
         local,
+        all_range: value.all().into(),
+        local_range: value.local().into(),
         torn,
     }
 }

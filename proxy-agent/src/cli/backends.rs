@@ -1,0 +1,115 @@
+//! `backends`: which backend serves which frontends.
+
+use std::io::Write;
+
+use clap::Args as ClapArgs;
+use serde::Serialize;
+
+use super::{
+    Exit,
+    filter::{Filter, ServiceName},
+    output::{self, Column, OutputArgs, Row, SortArgs},
+    pins::{Frontend, PinsArgs, Range},
+    shapes::{Endpoint, FrontendAddress},
+};
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Args {
+    #[command(flatten)]
+    filter: Filter,
+    #[command(flatten)]
+    sort: SortArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    pins: PinsArgs,
+}
+
+/// One backend of one frontend.
+#[derive(Clone, PartialEq, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Backend {
+    pub backend: Endpoint,
+    pub namespace: String,
+    pub name: String,
+    pub port_name: String,
+    pub frontend: FrontendAddress,
+    /// Also in the set that local traffic policies pick from.
+    pub local: bool,
+    /// Where the frontend's slots are.
+    pub slots: Slots,
+    #[serde(skip)]
+    pub service: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Slots {
+    pub base: u32,
+    pub count: u16,
+    pub generation: u8,
+}
+
+impl Row for Backend {
+    const KIND: &'static str = "BackendList";
+    const COLUMNS: &'static [Column<Self>] = &[
+        Column::new("BACKEND", |b| b.backend.to_string()),
+        Column::new("SERVICE", |b| b.service.clone()),
+        Column::new("FRONTEND", |b| b.frontend.to_string()),
+        Column::wide("LOCAL", |b| if b.local { "yes".to_owned() } else { String::new() }),
+        Column::wide("SLOTS", |b| {
+            let Slots { base, count, .. } = b.slots;
+            format!("{base}-{}", base.saturating_add(u32::from(count.saturating_sub(1))))
+        }),
+        Column::wide("GENERATION", |b| b.slots.generation.to_string()),
+    ];
+}
+
+pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
+    let Args { filter, sort, output, pins } = args;
+    let mut rows = rows(pins.open()?.frontends()?);
+    rows.retain(|row| filter.admits(&row.service, Some(row.frontend.address)));
+    output::sort(&mut rows, &sort)?;
+    output::print(&rows, &output, out)?;
+    Ok(Exit::Done)
+}
+
+/// By backend, then by frontend: what one pod serves stands together.
+fn rows(frontends: Vec<Frontend>) -> Vec<Backend> {
+    let mut rows: Vec<_> = frontends.iter().flat_map(of_frontend).collect();
+    rows.sort_by(|a, b| (a.backend, &a.service, a.frontend).cmp(&(b.backend, &b.service, b.frontend)));
+    rows
+}
+
+fn of_frontend(frontend: &Frontend) -> Vec<Backend> {
+    let Frontend { service, frontend, all, local, .. } = frontend;
+    let name = ServiceName::parse(service);
+    // A backend may be local only: a terminating one, kept for local traffic while others serve the rest.
+    let only_local = local.backends.iter().filter(|backend| !all.backends.contains(backend)).map(|b| (b, local));
+    let rows = all.backends.iter().map(|b| (b, all)).chain(only_local);
+    rows.map(|(backend, range)| {
+        let Range { base, count, generation, backends: _ } = *range;
+        Backend {
+            backend: *backend,
+            namespace: name.namespace.to_owned(),
+            name: name.name.to_owned(),
+            port_name: name.port.to_owned(),
+            frontend: *frontend,
+            local: local.backends.contains(backend),
+            slots: Slots { base, count, generation },
+            service: service.clone(),
+        }
+    })
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::cli::{output::tests::every_format, pins::tests::frontends};
+
+    #[test]
+    fn backends_in_every_format() {
+        insta::assert_snapshot!("backends", every_format(&rows(frontends())));
+    }
+}

@@ -1,0 +1,248 @@
+//! The pinned maps as the readers see them: what `dataplane::ebpf::read` hands out, named and in the shapes that are printed.
+
+use std::path::PathBuf;
+
+use clap::Args as ClapArgs;
+
+use super::{
+    agent,
+    counters::{Event, Service},
+    shapes::{Endpoint, FrontendAddress},
+    status::Kernel,
+};
+use crate::{
+    config::{BPFFS, Bind, METRICS_PORT},
+    dataplane::ebpf::read::{ConnectionEntry, FrontendRow, Pins, RangeRow, ReadError, VerdictRow},
+    desired::{Algorithm, FrontendKind, Verdicts},
+    status::report::{Hook, MapFill, Report},
+};
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct PinsArgs {
+    /// Directory of the pinned maps and programs
+    #[arg(long, value_name = "DIR", default_value = BPFFS, env = "PROXY_AGENT_BPFFS")]
+    pub bpffs: PathBuf,
+    /// Where the running agent answers
+    #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:10249", env = "PROXY_AGENT_METRICS_BIND_ADDRESS")]
+    pub metrics_bind_address: Bind,
+}
+
+#[derive(Clone, PartialEq, Debug)]
+pub struct Frontend {
+    /// `namespace/name:port`.
+    pub service: String,
+    pub service_id: u32,
+    pub kind: String,
+    pub frontend: FrontendAddress,
+    pub all: Range,
+    pub local: Range,
+    pub verdicts: Verdicts,
+    pub algorithm: Algorithm,
+    pub affinity_secs: Option<u32>,
+}
+
+/// A run of slots and what stands in them.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Range {
+    pub base: u32,
+    pub count: u16,
+    pub generation: u8,
+    pub backends: Vec<Endpoint>,
+}
+
+/// The agent on these pins, as far as it can be asked.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Agent {
+    pub running: bool,
+    pub pid: Option<u32>,
+    pub report: Option<Report>,
+    /// Why a running agent could not be asked.
+    pub error: Option<String>,
+}
+
+/// Pins, open for reading.
+pub struct Opened(Pins);
+
+impl PinsArgs {
+    pub fn open(&self) -> anyhow::Result<Opened> {
+        Ok(Opened(Pins::open(&self.bpffs)?))
+    }
+
+    /// `None` where nothing is pinned.
+    pub fn open_if_there(&self) -> anyhow::Result<Option<Opened>> {
+        match Pins::open(&self.bpffs) {
+            Ok(pins) => Ok(Some(Opened(pins))),
+            Err(ReadError::Nothing(_)) => Ok(None),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Asks the agent that holds these pins.
+    pub fn agent(&self, opened: &Opened) -> Agent {
+        let Opened(pins) = opened;
+        if !pins.agent_running() {
+            return Agent::default();
+        }
+        let running = Agent { running: true, pid: pins.agent_pid(), ..Agent::default() };
+        match self.report() {
+            Ok(report) => Agent { pid: running.pid.or(Some(report.pid)), report: Some(report), ..running },
+            Err(error) => Agent { error: Some(error), ..running },
+        }
+    }
+
+    /// The report of whoever answers, if it speaks of these pins.
+    fn report(&self) -> Result<Report, String> {
+        let Some(addr) = self.metrics_bind_address.socket(METRICS_PORT) else {
+            return Err("--metrics-bind-address is empty".into());
+        };
+        match agent::report(addr) {
+            Ok(report) if report.bpffs == self.bpffs => Ok(report),
+            Ok(report) => Err(format!(
+                "{addr}: the agent there uses the pins in {}; give --metrics-bind-address the address of this one",
+                report.bpffs.display()
+            )),
+            Err(error) => Err(format!("{addr}: {error:#}; is --metrics-bind-address where the agent answers?")),
+        }
+    }
+}
+
+impl Opened {
+    /// Guards are no frontends of a Service and are left out.
+    pub fn frontends(&self) -> anyhow::Result<Vec<Frontend>> {
+        Ok(self.0.frontends()?.into_iter().filter_map(Frontend::of).collect())
+    }
+
+    pub fn connections(&self) -> anyhow::Result<Vec<ConnectionEntry>> {
+        Ok(self.0.connections()?)
+    }
+
+    /// By Service. What is counted under an id that names no Service any more is about to go.
+    pub fn service_counters(&self) -> anyhow::Result<Vec<Service>> {
+        let names = self.0.names()?;
+        let counters = self.0.service_counters()?;
+        let mut rows: Vec<_> = counters
+            .into_iter()
+            .filter_map(|(id, counters)| Some(Service::new(names.get(&id)?.clone(), counters)))
+            .collect();
+        rows.sort_by(|a, b| a.service.cmp(&b.service));
+        Ok(rows)
+    }
+
+    pub fn events(&self) -> anyhow::Result<Vec<Event>> {
+        Ok(self.0.reasons()?.into_iter().map(|(reason, count)| Event::new(reason, count)).collect())
+    }
+
+    pub fn kernel(&self) -> anyhow::Result<Kernel> {
+        let frontends = self.frontends()?;
+        let backends: std::collections::BTreeSet<_> = frontends
+            .iter()
+            .flat_map(|frontend| frontend.all.backends.iter().chain(&frontend.local.backends))
+            .collect();
+        Ok(Kernel {
+            frontends: frontends.len(),
+            backends: backends.len(),
+            hooks: self.0.hooks()?.iter().map(Hook::from).collect(),
+            maps: self.0.fill()?.iter().map(MapFill::from).collect(),
+        })
+    }
+}
+
+impl Frontend {
+    fn of(row: FrontendRow) -> Option<Self> {
+        let FrontendRow {
+            addr,
+            port,
+            protocol,
+            guard,
+            service_id,
+            service,
+            verdicts: VerdictRow { pod, node, external },
+            algorithm,
+            affinity_secs,
+            all,
+            local,
+            all_range,
+            local_range,
+            torn: _,
+        } = row;
+        let protocol = protocol.filter(|_| !guard)?;
+        Some(Self {
+            service,
+            service_id,
+            // The only kind that this version programs; the maps do not say.
+            kind: FrontendKind::ClusterIp.to_string(),
+            frontend: FrontendAddress { address: addr, port, protocol },
+            all: Range::of(all_range, all),
+            local: Range::of(local_range, local),
+            verdicts: Verdicts { pod, node, external },
+            algorithm,
+            affinity_secs,
+        })
+    }
+}
+
+impl Range {
+    fn of(range: RangeRow, backends: Vec<std::net::SocketAddr>) -> Self {
+        let RangeRow { base, count, generation } = range;
+        Self { base, count, generation, backends: backends.into_iter().map(Endpoint::from).collect() }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use crate::{
+        desired::{Action, Verdict},
+        model::Protocol,
+    };
+
+    /// A dual-stack Service, one with local backends, one without any.
+    pub(crate) fn frontends() -> Vec<Frontend> {
+        let row = |addr: &str, port, protocol, service_id, service: &str, all: &[&str], local: &[&str]| {
+            let addresses = |texts: &[&str]| texts.iter().map(|text| text.parse().unwrap()).collect::<Vec<_>>();
+            let pick = Verdict { action: Action::PickAll, masquerade: false };
+            let reject = Verdict { action: Action::Reject, masquerade: false };
+            let near = if all.is_empty() { reject } else { pick };
+            let outside = Verdict { masquerade: !all.is_empty(), ..near };
+            Frontend::of(FrontendRow {
+                addr: addr.parse().unwrap(),
+                port,
+                protocol,
+                guard: protocol.is_none(),
+                service_id,
+                service: service.into(),
+                verdicts: VerdictRow { pod: near, node: near, external: outside },
+                algorithm: if service_id == 2 { Algorithm::RoundRobin } else { Algorithm::Random },
+                affinity_secs: (service_id == 3).then_some(10_800),
+                all: addresses(all),
+                local: addresses(local),
+                all_range: RangeRow { base: service_id * 16, count: all.len() as u16, generation: 7 },
+                local_range: RangeRow { base: service_id * 16 + 8, count: local.len() as u16, generation: 9 },
+                torn: false,
+            })
+        };
+        [
+            row("10.96.0.1", 80, Some(Protocol::Tcp), 1, "default/web:http", &["10.1.1.3:8080", "10.1.2.3:8080"], &[]),
+            row("10.96.0.1", 0, None, 0, "", &[], &[]),
+            row(
+                "10.96.0.10",
+                53,
+                Some(Protocol::Udp),
+                2,
+                "kube-system/dns:dns",
+                &["10.1.1.5:5353"],
+                &["10.1.1.5:5353"],
+            ),
+            row("10.96.0.77", 443, Some(Protocol::Tcp), 3, "default/empty", &[], &[]),
+            row("fd00:96::1", 80, Some(Protocol::Tcp), 1, "default/web:http", &["[fd00:1::3]:8080"], &[]),
+        ]
+        .into_iter()
+        .flatten()
+        .collect()
+    }
+
+    #[test]
+    fn guards_are_no_services() {
+        assert_eq!(frontends().len(), 4);
+    }
+}

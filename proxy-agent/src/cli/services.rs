@@ -1,0 +1,209 @@
+//! `services`: the frontends in the kernel, and whether each is in force.
+
+use std::{
+    collections::BTreeMap,
+    io::{self, Write},
+};
+
+use clap::Args as ClapArgs;
+use serde::Serialize;
+
+use super::{
+    Exit,
+    filter::{Filter, ServiceName},
+    output::{self, Column, OutputArgs, Row, SortArgs},
+    pins::{Agent, Frontend, PinsArgs},
+    shapes::{Endpoint, FrontendAddress, blank},
+};
+use crate::{
+    desired::{Action, Algorithm, Verdict, Verdicts},
+    status::report::Unprogrammed,
+};
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Args {
+    #[command(flatten)]
+    filter: Filter,
+    #[command(flatten)]
+    sort: SortArgs,
+    #[command(flatten)]
+    output: OutputArgs,
+    #[command(flatten)]
+    pins: PinsArgs,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Service {
+    pub namespace: String,
+    pub name: String,
+    /// Empty for an unnamed port.
+    pub port_name: String,
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub frontend: FrontendAddress,
+    pub backends: Vec<Endpoint>,
+    pub local_backends: Vec<Endpoint>,
+    /// `Programmed`, `Pending` or `Degraded`.
+    pub state: String,
+    pub reason: Option<String>,
+    /// Absent where the kernel does not hold the frontend.
+    pub verdicts: Option<Verdicts>,
+    pub algorithm: Option<Algorithm>,
+    pub affinity_seconds: Option<u32>,
+    pub service_id: Option<u32>,
+    /// `namespace/name:port`, as columns and filters have it.
+    #[serde(skip)]
+    pub service: String,
+}
+
+impl Row for Service {
+    const KIND: &'static str = "ServiceList";
+    const COLUMNS: &'static [Column<Self>] = &[
+        Column::new("SERVICE", |s| s.service.clone()),
+        Column::new("TYPE", |s| s.kind.clone()),
+        Column::new("FRONTEND", |s| s.frontend.to_string()),
+        Column::new("BACKENDS", |s| s.backends.len().to_string()),
+        Column::wide("LOCAL", |s| s.local_backends.len().to_string()),
+        Column::wide("POD", |s| blank(s.verdicts.map(|v| verdict(v.pod)))),
+        Column::wide("NODE", |s| blank(s.verdicts.map(|v| verdict(v.node)))),
+        Column::wide("EXTERNAL", |s| blank(s.verdicts.map(|v| verdict(v.external)))),
+        Column::wide("ALGORITHM", |s| blank(s.algorithm.map(algorithm))),
+        Column::wide("AFFINITY", |s| blank(s.affinity_seconds.map(|seconds| format!("{seconds}s")))),
+        Column::wide("ID", |s| blank(s.service_id)),
+        Column::new("STATE", |s| match &s.reason {
+            Some(reason) => format!("{}: {reason}", s.state),
+            None => s.state.clone(),
+        }),
+    ];
+}
+
+fn verdict(verdict: Verdict) -> String {
+    let action = match verdict.action {
+        Action::PickAll => "all",
+        Action::PickLocal => "local",
+        Action::Drop => "drop",
+        Action::Reject => "reject",
+    };
+    if verdict.masquerade { format!("{action},masquerade") } else { action.to_owned() }
+}
+
+fn algorithm(algorithm: Algorithm) -> &'static str {
+    match algorithm {
+        Algorithm::Random => "random",
+        Algorithm::RoundRobin => "round-robin",
+    }
+}
+
+pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
+    let Args { filter, sort, output, pins } = args;
+    let opened = pins.open()?;
+    let Agent { running: _, pid: _, report, error } = pins.agent(&opened);
+    if let Some(error) = error {
+        // The pins are worth showing all the same.
+        let _ = writeln!(io::stderr(), "warning: states are what the pins say; the agent does not answer: {error}");
+    }
+    let unprogrammed = report.map(|report| report.unprogrammed).unwrap_or_default();
+    let mut rows = merge(opened.frontends()?, unprogrammed);
+    rows.retain(|row| filter.admits(&row.service, Some(row.frontend.address)));
+    output::sort(&mut rows, &sort)?;
+    output::print(&rows, &output, out)?;
+    Ok(Exit::Done)
+}
+
+/// What the kernel holds, and what the agent says is not in force; a frontend may be in both (an older version serves).
+fn merge(frontends: Vec<Frontend>, unprogrammed: Vec<Unprogrammed>) -> Vec<Service> {
+    let mut rows: BTreeMap<(String, FrontendAddress), Service> = frontends
+        .into_iter()
+        .map(|frontend| {
+            let row = programmed(frontend);
+            ((row.service.clone(), row.frontend), row)
+        })
+        .collect();
+    for Unprogrammed { service, kind, address, port, protocol, state, reason, since: _ } in unprogrammed {
+        let frontend = FrontendAddress { address, port, protocol };
+        let row = rows.entry((service.clone(), frontend)).or_insert_with(|| absent(service, kind, frontend));
+        row.state = state;
+        row.reason = reason;
+    }
+    rows.into_values().collect()
+}
+
+fn programmed(frontend: Frontend) -> Service {
+    let Frontend { service, service_id, kind, frontend, all, local, verdicts, algorithm, affinity_secs } = frontend;
+    let name = ServiceName::parse(&service);
+    Service {
+        namespace: name.namespace.to_owned(),
+        name: name.name.to_owned(),
+        port_name: name.port.to_owned(),
+        kind,
+        frontend,
+        backends: all.backends,
+        local_backends: local.backends,
+        state: "Programmed".to_owned(),
+        reason: None,
+        verdicts: Some(verdicts),
+        algorithm: Some(algorithm),
+        affinity_seconds: affinity_secs,
+        service_id: Some(service_id),
+        service,
+    }
+}
+
+fn absent(service: String, kind: String, frontend: FrontendAddress) -> Service {
+    let name = ServiceName::parse(&service);
+    Service {
+        namespace: name.namespace.to_owned(),
+        name: name.name.to_owned(),
+        port_name: name.port.to_owned(),
+        kind,
+        frontend,
+        backends: Vec::new(),
+        local_backends: Vec::new(),
+        state: String::new(),
+        reason: None,
+        verdicts: None,
+        algorithm: None,
+        affinity_seconds: None,
+        service_id: None,
+        service,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        cli::{output::tests::every_format, pins::tests::frontends},
+        model::Protocol,
+    };
+
+    fn degraded(address: &str, service: &str) -> Unprogrammed {
+        Unprogrammed {
+            service: service.into(),
+            kind: "ClusterIP".into(),
+            address: address.parse().unwrap(),
+            port: 80,
+            protocol: Protocol::Tcp,
+            state: "Degraded".into(),
+            reason: Some("map frontends_v4 is full (65536); raise --map-frontends".into()),
+            since: "2026-11-21T02:31:58.042Z".into(),
+        }
+    }
+
+    #[test]
+    fn services_in_every_format() {
+        let rows = merge(frontends(), vec![degraded("10.96.0.99", "default/late:http")]);
+        insta::assert_snapshot!("services", every_format(&rows));
+    }
+
+    #[test]
+    fn an_older_version_in_the_kernel_is_one_row_that_says_so() {
+        let first = frontends().remove(0);
+        let rows = merge(vec![first.clone()], vec![degraded(&first.frontend.address.to_string(), &first.service)]);
+        assert_eq!(rows.len(), 1);
+        let row = rows.first().unwrap();
+        assert_eq!(row.state, "Degraded");
+        assert_eq!(row.backends.len(), first.all.backends.len(), "the backends that serve now");
+    }
+}

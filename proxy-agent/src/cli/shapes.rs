@@ -1,0 +1,81 @@
+//! Shapes that several lists share, in JSON and in tables.
+
+use std::{
+    fmt,
+    net::{IpAddr, SocketAddr},
+};
+
+use clap::ValueEnum;
+use serde::Serialize;
+
+use crate::{dataplane::ebpf, model::Protocol};
+
+/// An address with a port; IPv6 in brackets.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]
+pub struct Endpoint {
+    pub address: IpAddr,
+    pub port: u16,
+}
+
+impl From<SocketAddr> for Endpoint {
+    fn from(addr: SocketAddr) -> Self {
+        Self { address: addr.ip(), port: addr.port() }
+    }
+}
+
+impl fmt::Display for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        SocketAddr::new(self.address, self.port).fmt(f)
+    }
+}
+
+/// What traffic is addressed to: `10.96.0.10:53/UDP`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]
+pub struct FrontendAddress {
+    pub address: IpAddr,
+    pub port: u16,
+    pub protocol: Protocol,
+}
+
+impl fmt::Display for FrontendAddress {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", SocketAddr::new(self.address, self.port), self.protocol)
+    }
+}
+
+/// Blank for none.
+pub fn blank<T: ToString>(value: Option<T>) -> String {
+    value.map(|value| value.to_string()).unwrap_or_default()
+}
+
+/// Whose sockets are translated at connect time.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum SocketLb {
+    /// Pods and the node's own processes
+    #[default]
+    All,
+    /// The node's own processes only
+    Node,
+    /// None; the node's own processes are then not served
+    Off,
+}
+
+impl From<SocketLb> for ebpf::SocketLb {
+    fn from(socket_lb: SocketLb) -> Self {
+        match socket_lb {
+            SocketLb::All => Self::All,
+            SocketLb::Node => Self::Node,
+            SocketLb::Off => Self::Off,
+        }
+    }
+}
+
+impl SocketLb {
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Node => "node",
+            Self::Off => "off",
+        }
+    }
+}

@@ -1,0 +1,353 @@
+//! `status`: what runs here. The agent tells of itself, if one runs; the rest is read from the pins.
+
+use std::{io::Write, path::PathBuf};
+
+use clap::Args as ClapArgs;
+use serde::Serialize;
+
+use super::{
+    Exit,
+    output::{self, API_VERSION, Format},
+    pins::{Agent, Opened, PinsArgs},
+};
+use crate::status::report::{Device, FrontendCount, Hook, MapFill, Report, Source, Sync, Unprogrammed};
+
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Args {
+    /// How to print; wide adds the hooks and every map
+    #[arg(short, long, value_enum, default_value_t, value_name = "FORMAT")]
+    output: Format,
+    #[command(flatten)]
+    pins: PinsArgs,
+}
+
+#[derive(Clone, PartialEq, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Status {
+    api_version: &'static str,
+    kind: &'static str,
+    pub bpffs: PathBuf,
+    pub agent: AgentStatus,
+    /// Absent where nothing is pinned.
+    pub kernel: Option<Kernel>,
+    /// What the agent says of itself; absent where none answers.
+    pub report: Option<Report>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct AgentStatus {
+    pub running: bool,
+    pub pid: Option<u32>,
+    /// Why a running agent could not be asked.
+    pub error: Option<String>,
+}
+
+/// What the pins hold.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Kernel {
+    pub frontends: usize,
+    pub backends: usize,
+    pub hooks: Vec<Hook>,
+    pub maps: Vec<MapFill>,
+}
+
+pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
+    let Args { output, pins } = args;
+    let status = gather(&pins)?;
+    match output {
+        Format::Json | Format::Yaml => output::document(&status, output, out)?,
+        Format::Table | Format::Wide => page(&status, output == Format::Wide, out)?,
+    }
+    Ok(Exit::Done)
+}
+
+fn gather(pins: &PinsArgs) -> anyhow::Result<Status> {
+    let opened = pins.open_if_there()?;
+    let Agent { running, pid, report, error } = opened.as_ref().map(|opened| pins.agent(opened)).unwrap_or_default();
+    let kernel = opened.as_ref().map(Opened::kernel).transpose()?;
+    Ok(Status::new(pins.bpffs.clone(), AgentStatus { running, pid, error }, kernel, report))
+}
+
+impl Status {
+    fn new(bpffs: PathBuf, agent: AgentStatus, kernel: Option<Kernel>, report: Option<Report>) -> Self {
+        Self { api_version: API_VERSION, kind: "Status", bpffs, agent, kernel, report }
+    }
+}
+
+/// For people: one line each, lists indented below.
+fn page(status: &Status, wide: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+    let Status { api_version: _, kind: _, bpffs, agent, kernel, report } = status;
+    let mut page = Page { out };
+    page.line("Agent", &agent_text(agent, report.as_ref()))?;
+    page.line("Pins", &pins_text(&bpffs.display().to_string(), kernel.as_ref()))?;
+    if let Some(report) = report {
+        report_lines(report, &mut page)?;
+    }
+    if let Some(kernel) = kernel {
+        kernel_lines(kernel, wide, &mut page)?;
+    }
+    if let Some(report) = report {
+        trouble(report, &mut page)?;
+    }
+    Ok(())
+}
+
+struct Page<'a> {
+    out: &'a mut dyn Write,
+}
+
+impl Page<'_> {
+    fn line(&mut self, label: &str, text: &str) -> anyhow::Result<()> {
+        writeln!(self.out, "{:<12}{text}", format!("{label}:"))?;
+        Ok(())
+    }
+
+    /// A heading and aligned lines below it; nothing where there are none.
+    fn list(&mut self, label: &str, lines: Vec<Vec<String>>) -> anyhow::Result<()> {
+        if lines.is_empty() {
+            return Ok(());
+        }
+        writeln!(self.out, "{label}:")?;
+        let indented: Vec<Vec<String>> = lines
+            .into_iter()
+            .map(|line| {
+                line.into_iter().enumerate().map(|(i, cell)| if i == 0 { format!("  {cell}") } else { cell }).collect()
+            })
+            .collect();
+        output::write_aligned(&indented, self.out)
+    }
+}
+
+fn agent_text(agent: &AgentStatus, report: Option<&Report>) -> String {
+    let AgentStatus { running, pid, error } = agent;
+    let pid = pid.map(|pid| format!(", pid {pid}")).unwrap_or_default();
+    match (report, running) {
+        (Some(report), _) => {
+            let Report { version, node, uptime_seconds, .. } = report;
+            format!("running{pid}, node {node}, version {version}, up {}", duration(*uptime_seconds))
+        }
+        (None, true) => {
+            format!("running{pid}, but it does not answer: {}", error.as_deref().unwrap_or("no reason known"))
+        }
+        (None, false) => "not running; what it left in the kernel goes on serving".to_owned(),
+    }
+}
+
+fn pins_text(bpffs: &str, kernel: Option<&Kernel>) -> String {
+    match kernel {
+        Some(Kernel { frontends, backends, .. }) => {
+            format!("{bpffs}: {frontends} frontends, {backends} backends in force")
+        }
+        None => format!("{bpffs}: nothing is pinned here"),
+    }
+}
+
+fn report_lines(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
+    let Report { mode, socket_lb, ready, healthy, source, sync, services, endpoints, frontends, .. } = report;
+    page.line("Mode", mode)?;
+    page.line(
+        "Socket LB",
+        match socket_lb.as_str() {
+            "off" => "off: connections that this node's own processes make to Services are not served",
+            "node" => "node: this node's own processes at connect time, pods per packet",
+            other => other,
+        },
+    )?;
+    page.line(
+        "Health",
+        match (*ready, *healthy) {
+            (true, true) => "healthy",
+            (false, _) => "not ready: the first full state is not in force yet",
+            (true, false) => "unhealthy: a change has been waiting for too long",
+        },
+    )?;
+    page.line(
+        "Source",
+        &match source {
+            Source::Listing { missing } if missing.is_empty() => "waiting for the first complete lists".to_owned(),
+            Source::Listing { missing } => format!("waiting for the first complete list of {}", missing.join(", ")),
+            Source::Synced => "synced".to_owned(),
+            Source::Stale { reason } => format!("stale, the last state goes on serving: {reason}"),
+        },
+    )?;
+    let Sync { count, last, pending_services, pending_endpoints, drift_repaired, .. } = sync;
+    page.line(
+        "Sync",
+        &format!(
+            "{count} done, last {}; pending: {pending_services} Services, {pending_endpoints} endpoints; drift repaired: \
+             {drift_repaired}",
+            last.as_deref().unwrap_or("never"),
+        ),
+    )?;
+    page.line("Objects", &format!("{services} Services, {endpoints} endpoints"))?;
+    let FrontendCount { programmed, pending, degraded } = frontends;
+    page.line("Frontends", &format!("{programmed} programmed, {pending} pending, {degraded} degraded"))
+}
+
+fn kernel_lines(kernel: &Kernel, wide: bool, page: &mut Page<'_>) -> anyhow::Result<()> {
+    let Kernel { frontends: _, backends: _, hooks, maps } = kernel;
+    if hooks.is_empty() {
+        page.line("Hooks", "none: nothing is translated")?;
+    } else if wide {
+        let line = |hook: &Hook| vec![hook.kind.clone(), hook.target.clone(), hook.program.clone()];
+        page.list("Hooks", hooks.iter().map(line).collect())?;
+    } else {
+        page.list("Hooks", by_target(hooks))?;
+    }
+    let maps = maps.iter().filter(|map| wide || map.entries > 0);
+    page.list("Maps", maps.map(map_line).collect())
+}
+
+/// Target, and what sits there.
+fn by_target(hooks: &[Hook]) -> Vec<Vec<String>> {
+    let mut targets: Vec<(&str, Vec<&str>)> = Vec::new();
+    for hook in hooks {
+        match targets.iter_mut().find(|(target, _)| *target == hook.target) {
+            Some((_, kinds)) => kinds.push(&hook.kind),
+            None => targets.push((&hook.target, vec![&hook.kind])),
+        }
+    }
+    targets.into_iter().map(|(target, kinds)| vec![target.to_owned(), kinds.join(" ")]).collect()
+}
+
+fn map_line(fill: &MapFill) -> Vec<String> {
+    let MapFill { map, entries, capacity, option } = fill;
+    let percent = if *capacity == 0 { 0.0 } else { *entries as f64 * 100.0 / *capacity as f64 };
+    let advice =
+        if percent >= 90.0 && !option.is_empty() { format!("nearly full: raise {option}") } else { String::new() };
+    vec![map.clone(), format!("{entries} of {capacity}"), format!("{percent:.0}%"), advice]
+}
+
+/// Devices, and what is not as it should be.
+fn trouble(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
+    let Report { unprogrammed, failed_guards, problems, devices, failed_devices, .. } = report;
+    let device = |device: &Device| {
+        let Device { index: _, name, role, source4, source6 } = device;
+        let sources = [source4.map(|a| a.to_string()), source6.map(|a| a.to_string())];
+        vec![name.clone(), role.clone(), sources.into_iter().flatten().collect::<Vec<_>>().join(" ")]
+    };
+    page.list("Devices", devices.iter().map(device).collect())?;
+    let pairs = |map: &std::collections::BTreeMap<String, String>| {
+        map.iter().map(|(object, reason)| vec![object.clone(), reason.clone()]).collect()
+    };
+    page.list("Devices that could not be attached to", pairs(failed_devices))?;
+    let line = |frontend: &Unprogrammed| {
+        let Unprogrammed { service, kind: _, address, port, protocol, state, reason, since } = frontend;
+        let frontend = super::shapes::FrontendAddress { address: *address, port: *port, protocol: *protocol };
+        let state = match reason {
+            Some(reason) => format!("{state}: {reason}"),
+            None => state.clone(),
+        };
+        vec![service.clone(), frontend.to_string(), format!("since {since}"), state]
+    };
+    page.list("Frontends not in force", unprogrammed.iter().map(line).collect())?;
+    let guards = failed_guards.iter().map(|(addr, reason)| vec![addr.to_string(), reason.clone()]).collect();
+    page.list("Addresses whose unused ports are not refused", guards)?;
+    let problems = problems.iter().flat_map(|(object, all)| all.iter().map(|one| vec![object.clone(), one.clone()]));
+    page.list("Problems of objects", problems.collect())
+}
+
+/// `3d4h`, `5m10s`: the two largest units.
+fn duration(seconds: u64) -> String {
+    let units = [(86_400, "d"), (3_600, "h"), (60, "m"), (1, "s")];
+    let mut rest = seconds;
+    let parts = units.map(|(size, unit)| {
+        let count = rest / size;
+        rest %= size;
+        (count, unit)
+    });
+    let shown: String = parts
+        .iter()
+        .skip_while(|(count, _)| *count == 0)
+        .take(2)
+        .map(|(count, unit)| format!("{count}{unit}"))
+        .collect();
+    if shown.is_empty() { "0s".to_owned() } else { shown }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::status::report::tests::busy;
+
+    fn hook(kind: &str, target: &str) -> Hook {
+        Hook { kind: kind.into(), target: target.into(), program: kind.replace('/', "_") }
+    }
+
+    fn kernel() -> Kernel {
+        let map = |map: &str, entries, capacity, option: &str| MapFill {
+            map: map.into(),
+            entries,
+            capacity,
+            option: option.into(),
+        };
+        Kernel {
+            frontends: 1,
+            backends: 1,
+            hooks: vec![
+                hook("cgroup/connect4", "/sys/fs/cgroup"),
+                hook("cgroup/connect6", "/sys/fs/cgroup"),
+                hook("tcx/ingress", "eth0"),
+                hook("tcx/egress", "eth0"),
+            ],
+            maps: vec![
+                map("frontends_v4", 60_000, 65_536, "--map-frontends"),
+                map("slots_v4", 1, 1_048_576, "--map-slots"),
+                map("slots_v6", 0, 1_048_576, "--map-slots"),
+            ],
+        }
+    }
+
+    fn report() -> Report {
+        let mut report = Report::new(&busy(), true, "all", Path::new("/sys/fs/bpf/x"));
+        report.pid = 4242;
+        report.uptime_seconds = 3_700;
+        report.version = "0.0.0".into();
+        report
+    }
+
+    fn pages(status: &Status) -> String {
+        [false, true]
+            .map(|wide| {
+                let mut out = Vec::new();
+                page(status, wide, &mut out).unwrap();
+                format!("--- {}\n{}", if wide { "wide" } else { "table" }, String::from_utf8(out).unwrap())
+            })
+            .concat()
+    }
+
+    #[test]
+    fn status_of_a_running_agent() {
+        let agent = AgentStatus { running: true, pid: Some(4242), error: None };
+        let status = Status::new("/sys/fs/bpf/x".into(), agent, Some(kernel()), Some(report()));
+        let mut text = pages(&status);
+        for format in [Format::Json, Format::Yaml] {
+            let mut out = Vec::new();
+            output::document(&status, format, &mut out).unwrap();
+            text += &format!("--- {format:?}\n{}", String::from_utf8(out).unwrap());
+        }
+        insta::assert_snapshot!("status", text);
+    }
+
+    #[test]
+    fn status_without_an_agent() {
+        let gone = AgentStatus { running: false, pid: None, error: None };
+        let mute =
+            AgentStatus { running: true, pid: Some(7), error: Some("127.0.0.1:10249: connection refused".into()) };
+        let text = [
+            pages(&Status::new("/sys/fs/bpf/x".into(), gone.clone(), Some(kernel()), None)),
+            pages(&Status::new("/sys/fs/bpf/x".into(), gone, None, None)),
+            pages(&Status::new("/sys/fs/bpf/x".into(), mute, Some(Kernel { hooks: vec![], ..kernel() }), None)),
+        ];
+        insta::assert_snapshot!("status_without_an_agent", text.join("\n"));
+    }
+
+    #[test]
+    fn durations() {
+        for (seconds, text) in [(0, "0s"), (59, "59s"), (61, "1m1s"), (3_600, "1h0m"), (90_061, "1d1h")] {
+            assert_eq!(duration(seconds), text);
+        }
+    }
+}
