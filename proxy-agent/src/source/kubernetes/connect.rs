@@ -97,6 +97,9 @@ pub(super) fn reason(error: &kube::Error, resource: &str) -> String {
                 "the API server refuses (403 {}): grant list and watch of {resource}, as the ClusterRole system:node-proxier does",
                 status.message
             ),
+            0 => {
+                format!("an object of the API server's stream cannot be read {}", status.message).trim_end().to_owned()
+            }
             code => format!("the API server answered {code} {}", status.message),
         },
         kube::Error::SerdeError(error) => format!("the API server's answer cannot be read: {error}"),

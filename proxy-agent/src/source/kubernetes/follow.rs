@@ -102,6 +102,14 @@ impl Trouble {
         }
     }
 
+    /// Something of the stream was lost.
+    fn in_stream(self) -> Self {
+        match self {
+            Self::Failed { why, renew, relist: _ } => Self::Failed { why, renew, relist: true },
+            trouble => trouble,
+        }
+    }
+
     fn silent(resource: &str, after: Duration) -> Self {
         let why = format!("the API server does not answer for {resource} within {} s", after.as_secs());
         Self::Failed { why, renew: false, relist: false }
@@ -223,6 +231,8 @@ async fn watch<K: Kind>(
         };
         let event = match next {
             None => return Ok(()),
+            // kube takes an object that it cannot read for an error of the server's.
+            Some(Err(error @ kube::Error::Api(_))) => return Err(trouble(&error).in_stream()),
             Some(Err(error)) => return Err(trouble(&error)),
             Some(Ok(event)) => event,
         };
@@ -239,12 +249,7 @@ async fn watch<K: Kind>(
                 version.clone_from(&bookmark.metadata.resource_version);
                 None
             }
-            WatchEvent::Error(status) => {
-                return Err(match trouble(&kube::Error::Api(status)) {
-                    Trouble::Failed { why, renew, relist: _ } => Trouble::Failed { why, renew, relist: true },
-                    trouble => trouble,
-                });
-            }
+            WatchEvent::Error(status) => return Err(trouble(&kube::Error::Api(status)).in_stream()),
         };
         *told = true;
         follower.send(event).await?;

@@ -54,3 +54,6 @@ pub(super) async fn run(
         },
     }
 }
+
+#[cfg(test)]
+mod tests;
