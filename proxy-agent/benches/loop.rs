@@ -47,7 +47,7 @@ fn change(c: &mut Criterion) {
                 let mut waited = Duration::ZERO;
                 for _ in 0..rounds {
                     version += 1;
-                    let event = Event::Slice(common::slice(version / 2 * 37 % services, version));
+                    let event = Event::Slice(common::slice((version - 1) / 2 * 37 % services, version));
                     // As changes come in life: the loop is asleep.
                     std::thread::sleep(Duration::from_micros(500));
                     let before = kernel.state().writes;

@@ -3,7 +3,7 @@
 
 mod common;
 
-use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
+use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
 use proxy_agent::{
     model::{Event, index::Touched},
     plan::{Defaults, Planner},
@@ -32,12 +32,16 @@ fn change(c: &mut Criterion) {
         planner.full(index.snapshot());
         let mut version = 0;
         group.bench_function(BenchmarkId::from_parameter(services), |b| {
-            b.iter(|| {
+            let next = || {
                 version += 1;
+                Event::Slice(common::slice((version - 1) / 2 * 37 % services, version))
+            };
+            let take = |event| {
                 let mut touched = Touched::default();
-                index.apply(Event::Slice(common::slice(version / 2 * 37 % services, version)), &mut touched);
+                index.apply(event, &mut touched);
                 planner.update(index.snapshot(), &touched.services)
-            });
+            };
+            b.iter_batched(next, take, BatchSize::SmallInput);
         });
     }
 }

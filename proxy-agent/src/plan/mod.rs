@@ -11,7 +11,7 @@
 //! Services; a property test holds the two equal. What cannot be used (a loopback endpoint, an address that an older
 //! Service holds) is left out and said in `problems`, and never costs the rest of the Service.
 
-use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
+use std::{net::IpAddr, sync::Arc};
 
 use crate::{
     desired::{Action, Algorithm, Backend, BackendSet, Frontend, FrontendKind, FrontendSpec},
@@ -154,16 +154,16 @@ fn algorithm(service: &Service, defaults: &Defaults, problems: &mut Vec<String>)
 
 /// The ClusterIPs that can be served, sorted, each once.
 fn vips(service: &Service, problems: &mut Vec<String>) -> Vec<IpAddr> {
-    let mut usable = BTreeSet::new();
+    let mut usable = Vec::with_capacity(service.cluster_ips.len());
     for &addr in &service.cluster_ips {
         match candidates::unusable_vip(addr) {
             Some(why) => problems.push(format!("clusterIP {addr} is {why}; it is not served")),
-            None => {
-                usable.insert(addr);
-            }
+            None => usable.push(addr),
         }
     }
-    usable.into_iter().collect()
+    usable.sort_unstable();
+    usable.dedup();
+    usable
 }
 
 #[cfg(test)]

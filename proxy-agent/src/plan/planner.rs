@@ -20,6 +20,21 @@ struct Planned {
     plan: PlannedService,
 }
 
+/// One Service's claim on a frontend.
+struct Claim<'a> {
+    created: i64,
+    uid: &'a Arc<str>,
+    key: &'a ServiceKey,
+    spec: &'a Arc<FrontendSpec>,
+}
+
+impl Claim<'_> {
+    /// The smallest wins: the older Service keeps a frontend; ties go to the smaller uid, then to the smaller key.
+    fn rank(&self) -> (i64, &Arc<str>, &ServiceKey) {
+        (self.created, self.uid, self.key)
+    }
+}
+
 /// The plan of every Service, and the state they make together.
 pub struct Planner {
     defaults: Defaults,
@@ -49,12 +64,34 @@ impl Planner {
         &self.state
     }
 
-    /// Forgets what was planned and plans all of `snapshot`.
+    /// Forgets what was planned and plans all of `snapshot`. The outcome is that of an update over all Services; it is only
+    /// put together in order, which a cluster's worth of look-ups is too many for.
     pub fn full(&mut self, snapshot: &Snapshot) -> &DesiredState {
-        let version = self.problems_version;
-        *self = Self::new(self.defaults);
-        self.problems_version = version + 1;
-        self.update(snapshot, snapshot.services.keys());
+        let Self { defaults, problems_version, .. } = *self;
+        *self = Self { problems_version: problems_version + 1, ..Self::new(defaults) };
+        self.planned =
+            snapshot.services.iter().map(|(key, service)| (key.clone(), self.plan(service, snapshot, None))).collect();
+
+        let mut claims: Vec<(Frontend, Claim<'_>)> = Vec::with_capacity(self.planned.len());
+        for (key, Planned { created, uid, plan }) in &self.planned {
+            let claim = |spec| Claim { created: *created, uid, key, spec };
+            claims.extend(plan.frontends.iter().map(|(frontend, spec)| (*frontend, claim(spec))));
+            for addr in &plan.guards {
+                *self.holders.entry(*addr).or_default() += 1;
+            }
+        }
+        claims
+            .sort_unstable_by(|(a, a_claim), (b, b_claim)| a.cmp(b).then_with(|| a_claim.rank().cmp(&b_claim.rank())));
+        let mut owned: Vec<(Frontend, Arc<FrontendSpec>)> = Vec::with_capacity(claims.len());
+        for (frontend, claim) in claims {
+            if owned.last().is_some_and(|(last, _)| *last == frontend) {
+                self.losers.entry(frontend).or_default().insert(claim.key.clone());
+            } else {
+                owned.push((frontend, Arc::clone(claim.spec)));
+            }
+        }
+        self.state =
+            DesiredState { frontends: owned.into_iter().collect(), guards: self.holders.keys().copied().collect() };
         &self.state
     }
 
@@ -130,26 +167,19 @@ impl Planner {
         let before = self.state.frontends.get(&frontend);
         let rivals = self.losers.remove(&frontend).unwrap_or_default();
         let contested = !rivals.is_empty();
-        let owner = before.map(|spec| spec.service.service.clone());
-        let mut claims: Vec<_> = rivals
-            .into_iter()
-            .chain(owner)
-            .chain(claimants)
+        let keys = rivals.iter().chain(before.map(|spec| &spec.service.service)).chain(&claimants);
+        let mut claims: Vec<Claim<'_>> = keys
             .filter_map(|key| {
-                let planned = self.planned.get(&key)?;
-                let spec = planned.plan.frontend(&frontend)?;
-                Some((planned.created, Arc::clone(&planned.uid), key, spec))
+                let (key, Planned { created, uid, plan }) = self.planned.get_key_value(key)?;
+                Some(Claim { created: *created, uid, key, spec: plan.frontend(&frontend)? })
             })
             .collect();
-        // The older Service keeps the frontend; ties go to the smaller uid, then to the smaller key.
-        claims.sort_unstable_by(|(a_created, a_uid, a_key, _), (b_created, b_uid, b_key, _)| {
-            (a_created, a_uid, a_key).cmp(&(b_created, b_uid, b_key))
-        });
-        claims.dedup_by(|a, b| a.2 == b.2);
+        claims.sort_unstable_by(|a, b| a.rank().cmp(&b.rank()));
+        claims.dedup_by(|a, b| a.key == b.key);
 
         let mut claims = claims.into_iter();
-        let winner = claims.next().map(|(_, _, _, spec)| Arc::clone(spec));
-        let losers: BTreeSet<ServiceKey> = claims.map(|(_, _, key, _)| key).collect();
+        let winner = claims.next().map(|claim| Arc::clone(claim.spec));
+        let losers: BTreeSet<ServiceKey> = claims.map(|claim| claim.key.clone()).collect();
         if contested || !losers.is_empty() {
             self.problems_version += 1;
         }
