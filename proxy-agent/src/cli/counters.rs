@@ -8,7 +8,7 @@ use serde::Serialize;
 
 use super::{
     Exit,
-    filter::{Filter, ServiceName},
+    filter::{self, Filter, ServiceName},
     output::{self, API_VERSION, Column, Format, OutputArgs, Row, SortArgs},
     pins::PinsArgs,
 };
@@ -19,7 +19,7 @@ pub struct Args {
     #[arg(short, long, value_name = "NAMESPACE")]
     namespace: Option<String>,
     /// Only this Service
-    #[arg(long, value_name = "NAMESPACE/NAME")]
+    #[arg(long, value_name = "NAMESPACE/NAME", value_parser = filter::service)]
     service: Option<String>,
     #[command(flatten)]
     sort: SortArgs,

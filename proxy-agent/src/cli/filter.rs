@@ -17,7 +17,7 @@ pub struct Filter {
     pub vip: Option<IpAddr>,
 }
 
-fn service(text: &str) -> Result<String, String> {
+pub(super) fn service(text: &str) -> Result<String, String> {
     match text.split_once('/') {
         Some((namespace, name)) if !namespace.is_empty() && !name.is_empty() && !name.contains('/') => Ok(text.into()),
         _ => Err("write it as NAMESPACE/NAME".into()),

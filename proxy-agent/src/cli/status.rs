@@ -78,7 +78,7 @@ impl Status {
 fn page(status: &Status, wide: bool, out: &mut dyn Write) -> anyhow::Result<()> {
     let Status { api_version: _, kind: _, bpffs, agent, kernel, report } = status;
     let mut page = Page { out };
-    page.line("Agent", &agent_text(agent, report.as_ref()))?;
+    page.line("Agent", &agent_text(agent, report.as_ref(), kernel.is_some()))?;
     page.line("Pins", &pins_text(&bpffs.display().to_string(), kernel.as_ref()))?;
     if let Some(report) = report {
         report_lines(report, &mut page)?;
@@ -118,7 +118,7 @@ impl Page<'_> {
     }
 }
 
-fn agent_text(agent: &AgentStatus, report: Option<&Report>) -> String {
+fn agent_text(agent: &AgentStatus, report: Option<&Report>, pinned: bool) -> String {
     let AgentStatus { running, pid, error } = agent;
     let pid = pid.map(|pid| format!(", pid {pid}")).unwrap_or_default();
     match (report, running) {
@@ -129,6 +129,7 @@ fn agent_text(agent: &AgentStatus, report: Option<&Report>) -> String {
         (None, true) => {
             format!("running{pid}, but it does not answer: {}", error.as_deref().unwrap_or("no reason known"))
         }
+        (None, false) if !pinned => "not running".to_owned(),
         (None, false) => "not running; what it left in the kernel goes on serving".to_owned(),
     }
 }

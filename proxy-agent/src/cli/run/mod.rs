@@ -21,7 +21,7 @@ use crate::{
     dataplane::{Dataplane, ebpf},
     desired::{Algorithm, Devices},
     model::SourceState,
-    plan, serve, source,
+    node, plan, serve, source,
     status::Status,
     sync,
 };
@@ -40,6 +40,7 @@ const EVENTS: usize = 1024;
 /// What every task is started with.
 struct Plan {
     source: source::Options,
+    node: node::Options,
     sync: sync::Options,
     serve: serve::Options,
     dataplane: ebpf::Options,
@@ -71,7 +72,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         // Both modes there are lead to the one dataplane there is.
         proxy_mode: _,
         socket_lb,
-        devices: _,
+        devices,
         algorithm,
         masquerade_all,
         masquerade_ports: PortRange { min, max },
@@ -96,6 +97,10 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
     };
     Ok(Plan {
         source: source::Options { node, input },
+        node: node::Options {
+            patterns: devices.iter().map(|pattern| node::Pattern::new(pattern)).collect(),
+            node_ips: Vec::new(),
+        },
         sync: sync::Options {
             defaults: plan::Defaults { algorithm: Algorithm::from(algorithm), masquerade_all },
             min_period: min_sync_period,
@@ -149,7 +154,7 @@ fn warn_of_settings((min, max): (u16, u16)) {
 }
 
 async fn run(plan: Plan, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
-    let Plan { source, sync, serve, dataplane: ebpf::Options { bpffs, .. } } = plan;
+    let Plan { source, node, sync, serve, dataplane: ebpf::Options { bpffs, .. } } = plan;
     let stop = stop_signal()?;
     info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -162,11 +167,12 @@ async fn run(plan: Plan, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
     let starting = Status::starting(dataplane.capabilities().name, source.node.as_str().into());
     let (events, heard) = mpsc::channel(EVENTS);
     let (source_state, source_seen) = watch::channel(SourceState::Listing { missing: Vec::new() });
-    let (_devices, devices_seen) = watch::channel(Devices::new());
+    let (devices, devices_seen) = watch::channel(Devices::new());
     let (status, status_seen) = watch::channel(Arc::new(starting));
 
     let mut tasks = Tasks::new();
     tasks.spawn("source", source::run(source, events, source_state, tasks.token()));
+    tasks.spawn("device watcher", node::run(node, devices, tasks.token()));
     tasks.spawn("sync", sync::run(sync, heard, devices_seen, source_seen, dataplane, status, tasks.token()));
     tasks.spawn("HTTP server", serve::run(serve, status_seen, tasks.token()));
     tasks.run(stop, tasks::GRACE).await
