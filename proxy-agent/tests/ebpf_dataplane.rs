@@ -382,7 +382,7 @@ fn maps_change_their_size_and_keep_what_is_in_them() {
     world.options.sizes =
         Sizes { frontends: 512, slots: 2048, services: 128, connections: 512, half_open: 128, datagrams: 512 };
     let mut ebpf = world.open();
-    assert_eq!(start(&mut ebpf, &state, &devices), 0, "the entries came along");
+    assert_eq!(start(&mut ebpf, &state, &devices), 4, "the entries came along; only the devices' links are swapped");
     assert_eq!(link_ids(&world), links);
     let fill = world.pins().fill().unwrap();
     let capacity = |map: &str| fill.iter().find(|f| f.map == map).unwrap().capacity;
@@ -432,4 +432,41 @@ fn every_check_names_its_remedy() {
     options.bpffs = "/tmp/pins".into();
     let failed: Vec<_> = probe(&options).into_iter().filter(|c| !c.ok && !c.optional).map(|c| c.name).collect();
     assert_eq!(failed, ["bpffs", "cgroup v2"]);
+}
+
+#[test]
+fn links_of_an_earlier_run_stay_until_the_devices_are_known() {
+    let Some(mut world) = World::new("unknown") else { return };
+    let (state, devices) = (state(1), devices());
+    start(&mut world.open(), &state, &devices);
+    let links = link_ids(&world);
+    world.options.masquerade_ports = (3000, 4000);
+    let mut ebpf = world.open();
+    assert!(ebpf.resync(&state).is_clean());
+    ebpf.activate().unwrap();
+    assert_eq!(link_ids(&world), links);
+    // Dies here: the next start knows that not all links were moved.
+    drop(ebpf);
+    let mut ebpf = world.open();
+    start(&mut ebpf, &state, &devices);
+    assert_eq!(link_ids(&world), links);
+    drop(ebpf);
+    let programs = program_ids(&world);
+    start(&mut world.open(), &state, &devices);
+    assert_eq!(program_ids(&world), programs);
+}
+
+#[test]
+fn a_change_from_filters_to_links_leaves_no_filter() {
+    let Some(mut world) = World::new("mode") else { return };
+    let (state, devices) = (state(1), devices());
+    world.options.tc = Tc::Clsact;
+    start(&mut world.open(), &state, &devices);
+    world.options.tc = Tc::Auto;
+    start(&mut world.open(), &state, &devices);
+    assert!(!sh("tc filter show dev veth-a ingress").contains("pref 80 "));
+    world.options.tc = Tc::Clsact;
+    start(&mut world.open(), &state, &devices);
+    assert!(sh("tc filter show dev veth-a ingress").contains("pref 80 "));
+    assert_eq!(program_ids(&world).len(), 8);
 }

@@ -81,6 +81,8 @@ pub(crate) struct Globals {
     have_set_retval: u8,
     have_coarse_clock: u8,
     log_level: u8,
+    /// Not a global: another way to attach is another set of hooks.
+    tc: Tc,
 }
 
 impl Globals {
@@ -104,6 +106,7 @@ impl Globals {
             have_set_retval: helper(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval)?,
             have_coarse_clock: helper(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_ktime_get_coarse_ns)?,
             log_level: options.log_level,
+            tc: options.tc,
         })
     }
 
@@ -116,6 +119,7 @@ impl Globals {
             have_set_retval,
             have_coarse_clock,
             log_level,
+            tc: _,
         } = self;
         loader
             .override_global(globals::SOCKET_LB, socket_lb, true)
@@ -128,11 +132,11 @@ impl Globals {
     }
 
     fn digest(&self, object: &[u8], programs: &[&str], maps: &[(MapName, u32)]) -> u64 {
-        let Self { socket_lb, node_netns_cookie, masquerade_ports, have_set_retval, have_coarse_clock, log_level } =
+        let Self { socket_lb, node_netns_cookie, masquerade_ports, have_set_retval, have_coarse_clock, log_level, tc } =
             self;
         let mut digest = Digest::new()
             .bytes(object)
-            .bytes(&[*socket_lb, *have_set_retval, *have_coarse_clock, *log_level])
+            .bytes(&[*socket_lb, *have_set_retval, *have_coarse_clock, *log_level, *tc as u8])
             .bytes(&node_netns_cookie.to_le_bytes())
             .bytes(&masquerade_ports.0.to_le_bytes())
             .bytes(&masquerade_ports.1.to_le_bytes());
@@ -200,8 +204,11 @@ pub(crate) struct Hooks {
     cgroup: Option<Cgroup>,
     tcx: bool,
     meta: Meta,
-    devices: Devices,
+    /// Until they are known, links of an earlier run stay as they are.
+    devices: Option<Devices>,
     activated: bool,
+    /// Programs were loaded, not adopted: filters of another way to attach may be about.
+    fresh: bool,
 }
 
 fn unavailable(what: impl std::fmt::Display) -> DataplaneError {
@@ -263,6 +270,7 @@ impl Hooks {
         } else {
             None
         };
+        let fresh = adopted.is_none();
         let programs = match adopted {
             Some(programs) => {
                 tracing::info!(programs = programs.len(), "adopted the pinned programs");
@@ -282,7 +290,7 @@ impl Hooks {
                 .find(|p| p.name == "tc_ingress_ether")
                 .is_some_and(|program| has_tcx(program.fd.as_fd())),
         };
-        Ok(Self { layout: layout.clone(), programs, cgroup, tcx, meta, devices: Devices::new(), activated: false })
+        Ok(Self { layout: layout.clone(), programs, cgroup, tcx, meta, devices: None, activated: false, fresh })
     }
 
     pub(crate) const fn meta(&self) -> &Meta {
@@ -296,7 +304,7 @@ impl Hooks {
             .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("program {name} is not loaded")))
     }
 
-    /// Attaches the connect-time programs, and whatever devices are known. Returns how many writes it took.
+    /// Attaches the connect-time programs, and puts back what the known devices have lost.
     pub(crate) fn activate(&mut self, report: &mut Report) -> Result<(), DataplaneError> {
         self.activated = true;
         let mut wanted = BTreeSet::new();
@@ -316,20 +324,26 @@ impl Hooks {
         }
         report.writes += remove_links(&self.layout, |name| !name.starts_with("tcx-") && !wanted.contains(name))
             .map_err(kernel("links that are not wanted any more"))?;
-        self.attach_devices(report);
+        if let Some(devices) = &self.devices {
+            self.attach_devices(devices, report);
+        }
         Ok(())
     }
 
-    /// From now on, these devices. Attached at once if the dataplane is active, else on activation.
+    /// Attaches to exactly these devices.
     pub(crate) fn set_devices(&mut self, devices: &Devices, report: &mut Report) {
-        self.devices = devices.clone();
-        if self.activated {
-            self.attach_devices(report);
-        }
+        self.attach_devices(devices, report);
+        self.devices = Some(devices.clone());
     }
 
-    fn attach_devices(&self, report: &mut Report) {
-        for (index, device) in &self.devices {
+    /// Whether every link holds our programs, as far as links are ours to move: nothing runs on what came before.
+    pub(crate) fn is_settled(&self) -> bool {
+        let no_devices = || list(&self.layout.links).is_ok_and(|names| !names.iter().any(|n| n.starts_with("tcx-")));
+        self.activated && (self.devices.is_some() || no_devices())
+    }
+
+    fn attach_devices(&self, devices: &Devices, report: &mut Report) {
+        for (index, device) in devices {
             for direction in Direction::BOTH {
                 match self.attach_device(*index, device, direction) {
                     Ok(writes) => report.writes += writes,
@@ -343,7 +357,7 @@ impl Hooks {
             }
         }
         let wanted: BTreeSet<String> = if self.tcx {
-            self.devices.keys().flat_map(|index| Direction::BOTH.map(|d| tcx_name(*index, d))).collect()
+            devices.keys().flat_map(|index| Direction::BOTH.map(|d| tcx_name(*index, d))).collect()
         } else {
             BTreeSet::new()
         };
@@ -371,27 +385,27 @@ impl Hooks {
         }
     }
 
-    /// Takes our filters off devices that are not wanted any more (`known`: those that may carry some). TCX links go with their
-    /// pins.
-    pub(crate) fn detach_others(&self, known: &[u32], report: &mut Report) {
-        for index in known.iter().filter(|index| self.tcx || !self.devices.contains_key(index)) {
+    /// Takes our filters off devices that may carry some (`known`) and should not: all others than `devices`, and with TCX all.
+    /// (TCX links go with their pins.)
+    pub(crate) fn detach_others(&mut self, known: &[u32], devices: &Devices, report: &mut Report) {
+        if self.tcx && !self.fresh {
+            return;
+        }
+        for index in known.iter().filter(|index| self.tcx || !devices.contains_key(index)) {
             for direction in Direction::BOTH {
-                // With TCX this only matters after a change of mode; asking costs less than knowing.
                 match clsact::detach(*index, direction) {
                     Ok(was_there) => report.writes += u64::from(was_there),
                     Err(error) => tracing::warn!(index, %error, "cannot remove the tc filter"),
                 }
             }
         }
+        self.fresh = false;
     }
 
     /// Hooks that should be in force, each with whether it is.
     fn expected(&self) -> Vec<(Hook, bool)> {
         let mut hooks = vec![];
-        if !self.activated {
-            return hooks;
-        }
-        if let Some(cgroup) = &self.cgroup {
+        if let Some(cgroup) = self.cgroup.as_ref().filter(|_| self.activated) {
             for (name, _) in CGROUP_PROGRAMS {
                 let hook = Hook {
                     kind: format!("cgroup/{name}"),
@@ -401,7 +415,7 @@ impl Hooks {
                 hooks.push((hook, self.holds(&self.layout.links.join(name), name, cgroup.id)));
             }
         }
-        for (index, device) in &self.devices {
+        for (index, device) in self.devices.iter().flatten() {
             for direction in Direction::BOTH {
                 let name = tc_program(direction, device.ethernet);
                 let holds = if self.tcx {
@@ -569,10 +583,8 @@ fn ensure_link(pin: &Path, program: &Program, target: Target<'_>, target_id: u64
             match info {
                 Ok(info) if info.target == target_id && info.program_id == program.id => return Ok(0),
                 // In place. If the link turns out dead after all, it is replaced below.
-                Ok(info) if info.target == target_id => {
-                    if sys::link_update(link.as_fd(), program.fd.as_fd()).is_ok() {
-                        return Ok(1);
-                    }
+                Ok(info) if info.target == target_id && sys::link_update(link.as_fd(), program.fd.as_fd()).is_ok() => {
+                    return Ok(1);
                 }
                 _ => {}
             }

@@ -45,7 +45,7 @@ impl<T: Slot + aya::Pod> SlotArray<T> {
     /// Maps the array; `writable` needs a descriptor that was opened for writing.
     pub(crate) fn new(fd: BorrowedFd<'_>, writable: bool) -> io::Result<Self> {
         // What the accesses below rely on: the kernel lays elements of an array out at their size rounded up to 8.
-        const { assert!(size_of::<T>() % 8 == 0 && align_of::<T>() == 8) };
+        const { assert!(size_of::<T>().is_multiple_of(8) && align_of::<T>() == 8) };
         let info = sys::map_info(fd)?;
         if info.value as usize != size_of::<T>() || info.kind != sys::map_type::ARRAY {
             return Err(io::Error::new(io::ErrorKind::InvalidData, "not a slots map"));
@@ -286,4 +286,4 @@ pub(crate) fn value_size(map: MapName) -> io::Result<usize> {
     })
 }
 
-const _: () = assert!(size_of::<ServiceCounters>() % 8 == 0);
+const _: () = assert!(size_of::<ServiceCounters>().is_multiple_of(8));

@@ -182,12 +182,30 @@ impl Ebpf {
         self.table.store_mut().devices().map(|d| d.into_iter().map(|(index, _)| index).collect()).unwrap_or_default()
     }
 
-    fn settle_devices(&mut self, devices: &Devices, report: &mut Report) {
-        let others: Vec<u32> = self.known_devices().into_iter().filter(|index| !devices.contains_key(index)).collect();
-        self.hooks.detach_others(&others, report);
+    /// What is left of devices that are not wanted any more.
+    fn clear_other_devices(&mut self, devices: &Devices, report: &mut Report) {
+        let known = self.known_devices();
+        self.hooks.detach_others(&known, devices, report);
         if let Err(error) = self.table.prune_devices(devices, report) {
             tracing::warn!(%error, "entries of devices that are gone stay");
         }
+    }
+
+    /// Once every link holds our programs: maps of a new size take the place of the old ones, and `meta` says what runs.
+    fn settle(&mut self) -> Result<(), DataplaneError> {
+        if !self.hooks.is_settled() {
+            return Ok(());
+        }
+        if !self.resized.is_empty() {
+            // What the old programs wrote meanwhile comes along.
+            let layout = &self.pinned.layout;
+            copy_resized(layout, &self.resized, sys::NOEXIST)?;
+            for map in std::mem::take(&mut self.resized) {
+                fs::rename(layout.resized(map), layout.map(map)).map_err(kernel(format!("map {map}")))?;
+            }
+        }
+        let meta = *self.hooks.meta();
+        self.table.store_mut().set_meta(&meta).map_err(kernel("map meta"))
     }
 }
 
@@ -211,7 +229,10 @@ impl Dataplane for Ebpf {
         // A program finds its device's entry from its first packet on.
         self.table.put_devices(devices, &mut report);
         self.hooks.set_devices(devices, &mut report);
-        self.settle_devices(devices, &mut report);
+        self.clear_other_devices(devices, &mut report);
+        if let Err(error) = self.settle() {
+            tracing::warn!(%error, "the next start will load the programs again");
+        }
         report
     }
 
@@ -221,16 +242,7 @@ impl Dataplane for Ebpf {
         for (device, failure) in &report.failed_devices {
             tracing::warn!(device, %failure, "not attached");
         }
-        if !self.resized.is_empty() {
-            // All programs use the new maps now. What the old ones wrote meanwhile comes along.
-            let layout = &self.pinned.layout;
-            copy_resized(layout, &self.resized, sys::NOEXIST)?;
-            for map in std::mem::take(&mut self.resized) {
-                fs::rename(layout.resized(map), layout.map(map)).map_err(kernel(format!("map {map}")))?;
-            }
-        }
-        let meta = *self.hooks.meta();
-        self.table.store_mut().set_meta(&meta).map_err(kernel("map meta"))
+        self.settle()
     }
 
     fn observe(&mut self) -> Result<Drift, DataplaneError> {
