@@ -77,8 +77,14 @@ fn prepare(programs: Programs, socket_lb: SocketLb) -> Result<World> {
     write_endpoints(&world, RED, &reds(&world))?;
     write_endpoints(&world, BLUE, &blues(&world))?;
     world.start_agents(&AgentOptions::new(socket_lb))?;
-    world.settle()?;
     Ok(world)
+}
+
+/// Both Services with all their endpoints, whatever the case before left.
+fn all_in_force(world: &mut World) -> Result<()> {
+    write_endpoints(world, RED, &reds(world))?;
+    write_endpoints(world, BLUE, &blues(world))?;
+    world.settle()
 }
 
 fn service(name: &str, number: u8) -> Value {
@@ -286,8 +292,7 @@ fn removed_endpoint(world: &mut World) -> Result<()> {
         let report: hold::Report = client.finish(Duration::from_secs(5))?;
         ensure!(report.broken.is_empty() && report.wrong.is_empty() && report.rounds > 3, "{what}: {report:?}");
     }
-    write_endpoints(world, RED, &reds(world))?;
-    world.settle()
+    Ok(())
 }
 
 /// Small and the same in every run: a failure can be looked at again.
@@ -325,6 +330,7 @@ fn churn(world: &World, dice: &mut Dice, times: u32) -> Result<()> {
 }
 
 fn endpoint_churn(world: &mut World) -> Result<()> {
+    all_in_force(world)?;
     let traffic = Traffic::start(world)?;
     let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
     churn(world, &mut dice, 1000)?;
@@ -332,9 +338,7 @@ fn endpoint_churn(world: &mut World) -> Result<()> {
     write_endpoints(world, RED, &[&last[0], &last[1]])?;
     world.settle().context("after the churn")?;
     served_by(world, 100, &[&last[0], &last[1]]).context("after the churn")?;
-    write_endpoints(world, RED, &reds(world))?;
-    write_endpoints(world, BLUE, &blues(world))?;
-    world.settle()?;
+    all_in_force(world)?;
     traffic.finish()
 }
 
@@ -348,6 +352,7 @@ fn restart(world: &mut World, options: &AgentOptions) -> Result<()> {
 
 /// With and without changes going on.
 fn killed(world: &mut World, options: &AgentOptions) -> Result<()> {
+    all_in_force(world)?;
     let traffic = Traffic::start(world)?;
     let mut dice = Dice(0x2545_f491_4f6c_dd1d);
     for _ in 0..2 {
@@ -363,15 +368,14 @@ fn killed(world: &mut World, options: &AgentOptions) -> Result<()> {
         churn(world, &mut dice, 20)?;
         world.start_agents(options)?;
     }
-    write_endpoints(world, RED, &reds(world))?;
-    write_endpoints(world, BLUE, &blues(world))?;
-    world.settle()?;
+    all_in_force(world)?;
     served_by(world, 100, &reds(world))?;
     served_by(world, 101, &blues(world))?;
     traffic.finish()
 }
 
 fn changed_meanwhile(world: &mut World, options: &AgentOptions) -> Result<()> {
+    all_in_force(world)?;
     for number in [1, 2] {
         world.kill_agent(number)?;
     }
@@ -390,6 +394,7 @@ fn changed_meanwhile(world: &mut World, options: &AgentOptions) -> Result<()> {
 }
 
 fn idle_restart(world: &mut World, options: &AgentOptions) -> Result<()> {
+    all_in_force(world)?;
     restart(world, options)?;
     for number in [1, 2] {
         let writes = world.node(number).metric("proxy_agent_map_writes_total")?;
