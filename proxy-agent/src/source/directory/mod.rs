@@ -33,7 +33,7 @@ use crate::model::{EndpointSlice, Event, NodeFacts, Service, ServiceKey, SourceS
 /// How often the tree is looked at, come a notification or not. Changes are promised within a second.
 const LOOK: Duration = Duration::from_millis(500);
 /// Two looks this far apart must agree before a change counts.
-const SETTLE: Duration = Duration::from_millis(60);
+const SETTLE: Duration = Duration::from_millis(100);
 /// A tree that never rests is taken as it is after so many looks.
 const SETTLE_LOOKS: usize = 5;
 

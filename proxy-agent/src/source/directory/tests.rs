@@ -235,7 +235,7 @@ async fn changes_arrive_within_a_second() {
 
     // An editor that truncates first must not take the Service away meanwhile.
     let file = fs::File::create(path("a.yaml")).unwrap();
-    tokio::time::sleep(Duration::from_millis(20)).await;
+    tokio::time::sleep(Duration::from_millis(5)).await;
     fs::write(path("a.yaml"), service("a", "10.0.0.5")).unwrap();
     drop(file);
     until(&mut events, &mut said, |said| said.last().is_some_and(|last| last == "service a@10.0.0.5")).await;
