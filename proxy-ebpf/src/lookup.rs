@@ -97,6 +97,7 @@ pub(crate) fn choose<A: Family>(key: &FrontendKey<A>, origin: usize) -> Choice<A
             verdict::PICK_LOCAL => value.local(),
             verdict::DROP => {
                 count::reason(Reason::PolicyDrop);
+                count::refused(value.service);
                 return Choice::Drop { service: value.service };
             }
             _ => return refuse(value.service),

@@ -108,6 +108,8 @@ pub(crate) fn translate<A: Header>(ctx: &TcContext, l3: u32, outer: &Packet<A>, 
             add_pseudo_diff::<A>(ctx, field, inner_diff, 0)?;
         }
     }
-    count::packet(value.service, ctx.len());
+    if value.flags & flags::MASQUERADE == 0 {
+        count::packet(value.service, ctx.len());
+    }
     Ok(true)
 }

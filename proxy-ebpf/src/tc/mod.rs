@@ -40,9 +40,9 @@ const ETHERNET: u32 = 14;
 const ETH_P_IP: u32 = (0x0800_u16).to_be() as u32;
 const ETH_P_IPV6: u32 = (0x86dd_u16).to_be() as u32;
 /// Source ports tried for a flow whose reply tuple is taken.
-const REMAP_TRIES: u32 = 6;
+const REMAP_TRIES: u32 = 4;
 /// Ports tried for a masqueraded flow before it counts as exhaustion.
-const MASQUERADE_TRIES: u32 = 12;
+const MASQUERADE_TRIES: u32 = 10;
 
 /// Leave the packet to whoever comes next.
 const NEXT: i32 = TC_ACT_UNSPEC;
@@ -129,10 +129,12 @@ fn other<A: Header>(packet: &Packet<A>) -> i32 {
     }
 }
 
-/// Carries out what an entry says and counts the packet.
+/// Carries out what an entry says and counts the packet: where the VIP comes or goes, so a masqueraded one is counted once.
 #[inline(never)]
 fn apply<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, end: End, value: &ConnectionValue<A>) -> i32 {
-    count::packet(value.service, ctx.len());
+    if value.flags & flags::MASQUERADE == 0 {
+        count::packet(value.service, ctx.len());
+    }
     match rewrite(ctx, l3, packet, end, value.addr, value.port, value.other) {
         Ok(()) => NEXT,
         Err(()) => {
@@ -249,7 +251,9 @@ fn enter<A: Header>(
 ) -> i32 {
     let mut tries = 0;
     while tries < REMAP_TRIES {
-        if is_free(key, value, pair_key, found) {
+        // A pod that reaches itself from the port it serves on: what is to be masqueraded would have the tuple of its answer.
+        let loops = value.addr == packet.src && value.port == value.other;
+        if !loops && is_free(key, value, pair_key, found) {
             if value.other != packet.sport {
                 count::reason(Reason::PortRemapped);
             }
@@ -266,7 +270,7 @@ fn enter<A: Header>(
 }
 
 /// Whether the reply tuple that `value` would lead to is nobody's, or that of a flow that is over.
-#[inline(always)]
+#[inline(never)]
 fn is_free<A: Header>(
     key: &ConnectionKey<A>,
     value: &ConnectionValue<A>,
@@ -275,8 +279,12 @@ fn is_free<A: Header>(
 ) -> bool {
     table::void(table::put_pair_key(key, value, reply_key));
     let held = table::peek(reply_key, found);
-    // Nobody's, or left over from this very flow.
-    if held == 0 || (found.addr == key.dst && found.port == key.dport && found.other == key.sport) {
+    if held == 0 {
+        return true;
+    }
+    // Left over from this very flow: its notes are of a peer that has not spoken yet.
+    if found.addr == key.dst && found.port == key.dport && found.other == key.sport {
+        table::void(table::remove(reply_key));
         return true;
     }
     if !table::is_over(reply_key, found, held == 2) {
@@ -374,8 +382,9 @@ fn masquerade<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Con
     let mut tries = 0;
     while tries < MASQUERADE_TRIES {
         tries += 1;
-        // Free ports first; when those get rare, ports of flows that are over.
-        match table::claim_masquerade(key, value, reverse_key, reverse, tries > MASQUERADE_TRIES / 2) {
+        // Any free port will do; when those get rare, ports of flows that are over. The packet's own may be this flow's already.
+        let look = tries == 1 || tries > MASQUERADE_TRIES - 4;
+        match table::claim_masquerade(key, value, reverse_key, reverse, look) {
             Ok(true) => return apply(ctx, l3, packet, End::Source, value),
             Ok(false) => value.port = random_port(),
             Err(()) => {

@@ -258,6 +258,10 @@ impl Header for Ipv6Be {
                     break;
                 }
             } else {
+                // Its next hop is not its destination yet, and that is what the checksum is over.
+                if packet.proto == ROUTING && extension[1].to_ne_bytes()[1] != 0 {
+                    return Err(unparsed());
+                }
                 packet.l4 +=
                     if packet.proto == AUTHENTICATION { (length as u32 + 2) * 4 } else { (length as u32 + 1) * 8 };
                 packet.proto = next;
@@ -277,13 +281,14 @@ impl Header for Ipv6Be {
     }
 }
 
+const ROUTING: u8 = 43;
 const FRAGMENT: u8 = 44;
 const AUTHENTICATION: u8 = 51;
 
 /// Hop-by-hop, routing, fragment, authentication, destination options (RFC 8200).
 #[inline(always)]
 fn is_extension(next: u8) -> bool {
-    matches!(next, 0 | 43 | FRAGMENT | AUTHENTICATION | 60)
+    matches!(next, 0 | ROUTING | FRAGMENT | AUTHENTICATION | 60)
 }
 
 #[inline(always)]

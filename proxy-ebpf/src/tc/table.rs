@@ -145,7 +145,7 @@ impl<A: Header> Hit<A> {
     /// The notes go into an element that could have been recycled since the seal was checked; then another flow's idle time or
     /// state is off until its own next packet, and no rewrite ever depends on that.
     #[inline(always)]
-    pub(crate) fn note(&self, key: &ConnectionKey<A>, value: &ConnectionValue<A>, packet: &Packet<A>) {
+    pub(crate) fn note(&self, key: &ConnectionKey<A>, value: &mut ConnectionValue<A>, packet: &Packet<A>) {
         let now = clock::now_secs();
         let mut seen = value.state | state::SEEN;
         if packet.proto == proto::TCP {
@@ -170,6 +170,7 @@ impl<A: Header> Hit<A> {
                 (&raw mut (*self.live).seen).write_volatile(now);
             }
         }
+        value.state = seen;
         if !self.established {
             let forward = is_forward(key, value);
             let due = if packet.proto == proto::TCP {
@@ -188,6 +189,12 @@ impl<A: Header> Hit<A> {
     }
 }
 
+/// Whether both rewrite alike.
+#[inline(always)]
+fn is_same<A: Header>(one: &ConnectionValue<A>, other: &ConnectionValue<A>) -> bool {
+    one.addr == other.addr && one.port == other.port && one.other == other.other
+}
+
 /// Moves a pair to the established map, if its other side has spoken (`answered`: it just did).
 #[inline(never)]
 fn confirm<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>, answered: bool) -> Void {
@@ -197,7 +204,8 @@ fn confirm<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>, answer
         if !answered {
             return VOID;
         }
-    } else if !answered && found.state & state::SEEN == 0 {
+    } else if !is_same(found, reverse) || !answered && found.state & state::SEEN == 0 {
+        // Another flow's by now: two CPUs opened at once, or one half was evicted and the client went on elsewhere.
         return VOID;
     } else {
         reverse.state = found.state;
@@ -205,7 +213,7 @@ fn confirm<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>, answer
     }
     let now = clock::now_secs();
     reverse.checked = now;
-    *found = ConnectionValue { seen: now, checked: now, state: value.state | state::SEEN, ..*value };
+    *found = ConnectionValue { seen: now, checked: now, ..*value };
     // The reverse entry first: once the opener's entry is established, nothing looks for the half-open ones.
     if A::established().insert(&*reverse_key, &*reverse, BPF_ANY.into()).is_ok()
         && A::established().insert(key, &*found, BPF_ANY.into()).is_ok()
@@ -224,18 +232,26 @@ fn repair<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void
     let Some(Work { key: other_key, value: other, found, .. }) = Room::Confirm.work::<A>() else { return VOID };
     void(put_pair(key, value, other_key, other));
     let now = clock::now_secs();
+    let mut masquerade = false;
     if peek(other_key, found) == 0 {
         other.seen = now;
         other.checked = now;
         if A::established().insert(&*other_key, &*other, BPF_NOEXIST.into()).is_ok() {
             count::reason(Reason::PairRepaired);
         }
+    } else if !is_same(found, other) && is_forward(key, value) {
+        // The other half was evicted and its tuple given to another flow, which now gets our answers: we have to
+        // leave it. (An answer's entry without its way there harms nobody: late answers still show the VIP.)
+        void(remove(key));
+        masquerade = value.flags & flags::MASQUERADE != 0;
+        *other_key = *key;
     }
     if key.hook == hook::INGRESS && value.flags & flags::NEEDS_MASQUERADE != 0 {
         *other_key = masquerade_key(key, value);
-        if peek(other_key, found) == 0 && request_masquerade(other_key, other, value.service).is_ok() {
-            count::reason(Reason::PairRepaired);
-        }
+        masquerade = peek(other_key, found) == 0;
+    }
+    if masquerade && request_masquerade(other_key, other, value.service).is_ok() {
+        count::reason(Reason::PairRepaired);
     }
     VOID
 }
@@ -296,10 +312,11 @@ pub(crate) fn is_over<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue
     idle > if established { UDP_ESTABLISHED } else { UDP_HALF_OPEN }
 }
 
-#[inline(always)]
-fn remove<A: Header>(key: &ConnectionKey<A>) {
+#[inline(never)]
+pub(crate) fn remove<A: Header>(key: &ConnectionKey<A>) -> Void {
     let _ = A::established().remove(key);
     let _ = A::half_open().remove(key);
+    VOID
 }
 
 /// Removes a flow: the pair of `key`, and the pair that masquerades it, if there is one.
@@ -313,16 +330,16 @@ pub(crate) fn forget<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<
         *spare_key =
             if key.hook == hook::INGRESS { masquerade_key(key, value) } else { masquerade_key(other_key, other) };
         if peek(spare_key, found) != 0 {
-            remove(spare_key);
+            void(remove(spare_key));
             if found.flags & flags::PENDING == 0 {
                 void(put_pair_key(spare_key, found, other_key));
-                remove(other_key);
+                void(remove(other_key));
                 void(put_pair_key(key, value, other_key));
             }
         }
     }
-    remove(key);
-    remove(other_key);
+    void(remove(key));
+    void(remove(other_key));
     VOID
 }
 
@@ -350,8 +367,9 @@ pub(crate) fn open<A: Header>(
     Err(())
 }
 
-/// Enters the masquerade pair of `key` (egress): the reverse entry claims the port, so two flows never share one. `evict`: a flow
-/// that is over may be put out of its port; without it only a free port is taken, which is quick to find out.
+/// Enters the masquerade pair of `key` (egress): the reverse entry claims the port, so two flows never share one. `look`: at who
+/// has the port; a flow that is over is put out of it, and one that was this flow's before its own entry was evicted is
+/// its again. Without it only a free port is taken, which is quick to find out.
 ///
 /// `Ok(false)`: the port is taken.
 #[inline(always)]
@@ -360,28 +378,29 @@ pub(crate) fn claim_masquerade<A: Header>(
     value: &mut ConnectionValue<A>,
     reverse_key: &mut ConnectionKey<A>,
     reverse: &mut ConnectionValue<A>,
-    evict: bool,
+    look: bool,
 ) -> Result<bool, ()> {
     void(freshen(key, value));
     void(put_pair_key(key, value, reverse_key));
-    if evict {
+    if look {
         let held = peek(reverse_key, reverse);
         if held != 0 {
-            if !is_over(reverse_key, reverse, held == 2) {
+            let own = reverse.addr == key.src && reverse.port == key.sport && reverse.other == key.dport;
+            if !own && !is_over(reverse_key, reverse, held == 2) {
                 return Ok(false);
             }
             void(forget(reverse_key, reverse));
         }
-    } else if A::established().get_ptr(&*reverse_key).is_some() {
-        return Ok(false);
     }
     void(put_pair(key, value, reverse_key, reverse));
     if A::half_open().insert(&*reverse_key, &*reverse, BPF_NOEXIST.into()).is_err() {
         return Ok(false);
     }
-    if A::half_open().insert(key, &*value, BPF_ANY.into()).is_err() {
+    // Moved on by another CPU between the look and the claim: then it has the port.
+    let lost = A::established().get_ptr(&*reverse_key).is_some();
+    if lost || A::half_open().insert(key, &*value, BPF_ANY.into()).is_err() {
         let _ = A::half_open().remove(&*reverse_key);
-        return Err(());
+        return if lost { Ok(false) } else { Err(()) };
     }
     Ok(true)
 }
