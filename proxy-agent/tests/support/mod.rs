@@ -152,7 +152,12 @@ impl Datapath {
         for (map, size) in sizes {
             loader.map_max_entries(map, *size);
         }
-        Self { ebpf: loader.load(&object).unwrap(), next_slot: 0 }
+        Self::over(loader.load(&object).unwrap())
+    }
+
+    /// Maps of an object loaded elsewhere.
+    pub(crate) fn over(ebpf: Ebpf) -> Self {
+        Self { ebpf, next_slot: 0 }
     }
 
     /// Loads the connect-time programs and attaches them to `cgroup` until `self` is dropped.

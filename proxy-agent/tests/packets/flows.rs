@@ -1,0 +1,315 @@
+//! Opening and answering, masquerade, hairpin.
+
+use proxy_common::{connection::flags, counters::Reason, device::role};
+
+use super::{
+    packet::{ACK, Packet, SYN, ends},
+    world::{DROP, Hook, NEXT, Options, PROTOS, TCP, at, casts, world},
+};
+
+#[test]
+fn a_flow_goes_to_a_backend_and_answers_as_the_vip() {
+    let Some(mut world) = world("a_flow_goes_to_a_backend_and_answers_as_the_vip", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for proto in PROTOS {
+            let open = Packet::opening(proto, cast.client, cast.vip);
+            world.expect(Hook::Ingress, &open, &open.to(cast.backend));
+            let answer = Packet::answer(proto, cast.backend, cast.client);
+            world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+            for payload in [&b""[..], b"x", b"some odd bytes!", &[0xff; 1400]] {
+                let more = if proto == TCP { Packet::tcp(cast.client, cast.vip, ACK) } else { open.clone() }
+                    .with_payload(payload);
+                world.expect(Hook::Ingress, &more, &more.to(cast.backend));
+                let back = more.between(cast.backend, cast.client);
+                world.expect(Hook::Egress, &back, &back.from(cast.vip));
+            }
+            // The translated packet means nothing to the other hook, nor the answer to this one.
+            world.untouched(Hook::Egress, &open.to(cast.backend).frame());
+            world.untouched(Hook::Ingress, &answer.frame());
+        }
+        // Other ports, other hosts: not ours.
+        world.untouched(Hook::Ingress, &Packet::tcp(cast.client, at(cast.backend, 9), SYN).frame());
+        world.untouched(Hook::Egress, &Packet::tcp(at(cast.backend, 9), cast.client, SYN).frame());
+    }
+    assert_eq!(world.reasons(), []);
+}
+
+/// A masqueraded exchange from outside; returns the source the backend saw.
+#[track_caller]
+pub(crate) fn masquerade(
+    world: &mut super::world::World,
+    proto: u8,
+    client: std::net::SocketAddr,
+    vip: std::net::SocketAddr,
+    node: std::net::IpAddr,
+) -> std::net::SocketAddr {
+    world.device(role::OUTWARD);
+    let open = Packet::opening(proto, client, vip);
+    let (_, backend) = world.translate(Hook::Ingress, &open);
+    let (seen, still) = world.translate(Hook::Egress, &open.to(backend));
+    assert_eq!((seen.ip(), still), (node, backend));
+    masqueraded_answer(world, &Packet::answer(proto, backend, seen), client, vip);
+    if proto == TCP {
+        let ack = Packet::tcp(client, vip, ACK);
+        world.expect(Hook::Ingress, &ack, &ack.to(backend));
+        world.expect(Hook::Egress, &ack.to(backend), &ack.between(seen, backend));
+    }
+    seen
+}
+
+/// An answer to a masqueraded packet, through both hooks.
+#[track_caller]
+pub(crate) fn masqueraded_answer(
+    world: &mut super::world::World,
+    answer: &Packet,
+    client: std::net::SocketAddr,
+    vip: std::net::SocketAddr,
+) {
+    world.expect(Hook::Ingress, answer, &answer.to(client));
+    world.expect(Hook::Egress, &answer.to(client), &answer.between(vip, client));
+}
+
+#[test]
+fn what_comes_from_outside_is_masqueraded() {
+    let Some(mut world) = world("what_comes_from_outside_is_masqueraded", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for proto in PROTOS {
+            let seen = masquerade(&mut world, proto, cast.client, cast.vip, cast.node);
+            assert!((20_000..30_000).contains(&seen.port()), "{seen}");
+            // A port that lies in the range is kept.
+            let client = at(cast.client, 22_222);
+            assert_eq!(masquerade(&mut world, proto, client, cast.vip, cast.node).port(), 22_222);
+            // Unless another client has it: towards one backend a port is one flow's.
+            let mut rival = client;
+            rival.set_ip(cast.router);
+            let seen = masquerade(&mut world, proto, rival, cast.vip, cast.node);
+            assert_ne!(seen.port(), 22_222);
+            // The first one's flow still works.
+            masqueraded_answer(
+                &mut world,
+                &Packet::answer(proto, cast.backend, std::net::SocketAddr::new(cast.node, 22_222)),
+                client,
+                cast.vip,
+            );
+        }
+    }
+    let rows = world.rows();
+    assert_eq!(rows.len(), 2 * 2 * 3 * 4);
+    assert!(rows.iter().all(|row| row.established && !row.is(flags::PENDING)), "{rows:#?}");
+    assert_eq!(world.reasons(), []);
+}
+
+#[test]
+fn without_an_address_to_masquerade_with_a_flow_is_dropped() {
+    let Some(mut world) = world("without_an_address_to_masquerade_with_a_flow_is_dropped", Options::default()) else {
+        return;
+    };
+    for (n, cast) in casts().into_iter().enumerate() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let other = casts()[1 - n].node;
+        let (v4, v6) = if cast.v6 { (Some(other), None) } else { (None, Some(other)) };
+        for (m, device) in [Some((role::OUTWARD, v4, v6)), None].into_iter().enumerate() {
+            world.device_with(device);
+            let open = Packet::tcp(at(cast.client, 50_000 + m as u16), cast.vip, SYN);
+            world.expect(Hook::Ingress, &open, &open.to(cast.backend));
+            assert_eq!(world.run(Hook::Egress, &open.to(cast.backend).frame()).0, DROP);
+            assert_eq!(world.reason(Reason::NoMasqueradeAddress), (2 * n + m + 1) as u64);
+        }
+        // As soon as there is an address, the retransmission passes.
+        masquerade(&mut world, TCP, at(cast.client, 50_000), cast.vip, cast.node);
+    }
+}
+
+#[test]
+fn masquerade_ports_run_out_and_come_back() {
+    let Some(mut world) =
+        world("masquerade_ports_run_out_and_come_back", Options { ports: (25_000, 25_001), ..Options::default() })
+    else {
+        return;
+    };
+    world.device(role::OUTWARD);
+    for cast in casts() {
+        for (n, proto) in PROTOS.into_iter().enumerate() {
+            world.service(1, cast.vip, &[cast.backend]);
+            let mut taken = Vec::new();
+            for sport in 50_000..50_006 {
+                let open = Packet::opening(proto, at(cast.client, sport), cast.vip);
+                world.expect(Hook::Ingress, &open, &open.to(cast.backend));
+                // Luck decides which port is tried; a sender tries again.
+                for _ in 0..4 {
+                    let (verdict, out) = world.run(Hook::Egress, &open.to(cast.backend).frame());
+                    if verdict == NEXT {
+                        taken.push((sport, ends(&out).0));
+                        break;
+                    }
+                    assert_eq!(verdict, DROP);
+                }
+            }
+            assert_eq!(taken.len(), 2, "{taken:?}");
+            assert_ne!(taken[0].1, taken[1].1);
+            assert_eq!(world.reason(Reason::MasqueradeExhausted), (16 * (n + 1)) as u64);
+            // Another backend has its own range.
+            world.service(1, cast.vip, &[cast.backend2]);
+            masquerade(&mut world, proto, at(cast.client, 50_010), cast.vip, cast.node);
+            // One ends: its port, and no other, is given away.
+            let (sport, seen) = taken[0];
+            let client = at(cast.client, sport);
+            let late = at(cast.client, 50_005);
+            if proto == TCP {
+                let rst = Packet::tcp(client, cast.vip, super::packet::RST | ACK);
+                world.expect(Hook::Ingress, &rst, &rst.to(cast.backend));
+                world.expect(Hook::Egress, &rst.to(cast.backend), &rst.between(seen, cast.backend));
+            } else {
+                world.edit(
+                    |row| row.src.port() == sport || row.to.port() == sport,
+                    Some(&|notes| *notes.seen = notes.seen.wrapping_sub(31)),
+                );
+            }
+            let open = Packet::opening(proto, late, cast.vip);
+            let mut given = None;
+            for _ in 0..8 {
+                let (verdict, out) = world.run(Hook::Egress, &open.to(cast.backend).frame());
+                if verdict == NEXT {
+                    given = Some(ends(&out).0);
+                    break;
+                }
+            }
+            assert_eq!(given, Some(seen));
+            let answer = Packet::answer(proto, cast.backend, seen);
+            world.expect(Hook::Ingress, &answer, &answer.to(late));
+            let answer = Packet::answer(proto, cast.backend, taken[1].1);
+            world.expect(Hook::Ingress, &answer, &answer.to(at(cast.client, taken[1].0)));
+        }
+        world.remove(|_| true);
+        let exhausted = world.reason(Reason::MasqueradeExhausted);
+        world = super::world::World::load(Options { ports: (25_000, 25_001), ..Options::default() });
+        world.device(role::OUTWARD);
+        assert!(exhausted >= 32);
+    }
+}
+
+#[test]
+fn a_pod_reaches_itself() {
+    let Some(mut world) = world("a_pod_reaches_itself", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for proto in PROTOS {
+            // Also from the very port it serves on, as peers of a UDP protocol do.
+            for sport in [41_000, cast.backend.port()] {
+                world.device(role::POD);
+                let client = at(cast.backend, sport);
+                let open = Packet::opening(proto, client, cast.vip);
+                let (from, to) = world.translate(Hook::Ingress, &open);
+                assert_eq!((from.ip(), to), (client.ip(), cast.backend));
+                let (seen, to) = world.translate(Hook::Egress, &open.between(from, to));
+                assert_eq!((seen.ip(), to), (cast.node, cast.backend));
+                let answer = Packet::answer(proto, cast.backend, seen);
+                let (src, dst) = world.translate(Hook::Ingress, &answer);
+                assert_eq!(
+                    world.translate(Hook::Egress, &answer.between(src, dst)),
+                    (cast.vip, client),
+                    "from {client}"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn two_vips_to_one_backend_do_not_mix() {
+    let Some(mut world) = world("two_vips_to_one_backend_do_not_mix", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.service(2, cast.vip2, &[cast.backend]);
+        for proto in PROTOS {
+            let before = world.reason(Reason::PortRemapped);
+            let first = Packet::opening(proto, cast.client, cast.vip);
+            let second = Packet::opening(proto, cast.client, cast.vip2);
+            assert_eq!(world.translate(Hook::Ingress, &first), (cast.client, cast.backend));
+            let (moved, to) = world.translate(Hook::Ingress, &second);
+            assert_eq!((moved.ip(), to), (cast.client.ip(), cast.backend));
+            assert_ne!(moved.port(), cast.client.port());
+            assert!((20_000..30_000).contains(&moved.port()));
+            assert_eq!(world.reason(Reason::PortRemapped), before + 1);
+            for _ in 0..2 {
+                let answer = Packet::answer(proto, cast.backend, cast.client);
+                world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+                let answer = Packet::answer(proto, cast.backend, moved);
+                world.expect(Hook::Egress, &answer, &answer.between(cast.vip2, cast.client));
+                if proto == TCP {
+                    let ack = Packet::tcp(cast.client, cast.vip2, ACK);
+                    world.expect(Hook::Ingress, &ack, &ack.between(moved, cast.backend));
+                    let ack = Packet::tcp(cast.client, cast.vip, ACK);
+                    world.expect(Hook::Ingress, &ack, &ack.to(cast.backend));
+                } else {
+                    world.expect(Hook::Ingress, &second, &second.between(moved, cast.backend));
+                }
+            }
+            // The first one ends, a third VIP's flow gets the client's own port again.
+            if proto == TCP {
+                for packet in [Packet::tcp(cast.client, cast.vip, super::packet::RST)] {
+                    world.translate(Hook::Ingress, &packet);
+                }
+                let vip3 = at(cast.vip2, 8001);
+                world.service(3, vip3, &[cast.backend]);
+                let third = Packet::opening(proto, cast.client, vip3);
+                world.expect(Hook::Ingress, &third, &third.to(cast.backend));
+                let answer = Packet::answer(proto, cast.backend, cast.client);
+                world.expect(Hook::Egress, &answer, &answer.from(vip3));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_direct_connection_beside_one_through_the_vip() {
+    let Some(mut world) = world("a_direct_connection_beside_one_through_the_vip", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for proto in PROTOS {
+            // Live: the direct one yields its port, and gets its answers with the port it used.
+            world.establish(proto, cast.client, cast.vip);
+            let direct = Packet::opening(proto, cast.client, cast.backend);
+            let (moved, to) = world.translate(Hook::Ingress, &direct);
+            assert_eq!(to, cast.backend);
+            assert!(moved.ip() == cast.client.ip() && moved.port() != cast.client.port());
+            let answer = Packet::answer(proto, cast.backend, moved);
+            world.expect(Hook::Egress, &answer, &answer.to(cast.client));
+            let answer = Packet::answer(proto, cast.backend, cast.client);
+            world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+            if proto == TCP {
+                let ack = Packet::tcp(cast.client, cast.backend, ACK);
+                world.expect(Hook::Ingress, &ack, &ack.from(moved));
+            }
+            assert!(world.rows().iter().all(|row| row.established), "{:#?}", world.rows());
+
+            // Over: forgotten, the direct one passes as it is.
+            world.remove(|_| true);
+            world.establish(proto, cast.client, cast.vip);
+            if proto == TCP {
+                world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, super::packet::FIN | ACK));
+                world.translate(Hook::Egress, &Packet::tcp(cast.backend, cast.client, super::packet::FIN | ACK));
+            } else {
+                world.age(121);
+            }
+            world.untouched(Hook::Ingress, &direct.frame());
+            assert_eq!(world.rows(), []);
+            world.untouched(Hook::Egress, &Packet::answer(proto, cast.backend, cast.client).frame());
+
+            // And once more through the VIP.
+            world.expect(
+                Hook::Ingress,
+                &Packet::opening(proto, cast.client, cast.vip),
+                &Packet::opening(proto, cast.client, cast.backend),
+            );
+            world.expect(
+                Hook::Egress,
+                &Packet::answer(proto, cast.backend, cast.client),
+                &Packet::answer(proto, cast.vip, cast.client),
+            );
+            world.remove(|_| true);
+        }
+    }
+}

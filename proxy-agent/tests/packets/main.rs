@@ -1,0 +1,12 @@
+//! The per-packet programs, packet in → packet out, through `BPF_PROG_TEST_RUN`. Needs root and the object; else skipped.
+
+#[allow(dead_code, reason = "the connect-time tests use the rest")]
+#[path = "../support/mod.rs"]
+mod support;
+
+mod flows;
+mod icmp;
+mod packet;
+mod programs;
+mod refuse;
+mod world;

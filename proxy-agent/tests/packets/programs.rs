@@ -1,0 +1,36 @@
+//! What the verifier makes of the programs.
+
+use std::{env, fs};
+
+use aya::{
+    EbpfLoader,
+    programs::{ProgramError, SchedClassifier},
+};
+
+/// Instructions the verifier walked at the time of writing, by program; a tenth more fails.
+const WALKED: [(&str, u32); 4] =
+    [("tc_ingress_ether", 156_000), ("tc_ingress_l3", 156_000), ("tc_egress_ether", 89_504), ("tc_egress_l3", 89_504)];
+
+#[test]
+fn programs_load_and_stay_small() {
+    if let Some(reason) = super::support::skip() {
+        return println!("SKIP programs_load_and_stay_small: {reason}");
+    }
+    let object = fs::read(env::var_os("PROXY_EBPF_OBJECT").unwrap()).unwrap();
+    let mut ebpf = EbpfLoader::new().load(&object).unwrap();
+    for (name, limit) in WALKED {
+        let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
+        match program.load() {
+            Ok(()) => {}
+            Err(ProgramError::LoadError { verifier_log, .. }) => {
+                let log = verifier_log.to_string();
+                panic!("{name}: {}", &log[log.len().saturating_sub(3000)..]);
+            }
+            Err(e) => panic!("{name}: {e}"),
+        }
+        let info = program.info().unwrap();
+        let walked = info.verified_instruction_count().unwrap_or_default();
+        println!("{name}: verified {walked} instructions, {} bytes of machine code", info.size_jitted());
+        assert!(walked <= limit + limit / 10, "{name}: {walked} instructions, {limit} before");
+    }
+}

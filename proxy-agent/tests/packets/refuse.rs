@@ -1,0 +1,209 @@
+//! Refusing, dropping, guarding addresses, origins.
+
+use std::net::{IpAddr, SocketAddr};
+
+use proxy_common::{
+    counters::Reason,
+    device::role,
+    frontend::{origin, verdict},
+};
+
+use super::{
+    packet::{ACK, Packet, SYN, Sums, sums},
+    support::Spec,
+    world::{BOUNCE, Cast, DROP, Hook, Options, PROTOS, TCP, World, at, casts, hex, usual, world},
+};
+
+/// What must come back for `refused`: an ICMP port unreachable from the VIP, `quote` bytes of the packet in it.
+fn refusal(refused: &[u8], v6: bool, quote: usize) -> Vec<u8> {
+    let ip = |at: usize| -> IpAddr {
+        if v6 {
+            IpAddr::from(<[u8; 16]>::try_from(&refused[at..at + 16]).unwrap())
+        } else {
+            IpAddr::from(<[u8; 4]>::try_from(&refused[at..at + 4]).unwrap())
+        }
+    };
+    let (src, dst) = if v6 { (ip(22), ip(38)) } else { (ip(26), ip(30)) };
+    let (kind, code) = if v6 { (1, 4) } else { (3, 3) };
+    let mut icmp = Packet::icmp(dst, src, kind, code, &refused[14..14 + quote]);
+    icmp.ttl = 64;
+    icmp.id = 0;
+    let mut frame = icmp.frame();
+    if v6 {
+        // No flow label.
+        frame[14..18].copy_from_slice(&[0x60, 0, 0, 0]);
+    }
+    frame[..6].copy_from_slice(&refused[6..12]);
+    frame[6..12].copy_from_slice(&refused[..6]);
+    frame
+}
+
+#[track_caller]
+fn is_refused(world: &mut World, cast: &Cast, frame: &[u8], quote: usize) {
+    let (verdict, out) = world.run(Hook::Ingress, frame);
+    assert_eq!((verdict, hex(&out)), (BOUNCE, hex(&refusal(frame, cast.v6, quote))), "in: {}", hex(frame));
+    assert_eq!(sums(&out), Sums::Right);
+}
+
+#[test]
+fn no_endpoint_is_refused_with_port_unreachable() {
+    let Some(mut world) = world("no_endpoint_is_refused_with_port_unreachable", Options::default()) else { return };
+    for cast in casts() {
+        world.service(7, cast.vip, &[]);
+        let before = world.reason(Reason::Rejected);
+        let ip = if cast.v6 { 40 } else { 20 };
+        for proto in PROTOS {
+            let transport = if proto == TCP { 20 } else { 8 };
+            for payload in [0, 1, 2, 3, 100, 1400] {
+                let packet = Packet::opening(proto, cast.client, cast.vip).with_payload(&vec![0xa5; payload]);
+                is_refused(&mut world, &cast, &packet.frame(), ip + transport);
+            }
+            // Padded to the least Ethernet frame.
+            let mut frame = Packet::opening(proto, cast.client, cast.vip).with_payload(b"").frame();
+            frame.resize(74, 0);
+            is_refused(&mut world, &cast, &frame, ip + transport);
+            // A header in front of the transport's is quoted whole.
+            let mut packet = Packet::opening(proto, cast.client, cast.vip);
+            packet.options = vec![1; 40];
+            packet.extensions =
+                vec![(0, vec![0, 0, 1, 4, 0, 0, 0, 0]), (60, vec![0, 1, 1, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])];
+            is_refused(&mut world, &cast, &packet.frame(), ip + if cast.v6 { 24 } else { 40 } + transport);
+        }
+        assert_eq!(world.reason(Reason::Rejected), before + 16);
+        assert_eq!(world.counters(7).refused, before + 16);
+        assert_eq!(world.counters(7).connections, 0);
+        assert_eq!(world.reason(Reason::RejectFailed), 0);
+        // Only what opens a connection is refused (contract A87).
+        world.untouched(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, ACK).frame());
+        world.untouched(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, SYN | ACK).frame());
+        world.untouched(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, super::packet::RST).frame());
+    }
+    assert_eq!(world.rows(), []);
+}
+
+#[test]
+fn what_must_not_be_answered_is_dropped() {
+    let Some(mut world) = world("what_must_not_be_answered_is_dropped", Options::default()) else { return };
+    for cast in casts() {
+        world.service(7, cast.vip, &[]);
+        world.datapath.guard(cast.vip.ip(), 7);
+        let nobody: [&str; 4] = if cast.v6 {
+            ["[::]:1", "[ff02::1]:1", "[ff0e::5]:1", "[ff01::1]:1"]
+        } else {
+            ["0.0.0.0:1", "224.0.0.1:1", "239.1.1.1:1", "255.255.255.255:1"]
+        };
+        let mut failed = world.reason(Reason::RejectFailed);
+        for source in nobody {
+            for proto in PROTOS {
+                let packet = Packet::opening(proto, source.parse().unwrap(), cast.vip);
+                assert_eq!(world.run(Hook::Ingress, &packet.frame()).0, DROP, "{packet:?}");
+                failed += 1;
+                assert_eq!(world.reason(Reason::RejectFailed), failed);
+            }
+        }
+        // An error about an error.
+        let quoted = Packet::tcp(cast.vip, cast.client, SYN).frame();
+        for kind in if cast.v6 { 1..=4 } else { 11..=12 } {
+            let error = Packet::icmp(cast.router, cast.vip.ip(), kind, 0, &quoted[14..]);
+            assert_eq!(world.run(Hook::Ingress, &error.frame()).0, DROP, "type {kind}");
+        }
+        assert_eq!(world.reason(Reason::RejectFailed), failed);
+    }
+}
+
+#[test]
+fn a_drop_is_silent() {
+    let Some(mut world) = world("a_drop_is_silent", Options::default()) else { return };
+    for (n, cast) in casts().into_iter().enumerate() {
+        let spec = Spec { verdicts: [verdict::DROP; origin::COUNT], ..Spec::pick_all(9, &[cast.backend]) };
+        for proto in PROTOS {
+            world.datapath.frontend(cast.vip, proto, &spec);
+            assert_eq!(world.run(Hook::Ingress, &Packet::opening(proto, cast.client, cast.vip).frame()).0, DROP);
+        }
+        assert_eq!(world.reason(Reason::PolicyDrop), 2 * (n + 1) as u64);
+        assert_eq!(world.counters(9).refused, 2 * (n + 1) as u64, "refused or dropped by verdict");
+        world.untouched(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, ACK).frame());
+    }
+    assert_eq!(world.rows(), []);
+}
+
+#[test]
+fn a_guarded_address_refuses_what_no_frontend_claims() {
+    let Some(mut world) = world("a_guarded_address_refuses_what_no_frontend_claims", Options::default()) else {
+        return;
+    };
+    for cast in casts() {
+        let spec = Spec { verdicts: usual(), ..Spec::pick_all(1, &[cast.backend]) };
+        world.datapath.frontend(cast.vip, TCP, &spec);
+        world.datapath.guard(cast.vip.ip(), 1);
+        let ip = if cast.v6 { 40 } else { 20 };
+        for origin in [role::POD, role::OUTWARD] {
+            world.device(origin);
+            // Another port, another protocol on the same port (contract A47, A48).
+            is_refused(&mut world, &cast, &Packet::tcp(cast.client, at(cast.vip, 81), SYN).frame(), ip + 20);
+            is_refused(&mut world, &cast, &Packet::udp(cast.client, cast.vip).frame(), ip + 8);
+            is_refused(&mut world, &cast, &Packet::udp(cast.client, at(cast.vip, 0)).frame(), ip + 8);
+            // A ping, and what is not even looked at (contract A50).
+            let kind = if cast.v6 { 128 } else { 8 };
+            let echo = Packet::icmp(cast.client.ip(), cast.vip.ip(), kind, 0, b"ping");
+            is_refused(&mut world, &cast, &echo.frame(), ip + 8);
+            for proto in [132, 50, 47, 89] {
+                is_refused(
+                    &mut world,
+                    &cast,
+                    &Packet::other(cast.client.ip(), cast.vip.ip(), proto).with_payload(&[7; 40]).frame(),
+                    ip + 8,
+                );
+            }
+        }
+        // The claimed port works, and so do others' addresses.
+        world.device(role::POD);
+        world.expect(
+            Hook::Ingress,
+            &Packet::tcp(cast.client, cast.vip, SYN),
+            &Packet::tcp(cast.client, cast.backend, SYN),
+        );
+        world.untouched(Hook::Ingress, &Packet::icmp(cast.client.ip(), cast.backend.ip(), 8, 0, b"ping").frame());
+        world.untouched(Hook::Ingress, &Packet::other(cast.client.ip(), cast.backend.ip(), 132).frame());
+        world.untouched(Hook::Egress, &Packet::other(cast.client.ip(), cast.vip.ip(), 132).frame());
+    }
+}
+
+/// One verdict for each origin: the device tells which holds.
+#[test]
+fn the_device_tells_the_origin() {
+    let Some(mut world) = world("the_device_tells_the_origin", Options::default()) else { return };
+    for cast in casts() {
+        let spec = |pod: u8, external: u8| {
+            let mut verdicts = [verdict::REJECT; origin::COUNT];
+            verdicts[origin::POD] = pod;
+            verdicts[origin::EXTERNAL] = external;
+            Spec { verdicts, local: vec![cast.backend2], ..Spec::pick_all(1, &[cast.backend]) }
+        };
+        let mut sport = 40_000;
+        let mut goes = |world: &mut World, device: Option<u8>, spec: &Spec| -> Result<SocketAddr, i32> {
+            sport += 1;
+            match device {
+                Some(role) => world.device(role),
+                None => world.device_with(None),
+            }
+            world.datapath.frontend(cast.vip, TCP, spec);
+            let (verdict, out) = world.run(Hook::Ingress, &Packet::tcp(at(cast.client, sport), cast.vip, SYN).frame());
+            if verdict == -1 { Ok(super::packet::ends(&out).1) } else { Err(verdict) }
+        };
+        let local_for_pods = spec(verdict::PICK_LOCAL, verdict::PICK_ALL);
+        let drop_outside = spec(verdict::PICK_ALL, verdict::DROP);
+        let refuse_pods = spec(verdict::REJECT, verdict::PICK_LOCAL | verdict::MASQUERADE);
+        assert_eq!(goes(&mut world, Some(role::POD), &local_for_pods), Ok(cast.backend2));
+        assert_eq!(goes(&mut world, Some(role::POD), &drop_outside), Ok(cast.backend));
+        assert_eq!(goes(&mut world, Some(role::POD), &refuse_pods), Err(BOUNCE));
+        for outside in [Some(role::OUTWARD), Some(role::OVERLAY), None] {
+            assert_eq!(goes(&mut world, outside, &local_for_pods), Ok(cast.backend));
+            assert_eq!(goes(&mut world, outside, &drop_outside), Err(DROP));
+            assert_eq!(goes(&mut world, outside, &refuse_pods), Ok(cast.backend2));
+        }
+        // An empty local range is a refusal, whatever is in the other.
+        let none_local = Spec { local: Vec::new(), ..local_for_pods };
+        assert_eq!(goes(&mut world, Some(role::POD), &none_local), Err(BOUNCE));
+    }
+}
