@@ -84,7 +84,9 @@ fn page(status: &Status, wide: bool, out: &mut dyn Write) -> anyhow::Result<()> 
         report_lines(report, &mut page)?;
     }
     if let Some(kernel) = kernel {
-        kernel_lines(kernel, wide, &mut page)?;
+        // The agent also knows filters that have no pins, and names cgroups by path.
+        let hooks = report.as_ref().map_or(&kernel.hooks, |report| &report.hooks);
+        kernel_lines(kernel, hooks, wide, &mut page)?;
     }
     if let Some(report) = report {
         trouble(report, &mut page)?;
@@ -185,8 +187,8 @@ fn report_lines(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
     page.line("Frontends", &format!("{programmed} programmed, {pending} pending, {degraded} degraded"))
 }
 
-fn kernel_lines(kernel: &Kernel, wide: bool, page: &mut Page<'_>) -> anyhow::Result<()> {
-    let Kernel { frontends: _, backends: _, hooks, maps } = kernel;
+fn kernel_lines(kernel: &Kernel, hooks: &[Hook], wide: bool, page: &mut Page<'_>) -> anyhow::Result<()> {
+    let Kernel { frontends: _, backends: _, hooks: _, maps } = kernel;
     if hooks.is_empty() {
         page.line("Hooks", "none: nothing is translated")?;
     } else if wide {
