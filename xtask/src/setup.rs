@@ -40,7 +40,8 @@ pub const NETNS_SUITES: [Tool; 5] = [
 pub const ETCD: Tool = Tool { program: "etcd", package: "etcd-server", why: "storage of the test API server" };
 
 /// Debian's package is old, but renders a kustomization.
-pub const KUBECTL: Tool = Tool { program: "kubectl", package: "kubernetes-client", why: "renders the manifests" };
+pub const KUBECTL: Tool =
+    Tool { program: "kubectl", package: "kubernetes-client", why: "renders manifests, talks to the test API server" };
 
 /// Installs the packages of those tools that are missing, in one go.
 pub fn tools(tools: &[Tool]) -> Result<()> {
@@ -259,17 +260,19 @@ fn bpf_linker() -> Result<()> {
     Ok(())
 }
 
-/// What the API server suite needs: etcd, and either KUBEBUILDER_ASSETS or Go to build kube-apiserver with. Go is only
-/// said, never installed: the suite itself skips, with the reason, where neither is there.
+/// What the API server suite runs: kubectl, and etcd and kube-apiserver out of KUBEBUILDER_ASSETS; else etcd from the distribution,
+/// and kube-apiserver built with Go, here and not within the suite's time limit.
+///
+/// Go itself is only asked for, never installed: where there is none, the suite skips and says so.
 pub fn api_server() -> Result<()> {
-    if std::env::var_os("KUBEBUILDER_ASSETS").is_some() {
-        return Ok(());
+    tools(&[KUBECTL])?;
+    if std::env::var_os("KUBEBUILDER_ASSETS").is_none() {
+        tools(&[ETCD])?;
     }
-    tools(&[ETCD])?;
-    if find("go").is_none() {
+    if let Err(error) = proxy_tests::apiserver::Programs::find() {
         eprintln!(
-            "setup: there is no `go` and KUBEBUILDER_ASSETS is not set: kube-apiserver cannot be built (install Go, or point \
-             KUBEBUILDER_ASSETS at a directory with kube-apiserver and etcd)"
+            "setup: no API server to test against: {error:#}; install Go (https://go.dev/dl), or point KUBEBUILDER_ASSETS at a \
+             directory with etcd and kube-apiserver"
         );
     }
     Ok(())
