@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use anyhow::{Result, bail};
 
-use crate::{build_ebpf, command};
+use crate::{build, build_ebpf, command};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -14,7 +14,7 @@ pub struct Args {
     /// A quarter of an hour: what docs/bench.md quotes (the default)
     #[arg(long)]
     full: bool,
-    /// Only these (d1, d2, d3, d5, d6)
+    /// Only these (d1, d2, d3, d5, d6, c3)
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
 }
@@ -38,6 +38,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
     bench.env("PROXY_EBPF_OBJECT", &object).arg("--out").arg(target.join("bench"));
     if smoke {
         bench.arg("--smoke");
+    }
+    if only.is_empty() || only.iter().any(|id| id == "c3") {
+        bench.arg("--agent").arg(build::agent()?);
     }
     if !only.is_empty() {
         bench.arg("--only").arg(only.join(","));

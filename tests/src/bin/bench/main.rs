@@ -13,6 +13,7 @@
 //! next round in the opposite order. A control, the same as the baseline in another cgroup, tells how much is noise.
 #![allow(unreachable_pub, reason = "a program: nothing of it is reached from outside")]
 
+mod c3;
 mod connect_cost;
 mod packets;
 mod report;
@@ -54,12 +55,15 @@ struct Args {
     /// A quarter of an hour: what docs/bench.md quotes (the default)
     #[arg(long)]
     full: bool,
-    /// Only these (d1, d2, d3, d5, d6)
+    /// Only these (d1, d2, d3, d5, d6, c3)
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Where the JSON and the table go
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
+    /// The agent to measure with C3
+    #[arg(long, value_name = "FILE")]
+    agent: Option<PathBuf>,
     #[arg(long, hide = true)]
     cgroup: Option<PathBuf>,
     #[arg(long, hide = true)]
@@ -78,6 +82,8 @@ struct Scale {
     /// Runs of a program on one packet.
     repeat: u32,
     new_flows: u16,
+    changes: usize,
+    change_services: u32,
 }
 
 const SMOKE: Scale = Scale {
@@ -88,6 +94,8 @@ const SMOKE: Scale = Scale {
     batches: 20,
     repeat: 50_000,
     new_flows: 1_500,
+    changes: 200,
+    change_services: 1_000,
 };
 const FULL: Scale = Scale {
     rounds: 20,
@@ -97,6 +105,8 @@ const FULL: Scale = Scale {
     batches: 100,
     repeat: 1_000_000,
     new_flows: 8_192,
+    changes: 2_000,
+    change_services: 10_000,
 };
 
 fn main() -> ExitCode {
@@ -138,6 +148,8 @@ fn supervise(_args: &Args) -> Result<ExitCode> {
             other => signal::kill(pid, other).or_else(|e| if e == nix::Error::ESRCH { Ok(()) } else { Err(e) })?,
         }
     };
+    // Gone already unless it was killed.
+    let _ = fs::remove_dir_all(c3::bpffs(&cgroup));
     world::remove_cgroups(&cgroup);
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(3)))
 }
@@ -159,6 +171,10 @@ fn measure(args: &Args, cgroup: &Path) -> Result<ExitCode> {
     }
     if wants("d6") {
         packets::measure(&scale, &mut report).context("D6")?;
+    }
+
+    if wants("c3") {
+        c3::measure(&scale, args.agent.as_deref(), &cgroups, &mut report).context("C3")?;
     }
 
     report.write(&args.out)?;

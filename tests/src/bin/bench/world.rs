@@ -25,6 +25,10 @@ impl Cgroups {
         Self(root.to_owned())
     }
 
+    pub fn root(&self) -> &Path {
+        &self.0
+    }
+
     pub fn make(&self, name: &str) -> Result<PathBuf> {
         let path = self.0.join(name);
         fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
