@@ -18,6 +18,7 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{HashMap, Map, MapData};
 use nix::{
+    libc,
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     unistd::Pid,
 };
@@ -181,6 +182,15 @@ pub fn bpffs(run: &Path) -> PathBuf {
     Path::new("/sys/fs/bpf").join(run.file_name().unwrap_or_default())
 }
 
+/// Ahead of what else runs on the machine, or waiting for a CPU is what is measured; children inherit it. Where it is
+/// refused the load in the report tells.
+fn real_time(on: bool) {
+    let (policy, priority) = if on { (libc::SCHED_FIFO, 1) } else { (libc::SCHED_OTHER, 0) };
+    let parameter = libc::sched_param { sched_priority: priority };
+    // SAFETY: this thread, and a parameter that lives through the call.
+    let _ = unsafe { libc::sched_setscheduler(0, policy, &raw const parameter) };
+}
+
 fn pin_to(cpu: usize) -> Result<CpuSet> {
     let before = sched_getaffinity(Pid::from_raw(0))?;
     let mut cpus = CpuSet::new();
@@ -220,6 +230,7 @@ pub fn measure(scale: &Scale, agent: Option<&Path>, cgroups: &Cgroups, report: &
     fs::create_dir_all(&bpffs)?;
     // A child inherits the CPU it may run on.
     let before = pin_to(AGENT_CPU)?;
+    real_time(true);
     let started = Instant::now();
     let child = Command::new("nsenter")
         .arg(format!("--net={}", netns.path().display()))
@@ -234,6 +245,7 @@ pub fn measure(scale: &Scale, agent: Option<&Path>, cgroups: &Cgroups, report: &
         .stdout(log.try_clone()?)
         .stderr(log)
         .spawn();
+    real_time(false);
     sched_setaffinity(Pid::from_raw(0), &before)?;
     let mut agent = Agent { child: child?, files: files.clone(), bpffs: bpffs.clone() };
     let outcome = changes(scale, &api, &mut agent, started, report);
@@ -291,6 +303,7 @@ fn changes(scale: &Scale, api: &Api, agent: &mut Agent, started: Instant, report
     thread::sleep(Duration::from_secs(1));
 
     pin_to(OUR_CPU)?;
+    real_time(true);
     let mut took = Vec::with_capacity(scale.changes);
     for change in 0..scale.changes {
         let change = u32::try_from(change)?;
@@ -310,6 +323,7 @@ fn changes(scale: &Scale, api: &Api, agent: &mut Agent, started: Instant, report
         }
         took.push(start.elapsed().as_nanos() as f64 / 1e3);
     }
+    real_time(false);
     report.row("C3", format!("EndpointSlice event → map, {size}"), "µs", Figure::of(&took));
     took.sort_by(f64::total_cmp);
     let quantile = |q: f64| took.get((took.len() as f64 * q) as usize).copied().unwrap_or(f64::NAN);
