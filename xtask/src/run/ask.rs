@@ -90,7 +90,8 @@ fn one(world: &World, frontend: &Frontend, from: &'static str, place: &Place, tr
     let expected = expect(world, frontend);
     let (tries, timeout) = match &expected {
         Expected::Backends(backends) => (tries * u32::try_from(backends.len()).unwrap_or(1), 1000),
-        Expected::Refused => (5, 1000),
+        // Over IPv6 a refusal per packet may take the client's second SYN.
+        Expected::Refused => (3, 3000),
         Expected::Dropped => (2, 250),
     };
     let to = SocketAddr::new(frontend.address, frontend.port);
