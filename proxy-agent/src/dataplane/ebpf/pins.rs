@@ -157,7 +157,16 @@ fn open_dir(path: &Path) -> io::Result<OwnedFd> {
 
 fn lock(path: &Path) -> Result<OwnedFd, PinError> {
     let fd = open_dir(path).map_err(io_error(path))?;
-    match rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive) {
+    let mut locked = rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive);
+    // A reader that asks whether an agent runs holds a shared lock for an instant; an agent holds its own for good.
+    for _ in 0..10 {
+        if locked != Err(rustix::io::Errno::WOULDBLOCK) {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        locked = rustix::fs::flock(&fd, FlockOperation::NonBlockingLockExclusive);
+    }
+    match locked {
         Ok(()) => Ok(fd),
         Err(rustix::io::Errno::WOULDBLOCK) => Err(PinError::Held { path: path.to_owned(), pid: holder(&fd) }),
         Err(error) => Err(io_error(path)(error.into())),
