@@ -315,6 +315,18 @@ fn half_pinned_states_are_completed() {
         assert_eq!(ebpf.hooks().len(), 12, "{victim}");
         assert!(world.options.bpffs.join(victim).exists(), "{victim}");
     }
+    // Dies between pinning a link and giving the pin its name: that link is attached, and must not stay beside another.
+    let links = world.options.bpffs.join("v1/links");
+    for name in ["connect6", "tcx-702-egress"] {
+        fs::rename(links.join(name), links.join(format!("{name}-new"))).unwrap();
+    }
+    start(&mut world.open(), &state, &devices);
+    assert_eq!(link_ids(&world).len(), 12, "{:?}", link_ids(&world));
+    let attached = Command::new("bpftool").args(["net", "show", "dev", "veth-b"]).output();
+    if let Ok(attached) = attached {
+        let attached = String::from_utf8_lossy(&attached.stdout).into_owned();
+        assert_eq!(attached.matches("tcx/egress").count(), 1, "{attached}");
+    }
     assert_holds(&world.pins(), &state);
 }
 

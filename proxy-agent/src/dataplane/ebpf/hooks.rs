@@ -577,6 +577,10 @@ pub(crate) fn list(directory: &Path) -> io::Result<Vec<String>> {
 
 /// Makes `pin` a link of `program` on `target`; how many writes that took.
 fn ensure_link(pin: &Path, program: &Program, target: Target<'_>, target_id: u64, attach_type: u32) -> io::Result<u64> {
+    // A process that died between pinning a link and naming the pin left it attached; TCX takes no program twice.
+    if !pin.exists() && sys::waiting(pin).exists() {
+        fs::rename(sys::waiting(pin), pin)?;
+    }
     match sys::open(pin) {
         Ok(link) => {
             let info = sys::link_info(link.as_fd());

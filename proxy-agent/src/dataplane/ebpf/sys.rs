@@ -12,7 +12,7 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
-    path::Path,
+    path::{Path, PathBuf},
     ptr,
 };
 
@@ -99,11 +99,16 @@ pub(crate) fn pin(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
     bpf(cmd::OBJ_PIN, &mut ObjAttr { path: address(path.as_ptr()), fd: raw(fd), flags: 0 }).map(drop)
 }
 
-/// Pins `fd` at `path`, replacing what is there in one step.
-pub(crate) fn pin_over(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+/// Where a pin waits until it takes the place of another; a process that dies may leave one behind.
+pub(crate) fn waiting(path: &Path) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push("-new");
-    let fresh = path.with_file_name(name);
+    path.with_file_name(name)
+}
+
+/// Pins `fd` at `path`, replacing what is there in one step.
+pub(crate) fn pin_over(fd: BorrowedFd<'_>, path: &Path) -> io::Result<()> {
+    let fresh = waiting(path);
     match std::fs::remove_file(&fresh) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}

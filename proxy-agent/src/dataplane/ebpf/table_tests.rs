@@ -35,10 +35,14 @@ fn backends(service: u8, v6: bool, members: impl IntoIterator<Item = u8>) -> Bac
     set.into()
 }
 
+/// Service, IPv6, its extra frontend.
+type Which = (u8, bool, bool);
+/// Members, local members, whether the external verdict picks local.
+type Holds = (Vec<u8>, Vec<u8>, bool);
+
 #[derive(Clone, Debug)]
 struct Model {
-    /// (service, v6, extra frontend) → members, local members, action of the external verdict
-    frontends: BTreeMap<(u8, bool, bool), (Vec<u8>, Vec<u8>, bool)>,
+    frontends: BTreeMap<Which, Holds>,
     guards: BTreeSet<u8>,
 }
 
