@@ -303,6 +303,15 @@ fn random_port() -> Be16 {
     Be16::from_host(min.wrapping_add((random % (max.wrapping_sub(min) as u32 + 1)) as u16))
 }
 
+#[inline(always)]
+fn next_port(port: Be16) -> Be16 {
+    if port.to_host() >= globals::masquerade_port_max() {
+        Be16::from_host(globals::masquerade_port_min())
+    } else {
+        Be16::from_host(port.to_host() + 1)
+    }
+}
+
 /// A flow that aims at no frontend. If a Service flow of the same client port already leads to this destination, answers could not
 /// be told apart: one that is over is forgotten, beside a live one this flow gets another source port.
 #[inline(always)]
@@ -386,7 +395,8 @@ fn masquerade<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Con
         let look = tries == 1 || tries > MASQUERADE_TRIES - 4;
         match table::claim_masquerade(key, value, reverse_key, reverse, look) {
             Ok(true) => return apply(ctx, l3, packet, End::Source, value),
-            Ok(false) => value.port = random_port(),
+            // The last ones side by side: in a small range all are looked at.
+            Ok(false) => value.port = if tries > MASQUERADE_TRIES - 4 { next_port(value.port) } else { random_port() },
             Err(()) => {
                 count::reason(Reason::InsertFailed);
                 return TC_ACT_SHOT;
