@@ -1,10 +1,12 @@
 //! Opening and answering, masquerade, hairpin.
 
+use std::net::{IpAddr, SocketAddr};
+
 use proxy_common::{connection::flags, counters::Reason, device::role};
 
 use super::{
-    packet::{ACK, Packet, SYN, ends},
-    world::{DROP, Hook, NEXT, Options, PROTOS, TCP, at, casts, world},
+    packet::{ACK, FIN, Packet, RST, SYN, ends},
+    world::{DROP, Hook, NEXT, Options, PROTOS, TCP, World, at, casts, world},
 };
 
 #[test]
@@ -38,12 +40,12 @@ fn a_flow_goes_to_a_backend_and_answers_as_the_vip() {
 /// A masqueraded exchange from outside; returns the source the backend saw.
 #[track_caller]
 pub(crate) fn masquerade(
-    world: &mut super::world::World,
+    world: &mut World,
     proto: u8,
-    client: std::net::SocketAddr,
-    vip: std::net::SocketAddr,
-    node: std::net::IpAddr,
-) -> std::net::SocketAddr {
+    client: SocketAddr,
+    vip: SocketAddr,
+    node: IpAddr,
+) -> SocketAddr {
     world.device(role::OUTWARD);
     let open = Packet::opening(proto, client, vip);
     let (_, backend) = world.translate(Hook::Ingress, &open);
@@ -60,12 +62,7 @@ pub(crate) fn masquerade(
 
 /// An answer to a masqueraded packet, through both hooks.
 #[track_caller]
-pub(crate) fn masqueraded_answer(
-    world: &mut super::world::World,
-    answer: &Packet,
-    client: std::net::SocketAddr,
-    vip: std::net::SocketAddr,
-) {
+pub(crate) fn masqueraded_answer(world: &mut World, answer: &Packet, client: SocketAddr, vip: SocketAddr) {
     world.expect(Hook::Ingress, answer, &answer.to(client));
     world.expect(Hook::Egress, &answer.to(client), &answer.between(vip, client));
 }
@@ -89,7 +86,7 @@ fn what_comes_from_outside_is_masqueraded() {
             // The first one's flow still works.
             masqueraded_answer(
                 &mut world,
-                &Packet::answer(proto, cast.backend, std::net::SocketAddr::new(cast.node, 22_222)),
+                &Packet::answer(proto, cast.backend, SocketAddr::new(cast.node, 22_222)),
                 client,
                 cast.vip,
             );
@@ -137,7 +134,6 @@ fn masquerade_ports_run_out_and_come_back() {
             for sport in 50_000..50_006 {
                 let open = Packet::opening(proto, at(cast.client, sport), cast.vip);
                 world.expect(Hook::Ingress, &open, &open.to(cast.backend));
-                // Luck decides which port is tried; a sender tries again.
                 for _ in 0..4 {
                     let (verdict, out) = world.run(Hook::Egress, &open.to(cast.backend).frame());
                     if verdict == NEXT {
@@ -158,7 +154,7 @@ fn masquerade_ports_run_out_and_come_back() {
             let client = at(cast.client, sport);
             let late = at(cast.client, 50_005);
             if proto == TCP {
-                let rst = Packet::tcp(client, cast.vip, super::packet::RST | ACK);
+                let rst = Packet::tcp(client, cast.vip, RST | ACK);
                 world.expect(Hook::Ingress, &rst, &rst.to(cast.backend));
                 world.expect(Hook::Egress, &rst.to(cast.backend), &rst.between(seen, cast.backend));
             } else {
@@ -182,11 +178,9 @@ fn masquerade_ports_run_out_and_come_back() {
             let answer = Packet::answer(proto, cast.backend, taken[1].1);
             world.expect(Hook::Ingress, &answer, &answer.to(at(cast.client, taken[1].0)));
         }
-        world.remove(|_| true);
-        let exhausted = world.reason(Reason::MasqueradeExhausted);
-        world = super::world::World::load(Options { ports: (25_000, 25_001), ..Options::default() });
+        assert!(world.reason(Reason::MasqueradeExhausted) >= 32);
+        world = World::load(Options { ports: (25_000, 25_001), ..Options::default() });
         world.device(role::OUTWARD);
-        assert!(exhausted >= 32);
     }
 }
 
@@ -249,9 +243,7 @@ fn two_vips_to_one_backend_do_not_mix() {
             }
             // The first one ends, a third VIP's flow gets the client's own port again.
             if proto == TCP {
-                for packet in [Packet::tcp(cast.client, cast.vip, super::packet::RST)] {
-                    world.translate(Hook::Ingress, &packet);
-                }
+                world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, RST));
                 let vip3 = at(cast.vip2, 8001);
                 world.service(3, vip3, &[cast.backend]);
                 let third = Packet::opening(proto, cast.client, vip3);
@@ -289,8 +281,8 @@ fn a_direct_connection_beside_one_through_the_vip() {
             world.remove(|_| true);
             world.establish(proto, cast.client, cast.vip);
             if proto == TCP {
-                world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, super::packet::FIN | ACK));
-                world.translate(Hook::Egress, &Packet::tcp(cast.backend, cast.client, super::packet::FIN | ACK));
+                world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, FIN | ACK));
+                world.translate(Hook::Egress, &Packet::tcp(cast.backend, cast.client, FIN | ACK));
             } else {
                 world.age(121);
             }

@@ -4,9 +4,12 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod choice;
 mod flows;
+mod headers;
 mod icmp;
 mod packet;
 mod programs;
 mod refuse;
+mod table;
 mod world;

@@ -117,7 +117,6 @@ pub(crate) struct Row {
 pub(crate) struct Notes<'a> {
     pub(crate) seen: &'a mut u32,
     pub(crate) checked: &'a mut u32,
-    pub(crate) state: &'a mut u8,
     pub(crate) seal: &'a mut u32,
 }
 
@@ -347,8 +346,8 @@ impl World {
                 match change {
                     None => map.remove(&key).unwrap(),
                     Some(change) => {
-                        let ConnectionValue { seen, checked, state, seal, .. } = &mut value;
-                        change(Notes { seen, checked, state, seal });
+                        let ConnectionValue { seen, checked, seal, .. } = &mut value;
+                        change(Notes { seen, checked, seal });
                         map.insert(key, value, 0).unwrap();
                     }
                 }

@@ -1,0 +1,404 @@
+//! Fragments, options, extension headers, checksums, tags, cut and broken packets.
+
+use proxy_common::{counters::Reason, device::role};
+
+use super::{
+    flows::masquerade,
+    packet::{ACK, Body, ETHERNET, Packet, SYN, Sums, sums},
+    world::{BOUNCE, DROP, Dice, Hook, NEXT, Options, PROTOS, TCP, UDP, World, at, casts, hex, world},
+};
+
+#[test]
+fn later_fragments_follow_the_first() {
+    let Some(mut world) = world("later_fragments_follow_the_first", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for (n, proto) in PROTOS.into_iter().enumerate() {
+            let mut unknown = world.reason(Reason::UnknownFragment);
+            let mut open = Packet::opening(proto, cast.client, cast.vip).with_payload(&[0x5a; 3000]);
+            open.id = 0x7700 + n as u32;
+            let through = open.to(cast.backend);
+            let answer = open.between(cast.backend, cast.client);
+            let back = answer.from(cast.vip);
+            let end = open.transport().len();
+            for (hook, from, to) in [(Hook::Ingress, &open, &through), (Hook::Egress, &answer, &back)] {
+                // Ports are never read from payload: before the first one came, a later one is nobody's.
+                world.untouched(hook, &from.fragment(1480, 2960));
+                unknown += 1;
+                assert_eq!(world.reason(Reason::UnknownFragment), unknown);
+                let (verdict, out) = world.run(hook, &from.fragment(0, 1480));
+                assert_eq!((verdict, hex(&out)), (NEXT, hex(&to.fragment(0, 1480))), "the first carries the checksum");
+                for (a, b) in [(2960, end), (1480, 2960), (1480, 2960)] {
+                    world.expect_frame(hook, &from.fragment(a, b), &to.fragment(a, b));
+                }
+                // Another datagram's, another sender's.
+                let mut other = from.clone();
+                other.id ^= 0x100;
+                world.untouched(hook, &other.fragment(1480, 2960));
+                world.untouched(hook, &from.from(at(cast.vip2, 1)).fragment(1480, 2960));
+                unknown += 2;
+                assert_eq!(world.reason(Reason::UnknownFragment), unknown);
+            }
+            // Masqueraded: through both hooks.
+            world.device(role::OUTWARD);
+            let outside = at(cast.client, 50_000 + n as u16);
+            let seen = masquerade(&mut world, proto, outside, cast.vip, cast.node);
+            let mut more =
+                if proto == TCP { Packet::tcp(outside, cast.vip, ACK) } else { Packet::udp(outside, cast.vip) }
+                    .with_payload(&[1; 2000]);
+            more.id = 9;
+            let (middle, last) = (more.to(cast.backend), more.between(seen, cast.backend));
+            for (a, b) in [(0, 1480), (1480, more.transport().len())] {
+                assert_eq!(hex(&world.run(Hook::Ingress, &more.fragment(a, b)).1), hex(&middle.fragment(a, b)));
+                assert_eq!(hex(&world.run(Hook::Egress, &middle.fragment(a, b)).1), hex(&last.fragment(a, b)));
+            }
+            world.device(role::POD);
+        }
+    }
+}
+
+#[test]
+fn options_and_extension_headers_are_walked() {
+    let Some(mut world) = world("options_and_extension_headers_are_walked", Options::default()) else { return };
+    let [v4, v6] = casts();
+    world.service(1, v4.vip, &[v4.backend]);
+    world.service(2, v6.vip, &[v6.backend]);
+    for proto in PROTOS {
+        for words in [1, 5, 10] {
+            let client = at(v4.client, 41_000 + words as u16);
+            let mut open = Packet::opening(proto, client, v4.vip);
+            open.options = vec![1; words * 4];
+            world.expect(Hook::Ingress, &open, &open.to(v4.backend));
+            let answer = open.between(v4.backend, client);
+            world.expect(Hook::Egress, &answer, &answer.from(v4.vip));
+        }
+        let pad = |n: u8| -> Vec<u8> {
+            let mut bytes = vec![0, n, 1, 4 + n * 8];
+            bytes.resize(8 + usize::from(n) * 8, 0);
+            bytes
+        };
+        // Type 0 with no segment left: its destination is the packet's.
+        let routing = vec![0, 2, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 1, 2, 3, 4, 5, 6, 7, 8];
+        let chains: Vec<Vec<(u8, Vec<u8>)>> = vec![
+            vec![(0, pad(0))],
+            vec![(60, pad(2))],
+            vec![(43, routing.clone())],
+            vec![(0, pad(1)), (60, pad(0)), (43, routing.clone()), (60, pad(3))],
+            std::iter::once((0, pad(0))).chain((0..7).map(|_| (60, pad(0)))).collect(),
+        ];
+        for (n, extensions) in chains.into_iter().enumerate() {
+            let client = at(v6.client, 42_000 + n as u16);
+            let mut open = Packet::opening(proto, client, v6.vip);
+            open.extensions = extensions;
+            world.expect(Hook::Ingress, &open, &open.to(v6.backend));
+            let answer = open.between(v6.backend, client);
+            world.expect(Hook::Egress, &answer, &answer.from(v6.vip));
+            // A fragment header that announces the only fragment.
+            if n < 4 {
+                world.expect_frame(Hook::Ingress, &open.atomic_fragment(), &open.to(v6.backend).atomic_fragment());
+            }
+        }
+        let unparsed = world.reason(Reason::Unparsed);
+        // More than is walked.
+        let mut open = Packet::opening(proto, v6.client, v6.vip);
+        open.extensions = std::iter::once((0, pad(0))).chain((0..8).map(|_| (60, pad(0)))).collect();
+        world.untouched(Hook::Ingress, &open.frame());
+        // Segments left: the destination is a stop on the way, and the checksum is over another.
+        open.extensions = vec![(43, {
+            let mut r = routing.clone();
+            r[3] = 1;
+            r
+        })];
+        world.untouched(Hook::Ingress, &open.frame());
+        // A header that is longer than the packet.
+        open.extensions = vec![(60, vec![0, 200, 1, 4, 0, 0, 0, 0])];
+        world.untouched(Hook::Ingress, &open.frame());
+        assert_eq!(world.reason(Reason::Unparsed), unparsed + 3);
+    }
+}
+
+#[test]
+fn udp_checksums_keep_their_special_values() {
+    let Some(mut world) = world("udp_checksums_keep_their_special_values", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        if !cast.v6 {
+            let mut open = Packet::udp(cast.client, cast.vip);
+            open.body = Body::Udp { bare: true };
+            world.expect(Hook::Ingress, &open, &open.to(cast.backend));
+            let answer = open.between(cast.backend, cast.client);
+            world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+        }
+        // A payload under which the sum comes out as zero after the rewrite: sent as 0xffff, or it would mean "none".
+        let field = if cast.v6 { 40 } else { 20 } + ETHERNET + 6;
+        let mut hit = 0;
+        for (hook, from, to) in [
+            (Hook::Ingress, Packet::udp(cast.client, cast.vip), Packet::udp(cast.client, cast.backend)),
+            (Hook::Egress, Packet::udp(cast.backend, cast.client), Packet::udp(cast.vip, cast.client)),
+        ] {
+            let sum = |payload: u16| {
+                let frame = to.clone().with_payload(&payload.to_be_bytes()).frame();
+                u16::from_be_bytes([frame[field], frame[field + 1]])
+            };
+            let payload = sum(0);
+            for payload in [payload, payload.wrapping_sub(1), payload.wrapping_add(1)] {
+                hit += usize::from(sum(payload) == 0xffff);
+                let payload = payload.to_be_bytes();
+                world.expect(hook, &from.clone().with_payload(&payload), &to.clone().with_payload(&payload));
+            }
+            // And one that comes in as 0xffff.
+            let frame = from.clone().with_payload(&[0, 0]).frame();
+            let payload = u16::from_be_bytes([frame[field], frame[field + 1]]).to_be_bytes();
+            let packet = from.clone().with_payload(&payload);
+            assert_eq!(packet.frame()[field..field + 2], [0xff, 0xff]);
+            world.expect(hook, &packet, &to.clone().with_payload(&payload));
+        }
+        assert!(hit >= 2);
+    }
+}
+
+#[test]
+fn tagged_packets_are_left_alone() {
+    let Some(mut world) = world("tagged_packets_are_left_alone", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for tags in [&[0x81, 0, 0, 5][..], &[0x88, 0xa8, 0, 6, 0x81, 0, 0, 5]] {
+            let mut frame = Packet::tcp(cast.client, cast.vip, SYN).frame();
+            frame.splice(12..12, tags.iter().copied());
+            world.untouched(Hook::Ingress, &frame);
+            world.untouched(Hook::Egress, &frame);
+        }
+    }
+    assert_eq!(world.rows(), []);
+}
+
+/// Programs for devices without a link header. The kernel's test hands out an Ethernet frame, so the client's address says what an
+/// Ethernet type would say at that place.
+#[test]
+fn devices_without_a_link_header() {
+    let Some(mut world) = world("devices_without_a_link_header", Options::default()) else { return };
+    for name in ["tc_ingress_l3", "tc_egress_l3"] {
+        let program: &mut aya::programs::SchedClassifier =
+            world.datapath.ebpf.program_mut(name).unwrap().try_into().unwrap();
+        program.load().unwrap();
+    }
+    for (cast, client) in casts().into_iter().zip(["8.0.0.9:41000", "[fd00:1:86dd::9]:41000"]) {
+        let client = client.parse().unwrap();
+        world.service(1, cast.vip, &[cast.backend]);
+        for proto in PROTOS {
+            let open = Packet::opening(proto, client, cast.vip);
+            let (verdict, out) = world.run_program("tc_ingress_l3", &open.frame()[14..], None).unwrap();
+            assert_eq!((verdict, hex(&out)), (NEXT, hex(&open.to(cast.backend).frame()[14..])));
+        }
+    }
+}
+
+/// Every packet shape, for cutting and garbling. The flows they belong to exist.
+fn zoo(world: &mut World) -> Vec<(Hook, Vec<u8>)> {
+    let mut zoo = Vec::new();
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.service(2, cast.vip2, &[]);
+        world.datapath.guard(cast.vip.ip(), 1);
+        world.device(role::OUTWARD);
+        for proto in PROTOS {
+            let seen = masquerade(world, proto, cast.client, cast.vip, cast.node);
+            let pod = at(cast.client, 45_000);
+            world.device(role::POD);
+            world.establish(proto, pod, cast.vip);
+            let more = if proto == TCP { Packet::tcp(pod, cast.vip, ACK) } else { Packet::udp(pod, cast.vip) };
+            let mut bare = more.clone();
+            if proto == UDP && !cast.v6 {
+                bare.body = Body::Udp { bare: true };
+            }
+            bare.options = vec![1; 8];
+            bare.extensions = vec![(0, vec![0, 0, 1, 4, 0, 0, 0, 0]), (60, vec![0, 0, 1, 4, 0, 0, 0, 0])];
+            let big = more.clone().with_payload(&[3; 100]);
+            zoo.extend([
+                (Hook::Ingress, Packet::opening(proto, at(pod, 45_001), cast.vip).frame()),
+                (Hook::Ingress, Packet::opening(proto, pod, cast.vip2).frame()),
+                (Hook::Ingress, Packet::opening(proto, pod, at(cast.vip, 99)).frame()),
+                (Hook::Ingress, more.frame()),
+                (Hook::Ingress, bare.frame()),
+                (Hook::Ingress, big.fragment(0, 64)),
+                (Hook::Ingress, big.fragment(64, 104)),
+                (Hook::Ingress, more.atomic_fragment()),
+                (Hook::Egress, more.between(cast.backend, pod).frame()),
+                (Hook::Egress, bare.between(cast.backend, pod).frame()),
+                (Hook::Egress, more.between(cast.client, cast.backend).frame()),
+                (Hook::Ingress, more.between(cast.backend, seen).frame()),
+            ]);
+            let quote = |packet: &Packet| packet.frame()[14..].to_vec();
+            let kind = if cast.v6 { (2, 0) } else { (3, 4) };
+            let about = |to, quoted: &Packet| Packet::icmp(cast.router, to, kind.0, kind.1, &quote(quoted)).frame();
+            zoo.extend([
+                (Hook::Ingress, about(cast.vip.ip(), &more.between(cast.vip, pod))),
+                (Hook::Egress, about(pod.ip(), &more.between(pod, cast.backend))),
+                (Hook::Ingress, about(cast.node, &more.between(seen, cast.backend))),
+                (Hook::Ingress, about(cast.vip.ip(), &bare.between(cast.vip, pod))),
+            ]);
+        }
+        let echo = if cast.v6 { 128 } else { 8 };
+        zoo.push((Hook::Ingress, Packet::icmp(cast.client.ip(), cast.vip.ip(), echo, 0, b"ping").frame()));
+        zoo.push((Hook::Ingress, Packet::other(cast.client.ip(), cast.vip.ip(), 132).with_payload(&[9; 20]).frame()));
+    }
+    zoo
+}
+
+/// What holds for any packet whatever.
+#[track_caller]
+fn holds(hook: Hook, frame: &[u8], verdict: i32, out: &[u8]) {
+    let about = || format!("{hook:?} {verdict}: {} became {}", hex(frame), hex(out));
+    match verdict {
+        NEXT => {
+            assert_eq!(out.len(), frame.len(), "{}", about());
+            if out != frame && sums(frame) == Sums::Right {
+                assert_eq!(sums(out), Sums::Right, "{}", about());
+            }
+            if out != frame {
+                assert_eq!(out[..ETHERNET], frame[..ETHERNET], "{}", about());
+            }
+        }
+        DROP => {}
+        BOUNCE => assert_eq!(sums(out), Sums::Right, "{}", about()),
+        _ => panic!("{}", about()),
+    }
+}
+
+#[test]
+fn packets_cut_anywhere_do_no_harm() {
+    let Some(mut world) = world("packets_cut_anywhere_do_no_harm", Options::default()) else { return };
+    let mut runs = 0;
+    for (hook, frame) in zoo(&mut world) {
+        for len in ETHERNET..frame.len() {
+            let name = if hook == Hook::Ingress { "tc_ingress_ether" } else { "tc_egress_ether" };
+            // The kernel's test itself refuses what no device would hand up.
+            let Ok((verdict, out)) = world.run_program(name, &frame[..len], None) else {
+                assert!(len < ETHERNET + 40, "{len}");
+                continue;
+            };
+            runs += 1;
+            holds(hook, &frame[..len], verdict, &out);
+        }
+    }
+    assert!(runs > 2000, "{runs}");
+}
+
+#[test]
+fn broken_headers_are_left_alone() {
+    let Some(mut world) = world("broken_headers_are_left_alone", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let frame = Packet::tcp(cast.client, cast.vip, SYN).frame();
+        let with = |at: usize, byte: u8| {
+            let mut frame = frame.clone();
+            frame[at] = byte;
+            frame
+        };
+        // The version of the other family, and of none.
+        for version in [0x00, 0x45 ^ 0x60 ^ (frame[14] & 0xf0), 0x55, 0xf5] {
+            if version & 0xf0 != frame[14] & 0xf0 {
+                world.untouched(Hook::Ingress, &with(14, version));
+            }
+        }
+        if !cast.v6 {
+            for ihl in 0..5 {
+                world.untouched(Hook::Ingress, &with(14, 0x40 | ihl));
+            }
+            // Longer than the packet.
+            world.untouched(Hook::Ingress, &with(14, 0x4f));
+        }
+    }
+    assert_eq!(world.rows(), []);
+}
+
+#[test]
+fn a_total_length_that_lies_does_no_harm() {
+    let Some(mut world) = world("a_total_length_that_lies_does_no_harm", Options::default()) else { return };
+    for (hook, frame) in zoo(&mut world) {
+        let field = if frame[12] == 8 { 16 } else { 18 };
+        for length in [0_u16, 1, 19, 20, 21, 27, 28, 40, 1500, 65_535] {
+            let mut frame = frame.clone();
+            frame[field..field + 2].copy_from_slice(&length.to_be_bytes());
+            let (verdict, out) = world.run(hook, &frame);
+            holds(hook, &frame, verdict, &out);
+        }
+    }
+}
+
+/// Valid packets with some bytes changed: the rest of the world may send anything.
+#[test]
+fn garbled_packets_do_no_harm() {
+    let Some(mut world) = world("garbled_packets_do_no_harm", Options::default()) else { return };
+    let zoo = zoo(&mut world);
+    let mut dice = Dice::new();
+    let mut changed = 0;
+    for _ in 0..120_000 {
+        let (hook, frame) = &zoo[dice.below(zoo.len())];
+        let hook = if dice.below(8) == 0 { Hook::Egress } else { *hook };
+        let mut frame = frame.clone();
+        for _ in 0..dice.below(4) {
+            // Headers mostly.
+            let reach = if dice.below(3) == 0 { frame.len() } else { frame.len().min(64) };
+            let at = 12 + dice.below(reach - 12);
+            frame[at] = match dice.below(4) {
+                0 => dice.next() as u8,
+                1 => frame[at] ^ (1 << dice.below(8)),
+                2 => 0,
+                _ => 0xff,
+            };
+        }
+        // Checksums right again, half the time: only then is there something to keep right.
+        if dice.below(2) == 0 {
+            mend(&mut frame);
+        }
+        let (verdict, out) = world.run(hook, &frame);
+        holds(hook, &frame, verdict, &out);
+        changed += usize::from(out != frame);
+    }
+    assert!(changed > 20_000, "{changed}");
+}
+
+/// Puts right the checksums of what parses.
+fn mend(frame: &mut [u8]) {
+    if frame[12..14] == [8, 0] {
+        let ihl = usize::from(frame[14] & 15) * 4;
+        if ihl >= 20 && frame.len() >= 14 + ihl {
+            frame[24..26].fill(0);
+            let sum = !super::packet::total(&frame[14..14 + ihl]);
+            frame[24..26].copy_from_slice(&sum.to_be_bytes());
+        }
+    }
+    if sums(frame) != Sums::WrongTransport {
+        return;
+    }
+    let at = super::packet::payload_at(frame);
+    let proto = {
+        let packet = etherparse::SlicedPacket::from_ethernet(frame).unwrap();
+        packet.net.as_ref().unwrap().ip_payload_ref().unwrap().ip_number.0
+    };
+    let field = at
+        + match proto {
+            6 => 16,
+            17 => 6,
+            _ => 2,
+        };
+    let ip = &frame[14..at];
+    let (src, dst) = if ip[0] >> 4 == 4 { (12..16, 16..20) } else { (8..24, 24..40) };
+    let len =
+        if proto == 17 { usize::from(u16::from_be_bytes([frame[at + 4], frame[at + 5]])) } else { frame.len() - at };
+    let mut bytes = Vec::new();
+    if proto != 1 {
+        bytes.extend_from_slice(&ip[src]);
+        bytes.extend_from_slice(&ip[dst]);
+        bytes.extend_from_slice(&(len as u32).to_be_bytes());
+        bytes.extend_from_slice(&[0, proto]);
+    }
+    frame[field..field + 2].fill(0);
+    bytes.extend_from_slice(&frame[at..]);
+    let mut sum = !super::packet::total(&bytes);
+    if sum == 0 && proto == 17 {
+        sum = 0xffff;
+    }
+    frame[field..field + 2].copy_from_slice(&sum.to_be_bytes());
+}

@@ -1,0 +1,515 @@
+//! The connection table: what is half-open and what established, ends and time-outs, eviction and repair, seals.
+
+use std::net::SocketAddr;
+
+use proxy_common::{
+    connection::{flags, state},
+    counters::Reason,
+    device::role,
+};
+
+use super::{
+    flows::{masquerade, masqueraded_answer},
+    packet::{ACK, FIN, Packet, RST, SYN},
+    world::{Cast, Hook, NEXT, Options, PROTOS, Row, TCP, UDP, World, at, casts, world},
+};
+
+/// Which entries are established, by part.
+fn maps(world: &World) -> Vec<(bool, Hook, bool)> {
+    let mut maps: Vec<_> = world
+        .rows()
+        .iter()
+        .map(|row| {
+            let (masquerade, hook) = row.part();
+            (masquerade, hook, row.established)
+        })
+        .collect();
+    maps.sort();
+    maps
+}
+
+/// The four parts of a masqueraded flow, the first two of a plain one.
+fn parts(main: bool, masquerade: bool) -> Vec<(bool, Hook, bool)> {
+    vec![
+        (false, Hook::Ingress, main),
+        (false, Hook::Egress, main),
+        (true, Hook::Ingress, masquerade),
+        (true, Hook::Egress, masquerade),
+    ]
+}
+
+#[test]
+fn tcp_is_established_by_the_openers_answer() {
+    let Some(mut world) = world("tcp_is_established_by_the_openers_answer", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let syn = Packet::tcp(cast.client, cast.vip, SYN);
+        let ack = Packet::tcp(cast.client, cast.vip, ACK);
+        let syn_ack = Packet::tcp(cast.backend, cast.client, SYN | ACK);
+        world.translate(Hook::Ingress, &syn);
+        assert_eq!(maps(&world), parts(false, false)[..2]);
+        // An ACK before the peer spoke proves nothing, however often.
+        for _ in 0..3 {
+            world.expect(Hook::Ingress, &ack, &ack.to(cast.backend));
+            assert_eq!(maps(&world), parts(false, false)[..2]);
+        }
+        // Nor does the peer alone, nor a SYN again, nor a reset.
+        for _ in 0..2 {
+            world.translate(Hook::Egress, &syn_ack);
+            world.translate(Hook::Egress, &Packet::tcp(cast.backend, cast.client, ACK));
+            world.translate(Hook::Ingress, &syn);
+            assert_eq!(maps(&world), parts(false, false)[..2]);
+        }
+        world.translate(Hook::Ingress, &ack);
+        assert_eq!(maps(&world), parts(true, true)[..2]);
+        world.remove(|_| true);
+
+        // Masqueraded: each pair on its own.
+        world.device(role::OUTWARD);
+        world.translate(Hook::Ingress, &syn);
+        let pending = world.rows();
+        assert_eq!(pending.len(), 3);
+        assert!(pending.iter().all(|row| !row.established));
+        assert_eq!(pending.iter().filter(|row| row.is(flags::PENDING)).count(), 1);
+        let (seen, _) = world.translate(Hook::Egress, &syn.to(cast.backend));
+        assert_eq!(maps(&world), parts(false, false));
+        masqueraded_answer(&mut world, &Packet::tcp(cast.backend, seen, SYN | ACK), cast.client, cast.vip);
+        assert_eq!(maps(&world), parts(false, false));
+        world.translate(Hook::Ingress, &ack);
+        assert_eq!(maps(&world), parts(true, false));
+        world.translate(Hook::Egress, &ack.to(cast.backend));
+        assert_eq!(maps(&world), parts(true, true));
+        world.remove(|_| true);
+        world.device(role::POD);
+    }
+    assert_eq!(world.reasons(), []);
+}
+
+#[test]
+fn udp_is_established_by_the_first_answer() {
+    let Some(mut world) = world("udp_is_established_by_the_first_answer", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let open = Packet::udp(cast.client, cast.vip);
+        for _ in 0..3 {
+            world.translate(Hook::Ingress, &open);
+            assert_eq!(maps(&world), parts(false, false)[..2]);
+        }
+        world.translate(Hook::Egress, &Packet::udp(cast.backend, cast.client));
+        assert_eq!(maps(&world), parts(true, true)[..2]);
+        world.remove(|_| true);
+        world.device(role::OUTWARD);
+        world.translate(Hook::Ingress, &open);
+        let (seen, _) = world.translate(Hook::Egress, &open.to(cast.backend));
+        let answer = Packet::udp(cast.backend, seen);
+        world.expect(Hook::Ingress, &answer, &answer.to(cast.client));
+        assert_eq!(maps(&world), parts(false, true));
+        world.translate(Hook::Egress, &answer.to(cast.client));
+        assert_eq!(maps(&world), parts(true, true));
+        world.remove(|_| true);
+        world.device(role::POD);
+    }
+}
+
+#[test]
+fn the_packet_that_establishes_may_also_end() {
+    let Some(mut world) = world("the_packet_that_establishes_may_also_end", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, SYN));
+        world.translate(Hook::Egress, &Packet::tcp(cast.backend, cast.client, SYN | ACK));
+        world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, ACK | FIN));
+        let rows = world.rows();
+        assert!(rows.iter().all(|row| row.established));
+        assert!(rows.iter().any(|row| row.hook == Hook::Ingress && row.state & state::FIN != 0), "{rows:#?}");
+        world.remove(|_| true);
+    }
+}
+
+/// 20 established flows, maps of 512, and 5 000 SYNs from everywhere.
+#[test]
+fn a_syn_flood_evicts_no_established_flow() {
+    let options = Options { half_open: 512, established: 512, ..Options::default() };
+    let Some(mut world) = world("a_syn_flood_evicts_no_established_flow", options) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let clients: Vec<SocketAddr> = (1..=20).map(|n| at(cast.client, 50_000 + n)).collect();
+        for client in &clients {
+            world.establish(if client.port() % 2 == 0 { TCP } else { UDP }, *client, cast.vip);
+        }
+        let before = established(&world);
+        assert_eq!(before.len(), 40);
+        for n in 0..5_000_u32 {
+            let mut source = cast.client;
+            source.set_port(1024 + (n % 40_000) as u16);
+            let mut syn = Packet::opening(if n % 3 == 0 { UDP } else { TCP }, source, cast.vip);
+            let mut frame = syn.frame();
+            // Random enough for the low bytes of the address; the checksum does not matter to the table.
+            let end = if cast.v6 { 14 + 23 } else { 14 + 15 };
+            frame[end] = (n >> 8) as u8;
+            frame[end - 1] = n as u8;
+            assert_eq!(world.run(Hook::Ingress, &frame).0, NEXT);
+            if n % 5 == 0 {
+                // Blind ACKs, too.
+                syn = Packet::tcp(source, cast.vip, ACK);
+                let mut frame = syn.frame();
+                frame[end] = (n >> 8) as u8;
+                frame[end - 1] = n as u8;
+                assert_eq!(world.run(Hook::Ingress, &frame).0, NEXT);
+            }
+        }
+        let half_open = world.rows().iter().filter(|row| !row.established).count();
+        assert!((100..=512).contains(&half_open), "{half_open}");
+        assert_eq!(established(&world), before);
+        for client in clients {
+            let proto = if client.port() % 2 == 0 { TCP } else { UDP };
+            let more = if proto == TCP { Packet::tcp(client, cast.vip, ACK) } else { Packet::udp(client, cast.vip) };
+            world.expect(Hook::Ingress, &more, &more.to(cast.backend));
+            let answer = more.between(cast.backend, client);
+            world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+        }
+        world.remove(|_| true);
+    }
+    assert_eq!(world.reason(Reason::InsertFailed), 0);
+}
+
+fn established(world: &World) -> Vec<Row> {
+    let rows = world.rows().into_iter().filter(|row| row.established);
+    rows.map(|row| Row { seen: 0, ..row }).collect()
+}
+
+/// Whether the next opening packet goes to `backend2`, which has taken `backend`'s place.
+fn chosen_anew(world: &mut World, cast: &Cast, open: &Packet) -> bool {
+    let (_, to) = world.translate(Hook::Ingress, open);
+    assert!(to == cast.backend || to == cast.backend2);
+    to == cast.backend2
+}
+
+#[test]
+fn a_live_flow_keeps_its_backend_and_an_ended_one_does_not() {
+    let Some(mut world) = world("a_live_flow_keeps_its_backend_and_an_ended_one_does_not", Options::default()) else {
+        return;
+    };
+    type End = fn(&mut World, &Cast);
+    let fin = |world: &mut World, cast: &Cast| {
+        world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, FIN | ACK));
+    };
+    let fin_back = |world: &mut World, cast: &Cast| {
+        world.translate(Hook::Egress, &Packet::tcp(cast.backend, cast.client, FIN | ACK));
+    };
+    let ends: [(&str, bool, End); 8] = [
+        ("nothing", false, |_, _| {}),
+        ("one FIN", false, fin),
+        ("the other FIN", false, fin_back),
+        ("both", true, |world, cast| {
+            world.translate(Hook::Egress, &Packet::tcp(cast.backend, cast.client, FIN | ACK));
+            world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, FIN | ACK));
+            world.translate(Hook::Egress, &Packet::tcp(cast.backend, cast.client, ACK));
+        }),
+        ("RST", true, |world, cast| {
+            world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, RST));
+        }),
+        ("RST back", true, |world, cast| {
+            world.translate(Hook::Egress, &Packet::tcp(cast.backend, cast.client, RST | ACK));
+        }),
+        ("a long silence", false, |world, _| world.age(86_000)),
+        ("a longer one", true, |world, _| world.age(86_402)),
+    ];
+    for cast in casts() {
+        for (name, anew, end) in ends {
+            world.service(1, cast.vip, &[cast.backend]);
+            world.establish(TCP, cast.client, cast.vip);
+            // The frontend changes: established flows do not care (contract A45).
+            world.service(1, cast.vip, &[cast.backend2]);
+            let ack = Packet::tcp(cast.client, cast.vip, ACK);
+            world.expect(Hook::Ingress, &ack, &ack.to(cast.backend));
+            end(&mut world, &cast);
+            let syn = Packet::tcp(cast.client, cast.vip, SYN);
+            assert_eq!(chosen_anew(&mut world, &cast, &syn), anew, "{name}");
+            if anew {
+                // Nothing is left of the old one, and the new one is half-open.
+                assert_eq!(maps(&world), parts(false, false)[..2], "{name}");
+                let answer = Packet::tcp(cast.backend2, cast.client, SYN | ACK);
+                world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+            } else {
+                let answer = Packet::tcp(cast.backend, cast.client, SYN | ACK);
+                world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+            }
+            world.remove(|_| true);
+        }
+    }
+}
+
+#[test]
+fn idle_flows_are_chosen_anew() {
+    let Some(mut world) = world("idle_flows_are_chosen_anew", Options::default()) else { return };
+    for cast in casts() {
+        // Protocol, answered, idle, chosen anew.
+        for (proto, answered, idle, anew) in [
+            (UDP, true, 110, false),
+            (UDP, true, 122, true),
+            (UDP, false, 25, false),
+            (UDP, false, 32, true),
+            (TCP, false, 55, false),
+            (TCP, false, 62, true),
+        ] {
+            world.service(1, cast.vip, &[cast.backend]);
+            let open = Packet::opening(proto, cast.client, cast.vip);
+            world.translate(Hook::Ingress, &open);
+            if answered {
+                world.translate(Hook::Egress, &Packet::udp(cast.backend, cast.client));
+            }
+            world.service(1, cast.vip, &[cast.backend2]);
+            world.age(idle);
+            assert_eq!(chosen_anew(&mut world, &cast, &open), anew, "{proto} {answered} {idle}");
+            if anew {
+                assert_eq!(world.rows().len(), 2, "{:#?}", world.rows());
+            } else {
+                // That packet counts as life.
+                world.age(10);
+                assert!(!chosen_anew(&mut world, &cast, &open));
+            }
+            world.remove(|_| true);
+        }
+        // Answers alone keep a flow alive.
+        world.service(1, cast.vip, &[cast.backend]);
+        world.establish(UDP, cast.client, cast.vip);
+        world.service(1, cast.vip, &[cast.backend2]);
+        for _ in 0..3 {
+            world.age(100);
+            world.translate(Hook::Egress, &Packet::udp(cast.backend, cast.client));
+        }
+        assert!(!chosen_anew(&mut world, &cast, &Packet::udp(cast.client, cast.vip)));
+        world.remove(|_| true);
+    }
+}
+
+#[test]
+fn a_masqueraded_flow_that_ended_leaves_nothing() {
+    let Some(mut world) = world("a_masqueraded_flow_that_ended_leaves_nothing", Options::default()) else { return };
+    for cast in casts() {
+        for proto in PROTOS {
+            world.service(1, cast.vip, &[cast.backend]);
+            masquerade(&mut world, proto, cast.client, cast.vip, cast.node);
+            world.service(1, cast.vip, &[cast.backend2]);
+            if proto == TCP {
+                let rst = Packet::tcp(cast.client, cast.vip, RST);
+                world.translate(Hook::Ingress, &rst);
+                world.translate(Hook::Egress, &rst.to(cast.backend));
+            } else {
+                world.age(122);
+            }
+            let open = Packet::opening(proto, cast.client, cast.vip);
+            assert!(chosen_anew(&mut world, &cast, &open));
+            world.translate(Hook::Egress, &open.to(cast.backend2));
+            let rows = world.rows();
+            assert_eq!(rows.len(), 4, "{rows:#?}");
+            assert!(rows.iter().all(|row| ![row.src, row.dst, row.to].contains(&cast.backend)), "{rows:#?}");
+            world.remove(|_| true);
+        }
+    }
+}
+
+#[test]
+fn what_is_no_opening_and_has_no_flow_is_left_alone() {
+    let Some(mut world) = world("what_is_no_opening_and_has_no_flow_is_left_alone", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.datapath.guard(cast.vip.ip(), 1);
+        for flags in [ACK, ACK | FIN, RST, RST | ACK, SYN | ACK, SYN | RST, 0, 0x08 | ACK, FIN] {
+            for role in [role::POD, role::OUTWARD] {
+                world.device(role);
+                for to in [cast.vip, cast.backend, at(cast.vip, 9)] {
+                    world.untouched(Hook::Ingress, &Packet::tcp(cast.client, to, flags).frame());
+                }
+                world.untouched(Hook::Egress, &Packet::tcp(cast.backend, cast.client, flags).frame());
+            }
+        }
+        // SYN with odd company opens.
+        world.device(role::POD);
+        for (n, flags) in [SYN | FIN, SYN | 0xc0].into_iter().enumerate() {
+            let syn = Packet::tcp(at(cast.client, 100 + n as u16), cast.vip, flags);
+            world.expect(Hook::Ingress, &syn, &syn.to(cast.backend));
+        }
+        world.remove(|_| true);
+    }
+    assert_eq!(world.reasons(), []);
+}
+
+#[test]
+fn an_evicted_half_is_put_back() {
+    let Some(mut world) = world("an_evicted_half_is_put_back", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for proto in PROTOS {
+            let seen = masquerade(&mut world, proto, cast.client, cast.vip, cast.node);
+            // The frontend goes (contract A87): nothing could bring the flow back but its entries.
+            world.service(1, cast.vip, &[cast.backend2]);
+            let whole = established(&world);
+            assert_eq!(whole.len(), 4);
+            let ahead =
+                if proto == TCP { Packet::tcp(cast.client, cast.vip, ACK) } else { Packet::udp(cast.client, cast.vip) };
+            let back = ahead.between(cast.backend, seen);
+            for lost in [(false, Hook::Ingress), (false, Hook::Egress), (true, Hook::Ingress), (true, Hook::Egress)] {
+                let repaired = world.reason(Reason::PairRepaired);
+                assert_eq!(world.remove(|row| row.part() == lost), 1);
+                // Looked for a moment ago: not again so soon.
+                world.edit(|_| true, Some(&|notes| *notes.checked = *notes.seen));
+                world.edit(|_| true, Some(&|notes| *notes.checked = notes.checked.wrapping_sub(3)));
+                // What still has its way through; in the order that reaches the half that is left.
+                match lost {
+                    (false, Hook::Ingress) => {
+                        world.expect(Hook::Egress, &back.to(cast.client), &back.between(cast.vip, cast.client));
+                    }
+                    (false, Hook::Egress) => world.expect(Hook::Ingress, &ahead, &ahead.to(cast.backend)),
+                    (true, Hook::Ingress) => {
+                        world.expect(Hook::Egress, &ahead.to(cast.backend), &ahead.between(seen, cast.backend));
+                    }
+                    (true, Hook::Egress) => world.expect(Hook::Ingress, &back, &back.to(cast.client)),
+                }
+                assert_eq!(world.reason(Reason::PairRepaired), repaired + 1, "{lost:?}");
+                // As it was; what passed and what did not is told anew.
+                let forget =
+                    |rows: Vec<Row>| -> Vec<Row> { rows.into_iter().map(|row| Row { state: 0, ..row }).collect() };
+                assert_eq!(forget(established(&world)), forget(whole.clone()), "{lost:?}");
+                world.expect(Hook::Ingress, &ahead, &ahead.to(cast.backend));
+                world.expect(Hook::Egress, &ahead.to(cast.backend), &ahead.between(seen, cast.backend));
+                masqueraded_answer(&mut world, &back, cast.client, cast.vip);
+            }
+            world.service(1, cast.vip, &[cast.backend]);
+            world.remove(|_| true);
+        }
+    }
+}
+
+/// The whole masquerade pair is gone: the flow asks for another, and a port in the range is the same again.
+#[test]
+fn an_evicted_masquerade_is_asked_for_again() {
+    let Some(mut world) = world("an_evicted_masquerade_is_asked_for_again", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for proto in PROTOS {
+            let client = at(cast.client, 23_456);
+            let seen = masquerade(&mut world, proto, client, cast.vip, cast.node);
+            assert_eq!(seen.port(), 23_456);
+            let ahead = if proto == TCP { Packet::tcp(client, cast.vip, ACK) } else { Packet::udp(client, cast.vip) };
+            for both in [true, false] {
+                // One half, and the client speaks first; or both.
+                let lost = world.remove(|row| row.is(flags::MASQUERADE) && (both || row.hook == Hook::Egress));
+                assert_eq!(lost, if both { 2 } else { 1 });
+                world.edit(|_| true, Some(&|notes| *notes.checked = notes.checked.wrapping_sub(3)));
+                world.expect(Hook::Ingress, &ahead, &ahead.to(cast.backend));
+                world.expect(Hook::Egress, &ahead.to(cast.backend), &ahead.between(seen, cast.backend));
+                masqueraded_answer(&mut world, &ahead.between(cast.backend, seen), client, cast.vip);
+            }
+            world.remove(|_| true);
+        }
+    }
+    assert_eq!(world.reason(Reason::MasqueradeExhausted), 0);
+}
+
+/// A masquerade port whose claim was evicted may be another flow's by now: whoever lost it leaves it.
+#[test]
+fn a_port_that_went_to_another_flow_is_not_shared() {
+    let options = Options { ports: (25_000, 25_001), ..Options::default() };
+    let Some(mut world) = world("a_port_that_went_to_another_flow_is_not_shared", options) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for proto in PROTOS {
+            let first = at(cast.client, 25_000);
+            let mut second = first;
+            second.set_ip(cast.router);
+            assert_eq!(masquerade(&mut world, proto, first, cast.vip, cast.node).port(), 25_000);
+            assert_eq!(world.remove(|row| row.part() == (true, Hook::Ingress)), 1);
+            assert_eq!(masquerade(&mut world, proto, second, cast.vip, cast.node).port(), 25_000);
+            world.edit(|row| row.established, Some(&|notes| *notes.checked = notes.checked.wrapping_sub(3)));
+            // The first one's next packet finds out, the one after has a port of its own.
+            let ahead = if proto == TCP { Packet::tcp(first, cast.vip, ACK) } else { Packet::udp(first, cast.vip) };
+            let (verdict, _) = world.run(Hook::Egress, &ahead.to(cast.backend).frame());
+            assert_eq!(verdict, NEXT);
+            let mut moved = first;
+            for _ in 0..8 {
+                let (verdict, out) = world.run(Hook::Egress, &ahead.to(cast.backend).frame());
+                if verdict == NEXT {
+                    moved = super::packet::ends(&out).0;
+                    break;
+                }
+            }
+            assert_eq!(moved, SocketAddr::new(cast.node, 25_001));
+            let answer =
+                |to| if proto == TCP { Packet::tcp(cast.backend, to, ACK) } else { Packet::udp(cast.backend, to) };
+            masqueraded_answer(&mut world, &answer(moved), first, cast.vip);
+            masqueraded_answer(&mut world, &answer(SocketAddr::new(cast.node, 25_000)), second, cast.vip);
+            world.remove(|_| true);
+        }
+    }
+}
+
+/// The way back of a flow that is gone is no sign of life of the one that takes its place.
+#[test]
+fn a_left_over_answer_entry_establishes_nothing() {
+    let Some(mut world) = world("a_left_over_answer_entry_establishes_nothing", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.establish(TCP, cast.client, cast.vip);
+        world.translate(Hook::Egress, &Packet::tcp(cast.backend, cast.client, RST));
+        assert_eq!(world.remove(|row| row.hook == Hook::Ingress), 1);
+        let syn = Packet::tcp(cast.client, cast.vip, SYN);
+        world.expect(Hook::Ingress, &syn, &syn.to(cast.backend));
+        world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, ACK));
+        let rows = world.rows();
+        assert_eq!(maps(&world), parts(false, false)[..2]);
+        assert!(rows.iter().all(|row| row.state & state::RST == 0), "{rows:#?}");
+        assert!(rows.iter().all(|row| row.has_seen() == (row.hook == Hook::Ingress)));
+        world.remove(|_| true);
+    }
+}
+
+/// An answer to a datagram that went elsewhere first does not move the flow there.
+#[test]
+fn a_late_answer_of_another_backend_establishes_nothing() {
+    let Some(mut world) = world("a_late_answer_of_another_backend_establishes_nothing", Options::default()) else {
+        return;
+    };
+    for cast in casts() {
+        let open = Packet::udp(cast.client, cast.vip);
+        world.service(1, cast.vip, &[cast.backend]);
+        world.translate(Hook::Ingress, &open);
+        assert_eq!(world.remove(|row| row.hook == Hook::Ingress), 1);
+        world.service(1, cast.vip, &[cast.backend2]);
+        world.expect(Hook::Ingress, &open, &open.to(cast.backend2));
+        let late = Packet::udp(cast.backend, cast.client);
+        world.expect(Hook::Egress, &late, &late.from(cast.vip));
+        world.expect(Hook::Ingress, &open, &open.to(cast.backend2));
+        assert_eq!(established(&world), []);
+        let answer = Packet::udp(cast.backend2, cast.client);
+        world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+        assert_eq!(established(&world).len(), 2);
+        world.expect(Hook::Ingress, &open, &open.to(cast.backend2));
+        world.remove(|_| true);
+    }
+}
+
+#[test]
+fn an_entry_with_a_wrong_seal_is_none() {
+    let Some(mut world) = world("an_entry_with_a_wrong_seal_is_none", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for proto in PROTOS {
+            world.establish(proto, cast.client, cast.vip);
+            world.service(1, cast.vip, &[cast.backend2]);
+            assert_eq!(world.edit(|_| true, Some(&|notes| *notes.seal ^= 1)), 2);
+            let (once, twice) = (world.reason(Reason::TornRead), world.reason(Reason::TornTwice));
+            world.untouched(Hook::Egress, &Packet::answer(proto, cast.backend, cast.client).frame());
+            assert_eq!((world.reason(Reason::TornRead), world.reason(Reason::TornTwice)), (once + 1, twice + 1));
+            if proto == TCP {
+                world.untouched(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, ACK).frame());
+            }
+            // What opens, opens anew.
+            let open = Packet::opening(proto, cast.client, cast.vip);
+            world.expect(Hook::Ingress, &open, &open.to(cast.backend2));
+            world.remove(|_| true);
+            world.service(1, cast.vip, &[cast.backend]);
+        }
+    }
+}
