@@ -71,6 +71,22 @@ pub(crate) fn frontend<A: Family>(key: &FrontendKey<A>, value: &mut FrontendValu
     }
 }
 
+/// What holds for a packet to `addr` that has no ports to be told by: only the address's guard speaks of it.
+#[inline(always)]
+pub(crate) fn guard<A: Family>(addr: A, origin: usize) -> Choice<A> {
+    let mut value = FrontendValue::default();
+    match read(&FrontendKey::guard(addr), &mut value) {
+        Found::Frontend => {}
+        Found::Nothing => return Choice::Pass,
+        Found::Torn => return Choice::Drop { service: 0 },
+    }
+    match value.verdict(origin) & verdict::ACTION_MASK {
+        verdict::PICK_ALL | verdict::PICK_LOCAL => Choice::Pass,
+        verdict::DROP => drop(value.service),
+        _ => refuse(value.service),
+    }
+}
+
 #[inline(always)]
 fn slot<A: Family>(range: Range, index: u32) -> Option<Target<A>> {
     let slot = A::slots().get_ptr(range.base.wrapping_add(index))?;
@@ -95,11 +111,7 @@ pub(crate) fn choose<A: Family>(key: &FrontendKey<A>, origin: usize) -> Choice<A
         let range = match word & verdict::ACTION_MASK {
             verdict::PICK_ALL => value.all(),
             verdict::PICK_LOCAL => value.local(),
-            verdict::DROP => {
-                count::reason(Reason::PolicyDrop);
-                count::refused(value.service);
-                return Choice::Drop { service: value.service };
-            }
+            verdict::DROP => return drop(value.service),
             _ => return refuse(value.service),
         };
         if range.count == 0 {
@@ -125,6 +137,13 @@ pub(crate) fn choose<A: Family>(key: &FrontendKey<A>, origin: usize) -> Choice<A
     }
     count::reason(Reason::TornTwice);
     Choice::Drop { service: 0 }
+}
+
+#[inline(always)]
+fn drop<A>(service: u32) -> Choice<A> {
+    count::reason(Reason::PolicyDrop);
+    count::refused(service);
+    Choice::Drop { service }
 }
 
 #[inline(always)]

@@ -121,7 +121,7 @@ fn carry_out<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, verdict: i
 /// A protocol that is not translated. Towards an address of ours it is refused, never routed on (contract A48, A50).
 #[inline(never)]
 fn other<A: Header>(packet: &Packet<A>) -> i32 {
-    match lookup::choose(&FrontendKey::new(packet.dst, Be16::ZERO, packet.proto), origin::EXTERNAL) {
+    match lookup::guard(packet.dst, origin::EXTERNAL) {
         Choice::Pass | Choice::Backend { .. } => NEXT,
         // An error about an error is never sent (RFC 1122, 3.2.2).
         Choice::Refuse { .. } if packet.kind != kind::ICMP_ERROR => REFUSE,
@@ -198,17 +198,19 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
     };
     let Some(Work { value, key: pair_key, found, .. }) = Room::Enter.work::<A>() else { return TC_ACT_SHOT };
     match pick(packet, from, value) {
-        PICKED => {
-            table::void(log::chosen(ctx, key.proto, (key.dst, key.dport), (value.addr, value.port)));
-            enter(ctx, l3, packet, key, value, pair_key, found)
+        PICKED => table::void(log::chosen(ctx, key.proto, (key.dst, key.dport), (value.addr, value.port))),
+        PICKED_NOTHING => {
+            if !yields(packet, value, pair_key, found) {
+                return NEXT;
+            }
         }
-        PICKED_NOTHING => direct(ctx, l3, packet, key, value, pair_key, found),
         PICKED_REFUSAL => {
             table::void(log::refused(ctx, key.proto, (key.dst, key.dport)));
-            REFUSE
+            return REFUSE;
         }
-        _ => TC_ACT_SHOT,
+        _ => return TC_ACT_SHOT,
     }
+    enter(ctx, l3, packet, key, value, pair_key, found)
 }
 
 const PICKED: u32 = 0;
@@ -313,26 +315,24 @@ fn next_port(port: Be16) -> Be16 {
 }
 
 /// A flow that aims at no frontend. If a Service flow of the same client port already leads to this destination, answers could not
-/// be told apart: one that is over is forgotten, beside a live one this flow gets another source port.
+/// be told apart: one that is over is forgotten; beside a live one this flow has to yield, and `value` becomes its
+/// entry with another source port. `reply_key` and `found` are room.
 #[inline(always)]
-fn direct<A: Header>(
-    ctx: &TcContext,
-    l3: u32,
+fn yields<A: Header>(
     packet: &Packet<A>,
-    key: &ConnectionKey<A>,
     value: &mut ConnectionValue<A>,
     reply_key: &mut ConnectionKey<A>,
     found: &mut ConnectionValue<A>,
-) -> i32 {
+) -> bool {
     *reply_key = ConnectionKey::new(hook::EGRESS, packet.proto, packet.dst, packet.dport, packet.src, packet.sport);
     let held = table::peek(reply_key, found);
     // The egress half of a masqueraded flow whose client is our destination means no answer of ours.
     if held == 0 || found.flags & flags::MASQUERADE != 0 {
-        return NEXT;
+        return false;
     }
     if table::is_over(reply_key, found, held == 2) {
         table::void(table::forget(reply_key, found));
-        return NEXT;
+        return false;
     }
     value.addr = packet.dst;
     value.port = packet.dport;
@@ -341,7 +341,7 @@ fn direct<A: Header>(
     value.flags = flags::DIRECT;
     value.pad = [0; 3];
     value.pad2 = [0; 3];
-    enter(ctx, l3, packet, key, value, reply_key, found)
+    true
 }
 
 #[inline(always)]
