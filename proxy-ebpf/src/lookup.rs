@@ -33,9 +33,7 @@ pub(crate) enum Choice<A> {
     Drop {
         service: u32,
     },
-    Refuse {
-        service: u32,
-    },
+    Refuse,
     /// Not ours.
     Pass,
 }
@@ -150,7 +148,7 @@ fn drop<A>(service: u32) -> Choice<A> {
 fn refuse<A>(service: u32) -> Choice<A> {
     count::reason(Reason::Rejected);
     count::refused(service);
-    Choice::Refuse { service }
+    Choice::Refuse
 }
 
 /// Whether `target` is in `range`: a binary search, since slots of a range are sorted.

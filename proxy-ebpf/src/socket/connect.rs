@@ -56,7 +56,7 @@ fn connect<V: View>(view: &V) -> i32 {
         // a TCP one learns at once what it would learn after its retries.
         Choice::Drop { service } if service != 0 => fail(if proto == proto::TCP { ETIMEDOUT } else { EPERM }),
         // The frontend could not be read (service 0), or has nobody to serve it.
-        Choice::Drop { .. } | Choice::Refuse { .. } => {
+        Choice::Drop { .. } | Choice::Refuse => {
             log::refused(view.ctx(), proto, (vip.addr, vip.port));
             fail(ECONNREFUSED)
         }

@@ -124,8 +124,8 @@ fn other<A: Header>(packet: &Packet<A>) -> i32 {
     match lookup::guard(packet.dst, origin::EXTERNAL) {
         Choice::Pass | Choice::Backend { .. } => NEXT,
         // An error about an error is never sent (RFC 1122, 3.2.2).
-        Choice::Refuse { .. } if packet.kind != kind::ICMP_ERROR => REFUSE,
-        Choice::Refuse { .. } | Choice::Drop { .. } => TC_ACT_SHOT,
+        Choice::Refuse if packet.kind != kind::ICMP_ERROR => REFUSE,
+        Choice::Refuse | Choice::Drop { .. } => TC_ACT_SHOT,
     }
 }
 
@@ -234,7 +234,7 @@ fn pick<A: Header>(packet: &Packet<A>, from: usize, value: &mut ConnectionValue<
             PICKED
         }
         Choice::Pass => PICKED_NOTHING,
-        Choice::Refuse { .. } => PICKED_REFUSAL,
+        Choice::Refuse => PICKED_REFUSAL,
         Choice::Drop { .. } => PICKED_DROP,
     }
 }
