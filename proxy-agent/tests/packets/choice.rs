@@ -133,15 +133,34 @@ fn a_stale_slot_is_looked_at_again() {
     assert_eq!(world.reason(Reason::TornTwice), 0);
 }
 
-#[test]
-fn a_frontend_with_a_wrong_seal_is_dropped_and_counted() {
-    fn go<A: Maps>(world: &mut World, vip: SocketAddr, change: fn(&mut FrontendValue)) {
+/// Changes the TCP frontend of `vip`; with its seal put right, or left as it was.
+fn alter(world: &mut World, vip: SocketAddr, seal: bool, change: fn(&mut FrontendValue)) {
+    fn go<A: Maps>(world: &mut World, vip: SocketAddr, seal: bool, change: fn(&mut FrontendValue)) {
         let key = FrontendKey::new(A::from_ip(vip.ip()).unwrap(), Be16::from_host(vip.port()), TCP);
         let mut map = world.datapath.frontends::<A>();
         let mut value = map.get(&A::key(key), 0).unwrap();
         change(&mut value);
-        map.insert(A::key(key), value, 0).unwrap();
+        map.insert(A::key(key), if seal { value.sealed(&key) } else { value }, 0).unwrap();
     }
+    if vip.is_ipv6() { go::<Ipv6Be>(world, vip, seal, change) } else { go::<Ipv4Be>(world, vip, seal, change) }
+}
+
+/// The frontend has moved on to a generation that its slots are not of.
+#[test]
+fn a_frontend_of_another_generation_finds_no_slot() {
+    let Some(mut world) = world("a_frontend_of_another_generation_finds_no_slot", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        alter(&mut world, cast.vip, true, |value| value.all_generation = 2);
+        let stale = world.reason(Reason::StaleSlot);
+        assert_eq!(world.run(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, SYN).frame()).0, DROP);
+        assert_eq!(world.reason(Reason::StaleSlot), stale + 2);
+    }
+    assert_eq!(world.rows(), []);
+}
+
+#[test]
+fn a_frontend_with_a_wrong_seal_is_dropped_and_counted() {
     let Some(mut world) = world("a_frontend_with_a_wrong_seal_is_dropped_and_counted", Options::default()) else {
         return;
     };
@@ -150,11 +169,7 @@ fn a_frontend_with_a_wrong_seal_is_dropped_and_counted() {
             [|v| v.seal ^= 1, |v| v.all_base += 1, |v| v.service += 1, |v| v.verdicts[0] = 3];
         for change in changes {
             world.service(1, cast.vip, &[cast.backend]);
-            if cast.v6 {
-                go::<Ipv6Be>(&mut world, cast.vip, change)
-            } else {
-                go::<Ipv4Be>(&mut world, cast.vip, change)
-            }
+            alter(&mut world, cast.vip, false, change);
             let (once, twice) = (world.reason(Reason::TornRead), world.reason(Reason::TornTwice));
             assert_eq!(world.run(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, SYN).frame()).0, DROP);
             assert_eq!((world.reason(Reason::TornRead), world.reason(Reason::TornTwice)), (once + 1, twice + 1));

@@ -305,3 +305,36 @@ fn a_direct_connection_beside_one_through_the_vip() {
         }
     }
 }
+
+/// A pod's link in a bridge that is an outward device itself: both have the programs, and packets pass them one after the other.
+#[test]
+fn a_flow_through_two_devices_still_answers_as_the_vip() {
+    let Some(mut world) = world("a_flow_through_two_devices_still_answers_as_the_vip", Options::default()) else {
+        return;
+    };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for proto in PROTOS {
+            let mut seen = cast.client;
+            let opening = Packet::opening(proto, cast.client, cast.vip);
+            let more = if proto == TCP { Packet::tcp(cast.client, cast.vip, ACK) } else { opening.clone() };
+            for (n, packet) in [&opening, &more, &more].into_iter().enumerate() {
+                let mut to = packet.clone();
+                for role in [role::POD, role::OUTWARD] {
+                    world.device(role);
+                    let (src, dst) = world.translate(Hook::Ingress, &to);
+                    to = to.between(src, dst);
+                }
+                assert_eq!(to.dst, cast.backend);
+                assert!(n == 0 || to.src == seen, "{} after {seen}", to.src);
+                seen = to.src;
+                let mut back = Packet::answer(proto, cast.backend, seen);
+                for _ in 0..2 {
+                    let (src, dst) = world.translate(Hook::Egress, &back);
+                    back = back.between(src, dst);
+                }
+                assert_eq!((back.src, back.dst), (cast.vip, cast.client));
+            }
+        }
+    }
+}

@@ -157,6 +157,7 @@ fn udp_checksums_keep_their_special_values() {
     }
 }
 
+/// Tags as they stand in the frame. Those that a device took out cannot be had from the kernel's test.
 #[test]
 fn tagged_packets_are_left_alone() {
     let Some(mut world) = world("tagged_packets_are_left_alone", Options::default()) else { return };
