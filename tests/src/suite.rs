@@ -71,6 +71,7 @@ impl Suite {
     }
 
     fn fail_since(&mut self, name: &str, error: &anyhow::Error, since: Instant) {
+        crate::world::wait_if_ending();
         println!("FAIL {name} ({} ms): {error:#}", since.elapsed().as_millis());
         self.failed.push(name.to_owned());
     }

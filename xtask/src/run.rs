@@ -16,7 +16,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use proxy_tests::world::{
-    AgentOptions, Programs, SocketLb, Spec, Topology, World, cleanup_on_signals, set_exit_status,
+    AgentOptions, Programs, SocketLb, Spec, Topology, World, cleanup_on_signals, set_exit_status, wait_if_ending,
 };
 
 use crate::{build, command, setup};
@@ -193,6 +193,7 @@ fn in_a_world(args: &Args, programs: Programs) -> Result<ExitCode> {
         std::thread::sleep(Duration::from_secs(1));
         for node in &world.nodes {
             if let Some(log) = node.agent_ended() {
+                wait_if_ending();
                 eprintln!("the agent on {} has ended; what it programmed goes on serving\n{log}", node.place.name);
                 return Ok(ExitCode::from(3));
             }
@@ -222,16 +223,19 @@ Running until Ctrl-C. In another terminal, as root:
                      {}
   ask from outside   {}
   change something   edit {source}/web.yaml, then ask again
-  what is in force   {agent} services --bpffs {bpffs}
-                     {agent} backends --bpffs {bpffs}
+  what is in force   {}
+                     {}
   how the agent is   {}
-  connections        {agent} connections --bpffs {bpffs}
+  connections        {}
   its log            tail -f {log}
 ",
         pod(&format!("{testpod} probe 10.96.0.10:80 --count 4")),
         pod("curl -s http://10.96.0.10/"),
         world.outside().by_hand(&format!("{testpod} probe [fd00:96::53]:53 --transport udp --count 4")),
+        inside(&format!("{agent} services --bpffs {bpffs}")),
+        inside(&format!("{agent} backends --bpffs {bpffs}")),
         inside(&format!("{agent} status --bpffs {bpffs}")),
+        inside(&format!("{agent} connections --bpffs {bpffs}")),
         source = source.display(),
     )
 }

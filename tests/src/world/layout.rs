@@ -12,7 +12,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{
         Mutex,
-        atomic::{AtomicI32, AtomicU32, Ordering},
+        atomic::{AtomicBool, AtomicI32, AtomicU32, Ordering},
     },
 };
 
@@ -31,6 +31,7 @@ const BPFFS: &str = "/sys/fs/bpf";
 static LIVE: Mutex<Vec<String>> = Mutex::new(Vec::new());
 static NEXT: AtomicU32 = AtomicU32::new(0);
 static EXIT_STATUS: AtomicI32 = AtomicI32::new(130);
+static ENDING: AtomicBool = AtomicBool::new(false);
 
 /// Removes everything when dropped.
 pub(super) struct Layout {
@@ -200,6 +201,7 @@ pub fn cleanup_on_signals() -> Result<()> {
     signals.thread_block().context("block signals")?;
     std::thread::spawn(move || {
         let Ok(_) = signals.wait() else { return };
+        ENDING.store(true, Ordering::SeqCst);
         let live = LIVE.lock().map(|live| live.clone()).unwrap_or_default();
         for id in live {
             if let Err(error) = remove(&id) {
@@ -209,6 +211,13 @@ pub fn cleanup_on_signals() -> Result<()> {
         std::process::exit(EXIT_STATUS.load(Ordering::Relaxed));
     });
     Ok(())
+}
+
+/// Blocks for good if a signal is taking the worlds down: what fails from then on is no failure, and the process is about to end.
+pub fn wait_if_ending() {
+    while ENDING.load(Ordering::SeqCst) {
+        std::thread::park();
+    }
 }
 
 /// What a signal makes the process exit with: 130 by default, 0 where ending it by Ctrl-C is the ordinary way.

@@ -32,7 +32,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 
 pub use agent::{AgentOptions, SocketLb};
-pub use layout::{cleanup_on_signals, set_exit_status};
+pub use layout::{cleanup_on_signals, set_exit_status, wait_if_ending};
 pub use namespace::Namespace;
 pub use place::{Ask, Client, Family, Place};
 
