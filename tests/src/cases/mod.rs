@@ -144,7 +144,7 @@ impl Ground<'_> {
             match (transport, one.error.as_deref()) {
                 (_, Some("ECONNREFUSED")) => {
                     // On a link without latency the ICMPv6 error arrives while connect() still holds the socket's lock, and the
-                    // kernel drops it (LockDroppedIcmps): it takes the second SYN, a second later. kube-proxy's rules show
+                    // kernel drops it (LockDroppedIcmps): it takes the second SYN, a second later. nftables' reject shows
                     // the same.
                     let slow = to.is_ipv6() && transport == Transport::Tcp && self.per_packet(from);
                     ensure!(
