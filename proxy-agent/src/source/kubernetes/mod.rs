@@ -1,6 +1,6 @@
 //! A Kubernetes API server as a source.
 //!
-//! Three kinds are followed independently, each by its own list and watch ([`follow`]): Services, EndpointSlices, and the own
+//! Three kinds are followed independently, each by its own list and watch ([`follow()`]): Services, EndpointSlices, and the own
 //! Node. Nothing is kept of them here; what is read is slimmed and handed on. What they share is the [`Board`], which makes one
 //! [`SourceState`] of how the three stand.
 
