@@ -8,6 +8,7 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     io,
     net::IpAddr,
+    sync::Arc,
     time::Duration,
 };
 
@@ -36,8 +37,6 @@ const GATHER: Duration = Duration::from_millis(10);
 pub struct Options {
     /// `--devices`.
     pub patterns: Vec<Pattern>,
-    /// The node's own addresses, where they are known.
-    pub node_ips: Vec<IpAddr>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -64,9 +63,11 @@ struct Dirty {
     gone: bool,
 }
 
-/// Publishes the devices now and whenever they change, until cancelled.
+/// Publishes the devices now and whenever they or the node's own addresses change, until cancelled. `node_ips` is empty as long
+/// as nobody knows them.
 pub async fn run(
     options: Options,
+    mut node_ips: watch::Receiver<Arc<[IpAddr]>>,
     devices: watch::Sender<Devices>,
     cancel: CancellationToken,
 ) -> Result<(), NodeError> {
@@ -81,12 +82,19 @@ pub async fn run(
     let connection = tokio::spawn(connection);
     let watched = async {
         let mut view = View { handle, routes: BTreeSet::new() };
-        let mut published = view.list(&options, true).await?;
+        let known = Arc::clone(&node_ips.borrow_and_update());
+        let mut published = view.list(&options, &known, true).await?;
         devices.send_replace(published.clone());
         loop {
             let mut dirty = Dirty::default();
-            let (first, _) = events.next().await.ok_or(NodeError::Ended)?;
-            view.note(first.payload, &published, &mut dirty);
+            tokio::select! {
+                first = events.next() => {
+                    let (first, _) = first.ok_or(NodeError::Ended)?;
+                    view.note(first.payload, &published, &mut dirty);
+                }
+                // Nobody will tell any more: what is known stays.
+                Ok(()) = node_ips.changed() => dirty.any = true,
+            }
             if !dirty.any {
                 continue;
             }
@@ -101,7 +109,8 @@ pub async fn run(
                     }
                 }
             }
-            let now = view.list(&options, dirty.routes).await?;
+            let known = Arc::clone(&node_ips.borrow_and_update());
+            let now = view.list(&options, &known, dirty.routes).await?;
             if now != published || dirty.gone {
                 tracing::info!(devices = now.len(), "devices changed");
                 devices.send_replace(now.clone());
@@ -160,7 +169,7 @@ impl View {
         }
     }
 
-    async fn list(&mut self, options: &Options, routes: bool) -> Result<Devices, NodeError> {
+    async fn list(&mut self, options: &Options, node_ips: &[IpAddr], routes: bool) -> Result<Devices, NodeError> {
         let mut links = BTreeMap::new();
         let mut listed = self.handle.link().get().execute();
         while let Some(message) = listed.try_next().await.map_err(failed("network devices"))? {
@@ -181,7 +190,7 @@ impl View {
             }
         }
         self.routes = route_devices(&links);
-        let Options { patterns, node_ips } = options;
+        let Options { patterns } = options;
         Ok(classify(&links, node_ips, patterns))
     }
 

@@ -166,6 +166,9 @@ impl Engine {
         status.endpoint_changes.total += slices;
         status.endpoint_changes.pending += slices;
         (status.node_eligible, status.services, status.endpoints) = (eligible, known, endpoints);
+        if *status.node_ips != *self.index.snapshot().node.internal_ips {
+            status.node_ips = self.index.snapshot().node.internal_ips.as_slice().into();
+        }
         if !node.is_empty() {
             status.node = node;
         }

@@ -5,7 +5,7 @@
 //! node ───devices──►  │ owns the dataplane
 //! ```
 
-use std::{path::Path, sync::Arc};
+use std::{net::IpAddr, path::Path, sync::Arc};
 
 use anyhow::Context;
 use proxy_common::counters::Reason;
@@ -13,6 +13,7 @@ use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
 };
+use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
 use super::Exit;
@@ -97,10 +98,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
     };
     Ok(Plan {
         source: source::Options { node, input },
-        node: node::Options {
-            patterns: devices.iter().map(|pattern| node::Pattern::new(pattern)).collect(),
-            node_ips: Vec::new(),
-        },
+        node: node::Options { patterns: devices.iter().map(|pattern| node::Pattern::new(pattern)).collect() },
         sync: sync::Options {
             defaults: plan::Defaults { algorithm: Algorithm::from(algorithm), masquerade_all },
             min_period: min_sync_period,
@@ -168,14 +166,40 @@ async fn run(plan: Plan, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
     let (events, heard) = mpsc::channel(EVENTS);
     let (source_state, source_seen) = watch::channel(SourceState::Listing { missing: Vec::new() });
     let (devices, devices_seen) = watch::channel(Devices::new());
+    let (node_ips, node_ips_seen) = watch::channel(Arc::default());
     let (status, status_seen) = watch::channel(Arc::new(starting));
 
     let mut tasks = Tasks::new();
     tasks.spawn("source", source::run(source, events, source_state, tasks.token()));
-    tasks.spawn("device watcher", node::run(node, devices, tasks.token()));
+    tasks.spawn("node addresses", node_addresses(status_seen.clone(), node_ips, tasks.token()));
+    tasks.spawn("device watcher", node::run(node, node_ips_seen, devices, tasks.token()));
     tasks.spawn("sync", sync::run(sync, heard, devices_seen, source_seen, dataplane, status, tasks.token()));
     tasks.spawn("HTTP server", serve::run(serve, status_seen, tasks.token()));
     tasks.run(stop, tasks::GRACE).await
+}
+
+/// Hands the node's addresses from its Node object, once it is known, to who tells devices apart by them.
+async fn node_addresses(
+    mut status: watch::Receiver<Arc<Status>>,
+    node_ips: watch::Sender<Arc<[IpAddr]>>,
+    cancel: CancellationToken,
+) -> anyhow::Result<()> {
+    let follow = async {
+        while status.changed().await.is_ok() {
+            let now = Arc::clone(&status.borrow_and_update().node_ips);
+            node_ips.send_if_modified(|known| {
+                *known != now && {
+                    *known = now;
+                    true
+                }
+            });
+        }
+    };
+    tokio::select! {
+        () = follow => {}
+        () = cancel.cancelled() => {}
+    }
+    Ok(())
 }
 
 /// Resolves to the name of the signal that asks the agent to stop.
