@@ -15,6 +15,7 @@ pub use crate::model::SourceState;
 use crate::{
     dataplane::{Failure, Fill, Hook},
     desired::{Device, Frontend, FrontendSpec},
+    model::NodeFacts,
 };
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -44,8 +45,8 @@ pub struct Status {
     pub ready: bool,
     /// The own Node is neither being deleted nor marked for removal by the cluster autoscaler (contract A117).
     pub node_eligible: bool,
-    /// InternalIP addresses of the own Node.
-    pub node_ips: Arc<[IpAddr]>,
+    /// What the source knows of the own Node; `None` before it said anything.
+    pub node_facts: Option<Arc<NodeFacts>>,
     pub last_sync: Option<SystemTime>,
     pub last_queued: Option<SystemTime>,
     /// Since when the oldest change that is not in force yet has been waiting; published before the dataplane is called, so
@@ -79,7 +80,7 @@ impl Status {
             source: SourceState::Listing { missing: Vec::new() },
             ready: false,
             node_eligible: true,
-            node_ips: Arc::default(),
+            node_facts: None,
             last_sync: None,
             last_queued: None,
             pending_since: None,

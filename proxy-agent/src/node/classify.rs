@@ -17,7 +17,10 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
-use crate::desired::{Device, DeviceRole, Devices};
+use crate::{
+    desired::{Device, DeviceRole, Devices},
+    model::NodeFacts,
+};
 
 /// An address of a device.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -100,20 +103,26 @@ const TUNNELS: [&str; 16] = [
 
 struct World<'a> {
     links: &'a BTreeMap<u32, Link>,
-    node_ips: &'a [IpAddr],
+    facts: &'a NodeFacts,
     /// Devices with another one on top of them as its ports.
     ports: BTreeMap<u32, Vec<&'a Link>>,
 }
 
 impl World<'_> {
-    /// Carries the node's address. Where the node's addresses are not known, an address of a whole network tells: the
-    /// gateway address that a CNI puts on a pod's link stands for itself alone (/32, /128).
+    /// Carries an address of the node: one that its Node object names, or one of a whole network that is not the node's pod
+    /// network (a second uplink). A gateway address that a CNI puts on a pod's link stands for itself alone (/32, /128)
+    /// or is of the pod network.
     fn has_node_address(&self, link: &Link) -> bool {
         link.addresses.iter().any(|address| {
             let Address { ip, prefix, usable, .. } = address;
             let host = if ip.is_ipv4() { 32 } else { 128 };
-            *usable && if self.node_ips.is_empty() { *prefix < host } else { self.node_ips.contains(ip) }
+            let of_pods = || self.facts.pod_cidrs.iter().any(|cidr| cidr.contains(ip));
+            *usable && (self.facts.internal_ips.contains(ip) || *prefix < host && !of_pods())
         })
+    }
+
+    fn has_internal_ip(&self, link: &Link) -> bool {
+        link.addresses.iter().any(|address| address.usable && self.facts.internal_ips.contains(&address.ip))
     }
 
     fn is_pod(&self, link: &Link) -> bool {
@@ -145,8 +154,7 @@ impl World<'_> {
         let has_address = link.addresses.iter().any(|a| a.usable);
         let outward = if link.kind == "bridge" {
             let uplink = self.ports.get(&index).is_some_and(|ports| ports.iter().any(|port| !self.is_pod(port)));
-            let known = !self.node_ips.is_empty() && self.has_node_address(link);
-            link.default_route || known || (has_address && uplink)
+            link.default_route || self.has_internal_ip(link) || (has_address && uplink)
         } else {
             link.default_route || has_address
         };
@@ -197,14 +205,15 @@ fn fallback<T: Copy>(
 }
 
 /// Every device the programs belong on.
-pub fn classify(links: &BTreeMap<u32, Link>, node_ips: &[IpAddr], patterns: &[Pattern]) -> Devices {
+pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, patterns: &[Pattern]) -> Devices {
+    let node_ips = facts.internal_ips.as_slice();
     let mut ports: BTreeMap<u32, Vec<&Link>> = BTreeMap::new();
     for link in links.values() {
         if let Some(master) = link.master {
             ports.entry(master).or_default().push(link);
         }
     }
-    let world = World { links, node_ips, ports };
+    let world = World { links, facts, ports };
     let (fallback4, fallback6) = (fallback(links, node_ips, v4), fallback(links, node_ips, v6));
     let device = |(index, link): (&u32, &Link)| {
         let role = world.role(*index, link).filter(|_| is_wanted(&link.name, patterns))?;
@@ -269,10 +278,15 @@ mod tests {
     }
 
     /// `name:role:source4`, space between.
-    fn shown(lines: &[&str], node_ips: &[&str], patterns: &[&str]) -> String {
-        let node_ips: Vec<IpAddr> = node_ips.iter().map(|ip| ip.parse().unwrap()).collect();
+    /// `facts`: internal addresses, and pod networks (those with a slash).
+    fn shown(lines: &[&str], facts: &[&str], patterns: &[&str]) -> String {
+        let facts = NodeFacts {
+            internal_ips: facts.iter().filter_map(|ip| ip.parse().ok()).collect(),
+            pod_cidrs: facts.iter().filter_map(|cidr| cidr.parse().ok()).collect(),
+            ..Default::default()
+        };
         let patterns: Vec<_> = patterns.iter().map(|p| Pattern::new(p)).collect();
-        let devices = classify(&links(lines), &node_ips, &patterns);
+        let devices = classify(&links(lines), &facts, &patterns);
         let one = |d: &Device| {
             let l3 = if d.ethernet { "" } else { ":l3" };
             let source = d.source4.map(|s| s.to_string()).unwrap_or_else(|| "none".into());
@@ -315,10 +329,15 @@ mod tests {
                 "eth0:Outward:192.168.77.1 veth1:Pod:192.168.77.1",
             ),
             (
-                "known node addresses tell where a gateway's prefix does not",
-                &["eth0 veth peer 192.168.77.1/24", "veth1 veth peer 10.244.0.1/24"],
-                &["192.168.77.1"],
-                "eth0:Outward:192.168.77.1 veth1:Pod:10.244.0.1",
+                "the pod network tells a gateway's address with its network from a second uplink's",
+                &[
+                    "eth0 veth peer 192.168.77.1/24",
+                    "eth1 veth peer 172.20.0.2/16",
+                    "veth1 veth peer 10.244.0.1/24",
+                    "eth2 veth peer 192.168.78.1/32",
+                ],
+                &["192.168.77.1", "192.168.78.1", "10.244.0.0/16"],
+                "eth0:Outward:192.168.77.1 eth1:Outward:172.20.0.2 veth1:Pod:10.244.0.1 eth2:Outward:192.168.78.1",
             ),
             (
                 "bond: the master, not its ports",
@@ -390,7 +409,7 @@ mod tests {
     fn secondary_addresses_come_last() {
         let mut links = links(&["eth0 - default 192.168.0.9/24 192.168.0.1/24"]);
         links.get_mut(&1).unwrap().addresses[0].secondary = true;
-        let devices = classify(&links, &[], &[]);
+        let devices = classify(&links, &NodeFacts::default(), &[]);
         assert_eq!(devices[&1].source4, Some([192, 168, 0, 1].into()));
     }
 }

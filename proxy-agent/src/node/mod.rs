@@ -7,7 +7,6 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
-    net::IpAddr,
     sync::Arc,
     time::Duration,
 };
@@ -23,7 +22,7 @@ use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_conne
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::desired::Devices;
+use crate::{desired::Devices, model::NodeFacts};
 
 pub mod classify;
 
@@ -63,11 +62,12 @@ struct Dirty {
     gone: bool,
 }
 
-/// Publishes the devices now and whenever they or the node's own addresses change, until cancelled. `node_ips` is empty as long
-/// as nobody knows them.
+/// Publishes the devices once the node's facts are known, and whenever either changes, until cancelled.
+///
+/// Not before: roles depend on the node's addresses, and a pod taken for the outside world is masqueraded.
 pub async fn run(
     options: Options,
-    mut node_ips: watch::Receiver<Arc<[IpAddr]>>,
+    mut facts: watch::Receiver<Option<Arc<NodeFacts>>>,
     devices: watch::Sender<Devices>,
     cancel: CancellationToken,
 ) -> Result<(), NodeError> {
@@ -82,7 +82,9 @@ pub async fn run(
     let connection = tokio::spawn(connection);
     let watched = async {
         let mut view = View { handle, routes: BTreeSet::new() };
-        let known = Arc::clone(&node_ips.borrow_and_update());
+        // If nobody is left who could tell, what the devices themselves say has to do.
+        let _ = facts.wait_for(Option::is_some).await;
+        let known = facts.borrow_and_update().clone().unwrap_or_default();
         let mut published = view.list(&options, &known, true).await?;
         devices.send_replace(published.clone());
         loop {
@@ -93,7 +95,7 @@ pub async fn run(
                     view.note(first.payload, &published, &mut dirty);
                 }
                 // Nobody will tell any more: what is known stays.
-                Ok(()) = node_ips.changed() => dirty.any = true,
+                Ok(()) = facts.changed() => dirty.any = true,
             }
             if !dirty.any {
                 continue;
@@ -109,7 +111,7 @@ pub async fn run(
                     }
                 }
             }
-            let known = Arc::clone(&node_ips.borrow_and_update());
+            let known = facts.borrow_and_update().clone().unwrap_or_default();
             let now = view.list(&options, &known, dirty.routes).await?;
             if now != published || dirty.gone {
                 tracing::info!(devices = now.len(), "devices changed");
@@ -169,7 +171,7 @@ impl View {
         }
     }
 
-    async fn list(&mut self, options: &Options, node_ips: &[IpAddr], routes: bool) -> Result<Devices, NodeError> {
+    async fn list(&mut self, options: &Options, facts: &NodeFacts, routes: bool) -> Result<Devices, NodeError> {
         let mut links = BTreeMap::new();
         let mut listed = self.handle.link().get().execute();
         while let Some(message) = listed.try_next().await.map_err(failed("network devices"))? {
@@ -191,7 +193,7 @@ impl View {
         }
         self.routes = route_devices(&links);
         let Options { patterns } = options;
-        Ok(classify(&links, node_ips, patterns))
+        Ok(classify(&links, facts, patterns))
     }
 
     async fn list_routes(&self) -> Result<BTreeSet<u32>, NodeError> {

@@ -64,8 +64,11 @@ fn devices_are_followed_as_they_come_and_go() {
         ));
         let (sender, mut devices) = watch::channel(Devices::new());
         let cancel = CancellationToken::new();
-        let (known, node_ips) = watch::channel(Arc::<[IpAddr]>::default());
-        let running = tokio::spawn(run(Options::default(), node_ips, sender, cancel.clone()));
+        let (known, facts) = watch::channel(None);
+        let running = tokio::spawn(run(Options::default(), facts, sender, cancel.clone()));
+        // Nothing is said of devices before the node's facts are known.
+        assert!(tokio::time::timeout(Duration::from_millis(200), devices.changed()).await.is_err());
+        known.send_replace(Some(Arc::default()));
 
         let found = until(&mut devices, "eth0", |d| d.len() == 1).await;
         assert_eq!(roles(&found), [("eth0".into(), DeviceRole::Outward)]);
@@ -82,18 +85,19 @@ fn devices_are_followed_as_they_come_and_go() {
         let found = until(&mut devices, "master", |d| d[&900].source4 == Some([10, 244, 1, 1].into())).await;
         assert!(found.values().all(|d| d.name != "cni0"));
 
-        // A gateway address of the whole pod network on a pod's link: only who knows the node's addresses can tell.
+        // A gateway address of the whole pod network on a pod's link: only who knows the pod network can tell.
         sh(&format!(
             "ip link add ptp1 index 901 type veth peer name eth0 netns {} && ip addr add 10.244.2.1/24 dev ptp1 && \
              ip link set ptp1 up",
             uplink.0.id()
         ));
         until(&mut devices, "ptp1", |d| d.get(&901).is_some_and(|p| p.role == DeviceRole::Outward)).await;
-        known.send_replace(Arc::from([IpAddr::from([192, 168, 9, 2])]));
+        let facts = NodeFacts { pod_cidrs: vec!["10.244.2.0/24".parse().unwrap()], ..Default::default() };
+        known.send_replace(Some(Arc::new(facts)));
         until(&mut devices, "node address", |d| d.get(&901).is_some_and(|p| p.role == DeviceRole::Pod)).await;
         sh("ip link del ptp1");
         until(&mut devices, "ptp1 gone", |d| !d.contains_key(&901)).await;
-        known.send_replace(Arc::default());
+        known.send_replace(Some(Arc::default()));
 
         sh("ip link set pod1 name pod9");
         until(&mut devices, "rename", |d| d[&900].name == "pod9").await;

@@ -133,7 +133,7 @@ impl Report {
             source,
             ready,
             node_eligible: _,
-            node_ips: _,
+            node_facts: _,
             last_sync,
             last_queued,
             pending_since: _,

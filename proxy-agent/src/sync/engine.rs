@@ -149,6 +149,7 @@ impl Engine {
     fn take(&mut self, event: Event) {
         let before = (self.touched.service_changes, self.touched.slice_changes);
         let is_report = matches!(event, Event::Problems(_));
+        let is_node = matches!(event, Event::Node(_));
         self.index.apply(event, &mut self.touched);
         let services = self.touched.service_changes - before.0;
         let slices = self.touched.slice_changes - before.1;
@@ -166,8 +167,8 @@ impl Engine {
         status.endpoint_changes.total += slices;
         status.endpoint_changes.pending += slices;
         (status.node_eligible, status.services, status.endpoints) = (eligible, known, endpoints);
-        if *status.node_ips != *self.index.snapshot().node.internal_ips {
-            status.node_ips = self.index.snapshot().node.internal_ips.as_slice().into();
+        if is_node && status.node_facts.as_deref() != Some(&self.index.snapshot().node) {
+            status.node_facts = Some(Arc::new(self.index.snapshot().node.clone()));
         }
         if !node.is_empty() {
             status.node = node;
@@ -475,7 +476,10 @@ impl Engine {
     /// The first full state is in force, on every device and with its hooks; from then on the node stays ready.
     fn be_ready(&mut self) {
         // Whoever would send devices may be gone or switched off; then there is nothing to wait for.
-        let attached = self.devices_known || !self.devices_open;
+        let next = &self.table.next;
+        // A node on none of whose devices a program sits serves nobody per packet.
+        let hooked = next.devices.is_empty() || next.failed_devices.len() < next.devices.len();
+        let attached = (self.devices_known && hooked) || !self.devices_open;
         if !self.table.next.ready && self.active && attached {
             self.table.edit().ready = true;
             self.publish();

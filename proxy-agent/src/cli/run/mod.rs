@@ -5,7 +5,7 @@
 //! node ───devices──►  │ owns the dataplane
 //! ```
 
-use std::{net::IpAddr, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 use anyhow::Context;
 use proxy_common::counters::Reason;
@@ -21,7 +21,7 @@ use crate::{
     config::{self, HEALTHZ_PORT, METRICS_PORT, PortRange},
     dataplane::{Dataplane, ebpf},
     desired::{Algorithm, Devices},
-    model::SourceState,
+    model::{NodeFacts, SourceState},
     node, plan, serve, source,
     status::Status,
     sync,
@@ -166,28 +166,28 @@ async fn run(plan: Plan, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
     let (events, heard) = mpsc::channel(EVENTS);
     let (source_state, source_seen) = watch::channel(SourceState::Listing { missing: Vec::new() });
     let (devices, devices_seen) = watch::channel(Devices::new());
-    let (node_ips, node_ips_seen) = watch::channel(Arc::default());
+    let (facts, facts_seen) = watch::channel(None);
     let (status, status_seen) = watch::channel(Arc::new(starting));
 
     let mut tasks = Tasks::new();
     tasks.spawn("source", source::run(source, events, source_state, tasks.token()));
-    tasks.spawn("node addresses", node_addresses(status_seen.clone(), node_ips, tasks.token()));
-    tasks.spawn("device watcher", node::run(node, node_ips_seen, devices, tasks.token()));
+    tasks.spawn("node facts", node_facts(status_seen.clone(), facts, tasks.token()));
+    tasks.spawn("device watcher", node::run(node, facts_seen, devices, tasks.token()));
     tasks.spawn("sync", sync::run(sync, heard, devices_seen, source_seen, dataplane, status, tasks.token()));
     tasks.spawn("HTTP server", serve::run(serve, status_seen, tasks.token()));
     tasks.run(stop, tasks::GRACE).await
 }
 
-/// Hands the node's addresses from its Node object, once it is known, to who tells devices apart by them.
-async fn node_addresses(
+/// Hands what is known of the own Node to who tells devices apart by it.
+async fn node_facts(
     mut status: watch::Receiver<Arc<Status>>,
-    node_ips: watch::Sender<Arc<[IpAddr]>>,
+    facts: watch::Sender<Option<Arc<NodeFacts>>>,
     cancel: CancellationToken,
 ) -> anyhow::Result<()> {
     let follow = async {
         while status.changed().await.is_ok() {
-            let now = Arc::clone(&status.borrow_and_update().node_ips);
-            node_ips.send_if_modified(|known| {
+            let now = status.borrow_and_update().node_facts.clone();
+            facts.send_if_modified(|known| {
                 *known != now && {
                     *known = now;
                     true
