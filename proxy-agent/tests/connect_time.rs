@@ -263,6 +263,60 @@ fn a_socket_stays_on_an_eligible_backend_and_leaves_a_removed_one() {
     });
 }
 
+/// Bases are used again and generations wrap: a note may name the very range the frontend has, and a backend that is long gone.
+#[test]
+fn a_note_of_the_same_range_is_no_proof_of_membership() {
+    isolated("a_note_of_the_same_range_is_no_proof_of_membership", |cgroup| {
+        let mut datapath = as_pod(cgroup);
+        let all = addrs(&BACKENDS[..2]);
+        datapath.frontend(addr(VIP), UDP, &Spec::pick_all(1, &all));
+        let socket = udp("0.0.0.0:0");
+        ask(&socket, addr(VIP)).unwrap();
+        let mut datagrams: HashMap<
+            _,
+            proxy_common::socket::DatagramKey<Ipv4Be>,
+            proxy_common::socket::DatagramValue<Ipv4Be>,
+        > = HashMap::try_from(datapath.ebpf.map_mut("datagrams_v4").unwrap()).unwrap();
+        let forward = datagrams.keys().map(Result::unwrap).find(|k| k.direction == 0).unwrap();
+        let note = datagrams.get(&forward, 0).unwrap();
+        let removed = Ipv4Be::from_octets([10, 244, 0, 3]);
+        let forged = proxy_common::socket::DatagramValue { addr: removed, ..note }.sealed(&forward);
+        datagrams.insert(forward, forged, 0).unwrap();
+        let (second, shown) = ask(&socket, addr(VIP)).unwrap();
+        assert!(all.contains(&second), "{second} is in no range");
+        assert_eq!(shown, addr(VIP));
+        // And it stays there.
+        for _ in 0..5 {
+            assert_eq!(ask(&socket, addr(VIP)).unwrap(), (second, addr(VIP)));
+        }
+    });
+}
+
+/// A pick that is not taken, since answers of it would be ambiguous, is no connection and moves no cursor.
+#[test]
+fn picks_that_are_not_taken_are_not_counted() {
+    isolated("picks_that_are_not_taken_are_not_counted", |cgroup| {
+        let mut datapath = as_pod(cgroup);
+        let mut cpus = nix::sched::CpuSet::new();
+        cpus.set(0).unwrap();
+        nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus).unwrap();
+        let all = addrs(&BACKENDS);
+        for (service, vip) in [(1, VIP), (2, VIP_B)] {
+            let spec = Spec { algorithm: algorithm::ROUND_ROBIN, ..Spec::pick_all(service, &all) };
+            datapath.frontend(addr(vip), UDP, &spec);
+        }
+        let socket = udp("0.0.0.0:0");
+        assert_eq!(ask(&socket, addr(VIP)).unwrap().0, all[0]);
+        assert_eq!(ask(&socket, addr(VIP_B)).unwrap().0, all[1], "the first would be ambiguous");
+        let order = [(); 3].map(|()| ask(&udp("0.0.0.0:0"), addr(VIP_B)).unwrap().0);
+        assert_eq!(order, [all[1], all[2], all[0]]);
+        let counters: aya::maps::PerCpuHashMap<_, u32, ServiceCounters> =
+            datapath.ebpf.map("service_counters").unwrap().try_into().unwrap();
+        let connections: u64 = counters.get(&2, 0).unwrap().iter().map(|c| c.connections).sum();
+        assert_eq!(connections, 4);
+    });
+}
+
 #[test]
 fn an_evicted_reply_entry_is_put_back() {
     isolated("an_evicted_reply_entry_is_put_back", |cgroup| {

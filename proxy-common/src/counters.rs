@@ -39,9 +39,10 @@ pub enum Reason {
     RewriteFailed = 5,
     /// A refusal could not be built; the packet was dropped instead.
     RejectFailed = 6,
-    /// A value did not match its seal at first sight; it was looked up again.
+    /// A value did not match its seal; it was looked up again, or a flow's note was taken for none and made anew.
     TornRead = 7,
-    /// Nor at second sight: the packet was dropped, the socket refused.
+    /// A frontend did not match its seal at second sight either, or its slots not its generation: the packet was dropped, the
+    /// socket refused.
     TornTwice = 8,
     /// A slot was of another generation than its frontend.
     StaleSlot = 9,

@@ -48,8 +48,8 @@ pub struct DatagramKey<A> {
 pub struct DatagramValue<A> {
     pub addr: A,
     pub port: Be16,
-    /// Generation and base of the range the backend was picked from: while the frontend still has this range, the backend
-    /// is still a member.
+    /// Generation and base of the range the backend was last found in. They tell readers where it came from and prove nothing: both
+    /// are used again.
     pub generation: u8,
     pub pad: u8,
     pub base: u32,

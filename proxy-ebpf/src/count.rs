@@ -18,28 +18,34 @@ fn of_service(service: u32) -> Option<*mut ServiceCounters> {
     if let Some(counters) = SERVICE_COUNTERS.get_ptr_mut(service) {
         return Some(counters);
     }
-    // First connection of this service: the only time an entry is made. Losing the race against another CPU is fine.
+    // First connection or refusal of this service: the only time an entry is made. Losing the race against another CPU is fine.
     let _ = SERVICE_COUNTERS.insert(service, ServiceCounters::default(), BPF_NOEXIST.into());
     SERVICE_COUNTERS.get_ptr_mut(service)
 }
 
-/// Counts a new connection and returns how many this CPU had counted before: the round-robin cursor.
+/// How many connections this CPU has counted: the round-robin cursor.
 #[inline(always)]
-pub(crate) fn connection(service: u32) -> u64 {
-    match of_service(service) {
+pub(crate) fn cursor(service: u32) -> u64 {
+    match SERVICE_COUNTERS.get_ptr_mut(service) {
         // SAFETY: a per-CPU element, see `reason`.
-        Some(counters) => unsafe {
-            let before = (*counters).connections;
-            (*counters).connections = before + 1;
-            before
-        },
+        Some(counters) => unsafe { (*counters).connections },
         None => 0,
     }
 }
 
+/// A new connection. Once for each, by who takes the pick: it moves the cursor on.
+#[inline(always)]
+pub(crate) fn connection(service: u32) {
+    if let Some(counters) = of_service(service) {
+        // SAFETY: a per-CPU element, see `reason`.
+        unsafe { (*counters).connections += 1 };
+    }
+}
+
+/// A packet of a flow that was counted when it began. It makes no entry: the service may be gone, and its entry with it.
 #[inline(always)]
 pub(crate) fn packet(service: u32, bytes: u32) {
-    if let Some(counters) = of_service(service) {
+    if let Some(counters) = SERVICE_COUNTERS.get_ptr_mut(service) {
         // SAFETY: a per-CPU element, see `reason`.
         unsafe {
             (*counters).packets += 1;

@@ -92,11 +92,14 @@ fn slot<A: Family>(range: Range, index: u32) -> Option<Target<A>> {
     unsafe { sealed::copy(slot) }.decode(range.generation)
 }
 
-/// Picks a backend for a new connection from `origin` and counts it.
+/// Picks a backend for a new connection from `origin`. Who takes it counts it ([`count::connection`]); who does not asks again with
+/// the next `attempt`, so that round robin offers another one.
 #[inline(always)]
-pub(crate) fn choose<A: Family>(key: &FrontendKey<A>, origin: usize) -> Choice<A> {
+pub(crate) fn choose<A: Family>(key: &FrontendKey<A>, origin: usize, attempt: u32) -> Choice<A> {
     // A slot re-used under our feet shows in its generation: the frontend has a new range by then, so look once more.
     let mut looks = 0;
+    let mut attempt = attempt;
+    let mut stale = 0;
     while looks < 2 {
         looks += 1;
         let mut value = FrontendValue::default();
@@ -115,9 +118,12 @@ pub(crate) fn choose<A: Family>(key: &FrontendKey<A>, origin: usize) -> Choice<A
         if range.count == 0 {
             return refuse(value.service);
         }
-        let cursor = count::connection(value.service);
         let index = if value.algorithm == algorithm::ROUND_ROBIN {
-            (cursor % range.count as u64) as u32
+            // The old range still: its bad slot is not worth another look.
+            if looks > 1 && value.seal == stale {
+                attempt += 1;
+            }
+            (count::cursor(value.service).wrapping_add(attempt as u64) % range.count as u64) as u32
         } else {
             // SAFETY: no arguments.
             let random = unsafe { bpf_get_prandom_u32() };
@@ -132,6 +138,7 @@ pub(crate) fn choose<A: Family>(key: &FrontendKey<A>, origin: usize) -> Choice<A
             };
         }
         count::reason(Reason::StaleSlot);
+        stale = value.seal;
     }
     count::reason(Reason::TornTwice);
     Choice::Drop { service: 0 }

@@ -118,7 +118,7 @@ const fn meaning(reason: Reason) -> &'static str {
         Reason::RewriteFailed => "the kernel refused to rewrite a packet",
         Reason::RejectFailed => "a refusal could not be built; the packet was dropped silently",
         Reason::TornRead => "an entry changed while it was read; it was read again",
-        Reason::TornTwice => "an entry changed twice while it was read",
+        Reason::TornTwice => "a frontend changed twice while it was read; the caller was refused",
         Reason::StaleSlot => "a backend list was replaced while it was read; the frontend was looked up again",
         Reason::PortRemapped => "a flow got another source port, its reply tuple was taken",
         Reason::PairRepaired => "a missing half of a connection was put back",

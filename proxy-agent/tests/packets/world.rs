@@ -298,6 +298,19 @@ impl World {
         total
     }
 
+    pub(crate) fn has_counters(&self, service: u32) -> bool {
+        let map: PerCpuHashMap<_, u32, ServiceCounters> =
+            PerCpuHashMap::try_from(self.datapath.ebpf.map("service_counters").unwrap()).unwrap();
+        map.keys().any(|key| key.unwrap() == service)
+    }
+
+    /// As the agent does when a service is gone.
+    pub(crate) fn forget_counters(&mut self, service: u32) {
+        let mut map: PerCpuHashMap<_, u32, ServiceCounters> =
+            PerCpuHashMap::try_from(self.datapath.ebpf.map_mut("service_counters").unwrap()).unwrap();
+        map.remove(&service).unwrap();
+    }
+
     /// The connection table.
     pub(crate) fn rows(&self) -> Vec<Row> {
         let mut rows = Vec::new();

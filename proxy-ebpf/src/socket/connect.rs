@@ -14,7 +14,7 @@ use super::{
     view::{Either, V4, View},
 };
 use crate::{
-    log,
+    count, log,
     lookup::{Choice, choose},
 };
 
@@ -40,8 +40,9 @@ fn connect<V: View>(view: &V) -> i32 {
     };
     let Some(origin) = origin_of(view.ctx()) else { return PASS };
     let vip = view.target();
-    match choose::<V::Addr>(&FrontendKey::new(vip.addr, vip.port, proto), origin) {
+    match choose::<V::Addr>(&FrontendKey::new(vip.addr, vip.port, proto), origin, 0) {
         Choice::Backend { target: backend, service, .. } => {
+            count::connection(service);
             log::chosen(view.ctx(), proto, (vip.addr, vip.port), (backend.addr, backend.port));
             view.set_target(backend);
             if let Some(record) = Record::of_or_new(view) {

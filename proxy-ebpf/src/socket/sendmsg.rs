@@ -140,10 +140,11 @@ fn remembered<A: Family>(cookie: u64, vip: Target<A>, range: Range, service: u32
     if value.service != service {
         return None;
     }
+    // Looked up every time: an equal base and generation prove nothing, both come back in the end.
+    if !is_member(range, backend) {
+        return None;
+    }
     if value.base != range.base || value.generation != range.generation {
-        if !is_member(range, backend) {
-            return None;
-        }
         write(&key, backend, range, service);
     }
     // The entry for answers may have been evicted, or taken by another VIP since.
@@ -161,8 +162,9 @@ fn pick<V: View>(view: &V, key: &FrontendKey<V::Addr>, origin: usize, cookie: u6
     let vip = Target { addr: key.addr, port: key.port };
     let mut picks = 0;
     while picks < PICKS {
+        let attempt = picks;
         picks += 1;
-        match choose::<V::Addr>(key, origin) {
+        match choose::<V::Addr>(key, origin, attempt) {
             Choice::Backend { target: backend, range, service, .. } => {
                 let reply = DatagramKey::new(cookie, direction::TO_VIP, backend.addr, backend.port);
                 if picks < PICKS
@@ -172,6 +174,7 @@ fn pick<V: View>(view: &V, key: &FrontendKey<V::Addr>, origin: usize, cookie: u6
                 {
                     continue;
                 }
+                count::connection(service);
                 view.set_target(backend);
                 // Marks the socket, so that answers are looked up.
                 if Record::of_or_new(view).is_some() {

@@ -221,8 +221,9 @@ const PICKED_DROP: u32 = 3;
 /// Chooses a backend and fills the flow's entry with it.
 #[inline(never)]
 fn pick<A: Header>(packet: &Packet<A>, from: usize, value: &mut ConnectionValue<A>) -> u32 {
-    match lookup::choose(&FrontendKey::new(packet.dst, packet.dport, packet.proto), from) {
+    match lookup::choose(&FrontendKey::new(packet.dst, packet.dport, packet.proto), from, 0) {
         Choice::Backend { target, service, masquerade, .. } => {
+            count::connection(service);
             value.addr = target.addr;
             value.port = target.port;
             value.other = packet.sport;
@@ -253,19 +254,27 @@ fn enter<A: Header>(
 ) -> i32 {
     let mut tries = 0;
     while tries < REMAP_TRIES {
+        let mut again = false;
         // A pod that reaches itself from the port it serves on: what is to be masqueraded would have the tuple of its answer.
         let loops = value.addr == packet.src && value.port == value.other;
         if !loops && is_free(key, value, pair_key, found) {
-            if value.other != packet.sport {
-                count::reason(Reason::PortRemapped);
+            match table::open(key, value, pair_key, found) {
+                Ok(true) => {
+                    if value.other != packet.sport {
+                        count::reason(Reason::PortRemapped);
+                    }
+                    return apply(ctx, l3, packet, End::Destination, value);
+                }
+                // Taken since we looked: look once more, it may be this very flow's, opened by another CPU.
+                Ok(false) if tries == 0 => again = true,
+                Ok(false) => {}
+                Err(()) => return TC_ACT_SHOT,
             }
-            if table::open(key, value, pair_key, found).is_err() {
-                return TC_ACT_SHOT;
-            }
-            return apply(ctx, l3, packet, End::Destination, value);
         }
         tries += 1;
-        value.other = random_port();
+        if !again {
+            value.other = random_port();
+        }
     }
     count::reason(Reason::RemapExhausted);
     TC_ACT_SHOT

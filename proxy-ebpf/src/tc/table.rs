@@ -24,6 +24,9 @@ const TCP_ESTABLISHED: u32 = 86_400;
 const UDP_HALF_OPEN: u32 = 30;
 const UDP_ESTABLISHED: u32 = 120;
 
+/// What an insert that must not find its key says if it does.
+const EEXIST: i32 = -17;
+
 /// Where an entry was found that was copied and checked against its seal.
 pub(crate) struct Hit<A> {
     live: *mut ConnectionValue<A>,
@@ -95,7 +98,7 @@ pub(crate) fn find<A: Header>(key: &ConnectionKey<A>, to: &mut ConnectionValue<A
     if let Ok(hit) = find_once(key, to) {
         return hit;
     }
-    count::reason(Reason::TornTwice);
+    count::reason(Reason::TornRead);
     None
 }
 
@@ -343,24 +346,39 @@ pub(crate) fn forget<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<
     VOID
 }
 
-/// Enters a pair as half-open; `pair_key` and `pair_value` are its other half. `Err` counts and leaves nothing of it.
+/// Enters a pair as half-open; `pair_key` and `pair_value` are its other half. That one goes first and claims the reply tuple, so
+/// two flows that two CPUs open at once never share one.
+///
+/// `Ok(false)`: the tuple is taken, nothing was entered. `Err` counts and leaves nothing of the flow.
 #[inline(always)]
 pub(crate) fn open<A: Header>(
     key: &ConnectionKey<A>,
     value: &mut ConnectionValue<A>,
     pair_key: &mut ConnectionKey<A>,
     pair_value: &mut ConnectionValue<A>,
-) -> Result<(), ()> {
+) -> Result<bool, ()> {
     void(freshen(key, value));
     void(put_pair(key, value, pair_key, pair_value));
-    let mut entered = A::half_open().insert(&*pair_key, &*pair_value, BPF_ANY.into()).is_ok()
-        && A::half_open().insert(key, &*value, BPF_ANY.into()).is_ok();
+    match A::half_open().insert(&*pair_key, &*pair_value, BPF_NOEXIST.into()) {
+        Ok(()) => {}
+        Err(EEXIST) => return Ok(false),
+        Err(_) => {
+            count::reason(Reason::InsertFailed);
+            return Err(());
+        }
+    }
+    // Moved on by another CPU between the look and the claim: then it has the tuple.
+    if A::established().get_ptr(&*pair_key).is_some() {
+        let _ = A::half_open().remove(&*pair_key);
+        return Ok(false);
+    }
+    let mut entered = A::half_open().insert(key, &*value, BPF_ANY.into()).is_ok();
     if entered && value.flags & flags::NEEDS_MASQUERADE != 0 {
         *pair_key = masquerade_key(key, value);
         entered = request_masquerade(pair_key, pair_value, value.service).is_ok();
     }
     if entered {
-        return Ok(());
+        return Ok(true);
     }
     void(forget(key, value));
     count::reason(Reason::InsertFailed);
