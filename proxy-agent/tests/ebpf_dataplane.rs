@@ -407,6 +407,165 @@ fn maps_change_their_size_and_keep_what_is_in_them() {
     assert!(refused.contains("--map-frontends 8") && refused.contains("20 entries"), "{refused}");
 }
 
+/// Ids of the pinned programs by name.
+fn pinned_program_ids(world: &World) -> BTreeMap<String, u32> {
+    fs::read_dir(world.options.bpffs.join("v1/programs"))
+        .unwrap()
+        .map(|entry| {
+            let path = entry.unwrap().path();
+            let info = aya::programs::ProgramInfo::from_pin(&path).unwrap();
+            (path.file_name().unwrap().to_str().unwrap().to_owned(), info.id())
+        })
+        .collect()
+}
+
+/// Every link runs a pinned program, each of these uses the pinned maps, and no map waits.
+fn assert_whole(world: &World) {
+    let pins = world.options.bpffs.join("v1");
+    let pinned = pinned_program_ids(world);
+    for (hook, id) in program_ids(world) {
+        assert!(pinned.values().any(|pinned| *pinned == id), "{hook} runs another program than the pinned");
+    }
+    let names: Vec<_> =
+        fs::read_dir(pins.join("maps")).unwrap().map(|e| e.unwrap().file_name().into_string().unwrap()).collect();
+    assert!(names.iter().all(|name| !name.ends_with("-resized")), "{names:?}");
+    for (program, maps) in [
+        ("connect4", &["frontends_v4", "slots_v4", "peers_v4", "service_counters"][..]),
+        ("tc_ingress_ether", &["frontends_v4", "frontends_v6", "slots_v6", "established_v4", "devices", "reasons"]),
+    ] {
+        let info = aya::programs::ProgramInfo::from_pin(pins.join("programs").join(program)).unwrap();
+        let used = info.map_ids().unwrap().unwrap();
+        for map in maps {
+            let id = aya::maps::MapInfo::from_pin(pins.join("maps").join(map)).unwrap().id();
+            assert!(used.contains(&id), "{program} uses another {map} than the pinned");
+        }
+    }
+}
+
+#[test]
+fn a_start_that_came_to_nothing_leaves_no_programs_to_the_next() {
+    let Some(world) = World::new("rollback") else { return };
+    let (state, devices) = (state(2), devices());
+    start(&mut world.open(), &state, &devices);
+    assert_whole(&world);
+    let mut others = [(); 2].map(|()| world.options.clone());
+    others[0].socket_lb = SocketLb::Node;
+    others[1].sizes.connections = 512;
+    for other in &others {
+        // Dies before it attached anything, or with some links moved; devices are unknown to it.
+        for attached in [false, true] {
+            let links = link_ids(&world);
+            let mut ebpf = Ebpf::open(other).unwrap();
+            let theirs = pinned_program_ids(&world);
+            if attached {
+                assert!(ebpf.resync(&state).is_clean());
+                ebpf.activate().unwrap();
+                assert_eq!(program_ids(&world)["connect4"], theirs["connect4"]);
+            }
+            drop(ebpf);
+            start(&mut world.open(), &state, &devices);
+            let ours = pinned_program_ids(&world);
+            assert!(ours.iter().all(|(name, id)| theirs[name] != *id), "adopted what another start had loaded");
+            assert_eq!(link_ids(&world), links);
+            assert_whole(&world);
+            assert_holds(&world.pins(), &state);
+            // And that is settled.
+            assert_eq!(start(&mut world.open(), &state, &devices), 0);
+            assert_eq!(pinned_program_ids(&world), ours);
+        }
+    }
+}
+
+#[test]
+fn a_map_that_lost_its_pin_is_not_left_to_the_old_programs() {
+    let Some(world) = World::new("lostmap") else { return };
+    let (state, devices) = (state(2), devices());
+    start(&mut world.open(), &state, &devices);
+    let maps = world.options.bpffs.join("v1/maps");
+    for map in ["frontends_v4", "established_v4", "devices"] {
+        let programs = pinned_program_ids(&world);
+        // What a process leaves that made the map anew and died before it loaded a program on it.
+        fs::rename(maps.join(map), maps.join("aside")).unwrap();
+        let bpffs = PathBuf::from(format!("{}-donor", world.options.bpffs.display()));
+        let donor = Options { bpffs, ..world.options.clone() };
+        drop(Ebpf::open(&donor).unwrap());
+        let fresh = aya::maps::MapData::from_pin(donor.bpffs.join("v1/maps").join(map)).unwrap();
+        fresh.pin(maps.join(map)).unwrap();
+        fs::remove_file(maps.join("aside")).unwrap();
+        Ebpf::remove(&donor.bpffs).unwrap();
+        start(&mut world.open(), &state, &devices);
+        assert!(pinned_program_ids(&world).iter().all(|(name, id)| programs[name] != *id), "{map}");
+        assert_whole(&world);
+        assert_holds(&world.pins(), &state);
+    }
+}
+
+#[test]
+fn what_programs_write_while_maps_change_their_size_comes_along() {
+    use aya::maps::{HashMap, Map, MapData};
+    use proxy_common::{
+        Ipv4Be,
+        socket::{DatagramKey, DatagramValue},
+    };
+    type Key = [u8; size_of::<DatagramKey<Ipv4Be>>()];
+    type Value = [u8; size_of::<DatagramValue<Ipv4Be>>()];
+    let Some(mut world) = World::new("meanwhile") else { return };
+    let (state, devices) = (state(2), devices());
+    start(&mut world.open(), &state, &devices);
+    let datagrams = |world: &World| -> HashMap<MapData, Key, Value> {
+        let data = MapData::from_pin(world.options.bpffs.join("v1/maps/datagrams_v4")).unwrap();
+        Map::LruHashMap(data).try_into().unwrap()
+    };
+    let key = |n: u8| -> Key { [n; size_of::<Key>()] };
+    let value = |n: u8| -> Value { [n; size_of::<Value>()] };
+    let mut old = datagrams(&world);
+    old.insert(key(1), value(1), 0).unwrap();
+    world.options.sizes.datagrams = 512;
+    let mut ebpf = world.open();
+    assert!(ebpf.resync(&state).is_clean());
+    // The old programs go on until links move, and some do until the last has.
+    old.insert(key(1), value(9), 0).unwrap();
+    old.insert(key(2), value(2), 0).unwrap();
+    ebpf.activate().unwrap();
+    {
+        let data = MapData::from_pin(world.options.bpffs.join("v1/maps/datagrams_v4-resized")).unwrap();
+        let mut new: HashMap<MapData, Key, Value> = Map::LruHashMap(data).try_into().unwrap();
+        assert_eq!(new.get(&key(2), 0).unwrap(), value(2), "there when the first link has moved");
+        new.insert(key(2), value(7), 0).unwrap();
+    }
+    old.insert(key(3), value(3), 0).unwrap();
+    assert!(ebpf.set_devices(&devices).is_clean());
+    let new = datagrams(&world);
+    let got = [1, 2, 3].map(|n| new.get(&key(n), 0).unwrap());
+    assert_eq!(got, [value(9), value(7), value(3)], "the newer of each");
+    assert_whole(&world);
+}
+
+#[test]
+fn a_link_that_could_not_be_moved_keeps_the_start_unsettled() {
+    let Some(mut world) = World::new("unmoved") else { return };
+    let (state, devices) = (state(1), devices());
+    start(&mut world.open(), &state, &devices);
+    world.options.sizes.connections = 512;
+    let mut ebpf = world.open();
+    assert!(ebpf.resync(&state).is_clean());
+    ebpf.activate().unwrap();
+    // What stands in place of the pin is no link.
+    let pin = world.options.bpffs.join("v1/links/tcx-702-egress");
+    let aside = world.options.bpffs.join("v1/aside");
+    fs::rename(&pin, &aside).unwrap();
+    fs::create_dir(&pin).unwrap();
+    let report = ebpf.set_devices(&devices);
+    assert_eq!(report.failed_devices.len(), 1, "{report:?}");
+    let waiting = world.options.bpffs.join("v1/maps/established_v4-resized");
+    assert!(waiting.exists(), "the old map stays in place for the link that still uses it");
+    fs::remove_dir(&pin).unwrap();
+    fs::rename(&aside, &pin).unwrap();
+    assert!(ebpf.set_devices(&devices).is_clean());
+    assert!(!waiting.exists());
+    assert_whole(&world);
+}
+
 #[test]
 fn teardown_leaves_nothing() {
     let Some(world) = World::new("teardown") else { return };

@@ -6,7 +6,8 @@
 //! ordinary start:
 //! - a program's pin is replaced by rename, a link's program by `BPF_LINK_UPDATE`: no socket and no packet finds a gap;
 //! - a link is right if its target is ours and its program is the pinned one; anything else is put right;
-//! - `meta` says what is loaded, and is written last.
+//! - `meta` says what is loaded, down to the ids of programs and maps; it is struck before anything is loaded and written last.
+//!   So whoever starts next, of whichever version or configuration, adopts only what was in force as a whole.
 
 use std::{
     collections::BTreeSet,
@@ -151,8 +152,15 @@ impl Globals {
     }
 }
 
+/// What stands in `meta`: the programs as they were made (`digest`), and which ones these are, on which maps. Another program
+/// under the same pin, or another map, has another id.
+fn fingerprint(digest: u64, programs: &[Program], maps: &[u32]) -> u64 {
+    let ids = programs.iter().map(|program| program.id).chain(maps.iter().copied());
+    ids.fold(Digest::new().bytes(&digest.to_le_bytes()), |digest, id| digest.bytes(&id.to_le_bytes())).finish()
+}
+
 /// `SO_NETNS_COOKIE` of the namespace this process is in (kernel 5.14, e8b9eab99232).
-fn netns_cookie() -> io::Result<u64> {
+pub(crate) fn netns_cookie() -> io::Result<u64> {
     const SO_NETNS_COOKIE: libc::c_int = 71;
     let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::DGRAM, None)?;
     let mut cookie = 0_u64;
@@ -239,7 +247,7 @@ impl Hooks {
     pub(crate) fn open(
         layout: &Layout,
         options: &Options,
-        found: &Meta,
+        stored: &sys::Map<u32, Meta>,
         maps: &[(MapName, u32)],
         map_path: &dyn Fn(MapName) -> PathBuf,
     ) -> Result<Self, DataplaneError> {
@@ -251,12 +259,10 @@ impl Hooks {
                 CGROUP_PROGRAMS.iter().map(|(name, _)| *name).chain(TC_PROGRAMS).collect()
             }
         };
-        let meta = Meta {
-            layout: LAYOUT_VERSION,
-            pad: 0,
-            programs: globals.digest(object, &wanted, maps),
-            node_netns_cookie: globals.node_netns_cookie,
-        };
+        let digest = globals.digest(object, &wanted, maps);
+        let found = stored.get(&0).map_err(kernel("map meta"))?.unwrap_or_default();
+        let mut meta =
+            Meta { layout: LAYOUT_VERSION, pad: 0, programs: 0, node_netns_cookie: globals.node_netns_cookie };
         if found.node_netns_cookie != 0 && found.node_netns_cookie != meta.node_netns_cookie {
             // Interface indexes in the names of the links mean devices of another namespace.
             remove_links(layout, |name| name.starts_with("tcx-"))
@@ -264,11 +270,12 @@ impl Hooks {
         }
         // Programs whose maps lost their pins would go on with maps that nobody else sees. And a logger can only be had from
         // programs loaded by this process.
-        let all_pinned = maps.iter().all(|(map, _)| layout.map(*map).exists());
-        let adopted = if *found == meta && all_pinned && options.log_level == 0 {
-            open_programs(layout, &wanted).ok()
-        } else {
-            None
+        let adopted = match (open_programs(layout, &wanted), map_ids(maps, map_path)) {
+            (Ok(programs), Ok(maps)) if options.log_level == 0 => {
+                meta.programs = fingerprint(digest, &programs, &maps);
+                (found == meta).then_some(programs)
+            }
+            _ => None,
         };
         let fresh = adopted.is_none();
         let programs = match adopted {
@@ -276,7 +283,17 @@ impl Hooks {
                 tracing::info!(programs = programs.len(), "adopted the pinned programs");
                 programs
             }
-            None => load(layout, object, &globals, &wanted, maps, map_path)?,
+            None => {
+                // From here on nobody adopts what is pinned, until every link holds these programs.
+                meta.programs = 0;
+                if found != meta {
+                    stored.put(&0, &meta, sys::ANY).map_err(kernel("map meta"))?;
+                }
+                let programs = load(layout, object, &globals, &wanted, maps, map_path)?;
+                let maps = map_ids(maps, map_path).map_err(kernel("pinned maps"))?;
+                meta.programs = fingerprint(digest, &programs, &maps);
+                programs
+            }
         };
         let cgroup = match options.socket_lb {
             SocketLb::Off => None,
@@ -336,10 +353,23 @@ impl Hooks {
         self.devices = Some(devices.clone());
     }
 
-    /// Whether every link holds our programs, as far as links are ours to move: nothing runs on what came before.
+    /// Whether nothing runs on what came before: each link and each filter that exists holds a program of ours. One that could
+    /// not be made is no obstacle.
     pub(crate) fn is_settled(&self) -> bool {
-        let no_devices = || list(&self.layout.links).is_ok_and(|names| !names.iter().any(|n| n.starts_with("tcx-")));
-        self.activated && (self.devices.is_some() || no_devices())
+        let ours = |id: u32| self.programs.iter().any(|program| program.id == id);
+        // A link without a target is dead: its device is gone.
+        let link = |name: &String| {
+            sys::open(&self.layout.links.join(name))
+                .and_then(|link| sys::link_info(link.as_fd()))
+                .is_ok_and(|info| info.target == 0 || ours(info.program_id))
+        };
+        let filter = |index: u32, direction| clsact::program(index, direction).ok().flatten().is_none_or(ours);
+        let filters = |devices: &Devices| {
+            self.tcx || devices.keys().all(|index| Direction::BOTH.into_iter().all(|d| filter(*index, d)))
+        };
+        self.activated
+            && self.devices.as_ref().is_some_and(filters)
+            && list(&self.layout.links).is_ok_and(|names| names.iter().all(link))
     }
 
     fn attach_devices(&self, devices: &Devices, report: &mut Report) {
@@ -507,6 +537,10 @@ fn open_programs(layout: &Layout, wanted: &[&'static str]) -> io::Result<Vec<Pro
             Ok(Program { name, fd, id })
         })
         .collect()
+}
+
+fn map_ids(maps: &[(MapName, u32)], path: &dyn Fn(MapName) -> PathBuf) -> io::Result<Vec<u32>> {
+    maps.iter().map(|(map, _)| sys::map_id(sys::open(&path(*map))?.as_fd())).collect()
 }
 
 fn load(

@@ -125,6 +125,8 @@ pub struct Ebpf {
     sizes: Sizes,
     /// Maps that wait under another name for the programs to have moved to them.
     resized: Vec<MapName>,
+    /// Links began to move to programs that use those.
+    moving: bool,
     started: Instant,
 }
 
@@ -146,19 +148,16 @@ impl Ebpf {
         }
         let path = |map: MapName| if resized.contains(&map) { layout.resized(map) } else { layout.map(map) };
         let sizes: Vec<_> = MapName::ALL.iter().map(|map| (*map, map.info(&options.sizes).max_entries)).collect();
-        let found = sys::open(&layout.map(MapName::Meta))
-            .and_then(sys::Map::<u32, proxy_common::meta::Meta>::new)
-            .and_then(|meta| meta.get(&0))
-            .map_err(kernel("map meta"))?
-            .unwrap_or_default();
-        let hooks = Hooks::open(layout, options, &found, &sizes, &path)?;
-        copy_resized(layout, &resized, sys::ANY)?;
+        let meta = sys::open(&layout.map(MapName::Meta)).and_then(sys::Map::new).map_err(kernel("map meta"))?;
+        let hooks = Hooks::open(layout, options, &meta, &sizes, &path)?;
+        copy_resized(layout, resized.iter().copied().filter(|map| !map.is_programs()), sys::ANY)?;
         let maps = Maps::open(path).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
         Ok(Self {
             table: Table::new(maps, alloc::REST),
             hooks,
             sizes: options.sizes,
             resized,
+            moving: false,
             started: Instant::now(),
             pinned,
         })
@@ -191,6 +190,14 @@ impl Ebpf {
         }
     }
 
+    /// Before links move: brings what the programs wrote to maps of another size, all of it the first time. From then on the new
+    /// maps are written to as well, and what is in them stands.
+    fn before_links_move(&mut self) -> Result<(), DataplaneError> {
+        let flags = if self.moving { sys::NOEXIST } else { sys::ANY };
+        self.moving = true;
+        copy_resized(&self.pinned.layout, self.resized.iter().copied().filter(|map| map.is_programs()), flags)
+    }
+
     /// Once every link holds our programs: maps of a new size take the place of the old ones, and `meta` says what runs.
     fn settle(&mut self) -> Result<(), DataplaneError> {
         if !self.hooks.is_settled() {
@@ -198,8 +205,8 @@ impl Ebpf {
         }
         if !self.resized.is_empty() {
             // What the old programs wrote meanwhile comes along.
+            self.before_links_move()?;
             let layout = &self.pinned.layout;
-            copy_resized(layout, &self.resized, sys::NOEXIST)?;
             for map in std::mem::take(&mut self.resized) {
                 fs::rename(layout.resized(map), layout.map(map)).map_err(kernel(format!("map {map}")))?;
             }
@@ -228,6 +235,9 @@ impl Dataplane for Ebpf {
         let mut report = Report::default();
         // A program finds its device's entry from its first packet on.
         self.table.put_devices(devices, &mut report);
+        if let Err(error) = self.before_links_move() {
+            tracing::warn!(%error, "connections that began meanwhile may be forgotten");
+        }
         self.hooks.set_devices(devices, &mut report);
         self.clear_other_devices(devices, &mut report);
         if let Err(error) = self.settle() {
@@ -238,6 +248,7 @@ impl Dataplane for Ebpf {
 
     fn activate(&mut self) -> Result<(), DataplaneError> {
         let mut report = Report::default();
+        self.before_links_move()?;
         self.hooks.activate(&mut report)?;
         for (device, failure) in &report.failed_devices {
             tracing::warn!(device, %failure, "not attached");
@@ -357,18 +368,14 @@ fn ensure_map(layout: &Layout, map: MapName, sizes: &Sizes, resized: &[MapName])
         .map_err(kernel(format!("map {map}")))
 }
 
-fn copy_resized(layout: &Layout, resized: &[MapName], flags: u64) -> Result<(), DataplaneError> {
+fn copy_resized(layout: &Layout, maps: impl Iterator<Item = MapName>, flags: u64) -> Result<(), DataplaneError> {
     use proxy_common::slot::{SlotV4, SlotV6};
     fn slots<T: proxy_common::slot::Slot + aya::Pod>(from: &std::path::Path, to: &std::path::Path) -> io::Result<()> {
         let from = maps::SlotArray::<T>::new(sys::open(from)?.as_fd(), false)?;
         maps::SlotArray::<T>::new(sys::open(to)?.as_fd(), true)?.copy_from(&from);
         Ok(())
     }
-    for map in resized.iter().copied() {
-        // The second time, when programs have moved: only what they may have written in between. The agent's own maps are ahead.
-        if flags == sys::NOEXIST && !map.is_programs() {
-            continue;
-        }
+    for map in maps {
         let (from, to) = (layout.map(map), layout.resized(map));
         let copied = match map {
             MapName::SlotsV4 => slots::<SlotV4>(&from, &to),

@@ -121,6 +121,7 @@ fn kernel() -> Check {
             .filter(|(_, kind)| !matches!(is_map_supported(*kind), Ok(true)))
             .map(|(what, _)| what),
     )
+    .chain(hooks::netns_cookie().is_err().then_some("SO_NETNS_COOKIE"))
     .collect();
     if lacking.is_empty() {
         Check::good("kernel", release)
@@ -128,7 +129,7 @@ fn kernel() -> Check {
         Check::bad(
             "kernel",
             format!("{release} lacks (or this process may not use) {}", lacking.join(", ")),
-            "use kernel 5.10 or later with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF, and run with the capabilities above",
+            "use kernel 5.14 or later with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF, and run with the capabilities above",
         )
     }
 }

@@ -185,6 +185,11 @@ pub(crate) fn map_info(fd: BorrowedFd<'_>) -> io::Result<MapInfo> {
     Ok(MapInfo { kind, key, value, max_entries, flags })
 }
 
+pub(crate) fn map_id(fd: BorrowedFd<'_>) -> io::Result<u32> {
+    let [_kind, id, ..] = info(fd)?;
+    Ok(id)
+}
+
 #[repr(C)]
 struct CreateAttr {
     info: [u32; 5],
