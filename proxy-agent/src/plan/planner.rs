@@ -215,12 +215,23 @@ impl Planner {
             let Some(owner) = self.state.frontends.get(frontend).map(|spec| &spec.service) else { continue };
             for loser in losers {
                 problems.entry(format!("Service {loser}")).or_default().push(format!(
-                    "{frontend} is already used by {owner}, which is older and keeps it; give one of the two another address \
-                     or port"
+                    "{frontend} is already used by {owner}, which {} and keeps it; give one of the two another address or port",
+                    self.won_by(&owner.service, loser)
                 ));
             }
         }
         problems
+    }
+
+    /// What decided between two claims; see [`Claim::rank`].
+    fn won_by(&self, owner: &ServiceKey, loser: &ServiceKey) -> &'static str {
+        let rank = |key| self.planned.get(key).map(|planned| (planned.created, &planned.uid));
+        match rank(owner).zip(rank(loser)) {
+            Some(((0, _), (created, _))) if created != 0 => "has no creationTimestamp, which counts as older,",
+            Some(((owner, _), (loser, _))) if owner != loser => "is older",
+            Some(((_, owner), (_, loser))) if owner != loser => "is as old, has the smaller uid",
+            _ => "is as old, has the name that sorts first",
+        }
     }
 }
 
