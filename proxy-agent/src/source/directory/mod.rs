@@ -6,6 +6,8 @@
 //! renames is not caught half-way.
 //!
 //! - INVARIANT: a file that cannot be read or parsed keeps its last good objects; only a file that is gone takes them along.
+//! - INVARIANT: nothing is handed on before every file parsed once: a file that never did has no last good state, and a list
+//!   without its objects would take away what an earlier run left in force.
 //! - The same object in two files: the first file in path order has it, whatever came first in time.
 
 mod files;
@@ -44,6 +46,8 @@ type SliceKey = (Arc<str>, Arc<str>);
 struct File {
     signature: Option<Signature>,
     good: Parsed,
+    /// It parsed once: `good` is its last good state.
+    parsed: bool,
     /// Why `good` is not what the file says now.
     broken: Option<(Line, String)>,
 }
@@ -65,7 +69,11 @@ struct Directory {
     unreadable: BTreeMap<PathBuf, String>,
     /// Kinds a notice was given for.
     noticed: BTreeSet<String>,
-    /// What was handed on; `None` before the first look.
+    /// It could be listed once.
+    looked: bool,
+    /// Why nothing may be handed on yet.
+    missing: Vec<String>,
+    /// What was handed on; `None` before the first complete look.
     world: Option<World>,
 }
 
@@ -97,10 +105,22 @@ pub(super) async fn run(
                         return Ok(());
                     }
                 }
-                set(state, SourceState::Synced);
+                let missing = &directory.missing;
+                if directory.world.is_some() {
+                    set(state, SourceState::Synced);
+                } else if set(state, SourceState::Listing { missing: missing.clone() }) {
+                    warn!("waiting for {}; until then nothing is changed in the kernel", missing.join(", "));
+                }
             }
-            Err(error) if directory.world.is_none() => {
+            Err(error) if !directory.looked => {
                 return Err(SourceError::Directory { path: root.to_path_buf(), cause: error.to_string() });
+            }
+            // What cannot be read now was never read completely.
+            Err(error) if directory.world.is_none() => {
+                let missing = format!("{} (cannot be read: {error})", root.display());
+                if set(state, SourceState::Listing { missing: vec![missing.clone()] }) {
+                    warn!("waiting for {missing}; until then nothing is changed in the kernel");
+                }
             }
             Err(error) => {
                 let reason = format!("cannot read {}: {error}; the last state stands", root.display());
@@ -153,6 +173,8 @@ impl Directory {
             files: BTreeMap::new(),
             unreadable: BTreeMap::new(),
             noticed: BTreeSet::new(),
+            looked: false,
+            missing: Vec::new(),
             world: None,
         }
     }
@@ -160,7 +182,7 @@ impl Directory {
     /// Looks at the tree; what changed since the last look, as events in an order that is safe to apply one by one.
     fn look(&mut self) -> std::io::Result<Vec<Event>> {
         let mut listing = files::list(&self.root)?;
-        if self.world.is_some() {
+        if self.looked {
             if !self.differs(&listing) {
                 return Ok(Vec::new());
             }
@@ -174,7 +196,14 @@ impl Directory {
                 }
             }
         }
+        self.looked = true;
         self.take_in(listing);
+        if self.world.is_none() {
+            self.missing = self.never_read();
+            if !self.missing.is_empty() {
+                return Ok(Vec::new());
+            }
+        }
         let now = self.unite();
         let before = self.world.take();
         for (place, problems) in &now.problems {
@@ -220,6 +249,20 @@ impl Directory {
         }
     }
 
+    /// What there is no last good state of, why, and what to do.
+    fn never_read(&self) -> Vec<String> {
+        const REMEDY: &str = "mend it or take it away";
+        let unreadable = self
+            .unreadable
+            .iter()
+            .map(|(path, why)| format!("{} (cannot be read: {why}; {REMEDY})", self.place(path, 0)));
+        let broken = self.files.iter().filter(|(_, file)| !file.parsed).filter_map(|(path, file)| {
+            let (line, why) = file.broken.as_ref()?;
+            Some(format!("{} ({why}; {REMEDY})", self.place(path, *line)))
+        });
+        unreadable.chain(broken).collect()
+    }
+
     fn unite(&self) -> World {
         let mut world =
             World { node: NodeFacts { name: Arc::clone(&self.node), ..NodeFacts::default() }, ..World::default() };
@@ -230,7 +273,7 @@ impl Directory {
         let (mut services, mut slices) = (Owners::default(), Owners::default());
         let mut node: Option<String> = None;
         for (path, file) in &self.files {
-            let File { signature: _, good, broken } = file;
+            let File { signature: _, good, parsed: _, broken } = file;
             if let Some((line, why)) = broken {
                 say(self.place(path, *line), format!("{why}; what the file held before stands"));
             }
@@ -299,7 +342,7 @@ impl File {
                 .map_err(|broken| (broken.line, format!("does not parse: {}", broken.message)))
         });
         match parsed {
-            Ok(parsed) => *self = Self { signature: self.signature, good: parsed, broken: None },
+            Ok(parsed) => *self = Self { signature: self.signature, good: parsed, parsed: true, broken: None },
             Err(why) => self.broken = Some(why),
         }
     }

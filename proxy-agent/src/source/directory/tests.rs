@@ -114,6 +114,61 @@ fn a_broken_file_keeps_its_last_good_state() {
     assert_eq!(tree.look(), ["service-gone a", "problems "]);
 }
 
+/// An earlier run's frontends go on serving until all is known.
+#[test]
+fn a_file_that_never_parsed_is_waited_for() {
+    let broken = "kind: Service\nmetadata: [x\nspec: y\n";
+    let mut tree = Tree::new(&[("a.yaml", &service("a", "10.0.0.1")), ("web.yaml", broken)]);
+    assert_eq!(tree.look(), Vec::<String>::new());
+    let missing = tree.directory.missing.concat();
+    assert!(missing.starts_with("web.yaml:") && missing.contains("does not parse"), "{missing}");
+    assert!(missing.ends_with("; mend it or take it away)"), "{missing}");
+    // Another file that breaks meanwhile has a last good state.
+    fs::write(tree.path("a.yaml"), broken).unwrap();
+    assert_eq!(tree.look(), Vec::<String>::new());
+    assert_eq!(tree.directory.missing.len(), 1);
+    fs::write(tree.path("web.yaml"), service("web", "10.0.0.2")).unwrap();
+    assert_eq!(tree.look()[..3], ["node n1 None", "slices ", "services a@10.0.0.1 web@10.0.0.2"]);
+
+    let mut tree = Tree::new(&[("a.yaml", &service("a", "10.0.0.1")), ("web.yaml", broken)]);
+    symlink("loop.yaml", tree.path("loop.yaml")).unwrap();
+    assert_eq!(tree.look(), Vec::<String>::new());
+    assert!(tree.directory.missing[0].starts_with("loop.yaml (cannot be read: "), "{:?}", tree.directory.missing);
+    fs::remove_file(tree.path("web.yaml")).unwrap();
+    assert_eq!(tree.look(), Vec::<String>::new());
+    fs::remove_file(tree.path("loop.yaml")).unwrap();
+    assert_eq!(tree.look(), ["node n1 None", "slices ", "services a@10.0.0.1"]);
+    // From now on a broken file holds nothing up.
+    fs::write(tree.path("new.yaml"), broken).unwrap();
+    fs::write(tree.path("b.yaml"), service("b", "10.0.0.2")).unwrap();
+    assert_eq!(tree.look()[0], "service b@10.0.0.2");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn not_synced_before_every_file_parsed() {
+    let root = tempfile::tempdir().unwrap();
+    let file = root.path().join("web.yaml");
+    fs::write(&file, "kind: [").unwrap();
+    let (tx, mut events) = mpsc::channel(8);
+    let (state, mut states) = watch::channel(SourceState::Listing { missing: Vec::new() });
+    let cancel = CancellationToken::new();
+    let task = tokio::spawn({
+        let (root, cancel) = (root.path().to_path_buf(), cancel.clone());
+        async move { run("n1", &root, &tx, &state, &cancel).await }
+    });
+    let second = Duration::from_secs(2);
+    let waits = |state: &SourceState| matches!(state, SourceState::Listing { missing } if !missing.is_empty());
+    drop(tokio::time::timeout(second, states.wait_for(waits)).await.unwrap().unwrap());
+    tokio::time::sleep(LOOK * 2).await;
+    assert!(waits(&states.borrow()) && events.try_recv().is_err());
+    fs::write(&file, service("web", "10.0.0.2")).unwrap();
+    drop(tokio::time::timeout(second, states.wait_for(|state| *state == SourceState::Synced)).await.unwrap().unwrap());
+    let mut said = Vec::new();
+    until(&mut events, &mut said, |said| said.iter().any(|word| word == "services web@10.0.0.2")).await;
+    cancel.cancel();
+    tokio::time::timeout(second, task).await.unwrap().unwrap().unwrap();
+}
+
 #[test]
 fn a_bad_object_is_left_out_alone() {
     let bad = "---\napiVersion: v1\nkind: Service\nmetadata: {namespace: x}\nspec: {clusterIP: 10.0.0.9}\n";
