@@ -24,6 +24,7 @@ const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
 pub(crate) type Frontends<A> = HashMap<FrontendKey<A>, FrontendValue, 65_536, NO_PREALLOC>;
 pub(crate) type Slots<S> = Array<S, 1_048_576, MMAPABLE>;
 pub(crate) type Connections<A> = LruHashMap<ConnectionKey<A>, ConnectionValue<A>, 262_144>;
+pub(crate) type Answered<A> = LruHashMap<ConnectionKey<A>, ConnectionValue<A>, 131_072>;
 pub(crate) type HalfOpen<A> = LruHashMap<ConnectionKey<A>, ConnectionValue<A>, 65_536>;
 pub(crate) type Fragments<A> = LruHashMap<FragmentKey<A>, FragmentValue, 8_192>;
 pub(crate) type Peers<A> = SkStorage<PeerRecord<A>>;
@@ -41,11 +42,18 @@ static SLOTS_V4: Slots<SlotV4> = Slots::new();
 #[btf_map(name = "slots_v6")]
 static SLOTS_V6: Slots<SlotV6> = Slots::new();
 
-/// Flows that both sides have spoken on. Writer: programs. Full: the least recently used goes, its pair repairs it.
+/// TCP flows that both sides have spoken on. Writer: programs. Full: the least recently used goes, its pair repairs it.
 #[btf_map(name = "established_v4")]
 static ESTABLISHED_V4: Connections<Ipv4Be> = Connections::new();
 #[btf_map(name = "established_v6")]
 static ESTABLISHED_V6: Connections<Ipv6Be> = Connections::new();
+
+/// UDP flows that were answered, apart from the others so that however many of them evict no idle TCP flow. Writer: programs.
+/// Full: as above.
+#[btf_map(name = "answered_v4")]
+static ANSWERED_V4: Answered<Ipv4Be> = Answered::new();
+#[btf_map(name = "answered_v6")]
+static ANSWERED_V6: Answered<Ipv6Be> = Answered::new();
 
 /// Flows only one side has spoken on, apart from the others so that a SYN flood evicts only its like.
 #[btf_map(name = "half_open_v4")]
@@ -141,6 +149,7 @@ pub(crate) trait Family: Address {
     fn frontends() -> &'static Frontends<Self>;
     fn slots() -> &'static Slots<Self::Slot>;
     fn established() -> &'static Connections<Self>;
+    fn answered() -> &'static Answered<Self>;
     fn half_open() -> &'static HalfOpen<Self>;
     fn fragments() -> &'static Fragments<Self>;
     fn peers() -> &'static Peers<Self>;
@@ -149,7 +158,7 @@ pub(crate) trait Family: Address {
 }
 
 macro_rules! family {
-    ($addr:ty, $slot:ty, $shown:ty, $show:expr, $frontends:ident, $slots:ident, $established:ident, $half_open:ident, $fragments:ident, $peers:ident, $datagrams:ident, $work:ident) => {
+    ($addr:ty, $slot:ty, $shown:ty, $show:expr, $frontends:ident, $slots:ident, $established:ident, $answered:ident, $half_open:ident, $fragments:ident, $peers:ident, $datagrams:ident, $work:ident) => {
         impl Family for $addr {
             type Slot = $slot;
             type Shown = $shown;
@@ -169,6 +178,10 @@ macro_rules! family {
             #[inline(always)]
             fn established() -> &'static Connections<Self> {
                 &$established
+            }
+            #[inline(always)]
+            fn answered() -> &'static Answered<Self> {
+                &$answered
             }
             #[inline(always)]
             fn half_open() -> &'static HalfOpen<Self> {
@@ -202,6 +215,7 @@ family!(
     FRONTENDS_V4,
     SLOTS_V4,
     ESTABLISHED_V4,
+    ANSWERED_V4,
     HALF_OPEN_V4,
     FRAGMENTS_V4,
     PEERS_V4,
@@ -216,6 +230,7 @@ family!(
     FRONTENDS_V6,
     SLOTS_V6,
     ESTABLISHED_V6,
+    ANSWERED_V6,
     HALF_OPEN_V6,
     FRAGMENTS_V6,
     PEERS_V6,

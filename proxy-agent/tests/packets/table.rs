@@ -552,3 +552,28 @@ fn a_reply_tuple_taken_since_the_look_is_not_overwritten() {
     }
     assert_eq!(world.reason(Reason::RemapExhausted) + world.reason(Reason::InsertFailed), 0);
 }
+
+/// An idle TCP flow, and many times more answered datagram flows than the map has room for.
+#[test]
+fn answered_udp_evicts_no_tcp_flow() {
+    let options = Options { established: 512, ..Options::default() };
+    let Some(mut world) = world("answered_udp_evicts_no_tcp_flow", options) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.establish(TCP, cast.client, cast.vip);
+        let tcp = |world: &World| established(world).into_iter().filter(|row| row.proto == TCP).collect::<Vec<_>>();
+        let before = tcp(&world);
+        assert_eq!(before.len(), 2);
+        for n in 0..3_000 {
+            world.establish(UDP, at(cast.client, 10_000 + n), cast.vip);
+        }
+        let answered = established(&world).len() - before.len();
+        assert!((100..=512).contains(&answered), "{answered}");
+        assert_eq!(tcp(&world), before);
+        let more = Packet::tcp(cast.client, cast.vip, ACK);
+        world.expect(Hook::Ingress, &more, &more.to(cast.backend));
+        let answer = more.between(cast.backend, cast.client);
+        world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+        world.remove(|_| true);
+    }
+}

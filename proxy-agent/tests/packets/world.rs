@@ -122,16 +122,19 @@ pub(crate) struct Notes<'a> {
 
 trait Table: Maps {
     const ESTABLISHED: &'static str;
+    const ANSWERED: &'static str;
     const HALF_OPEN: &'static str;
 }
 
 impl Table for Ipv4Be {
     const ESTABLISHED: &'static str = "established_v4";
+    const ANSWERED: &'static str = "answered_v4";
     const HALF_OPEN: &'static str = "half_open_v4";
 }
 
 impl Table for Ipv6Be {
     const ESTABLISHED: &'static str = "established_v6";
+    const ANSWERED: &'static str = "answered_v6";
     const HALF_OPEN: &'static str = "half_open_v6";
 }
 
@@ -162,8 +165,11 @@ impl World {
         for name in ["frontends_v4", "frontends_v6", "slots_v4", "slots_v6", "fragments_v4", "fragments_v6"] {
             loader.map_max_entries(name, 1024);
         }
-        for family in [(Ipv4Be::HALF_OPEN, Ipv4Be::ESTABLISHED), (Ipv6Be::HALF_OPEN, Ipv6Be::ESTABLISHED)] {
-            loader.map_max_entries(family.0, half_open).map_max_entries(family.1, established);
+        for name in [Ipv4Be::HALF_OPEN, Ipv6Be::HALF_OPEN] {
+            loader.map_max_entries(name, half_open);
+        }
+        for name in [Ipv4Be::ESTABLISHED, Ipv6Be::ESTABLISHED, Ipv4Be::ANSWERED, Ipv6Be::ANSWERED] {
+            loader.map_max_entries(name, established);
         }
         let mut ebpf = loader.load(&object).unwrap();
         for name in ["tc_ingress_ether", "tc_egress_ether"] {
@@ -325,12 +331,12 @@ impl World {
         ConnectionKey<A>: aya::Pod,
         ConnectionValue<A>: aya::Pod,
     {
-        for name in [A::HALF_OPEN, A::ESTABLISHED] {
+        for name in [A::HALF_OPEN, A::ESTABLISHED, A::ANSWERED] {
             let map: HashMap<_, ConnectionKey<A>, ConnectionValue<A>> =
                 HashMap::try_from(self.datapath.ebpf.map(name).unwrap()).unwrap();
             rows.extend(map.iter().map(|entry| {
                 let (key, value) = entry.unwrap();
-                row(name == A::ESTABLISHED, &key, &value)
+                row(name != A::HALF_OPEN, &key, &value)
             }));
         }
     }
@@ -346,13 +352,13 @@ impl World {
         ConnectionValue<A>: aya::Pod,
     {
         let mut edited = 0;
-        for name in [A::HALF_OPEN, A::ESTABLISHED] {
+        for name in [A::HALF_OPEN, A::ESTABLISHED, A::ANSWERED] {
             let mut map: HashMap<&mut MapData, ConnectionKey<A>, ConnectionValue<A>> =
                 HashMap::try_from(self.datapath.ebpf.map_mut(name).unwrap()).unwrap();
             let found: Vec<_> = map
                 .iter()
                 .map(Result::unwrap)
-                .filter(|(key, value)| which(&row(name == A::ESTABLISHED, key, value)))
+                .filter(|(key, value)| which(&row(name != A::HALF_OPEN, key, value)))
                 .collect();
             edited += found.len();
             for (key, mut value) in found {

@@ -65,6 +65,36 @@ impl Room {
     }
 }
 
+/// The established flows of the key's protocol: TCP's and UDP's have maps of their own.
+mod established {
+    use proxy_common::{
+        connection::{ConnectionKey, ConnectionValue},
+        proto,
+    };
+
+    use crate::maps::Family;
+
+    #[inline(always)]
+    pub(super) fn get<A: Family>(key: &ConnectionKey<A>) -> Option<*mut ConnectionValue<A>> {
+        if key.proto == proto::TCP { A::established().get_ptr_mut(key) } else { A::answered().get_ptr_mut(key) }
+    }
+
+    #[inline(always)]
+    pub(super) fn insert<A: Family>(key: &ConnectionKey<A>, value: &ConnectionValue<A>, flags: u32) -> Result<(), i32> {
+        if key.proto == proto::TCP {
+            A::established().insert(key, value, flags.into())
+        } else {
+            A::answered().insert(key, value, flags.into())
+        }
+    }
+
+    #[inline(always)]
+    pub(super) fn remove<A: Family>(key: &ConnectionKey<A>) {
+        // Gone already is fine.
+        let _ = if key.proto == proto::TCP { A::established().remove(key) } else { A::answered().remove(key) };
+    }
+}
+
 #[inline(always)]
 fn look<A: Header>(
     live: Option<*mut ConnectionValue<A>>,
@@ -79,7 +109,7 @@ fn look<A: Header>(
 
 #[inline(always)]
 fn find_once<A: Header>(key: &ConnectionKey<A>, to: &mut ConnectionValue<A>) -> Result<Option<Hit<A>>, ()> {
-    if let Some(found) = look(A::established().get_ptr_mut(key), key, to) {
+    if let Some(found) = look(established::get(key), key, to) {
         return found.map(|live| Some(Hit { live, established: true }));
     }
     match look(A::half_open().get_ptr_mut(key), key, to) {
@@ -218,9 +248,7 @@ fn confirm<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>, answer
     reverse.checked = now;
     *found = ConnectionValue { seen: now, checked: now, ..*value };
     // The reverse entry first: once the opener's entry is established, nothing looks for the half-open ones.
-    if A::established().insert(&*reverse_key, &*reverse, BPF_ANY.into()).is_ok()
-        && A::established().insert(key, &*found, BPF_ANY.into()).is_ok()
-    {
+    if established::insert(reverse_key, reverse, BPF_ANY).is_ok() && established::insert(key, found, BPF_ANY).is_ok() {
         let _ = A::half_open().remove(key);
         let _ = A::half_open().remove(&*reverse_key);
     } else {
@@ -239,7 +267,7 @@ fn repair<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void
     if peek(other_key, found) == 0 {
         other.seen = now;
         other.checked = now;
-        if A::established().insert(&*other_key, &*other, BPF_NOEXIST.into()).is_ok() {
+        if established::insert(other_key, other, BPF_NOEXIST).is_ok() {
             count::reason(Reason::PairRepaired);
         }
     } else if !is_same(found, other) && is_forward(key, value) {
@@ -317,7 +345,7 @@ pub(crate) fn is_over<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue
 
 #[inline(never)]
 pub(crate) fn remove<A: Header>(key: &ConnectionKey<A>) -> Void {
-    let _ = A::established().remove(key);
+    established::remove(key);
     let _ = A::half_open().remove(key);
     VOID
 }
@@ -368,7 +396,7 @@ pub(crate) fn open<A: Header>(
         }
     }
     // Moved on by another CPU between the look and the claim: then it has the tuple.
-    if A::established().get_ptr(&*pair_key).is_some() {
+    if established::get(pair_key).is_some() {
         let _ = A::half_open().remove(&*pair_key);
         return Ok(false);
     }
@@ -415,7 +443,7 @@ pub(crate) fn claim_masquerade<A: Header>(
         return Ok(false);
     }
     // Moved on by another CPU between the look and the claim: then it has the port.
-    let lost = A::established().get_ptr(&*reverse_key).is_some();
+    let lost = established::get(reverse_key).is_some();
     if lost || A::half_open().insert(key, &*value, BPF_ANY.into()).is_err() {
         let _ = A::half_open().remove(&*reverse_key);
         return if lost { Ok(false) } else { Err(()) };

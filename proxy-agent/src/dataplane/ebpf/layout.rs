@@ -65,6 +65,8 @@ maps! {
     SlotsV6 = "slots_v6": ARRAY<u32, SlotV6>, map_flag::MMAPABLE, |s: &Sizes| s.slots, "--map-slots";
     EstablishedV4 = "established_v4": LRU_HASH<ConnectionKey<Ipv4Be>, ConnectionValue<Ipv4Be>>, 0, |s: &Sizes| s.connections, "--map-connections";
     EstablishedV6 = "established_v6": LRU_HASH<ConnectionKey<Ipv6Be>, ConnectionValue<Ipv6Be>>, 0, |s: &Sizes| s.connections, "--map-connections";
+    AnsweredV4 = "answered_v4": LRU_HASH<ConnectionKey<Ipv4Be>, ConnectionValue<Ipv4Be>>, 0, |s: &Sizes| (s.connections / 2).max(1), "--map-connections";
+    AnsweredV6 = "answered_v6": LRU_HASH<ConnectionKey<Ipv6Be>, ConnectionValue<Ipv6Be>>, 0, |s: &Sizes| (s.connections / 2).max(1), "--map-connections";
     HalfOpenV4 = "half_open_v4": LRU_HASH<ConnectionKey<Ipv4Be>, ConnectionValue<Ipv4Be>>, 0, |s: &Sizes| s.half_open, "--map-half-open";
     HalfOpenV6 = "half_open_v6": LRU_HASH<ConnectionKey<Ipv6Be>, ConnectionValue<Ipv6Be>>, 0, |s: &Sizes| s.half_open, "--map-half-open";
     FragmentsV4 = "fragments_v4": LRU_HASH<FragmentKey<Ipv4Be>, FragmentValue>, 0, |_: &Sizes| 8_192, "";

@@ -201,10 +201,10 @@ impl Pins {
     pub fn connections(&self) -> Result<Vec<ConnectionEntry>> {
         let names = self.names()?;
         let mut rows = vec![];
-        for map in [MapName::EstablishedV4, MapName::HalfOpenV4] {
+        for map in [MapName::EstablishedV4, MapName::AnsweredV4, MapName::HalfOpenV4] {
             self.connections_of::<Ipv4Be>(map, &names, &mut rows)?;
         }
-        for map in [MapName::EstablishedV6, MapName::HalfOpenV6] {
+        for map in [MapName::EstablishedV6, MapName::AnsweredV6, MapName::HalfOpenV6] {
             self.connections_of::<Ipv6Be>(map, &names, &mut rows)?;
         }
         Ok(rows)
