@@ -2,6 +2,10 @@
 
 use std::{
     io::Read,
+    os::unix::{
+        fs::{MetadataExt, PermissionsExt},
+        process::CommandExt,
+    },
     process::{Command, Output, Stdio},
 };
 
@@ -65,9 +69,41 @@ fn an_agent_that_cannot_start_says_why_on_stderr() {
         "off",
     ]);
     assert_eq!((code, out.as_str()), (3, ""), "{err}");
-    assert!(err.contains("error: the eBPF dataplane cannot be had on this node"), "{err}");
+    let says_why = ["error: the eBPF dataplane cannot be had on this node", "error: not allowed to run the datapath"];
+    assert!(says_why.iter().any(|why| err.contains(why)), "{err}");
     let (code, _, err) = run(&["run", "--log-level", "proxy_agent=loud"]);
     assert_eq!(code, 2, "{err}");
+}
+
+/// An unprivileged start says what it lacks, in one line, and leaves nothing behind that would be in root's way.
+#[test]
+fn an_agent_without_privileges_makes_nothing() {
+    let dir = tempfile::tempdir().unwrap();
+    // Root starts it as nobody; anybody else is unprivileged already.
+    let own = dir.path().metadata().unwrap().uid();
+    let uid = if own == 0 { 65534 } else { own };
+    // A copy, for the build directory may be closed to others.
+    let binary = dir.path().join("proxy-agent");
+    std::fs::copy(env!("CARGO_BIN_EXE_proxy-agent"), &binary).unwrap();
+    let open = dir.path().join("bpffs");
+    std::fs::create_dir(&open).unwrap();
+    for (path, mode) in [(dir.path(), 0o755), (&open, 0o1777)] {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+    }
+    let pins = open.join("proxy-agent");
+    let mut command = Command::new(&binary);
+    command.args(["run", "--log-level", "off", "--source"]).arg(&open).arg("--bpffs").arg(&pins).current_dir("/");
+    if own == 0 {
+        command.uid(uid).gid(uid);
+    }
+    let Output { status, stderr, .. } = command.output().unwrap();
+    let err = String::from_utf8(stderr).unwrap();
+    assert_eq!(status.code(), Some(3), "{err}");
+    assert!(err.contains("CAP_BPF") && err.contains("CAP_NET_ADMIN"), "{err}");
+    // The bpffs here is of whoever runs the test.
+    assert_eq!(err.contains(&format!("uid 0 (it is {uid}")), own == 0, "{err}");
+    assert!(err.contains("run as root") && err.lines().count() == 1, "{err}");
+    assert!(!pins.exists());
 }
 
 #[test]

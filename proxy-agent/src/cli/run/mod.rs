@@ -29,6 +29,7 @@ use crate::{
 
 pub mod args;
 mod logging;
+mod privileges;
 mod tasks;
 
 pub use args::Args;
@@ -51,6 +52,7 @@ pub fn execute(args: Args) -> anyhow::Result<Exit> {
     logging::start(args.log_format, &args.log_level)?;
     let plan = plan(args)?;
     warn_of_settings(plan.dataplane.masquerade_ports);
+    privileges::check(&plan.dataplane.bpffs)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
     let dataplane = {
         // The programs' own log is read by a task.
