@@ -171,6 +171,42 @@ impl Slots {
     }
 }
 
+/// The slots below `capacity` that `extents` (in any order, overlapping or not) hold and `live` (sorted, not overlapping) does
+/// not: sorted, not overlapping.
+pub(crate) fn beside(mut extents: Vec<Extent>, live: &[Extent], capacity: u32) -> Vec<Extent> {
+    extents.sort_unstable();
+    let mut beside = vec![];
+    let mut push = |from: u64, to: u64| {
+        if let (Ok(base), Ok(len)) = (u32::try_from(from), u32::try_from(to.saturating_sub(from)))
+            && len > 0
+        {
+            beside.push(Extent { base, len });
+        }
+    };
+    let mut live = live.iter().copied().peekable();
+    let mut at = 0_u64;
+    for extent in extents {
+        let end = extent.end().min(u64::from(capacity));
+        at = at.max(u64::from(extent.base));
+        while at < end {
+            match live.peek() {
+                Some(next) if next.end() <= at => {
+                    live.next();
+                }
+                Some(next) if u64::from(next.base) < end => {
+                    push(at, u64::from(next.base));
+                    at = next.end();
+                }
+                _ => {
+                    push(at, end);
+                    at = end;
+                }
+            }
+        }
+    }
+    beside
+}
+
 /// A generation for slots that now carry `old` ones: the first from `cursor` on that none of them has. Never 0.
 ///
 /// Where a range of 255 and more has seen them all there is none left; resting alone protects it then.
@@ -232,6 +268,19 @@ mod tests {
         assert!(slots.alloc(1, SEC).is_err());
         assert_eq!(slots.alloc(1, SEC + REST), Ok(Extent { base: 2, len: 1 }));
         assert_eq!(slots.alloc(1, SEC + REST), Ok(Extent { base: 7, len: 1 }));
+    }
+
+    #[test]
+    fn what_strays_hold_is_counted_once_and_never_what_is_live() {
+        let extent = |(base, len)| Extent { base, len };
+        let live = [(2, 2), (6, 1), (20, 5)].map(extent);
+        let strays = [(30, 9), (5, 3), (0, 6), (21, 2), (31, 60_000), (6, 1)].map(extent);
+        let want = [(0, 2), (4, 2), (7, 1), (30, 9), (39, 61)].map(extent);
+        assert_eq!(beside(strays.to_vec(), &live, 100), want);
+        assert_eq!(beside(vec![extent((u32::MAX, u32::MAX))], &[], 100), []);
+        // As many as a lost `names` map leaves: linear, or this does not end.
+        let many: Vec<_> = (0..65_536).map(|n| extent((n * 16, 16))).collect();
+        assert_eq!(beside(many.clone(), &many, 1 << 20), []);
     }
 
     #[test]

@@ -61,6 +61,10 @@ struct Half<A: Family> {
     live: BTreeMap<u32, Live>,
     /// Frontends of one service with equal sets share a range.
     by_set: HashMap<(u32, BackendSet), u32>,
+    /// Senseless entries found at adoption and still in the kernel.
+    strays: HashSet<FrontendKey<A>>,
+    /// What they point at and nothing else does: in use until the last of them is gone.
+    stray_slots: Vec<Extent>,
 }
 
 /// A frontend about to be written.
@@ -130,6 +134,8 @@ impl<A: Family> Half<A> {
             shadow: HashMap::new(),
             live: BTreeMap::new(),
             by_set: HashMap::new(),
+            strays: HashSet::new(),
+            stray_slots: vec![],
         }
     }
 
@@ -259,6 +265,7 @@ impl<A: Family> Half<A> {
             let (landed, error) = store.put_frontends::<A>(rest);
             for Pending { key, value, .. } in pending.iter().skip(at).take(landed) {
                 services.hold(value.service);
+                self.stray_gone(key, now);
                 if let Some(old) = self.shadow.insert(*key, *value) {
                     services.drop_one(old.service);
                     self.release_all(&old, now);
@@ -296,6 +303,7 @@ impl<A: Family> Half<A> {
         store.remove_frontends::<A>(keys)?;
         for key in keys {
             self.forget(services, key, now);
+            self.stray_gone(key, now);
         }
         Ok(())
     }
@@ -390,13 +398,24 @@ impl<A: Family> Half<A> {
                 pointed_at.extend(ranges(&value).map(extent));
             }
         }
-        let live: Vec<_> = self.live.values().map(|live| extent(live.range)).collect();
+        let capacity = store.slots::<A>();
+        let mut in_use: Vec<_> = self.live.values().map(|live| extent(live.range)).collect();
         // A slot that a senseless entry points at is not free before that entry is gone, written or not.
-        let is_virgin = |index: u32| {
-            store.slot::<A>(index).is_virgin() && !pointed_at.iter().any(|e| e.base <= index && index - e.base < e.len)
-        };
-        self.slots = Slots::adopt(store.slots::<A>(), rest, &live, now, is_virgin);
+        self.stray_slots = alloc::beside(pointed_at, &in_use, capacity);
+        self.strays = strays.iter().copied().collect();
+        in_use.extend(&self.stray_slots);
+        in_use.sort_unstable();
+        self.slots = Slots::adopt(capacity, rest, &in_use, now, |index| store.slot::<A>(index).is_virgin());
         Ok(strays)
+    }
+
+    /// A key was overwritten or deleted.
+    fn stray_gone(&mut self, key: &FrontendKey<A>, now: Duration) {
+        if self.strays.remove(key) && self.strays.is_empty() {
+            for extent in std::mem::take(&mut self.stray_slots) {
+                self.slots.release(extent, now);
+            }
+        }
     }
 
     /// Compares the kernel with the shadow.

@@ -369,6 +369,30 @@ fn senseless_entries_are_not_adopted_and_their_slots_rest() {
 }
 
 #[test]
+fn slots_of_a_senseless_entry_stay_in_use_while_it_cannot_be_removed() {
+    let mut table = Table::new(Memory::new(8, 64), REST);
+    let stray = FrontendKey::new(Ipv4Be::from_octets([10, 96, 9, 9]), Be16::from_host(80), 6);
+    let value = FrontendValue { all_base: 0, all_count: 4, all_generation: 1, service: 7, ..Default::default() };
+    table.store_mut().tamper(stray, Some(value.sealed(&stray)));
+    table.store_mut().fault = Fault::DeadAfter(0);
+    table.resync(&DesiredState::default(), NOW);
+    table.store_mut().fault = Fault::None;
+    assert_eq!(table.used()[2], 4);
+    // Long after: the entry is still there, and the store refuses writes to slots that an entry points at.
+    let (a, _) = example();
+    let mut state = desired(&a);
+    state.frontends.retain(|f, _| f.addr == IpAddr::from([10, 96, 0, 2]));
+    state.guards.clear();
+    let changes = Changes { set: state.frontends.clone(), ..Default::default() };
+    let later = NOW + REST * 2;
+    assert!(table.apply(&changes, later).is_clean());
+    let held = table.used()[2];
+    assert!(table.resync(&state, later).is_clean());
+    assert_eq!(seen(table.store()), oracle(&state));
+    assert_eq!(table.used()[2], held - 4, "removed at last");
+}
+
+#[test]
 fn a_service_leaves_no_name_behind() {
     let (a, b) = example();
     let mut table = fresh();
