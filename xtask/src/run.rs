@@ -171,9 +171,9 @@ fn in_a_world(args: &Args, programs: Programs) -> Result<ExitCode> {
     let mut world = World::new(&spec, programs)?;
     say(args, &format!("starting proxy-agent on both, objects from {}", source.display()));
     world.start_agents(&AgentOptions {
-        socket_lb: args.socket_lb(),
         source: Some(source.clone()),
         extra: args.agent.clone(),
+        ..AgentOptions::new(args.socket_lb())
     })?;
     say(args, &format!("asking {} frontends from a pod, a node and outside", frontends.len()));
     let report = ask::all(&world, &frontends, args.tries)?;

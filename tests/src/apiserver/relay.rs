@@ -3,6 +3,7 @@
 use std::{
     io::{self, Read as _, Write as _},
     net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream},
+    os::fd::AsRawFd as _,
     sync::{
         Arc, Mutex, PoisonError,
         atomic::{AtomicU8, AtomicUsize, Ordering},
@@ -24,9 +25,10 @@ struct Shared {
     streams: Mutex<Vec<TcpStream>>,
 }
 
-/// Listens on a loopback port of its own and passes on to one address.
+/// Listens on a loopback port of its own and passes on to one address, in the network namespace of the thread that started it.
 pub struct Relay {
     address: SocketAddr,
+    listener: TcpListener,
     shared: Arc<Shared>,
 }
 
@@ -40,8 +42,9 @@ impl Relay {
             streams: Mutex::new(Vec::new()),
         });
         let accepting = Arc::clone(&shared);
+        let incoming = listener.try_clone().context("listen for the relay")?;
         thread::spawn(move || {
-            for stream in listener.incoming() {
+            for stream in incoming.incoming() {
                 match accepting.mode.load(Ordering::SeqCst) {
                     END => return,
                     // Dropped at once: the other side sees the connection closed.
@@ -55,7 +58,7 @@ impl Relay {
                 }
             }
         });
-        Ok(Self { address, shared })
+        Ok(Self { address, listener, shared })
     }
 
     pub fn address(&self) -> SocketAddr {
@@ -88,8 +91,8 @@ impl Drop for Relay {
     fn drop(&mut self) {
         self.shared.mode.store(END, Ordering::SeqCst);
         self.shared.close();
-        // Wakes the accepting thread so that it ends.
-        let _woken = TcpStream::connect(self.address);
+        // Wakes the accepting thread so that it ends, in whatever namespace it listens.
+        let _woken = nix::sys::socket::shutdown(self.listener.as_raw_fd(), nix::sys::socket::Shutdown::Both);
     }
 }
 

@@ -37,13 +37,15 @@ pub struct AgentOptions {
     pub socket_lb: SocketLb,
     /// The directory to read instead of the world's own.
     pub source: Option<PathBuf>,
+    /// The cluster to watch instead of a directory.
+    pub kubeconfig: Option<PathBuf>,
     /// Further arguments of `proxy-agent run`.
     pub extra: Vec<String>,
 }
 
 impl AgentOptions {
     pub fn new(socket_lb: SocketLb) -> Self {
-        Self { socket_lb, source: None, extra: Vec::new() }
+        Self { socket_lb, source: None, kubeconfig: None, extra: Vec::new() }
     }
 }
 
@@ -60,17 +62,20 @@ impl Agent {
         logs: &Path,
         options: &AgentOptions,
     ) -> Result<Self> {
-        let AgentOptions { socket_lb, source, extra } = options;
+        let AgentOptions { socket_lb, source, kubeconfig, extra } = options;
         let name = &node.place.name;
         let log = logs.join(format!("{name}.log"));
         let stderr =
             File::options().create(true).append(true).open(&log).with_context(|| format!("open {}", log.display()))?;
+        let input = match kubeconfig {
+            Some(kubeconfig) => ["--kubeconfig".as_ref(), kubeconfig.as_os_str()],
+            None => ["--source".as_ref(), source.as_deref().unwrap_or(objects).as_os_str()],
+        };
         let child = node
             .place
             .command(program)?
             .arg("run")
-            .arg("--source")
-            .arg(source.as_deref().unwrap_or(objects))
+            .args(input)
             .args(["--hostname-override", name, "--socket-lb", socket_lb.name()])
             .arg("--bpffs")
             .arg(&node.bpffs)
