@@ -54,7 +54,7 @@ pub enum Reason {
     UnknownFragment = 12,
     /// A header that the parser does not understand; left to the stack.
     Unparsed = 13,
-    /// A TCP packet towards a frontend that is no SYN and has no connection; left to the stack.
+    /// A TCP packet towards an address of ours (one with a guard) that is no SYN and has no connection; left to the stack.
     NotASyn = 14,
     /// No source port was left for a flow whose reply tuple was taken.
     RemapExhausted = 15,

@@ -85,6 +85,12 @@ pub(crate) fn guard<A: Family>(addr: A, origin: usize) -> Choice<A> {
     }
 }
 
+/// Whether `addr` is one of ours: every address that has a frontend has a guard. One look-up, for what is only counted.
+#[inline(never)]
+pub(crate) fn is_guarded<A: Family>(addr: A) -> bool {
+    A::frontends().get_ptr(FrontendKey::guard(addr)).is_some()
+}
+
 #[inline(always)]
 fn slot<A: Family>(range: Range, index: u32) -> Option<Target<A>> {
     let slot = A::slots().get_ptr(range.base.wrapping_add(index))?;

@@ -162,6 +162,9 @@ fn ingress<A: Header>(
     }
     // A TCP packet that is no SYN and has no connection is somebody else's: a flow that another proxy translated before us.
     if !may_open {
+        if packet.kind == kind::WHOLE && lookup::is_guarded(packet.dst) {
+            count::reason(Reason::NotASyn);
+        }
         return NEXT;
     }
     new_flow(ctx, l3, packet, key)
