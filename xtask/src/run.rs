@@ -7,6 +7,7 @@ mod ask;
 mod expected;
 
 use std::{
+    ffi::{OsStr, OsString},
     io::Write as _,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
@@ -23,33 +24,33 @@ use crate::{build, command, setup};
 
 #[derive(clap::Args)]
 pub struct Args {
-    /// Run against the cluster of this kubeconfig, from this host
-    #[arg(long, env = "KUBECONFIG", value_name = "FILE")]
+    /// Run against the cluster of this kubeconfig, from this host [default: KUBECONFIG, unless an option of the world is given]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["once", "output", "topology", "socket_lb", "tries", "source"])]
     kubeconfig: Option<PathBuf>,
 
     /// Ask every frontend, print how often each backend answered, clean up; exit 0 only if all answered and shared fairly
     #[arg(long)]
     once: bool,
 
-    /// What to print what was asked and answered as
-    #[arg(long, short, value_enum, default_value_t = Output::Table)]
-    output: Output,
+    /// What to print what was asked and answered as [default: table]
+    #[arg(long, short, value_enum)]
+    output: Option<Output>,
 
-    /// How pods are attached to the nodes of the world
-    #[arg(long, value_enum, default_value_t = Shape::Routed)]
-    topology: Shape,
+    /// How pods are attached to the nodes of the world [default: routed]
+    #[arg(long, value_enum)]
+    topology: Option<Shape>,
 
-    /// Whose sockets are translated at connect time; the others go packet by packet
-    #[arg(long, value_enum, default_value_t = Sockets::All)]
-    socket_lb: Sockets,
+    /// Whose sockets are translated at connect time; the others go packet by packet [default: all]
+    #[arg(long, value_enum)]
+    socket_lb: Option<Sockets>,
 
-    /// How often each frontend is asked from each place
-    #[arg(long, default_value_t = 60, value_name = "N")]
-    tries: u32,
+    /// How often each frontend is asked from each place [default: 60]
+    #[arg(long, value_name = "N")]
+    tries: Option<u32>,
 
-    /// The objects to start from
-    #[arg(long, default_value = "examples", value_name = "DIR")]
-    source: PathBuf,
+    /// The objects to start from [default: examples]
+    #[arg(long, value_name = "DIR")]
+    source: Option<PathBuf>,
 
     /// Further options of `proxy-agent run`
     #[arg(last = true, value_name = "OPTION")]
@@ -76,8 +77,18 @@ enum Sockets {
 }
 
 impl Args {
+    /// Something was asked for that only a world has.
+    fn wants_world(&self) -> bool {
+        let Self { kubeconfig: _, once, output, topology, socket_lb, tries, source, agent: _ } = self;
+        *once || output.is_some() || topology.is_some() || socket_lb.is_some() || tries.is_some() || source.is_some()
+    }
+
+    fn output(&self) -> Output {
+        self.output.unwrap_or(Output::Table)
+    }
+
     fn topology(&self) -> Topology {
-        match self.topology {
+        match self.topology.unwrap_or(Shape::Routed) {
             Shape::Routed => Topology::Routed,
             Shape::Bridge => Topology::Bridge,
             Shape::Vxlan => Topology::Vxlan,
@@ -85,19 +96,25 @@ impl Args {
     }
 
     fn socket_lb(&self) -> SocketLb {
-        match self.socket_lb {
+        match self.socket_lb.unwrap_or(Sockets::All) {
             Sockets::All => SocketLb::All,
             Sockets::Node => SocketLb::Node,
         }
     }
 }
 
+/// How often each frontend is asked from each place.
+const TRIES: u32 = 60;
 /// Set for the second start, as root, with what the first one built.
 const BUILT: &str = "PROXY_XTASK_BUILT";
 
 pub fn run(args: Args) -> Result<ExitCode> {
-    if let Some(kubeconfig) = args.kubeconfig.as_ref().filter(|path| !path.as_os_str().is_empty()) {
+    if let Some(kubeconfig) = &args.kubeconfig {
         return against_cluster(kubeconfig, &args.agent);
+    }
+    let environment = std::env::var_os("KUBECONFIG").filter(|files| !files.is_empty() && !args.wants_world());
+    if let Some(files) = environment.filter(|_| std::env::var_os(BUILT).is_none()) {
+        return against_cluster_of_environment(&files, &args.agent);
     }
     let programs = programs()?;
     if !command::is_root() {
@@ -153,6 +170,21 @@ fn against_cluster(kubeconfig: &Path, options: &[String]) -> Result<ExitCode> {
     Err(agent.exec()).context("start the agent")
 }
 
+/// `files` may be a list; the agent puts it together.
+fn against_cluster_of_environment(files: &OsStr, options: &[String]) -> Result<ExitCode> {
+    eprintln!(
+        "run: AGAINST THE CLUSTER of KUBECONFIG={}, programming this host; for a world on this machine unset KUBECONFIG or say \
+         `--source examples`",
+        files.display()
+    );
+    let agent = build::agent()?;
+    let mut setting = OsString::from("KUBECONFIG=");
+    setting.push(files);
+    let mut command = command::as_root("env", "programming this host's datapath")?;
+    command.arg(setting).arg(agent).arg("run").args(options);
+    Err(command.exec()).context("start the agent")
+}
+
 /// The pods that `examples/` speaks of, in the order that gives them their addresses.
 fn pods() -> Vec<Vec<String>> {
     [&["client", "web-1", "dns-1", "store-1"], &["web-2", "dns-2", "store-2", "store-3"]]
@@ -161,10 +193,11 @@ fn pods() -> Vec<Vec<String>> {
 }
 
 fn in_a_world(args: &Args, programs: Programs) -> Result<ExitCode> {
+    let directory = args.source.as_deref().unwrap_or(Path::new("examples"));
     let source = command::root()
-        .join(&args.source)
+        .join(directory)
         .canonicalize()
-        .with_context(|| format!("no directory of objects at {}", args.source.display()))?;
+        .with_context(|| format!("no directory of objects at {}", directory.display()))?;
     let frontends = expected::read(&source)?;
     say(args, &format!("making two nodes with pods ({}) and a client outside", args.topology().name()));
     let spec = Spec { topology: args.topology(), nodes: pods(), rp_filter: false };
@@ -176,8 +209,8 @@ fn in_a_world(args: &Args, programs: Programs) -> Result<ExitCode> {
         ..AgentOptions::new(args.socket_lb())
     })?;
     say(args, &format!("asking {} frontends from a pod, a node and outside", frontends.len()));
-    let report = ask::all(&world, &frontends, args.tries)?;
-    match args.output {
+    let report = ask::all(&world, &frontends, args.tries.unwrap_or(TRIES))?;
+    match args.output() {
         Output::Table => print!("{}", report.table()),
         Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
     }
@@ -202,7 +235,7 @@ fn in_a_world(args: &Args, programs: Programs) -> Result<ExitCode> {
 }
 
 fn say(args: &Args, what: &str) {
-    if args.output == Output::Table {
+    if args.output() == Output::Table {
         println!("run: {what}");
     }
 }
