@@ -13,6 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::{
+    feed::{self, Feed},
     pod::{hold, socket::Transport, storm},
     suite::Suite,
     world::{
@@ -54,8 +55,10 @@ fn main() -> ExitCode {
         suite.case(&format!("{group}/A45: connections outlive their endpoint's removal"), || {
             removed_endpoint(&mut world)
         });
-        suite.case(&format!("{group}/1000 connections, 100 changes a second"), || endpoint_churn(&mut world));
         let options = AgentOptions::new(socket_lb);
+        suite.case(&format!("{group}/1000 connections, 100 changes a second in force"), || {
+            endpoint_churn(&mut world, &options)
+        });
         suite.case(&format!("{group}/A135: killed and started again under traffic"), || killed(&mut world, &options));
         suite
             .case(&format!("{group}/a restart without a change writes nothing"), || idle_restart(&mut world, &options));
@@ -318,30 +321,68 @@ impl Dice {
 }
 
 /// `times` changes, one every 10 ms, of red and blue, both families.
-fn churn(world: &World, dice: &mut Dice, times: u32) -> Result<()> {
+fn churn(world: &World, dice: &mut Dice, times: u32, write: impl Fn(&Value) -> Result<()>) -> Result<()> {
     let (reds, blues) = (reds(world), blues(world));
     let start = Instant::now();
     for turn in 0..times {
         let (name, all) = if turn % 3 == 0 { (BLUE, &blues) } else { (RED, &reds) };
         let family = if dice.roll() & 1 == 0 { Family::V4 } else { Family::V6 };
         let chosen = dice.some(all);
-        world.write(&slice(name, family, &chosen))?;
+        write(&slice(name, family, &chosen))?;
         thread::sleep((Duration::from_millis(10) * (turn + 1)).saturating_sub(start.elapsed()));
     }
     Ok(())
 }
 
-fn endpoint_churn(world: &mut World) -> Result<()> {
+/// Through the watch, where each change is in force before the next comes; the directory source waits for files to settle.
+fn endpoint_churn(world: &mut World, options: &AgentOptions) -> Result<()> {
+    const CHANGES: u32 = 1000;
     all_in_force(world)?;
+    let feed = Feed::default();
+    for (node, zone) in world.nodes.iter().zip(["zone-a", "zone-b"]) {
+        feed.set(&objects::node(&node.place, zone))?;
+    }
+    for (name, number) in [(RED, 100), (BLUE, 101)] {
+        feed.set(&service(name, number))?;
+    }
+    for family in Family::BOTH {
+        feed.set(&slice(RED, family, &reds(world)))?;
+        feed.set(&slice(BLUE, family, &blues(world)))?;
+    }
+    let dir = tempfile::tempdir()?;
+    for number in [1, 2] {
+        let at = world.node(number).place.namespace.enter(|| feed.serve())??;
+        let kubeconfig = Some(feed::kubeconfig(dir.path(), at)?);
+        world.start_agent(number, &AgentOptions { kubeconfig, ..options.clone() })?;
+    }
+    for number in [1, 2] {
+        world.node(number).wait_ready(Duration::from_secs(30))?;
+    }
     let traffic = Traffic::start(world)?;
+    let syncs = |world: &World| -> Result<[f64; 2]> {
+        let of = |number| world.node(number).metric("proxy_agent_syncs_total");
+        Ok([of(1)?, of(2)?])
+    };
+    let before = syncs(world)?;
+    let began = Instant::now();
     let mut dice = Dice(0x9e37_79b9_7f4a_7c15);
-    churn(world, &mut dice, 1000)?;
+    churn(world, &mut dice, CHANGES, |object| feed.set(object))?;
+    let took = began.elapsed().as_secs_f64();
     let last = [world.pod("r2").clone(), world.pod("r3").clone()];
-    write_endpoints(world, RED, &[&last[0], &last[1]])?;
-    world.settle().context("after the churn")?;
+    for family in Family::BOTH {
+        feed.set(&slice(RED, family, &[&last[0], &last[1]]))?;
+    }
+    thread::sleep(Duration::from_secs(1));
+    let after = syncs(world)?;
     served_by(world, 100, &[&last[0], &last[1]]).context("after the churn")?;
-    all_in_force(world)?;
-    traffic.finish()
+    traffic.finish()?;
+    let rates = [after[0] - before[0], after[1] - before[1]].map(|syncs| syncs / took);
+    println!("     {CHANGES} changes in {took:.1} s, syncs a second: {:.0} and {:.0}", rates[0], rates[1]);
+    ensure!(took < 12.0, "the changes took {took:.1} s: fewer than intended in each");
+    ensure!(rates.iter().all(|rate| *rate >= 50.0), "only {rates:?} states a second were put in force");
+    // Back to the directory, for the cases that follow.
+    world.start_agents(options)?;
+    all_in_force(world)
 }
 
 fn restart(world: &mut World, options: &AgentOptions) -> Result<()> {
@@ -362,12 +403,12 @@ fn killed(world: &mut World, options: &AgentOptions) -> Result<()> {
         thread::sleep(Duration::from_millis(500));
     }
     for _ in 0..3 {
-        churn(world, &mut dice, 50)?;
+        churn(world, &mut dice, 50, |object| world.write(object))?;
         // In the middle of a change, as likely as not.
         for number in [1, 2] {
             world.kill_agent(number)?;
         }
-        churn(world, &mut dice, 20)?;
+        churn(world, &mut dice, 20, |object| world.write(object))?;
         world.start_agents(options)?;
     }
     all_in_force(world)?;

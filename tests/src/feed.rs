@@ -1,0 +1,167 @@
+//! An API server of a few lines, for changes faster than a real one takes them: it lists what it holds, keeps watches open,
+//! and sends each change the moment it is made. It checks nothing and forgets nothing.
+
+use std::{
+    collections::BTreeMap,
+    io::{BufRead as _, BufReader, Write as _},
+    net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
+};
+
+use anyhow::{Context as _, Result};
+use serde_json::{Value, json};
+
+/// Kind, group and version, and where it is listed.
+const KINDS: [(&str, &str, &str); 3] = [
+    ("Service", "v1", "/api/v1/services"),
+    ("EndpointSlice", "discovery.k8s.io/v1", "/apis/discovery.k8s.io/v1/endpointslices"),
+    ("Node", "v1", "/api/v1/nodes"),
+];
+
+#[derive(Clone, Default)]
+pub struct Feed(Arc<Mutex<State>>);
+
+#[derive(Default)]
+struct State {
+    /// `resourceVersion` of the last change.
+    version: u64,
+    objects: BTreeMap<(String, String), Value>,
+    /// Every change as a chunk of an answer to a watch.
+    changes: Vec<Change>,
+    watches: Vec<(Selector, TcpStream)>,
+}
+
+struct Change {
+    version: u64,
+    kind: String,
+    name: String,
+    chunk: Vec<u8>,
+}
+
+/// What a request is about: a kind, and one name if it selects by name, as an agent does for its own Node.
+#[derive(Clone, Debug)]
+struct Selector {
+    kind: &'static str,
+    name: Option<String>,
+}
+
+impl Selector {
+    fn matches(&self, kind: &str, name: &str) -> bool {
+        self.kind == kind && self.name.as_ref().is_none_or(|wanted| wanted == name)
+    }
+}
+
+impl Feed {
+    /// Listens on the loopback of the namespace that the calling thread is in, until the program ends.
+    pub fn serve(&self) -> Result<SocketAddr> {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).context("listen for the feed")?;
+        let address = listener.local_addr()?;
+        let feed = self.clone();
+        thread::spawn(move || {
+            for stream in listener.incoming().flatten() {
+                let feed = feed.clone();
+                // A connection that breaks off is the agent's end.
+                thread::spawn(move || feed.connection(stream));
+            }
+        });
+        Ok(address)
+    }
+
+    /// Creates or changes an object: one event on every watch of its kind.
+    pub fn set(&self, object: &Value) -> Result<()> {
+        let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str).map(str::to_owned);
+        let kind = text("/kind").context("an object without kind")?;
+        let name = text("/metadata/name").context("an object without name")?;
+        let mut state = self.state();
+        state.version += 1;
+        let version = state.version;
+        let mut object = object.clone();
+        object["metadata"]["resourceVersion"] = version.to_string().into();
+        object["metadata"]["uid"] = format!("{kind}-{name}").into();
+        let known = state.objects.insert((kind.clone(), name.clone()), object.clone()).is_some();
+        let event = json!({"type": if known { "MODIFIED" } else { "ADDED" }, "object": object});
+        let chunk = format!("{:x}\r\n{event}\n\r\n", event.to_string().len() + 1).into_bytes();
+        // Who has gone away needs nothing any more.
+        state.watches.retain_mut(|(of, stream)| !of.matches(&kind, &name) || stream.write_all(&chunk).is_ok());
+        state.changes.push(Change { version, kind, name, chunk });
+        Ok(())
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn connection(&self, mut stream: TcpStream) -> Result<()> {
+        stream.set_nodelay(true)?;
+        let mut reader = BufReader::new(stream.try_clone()?);
+        loop {
+            let mut request = String::new();
+            if reader.read_line(&mut request)? == 0 {
+                return Ok(());
+            }
+            let mut header = String::new();
+            while reader.read_line(&mut header)? > 2 {
+                header.clear();
+            }
+            let target = request.split(' ').nth(1).unwrap_or_default();
+            let (path, query) = target.split_once('?').unwrap_or((target, ""));
+            let kind = KINDS.iter().find(|(_, _, listed)| path.starts_with(listed));
+            let Some(&(kind, version, _)) = kind else {
+                stream.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")?;
+                continue;
+            };
+            let name = query.split('&').find_map(|pair| pair.strip_prefix("fieldSelector=metadata.name%3D"));
+            let of = Selector { kind, name: name.map(str::to_owned) };
+            if query.contains("watch=") {
+                let seen = query.split('&').find_map(|pair| pair.strip_prefix("resourceVersion=")?.parse().ok());
+                self.watch(of, seen.unwrap_or(0), &mut stream)?;
+            } else {
+                let body = self.list(&of, version);
+                let length = body.len();
+                write!(
+                    stream,
+                    "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {length}\r\n\r\n{body}"
+                )?;
+            }
+        }
+    }
+
+    fn list(&self, of: &Selector, version: &str) -> String {
+        let state = self.state();
+        let selected = state.objects.iter().filter(|((kind, name), _)| of.matches(kind, name));
+        let items: Vec<&Value> = selected.map(|(_, item)| item).collect();
+        let metadata = json!({"resourceVersion": state.version.to_string()});
+        json!({"kind": format!("{}List", of.kind), "apiVersion": version, "metadata": metadata, "items": items})
+            .to_string()
+    }
+
+    /// What happened since `seen`, and what happens from now on; no change falls between the two.
+    fn watch(&self, of: Selector, seen: u64, stream: &mut TcpStream) -> Result<()> {
+        let mut state = self.state();
+        stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")?;
+        for change in
+            state.changes.iter().filter(|change| change.version > seen && of.matches(&change.kind, &change.name))
+        {
+            stream.write_all(&change.chunk)?;
+        }
+        state.watches.push((of, stream.try_clone()?));
+        Ok(())
+    }
+}
+
+/// Writes a kubeconfig that leads to a feed.
+pub fn kubeconfig(dir: &Path, at: SocketAddr) -> Result<PathBuf> {
+    let path = dir.join(format!("feed-{}.kubeconfig", at.port()));
+    let config = json!({
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": "feed", "cluster": {"server": format!("http://{at}")}}],
+        "users": [{"name": "feed", "user": {}}],
+        "contexts": [{"name": "feed", "context": {"cluster": "feed", "user": "feed"}}],
+        "current-context": "feed",
+    });
+    std::fs::write(&path, config.to_string()).with_context(|| format!("write {}", path.display()))?;
+    Ok(path)
+}
