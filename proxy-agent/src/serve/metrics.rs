@@ -96,7 +96,7 @@ impl Collector for Scrape {
         self.encode_sync(&mut to)?;
         self.encode_state(&mut to)?;
         if let Some(readings) = &self.readings {
-            encode_kernel(readings, &mut to)?;
+            encode_kernel(readings, &self.status.fill, &mut to)?;
         }
         Ok(())
     }
@@ -180,11 +180,13 @@ impl Scrape {
     }
 }
 
-fn encode_kernel(readings: &Readings, to: &mut Encoder<'_>) -> fmt::Result {
+/// `own`: the fill of the agent's own maps, which it knows without counting.
+fn encode_kernel(readings: &Readings, own: &[Fill], to: &mut Encoder<'_>) -> fmt::Result {
     let Readings { events, fill } = readings;
+    let fill: Vec<&Fill> = fill.iter().map(|fill| own.iter().find(|own| own.map == fill.map).unwrap_or(fill)).collect();
     to.gauges(
         "proxy_agent_bpf_map_entries",
-        "Entries in a map of the datapath",
+        "Entries in a map of the datapath, counted at most once a minute; the agent's own maps as of the last sync",
         fill.iter().map(|fill| ([("map", fill.map.as_str())], fill.entries as f64)),
     )?;
     to.gauges(

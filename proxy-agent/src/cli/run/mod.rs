@@ -5,7 +5,11 @@
 //! node ───devices──►  │ owns the dataplane
 //! ```
 
-use std::{path::Path, sync::Arc};
+use std::{
+    path::Path,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use proxy_common::counters::Reason;
@@ -19,7 +23,7 @@ use tracing::{info, warn};
 use super::Exit;
 use crate::{
     config::{self, HEALTHZ_PORT, METRICS_PORT, PortRange},
-    dataplane::{Dataplane, ebpf},
+    dataplane::{Dataplane, Fill, ebpf},
     desired::{Algorithm, Devices},
     model::{NodeFacts, SourceState},
     node, plan, serve, source,
@@ -216,15 +220,28 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = &'static str>> {
     })
 }
 
-/// What metrics read from the kernel at every scrape.
+/// How long a count of the maps' entries is good for: counting walks them all, and those of connections are large.
+const FILL_IS_GOOD_FOR: Duration = Duration::from_secs(60);
+
+/// What metrics read from the kernel: events at every scrape, the maps' fill once a minute.
 fn probe(bpffs: &Path) -> serve::Probe {
     let bpffs = bpffs.to_owned();
+    let counted: Mutex<Option<(Instant, Vec<Fill>)>> = Mutex::new(None);
     Arc::new(move || {
         let read = || -> Result<serve::Readings, ebpf::read::ReadError> {
             let pins = ebpf::read::Pins::open(&bpffs)?;
             let event =
                 |(reason, count): (Reason, u64)| serve::Event { reason: reason.name(), drop: reason.is_drop(), count };
-            Ok(serve::Readings { events: pins.reasons()?.into_iter().map(event).collect(), fill: pins.fill()? })
+            let mut counted = counted.lock().unwrap_or_else(PoisonError::into_inner);
+            let fill = match &*counted {
+                Some((at, fill)) if at.elapsed() < FILL_IS_GOOD_FOR => fill.clone(),
+                _ => {
+                    let fill = pins.fill()?;
+                    *counted = Some((Instant::now(), fill.clone()));
+                    fill
+                }
+            };
+            Ok(serve::Readings { events: pins.reasons()?.into_iter().map(event).collect(), fill })
         };
         read().map_err(|error| error.to_string())
     })
