@@ -73,8 +73,19 @@ pub enum DataplaneError {
     /// The node cannot run this dataplane, or not now; text says what, why and the remedy.
     #[error("{0}")]
     Unavailable(String),
-    #[error("{what}: {source}")]
+    #[error("{what}: {source}{}", remedy(.source))]
     Kernel { what: String, source: std::io::Error },
+}
+
+/// What to do about an error of the kernel's, as the end of a sentence; empty where nothing general can be said.
+pub(crate) fn remedy(error: &std::io::Error) -> &'static str {
+    match error.raw_os_error() {
+        Some(libc::EPERM | libc::EACCES) => "; run as root, or with CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN",
+        Some(libc::ENOMEM) => "; the kernel or this cgroup is short of memory: raise its limit, or lower --map-*",
+        Some(libc::ENOSPC | libc::E2BIG) => "; a table of the kernel's is full: raise --map-*",
+        Some(libc::EMFILE | libc::ENFILE) => "; too many open files: raise the limit (ulimit -n)",
+        _ => "",
+    }
 }
 
 pub trait Dataplane: Send {

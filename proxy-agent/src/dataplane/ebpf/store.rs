@@ -17,7 +17,7 @@ use super::{family::Family, layout::MapName};
 pub(crate) enum StoreError {
     #[error("map {map} is full ({capacity} entries): raise {option}", option = .map.option())]
     Full { map: MapName, capacity: u32 },
-    #[error("map {map}: {source}")]
+    #[error("map {map}: {source}{}", crate::dataplane::remedy(.source))]
     Io { map: MapName, source: io::Error },
 }
 

@@ -126,7 +126,14 @@ impl Slices {
         match convert::slice(object, &mut self.names) {
             Ok(slice) => Some(Arc::new(slice)),
             Err(why) => {
-                debug!(slice = %convert::key(&object.metadata, &mut self.names), ?why, "ignored");
+                let slice = convert::key(&object.metadata, &mut self.names);
+                match why {
+                    // Contract A17: nobody can tell whose endpoints these are.
+                    convert::NotOurs::NoServiceName => {
+                        warn!(%slice, "EndpointSlice ignored: it names no Service; set its label kubernetes.io/service-name");
+                    }
+                    why => debug!(%slice, ?why, "ignored"),
+                }
                 None
             }
         }
