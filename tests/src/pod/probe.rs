@@ -27,6 +27,9 @@ pub struct Args {
     /// Bind every socket to this port
     #[arg(long)]
     pub source_port: Option<u16>,
+    /// Each try binds to the next port: a flow of its own, whatever earlier ones left behind
+    #[arg(long, requires = "source_port")]
+    pub successive: bool,
     /// Milliseconds to wait for a connection or an answer
     #[arg(long, default_value_t = 1000)]
     pub timeout: u64,
@@ -94,10 +97,14 @@ impl Report {
 
 pub fn run(args: &Args) -> Result<Report> {
     let mut report = Report::default();
-    for _ in 0..args.count {
+    for i in 0..args.count {
+        let source_port = match args.source_port {
+            Some(first) if args.successive => first.checked_add(u16::try_from(i).unwrap_or(u16::MAX)),
+            port => port,
+        };
         let started = Instant::now();
         let mut seen = Try::default();
-        if let Err(error) = ask(args, &mut seen) {
+        if let Err(error) = ask(args, source_port, &mut seen) {
             seen.error = Some(format!("{error:?}"));
         }
         seen.micros = started.elapsed().as_micros().try_into().unwrap_or(u64::MAX);
@@ -113,8 +120,8 @@ pub fn run(args: &Args) -> Result<Report> {
     Ok(report)
 }
 
-fn ask(args: &Args, seen: &mut Try) -> nix::Result<()> {
-    let &Args { to, transport, source_port, timeout, mapped, size, reply, reset, .. } = args;
+fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()> {
+    let &Args { to, transport, timeout, mapped, size, reply, reset, .. } = args;
     let to = socket::target(to, mapped);
     let timeout = Duration::from_millis(timeout);
     let request = wire::request(size, reply);

@@ -7,7 +7,10 @@ use std::{
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
-    sync::mpsc,
+    sync::{
+        atomic::{AtomicU32, Ordering},
+        mpsc,
+    },
     time::Duration,
 };
 
@@ -163,10 +166,20 @@ impl Ask {
         self
     }
 
+    /// First of `count` source ports that no datagram of this process came from lately: a UDP flow stays with its backend for as
+    /// long as its ports are used again within the time-out, and the kernel's own choice does that now and then.
+    fn unused_ports(count: u32) -> u32 {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        2_000 + NEXT.fetch_add(count, Ordering::Relaxed) % 25_000
+    }
+
     fn args(&self) -> Vec<String> {
         let Self { to, transport, count, timeout, extra } = self;
         let mut args = vec!["probe".to_owned(), to.to_string()];
         args.extend([format!("--transport={transport}"), format!("--count={count}"), format!("--timeout={timeout}")]);
+        if *transport != Transport::Tcp && !extra.iter().any(|arg| arg.starts_with("--source-port")) {
+            args.extend([format!("--source-port={}", Self::unused_ports(*count)), "--successive".to_owned()]);
+        }
         args.extend(extra.iter().cloned());
         args
     }
