@@ -146,7 +146,11 @@ fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()>
         }
         Transport::Udp | Transport::UdpUnconnected => {
             let connected = transport == Transport::Udp;
-            let socket = socket::udp(to, source_port, connected)?;
+            let socket = match socket::udp(to, source_port, connected) {
+                // A server of this place has that port; any other will do.
+                Err(nix::errno::Errno::EADDRINUSE) if args.successive => socket::udp(to, None, connected)?,
+                socket => socket?,
+            };
             socket.set_read_timeout(Some(timeout)).map_err(io)?;
             if connected {
                 seen.peer_name = socket::peer_name(&socket);
