@@ -49,8 +49,9 @@ pub struct Status {
     pub node_facts: Option<Arc<NodeFacts>>,
     pub last_sync: Option<SystemTime>,
     pub last_queued: Option<SystemTime>,
-    /// Since when the oldest change that is not in force yet has been waiting; published before the dataplane is called, so
-    /// that health notices a call that never returns. Monotonic: a clock that jumps makes nobody unhealthy.
+    /// Since when the oldest change that is not in force yet, or else the call into the dataplane that is under way, has been
+    /// waiting; published before every such call, so that health notices one that never returns. Monotonic: a clock that
+    /// jumps makes nobody unhealthy.
     pub pending_since: Option<Instant>,
     pub service_changes: ChangeCount,
     pub endpoint_changes: ChangeCount,

@@ -3,7 +3,10 @@
 
 mod common;
 
-use std::{sync::Arc, time::Duration};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant, SystemTime},
+};
 
 use common::{key, node, service, slice};
 use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
@@ -15,6 +18,7 @@ use proxy_agent::{
     desired::{Device, DeviceRole, Devices, Frontend},
     model::{EndpointSlice, Event, Protocol, SourceState, index::Index},
     plan::{Defaults, Planner},
+    serve::health::judge,
     status::{FrontendState, Status},
     sync::{self, Options, SyncError},
 };
@@ -353,6 +357,47 @@ async fn a_call_that_does_not_return_is_seen() {
     world.kernel.state().faults.slow = Duration::ZERO;
     world.wait("over", |status| status.pending_since.is_none()).await;
     world.stop().await;
+}
+
+/// Every call that the loop makes into the kernel, hanging: a restart might help, so /livez must say so (A117, A118).
+#[tokio::test]
+async fn whatever_call_hangs_livez_says_so() {
+    for call in ["apply", "set_devices", "activate", "observe", "resync", "tick", "fill"] {
+        let mut world = World::started(Kernel::default(), quick(), three()).await;
+        let period = Duration::from_millis(100);
+        let lives = |status: &Status| judge(status, period, Instant::now(), SystemTime::now()).livez();
+        {
+            let mut state = world.kernel.state();
+            state.faults.slow = Duration::from_secs(1);
+            state.faults.slow_call = Some(call);
+            state.faults.tick = Some(Duration::from_millis(50));
+            // Makes the next look at the kernel find something to repair.
+            state.active = !matches!(call, "resync" | "activate");
+        }
+        match call {
+            "set_devices" => {
+                let device = Device {
+                    name: "veth0".into(),
+                    role: DeviceRole::Pod,
+                    ethernet: true,
+                    source4: None,
+                    source6: None,
+                };
+                world.devices.send_replace([(7, device)].into());
+            }
+            _ => world.send(web("10.96.0.4", "d")).await,
+        }
+        let mut dead = false;
+        let start = Instant::now();
+        while !dead && start.elapsed() < Duration::from_secs(4) {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            dead = !lives(&world.status.borrow());
+        }
+        assert!(dead, "{call} hung, and nobody said so");
+        world.kernel.state().faults.slow = Duration::ZERO;
+        world.wait("over", |status| status.pending_since.is_none()).await;
+        world.stop().await;
+    }
 }
 
 #[tokio::test]

@@ -32,8 +32,11 @@ pub struct Faults {
     pub capacity: Option<usize>,
     /// `activate` fails.
     pub activate: bool,
-    /// Each call takes at least this long.
+    /// Each call takes at least this long, or only those of the method that `slow_call` names.
     pub slow: Duration,
+    pub slow_call: Option<&'static str>,
+    /// Housekeeping wants to be done so often.
+    pub tick: Option<Duration>,
 }
 
 /// What the kernel would hold.
@@ -145,12 +148,17 @@ impl Memory {
         Self { kernel, believed: DesiredState::default() }
     }
 
-    fn call(&self, name: &'static str) -> MutexGuard<'_, State> {
-        let slow = self.kernel.state().faults.slow;
-        if !slow.is_zero() {
+    /// Takes as long as `name` is to take.
+    fn entered(&self, name: &'static str) -> MutexGuard<'_, State> {
+        let Faults { slow, slow_call, .. } = self.kernel.state().faults;
+        if !slow.is_zero() && slow_call.is_none_or(|call| call == name) {
             std::thread::sleep(slow);
         }
-        let mut state = self.kernel.state();
+        self.kernel.state()
+    }
+
+    fn call(&self, name: &'static str) -> MutexGuard<'_, State> {
+        let mut state = self.entered(name);
         state.calls.push(name);
         state
     }
@@ -204,7 +212,7 @@ impl Dataplane for Memory {
     }
 
     fn observe(&mut self) -> Result<Drift, DataplaneError> {
-        let state = self.kernel.state();
+        let state = self.entered("observe");
         let Changes { set, remove, guard, unguard } = state.desired.diff(&self.believed);
         let hooks = if state.active { Vec::new() } else { vec!["memory/hook".into()] };
         Ok(Drift {
@@ -215,7 +223,7 @@ impl Dataplane for Memory {
     }
 
     fn tick(&mut self) -> Option<Duration> {
-        None
+        self.entered("tick").faults.tick
     }
 
     fn teardown(&mut self) -> Result<(), DataplaneError> {
@@ -227,7 +235,7 @@ impl Dataplane for Memory {
     }
 
     fn fill(&self) -> Vec<Fill> {
-        let state = self.kernel.state();
+        let state = self.entered("fill");
         let fill = |map: &str, entries: usize, capacity| Fill {
             map: map.into(),
             entries: u64::try_from(entries).unwrap_or(u64::MAX),

@@ -4,7 +4,7 @@
 //! |---|---|---|
 //! | waiting for the first lists | 200 | 503 |
 //! | first full state in force | 200 | 200 |
-//! | a change waits for more than two sync periods | 503 | 503 |
+//! | a change, or a call into the kernel, waits for more than two sync periods | 503 | 503 |
 //! | the Node is leaving | 200 | 503 |
 //! | the source cannot be reached | 200 | 200: the last state goes on serving (contract A136) |
 
@@ -61,7 +61,11 @@ pub fn judge(status: &Status, sync_period: Duration, now: Instant, wall: SystemT
     let waited = status.pending_since.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
     let in_step = waited <= limit;
     let reason = if !in_step {
-        Some(format!("a change has been waiting for {} s (limit {} s)", waited.as_secs(), limit.as_secs()))
+        Some(format!(
+            "a change, or a call into the kernel, has been waiting for {} s (limit {} s)",
+            waited.as_secs(),
+            limit.as_secs()
+        ))
     } else if !status.ready {
         Some(match &status.source {
             SourceState::Listing { missing } if !missing.is_empty() => {
@@ -156,7 +160,10 @@ mod tests {
         assert_eq!(verdict(&ready(), Some(PERIOD * 2)), (true, true, None));
         let (livez, healthz, reason) = verdict(&ready(), Some(PERIOD * 2 + Duration::from_secs(1)));
         assert_eq!((livez, healthz), (false, false));
-        assert_eq!(reason.as_deref(), Some("a change has been waiting for 61 s (limit 60 s)"));
+        assert_eq!(
+            reason.as_deref(),
+            Some("a change, or a call into the kernel, has been waiting for 61 s (limit 60 s)")
+        );
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub(super) struct Engine {
     events: mpsc::Receiver<Event>,
     devices: watch::Receiver<Devices>,
     source: watch::Receiver<SourceState>,
-    dataplane: Box<dyn Dataplane>,
+    dataplane: Announced,
     cancel: CancellationToken,
 
     index: Index,
@@ -59,6 +59,22 @@ pub(super) struct Engine {
     tick_at: Option<Instant>,
 }
 
+/// The dataplane behind the one way to call it. Any call may block for ever in the kernel, so each is announced before it is made
+/// and health tells an agent that hangs in it from one that has nothing to do (contract A117, A118).
+struct Announced(Box<dyn Dataplane>);
+
+impl Announced {
+    /// `since`: since when something waits for this call, if anything does.
+    fn call<T>(&mut self, table: &mut Table, since: Option<Instant>, call: impl FnOnce(&mut dyn Dataplane) -> T) -> T {
+        let alone = table.announce(since);
+        let answer = call(&mut *self.0);
+        if alone {
+            table.returned();
+        }
+        answer
+    }
+}
+
 impl Engine {
     pub(super) fn new(
         options: Options,
@@ -80,7 +96,7 @@ impl Engine {
             events,
             devices,
             source,
-            dataplane,
+            dataplane: Announced(dataplane),
             cancel,
             index: Index::default(),
             touched: Touched::default(),
@@ -234,9 +250,10 @@ impl Engine {
         for (frontend, spec) in &self.planner.state().frontends {
             self.table.set(*frontend, spec, FrontendState::Pending, now);
         }
-        self.announce();
+        self.table.announce(self.queued);
         self.publish();
-        let report = self.dataplane.resync(self.planner.state());
+        let report =
+            self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.resync(self.planner.state()));
         self.settle_full(&report);
         self.running = true;
         if self.devices_known {
@@ -263,8 +280,8 @@ impl Engine {
         let services = self.take_touched();
         let changes = self.planner.update(self.index.snapshot(), &services);
         if !changes.is_empty() {
-            self.announce();
-            let report = self.dataplane.apply(&changes);
+            self.table.announce(self.queued);
+            let report = self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.apply(&changes));
             self.settle(&changes, &report);
             self.retry.schedule(Instant::now(), !changes.remove.is_empty());
             tracing::debug!(
@@ -291,20 +308,6 @@ impl Engine {
         services
     }
 
-    /// Says that something is being waited for, before a call that might not return. Once is enough: the next publication
-    /// takes it back.
-    fn announce(&mut self) {
-        if self.table.next.pending_since.is_none() {
-            self.table.edit().pending_since = Some(self.queued.unwrap_or_else(Instant::now));
-            self.table.publish_brief();
-        }
-    }
-
-    /// The call did return.
-    fn returned(&mut self) {
-        self.table.edit().pending_since = None;
-    }
-
     /// After a sync: what was queued is in force, or in the table as failed.
     fn finish(&mut self, start: Instant) {
         let now = SystemTime::now();
@@ -317,8 +320,8 @@ impl Engine {
         status.last_sync = Some(now);
         status.service_changes.pending = 0;
         status.endpoint_changes.pending = 0;
-        self.returned();
         self.tick();
+        self.table.returned();
     }
 
     /// Latency of what is in force now; a Service with a frontend that failed goes on waiting.
@@ -387,12 +390,15 @@ impl Engine {
     fn set_devices(&mut self) {
         self.devices_changed = false;
         let devices = self.devices.borrow().clone();
-        let Report { failed_devices, .. } = self.dataplane.set_devices(&devices);
+        let (report, hooks) = self.dataplane.call(&mut self.table, self.queued, |dataplane| {
+            let report = dataplane.set_devices(&devices);
+            (report, dataplane.hooks())
+        });
+        let Report { failed_devices, .. } = report;
         for (device, failure) in &failed_devices {
             tracing::warn!(%device, %failure, "not attached");
         }
         self.retry.devices = failed_devices.values().any(|failure| matches!(failure, Failure::Retry(_)));
-        let hooks = self.dataplane.hooks();
         let status = self.table.edit();
         status.devices = Arc::new(devices);
         status.failed_devices = Arc::new(failed_devices);
@@ -400,11 +406,13 @@ impl Engine {
     }
 
     fn activate(&mut self) {
-        let result = self.dataplane.activate();
+        let (result, hooks) = self.dataplane.call(&mut self.table, self.queued, |dataplane| {
+            let result = dataplane.activate();
+            (result, dataplane.hooks())
+        });
         self.retry.hooks = result.is_err();
         self.active |= result.is_ok();
         self.complain("hooks", result.err().map(|error| error.to_string()));
-        let hooks = self.dataplane.hooks();
         self.table.edit().hooks = Arc::new(hooks);
     }
 
@@ -423,11 +431,11 @@ impl Engine {
     }
 
     fn try_again(&mut self) {
-        self.announce();
+        self.table.announce(self.queued);
         let before = self.retry.waiting();
         let changes = self.retry.changes(self.planner.state());
         if !changes.is_empty() {
-            let report = self.dataplane.apply(&changes);
+            let report = self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.apply(&changes));
             self.settle(&changes, &report);
         }
         if self.retry.devices {
@@ -439,14 +447,14 @@ impl Engine {
         self.retry.reschedule(Instant::now(), before);
         self.record_programmed(SystemTime::now());
         self.tick();
-        self.returned();
+        self.table.returned();
         tracing::info!(before, waiting = self.retry.waiting(), "tried again what had failed");
     }
 
     /// Compares with the kernel and repairs what somebody else changed.
     fn observe(&mut self) {
-        self.announce();
-        let observed = self.dataplane.observe();
+        self.table.announce(self.queued);
+        let observed = self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.observe());
         self.complain("kernel state", observed.as_ref().err().map(|error| format!("cannot be read: {error}")));
         if let Ok(drift) = observed
             && !drift.is_empty()
@@ -460,7 +468,8 @@ impl Engine {
             );
             let repaired = frontends.len() + guards.len() + hooks.len();
             self.table.edit().drift_repaired += u64::try_from(repaired).unwrap_or(u64::MAX);
-            let report = self.dataplane.resync(self.planner.state());
+            let report =
+                self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.resync(self.planner.state()));
             self.settle_full(&report);
             if self.devices_known {
                 self.set_devices();
@@ -469,7 +478,7 @@ impl Engine {
             self.retry.schedule(Instant::now(), false);
             self.tick();
         }
-        self.returned();
+        self.table.returned();
         self.observe_at = Instant::now() + self.options.resync_period;
     }
 
@@ -487,7 +496,8 @@ impl Engine {
     }
 
     fn tick(&mut self) {
-        self.tick_at = self.dataplane.tick().map(|pause| Instant::now() + pause);
+        let pause = self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.tick());
+        self.tick_at = pause.map(|pause| Instant::now() + pause);
     }
 
     fn publish(&mut self) {
@@ -498,7 +508,7 @@ impl Engine {
             problems.extend(self.complaints.iter().map(|(object, text)| (object.clone(), vec![text.clone()])));
             self.table.edit().problems = Arc::new(problems);
         }
-        let fill = self.dataplane.fill();
+        let fill = self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.fill());
         if *self.table.next.fill != fill {
             self.table.edit().fill = Arc::new(fill);
         }

@@ -116,8 +116,19 @@ impl Table {
         self.pause = PERIOD.max((self.published - start) * SHARE);
     }
 
-    /// Sends all but rows and timings: cheap enough to be done before a call that may not return.
-    pub(super) fn publish_brief(&self) {
-        self.sender.send_replace(Arc::new(self.next.clone()));
+    /// Says that something is being waited for, before a call that might not return; tells whether nothing was. All but rows
+    /// and timings is sent: that is cheap enough to be done before every call.
+    pub(super) fn announce(&mut self, since: Option<Instant>) -> bool {
+        let alone = self.next.pending_since.is_none();
+        if alone {
+            self.edit().pending_since = Some(since.unwrap_or_else(Instant::now));
+            self.sender.send_replace(Arc::new(self.next.clone()));
+        }
+        alone
+    }
+
+    /// The call did return; the next publication says so.
+    pub(super) fn returned(&mut self) {
+        self.edit().pending_since = None;
     }
 }
