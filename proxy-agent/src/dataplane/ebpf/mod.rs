@@ -2,7 +2,8 @@
 //!
 //! ```text
 //! Ebpf ─┬─ table   ids, slot ranges, the order of writes; pure over a store
-//!       │    └─ maps    the pinned maps (slots through a mapping)
+//!       ├─ devices what the programs must know of each device; pure over the same store
+//!       │    └─ maps    the store: the pinned maps (slots through a mapping)
 //!       ├─ hooks   programs, pinned links, tc filters
 //!       └─ pins    the directory: owner, lock
 //! read     the same maps for readers: CLI, metrics; never writes
@@ -29,6 +30,7 @@ use crate::{
 
 mod alloc;
 mod clsact;
+mod devices;
 mod diag;
 mod family;
 mod hooks;
@@ -185,7 +187,7 @@ impl Ebpf {
     fn clear_other_devices(&mut self, devices: &Devices, report: &mut Report) {
         let known = self.known_devices();
         self.hooks.detach_others(&known, devices, report);
-        if let Err(error) = self.table.prune_devices(devices, report) {
+        if let Err(error) = devices::prune(self.table.store_mut(), devices, report) {
             tracing::warn!(%error, "entries of devices that are gone stay");
         }
     }
@@ -234,7 +236,7 @@ impl Dataplane for Ebpf {
     fn set_devices(&mut self, devices: &Devices) -> Report {
         let mut report = Report::default();
         // A program finds its device's entry from its first packet on.
-        self.table.put_devices(devices, &mut report);
+        devices::put(self.table.store_mut(), devices, &mut report);
         if let Err(error) = self.before_links_move() {
             tracing::warn!(%error, "connections that began meanwhile may be forgotten");
         }

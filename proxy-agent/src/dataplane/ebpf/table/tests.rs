@@ -1,12 +1,16 @@
 //! The table against a kernel of tree maps: every crash point, random faults, tampering, adoption.
 
 use proptest::prelude::*;
-use proxy_common::frontend::verdict;
+use proxy_common::{
+    Be16,
+    device::DeviceValue,
+    frontend::{Range, verdict},
+};
 
-use super::*;
+use super::{ranges::Ranges, *};
 use crate::{
     dataplane::ebpf::store::memory::{Fault, Memory},
-    desired::{Action, Algorithm, FrontendKind, Verdict, Verdicts},
+    desired::{Action, Algorithm, Backend, BackendSet, FrontendKind, Verdict, Verdicts},
     model::{ServiceKey, ServicePortName},
 };
 
@@ -99,7 +103,7 @@ fn look<A: Family>(store: &impl Store, seen: &mut Seen) {
         }
         let name = names.get(&value.service).expect("a frontend's service has a name").clone();
         let read = |range: Range| -> Vec<Backend> {
-            Half::<A>::read_range(store, range).expect("a frontend points at live slots").to_vec()
+            Ranges::<A>::read(store, range).expect("a frontend points at live slots").to_vec()
         };
         let (all, local) = (read(value.all()), read(value.local()));
         for backend in all.iter().chain(&local) {
@@ -403,27 +407,6 @@ fn a_service_leaves_no_name_behind() {
     table.resync(&DesiredState::default(), NOW);
     assert!(table.store().names.is_empty());
     assert_eq!(table.used(), [0; 5]);
-}
-
-#[test]
-fn devices_are_written_once_and_pruned() {
-    let device = |name: &str| Device {
-        name: name.into(),
-        role: DeviceRole::Pod,
-        ethernet: true,
-        source4: Some([10, 0, 0, 1].into()),
-        source6: None,
-    };
-    let devices: Devices = [(3, device("a")), (4, device("b"))].into();
-    let mut table = fresh();
-    let mut report = Report::default();
-    table.put_devices(&devices, &mut report);
-    assert_eq!(report.writes, 2);
-    table.put_devices(&devices, &mut report);
-    let one: Devices = [(4, device("b"))].into();
-    table.prune_devices(&one, &mut report).unwrap();
-    assert_eq!(report.writes, 3);
-    assert_eq!(table.store().devices().unwrap().len(), 1);
 }
 
 proptest! {

@@ -1,0 +1,97 @@
+//! The `devices` map: what the programs must know of each device they run on. Nothing is remembered here: the map itself says
+//! what is there.
+//!
+//! Entries come before a device's programs are attached, and go once they are gone.
+
+use std::collections::HashMap;
+
+use proxy_common::{
+    Ipv4Be, Ipv6Be,
+    device::{DeviceValue, role},
+};
+
+use super::store::{Store, StoreError};
+use crate::{
+    dataplane::{Failure, Report},
+    desired::{Device, DeviceRole, Devices},
+};
+
+/// Brings the entries that programs need before they are attached; those of other devices stay until [`prune`].
+pub(crate) fn put<S: Store>(store: &mut S, devices: &Devices, report: &mut Report) {
+    let before = store.writes();
+    match store.devices() {
+        Ok(present) => {
+            let present: HashMap<u32, DeviceValue> = present.into_iter().collect();
+            for (index, device) in devices {
+                let value = device_value(device);
+                if present.get(index) == Some(&value) {
+                    continue;
+                }
+                if let Err(error) = store.put_device(*index, &value) {
+                    let why = format!("device {}: {error}", device.name);
+                    report.failed_devices.insert(device.name.clone(), Failure::Retry(why));
+                }
+            }
+        }
+        Err(error) => {
+            for device in devices.values() {
+                let why = format!("device {}: {error}", device.name);
+                report.failed_devices.insert(device.name.clone(), Failure::Retry(why));
+            }
+        }
+    }
+    report.writes += store.writes() - before;
+}
+
+/// Removes the entries of devices that are not in `devices`.
+pub(crate) fn prune<S: Store>(store: &mut S, devices: &Devices, report: &mut Report) -> Result<(), StoreError> {
+    let before = store.writes();
+    for (index, _) in store.devices()? {
+        if !devices.contains_key(&index) {
+            store.remove_device(index)?;
+        }
+    }
+    report.writes += store.writes() - before;
+    Ok(())
+}
+
+fn device_value(device: &Device) -> DeviceValue {
+    let Device { name: _, role, ethernet: _, source4, source6 } = device;
+    DeviceValue {
+        source6: source6.map(|a| Ipv6Be::from_octets(a.octets())).unwrap_or_default(),
+        source4: source4.map(|a| Ipv4Be::from_octets(a.octets())).unwrap_or_default(),
+        role: match role {
+            DeviceRole::Pod => role::POD,
+            DeviceRole::Outward => role::OUTWARD,
+            DeviceRole::Overlay => role::OVERLAY,
+        },
+        pad: [0; 3],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataplane::ebpf::store::memory::Memory;
+
+    #[test]
+    fn devices_are_written_once_and_pruned() {
+        let device = |name: &str| Device {
+            name: name.into(),
+            role: DeviceRole::Pod,
+            ethernet: true,
+            source4: Some([10, 0, 0, 1].into()),
+            source6: None,
+        };
+        let devices: Devices = [(3, device("a")), (4, device("b"))].into();
+        let mut store = Memory::new(0, 0);
+        let mut report = Report::default();
+        put(&mut store, &devices, &mut report);
+        assert_eq!(report.writes, 2);
+        put(&mut store, &devices, &mut report);
+        let one: Devices = [(4, device("b"))].into();
+        prune(&mut store, &one, &mut report).unwrap();
+        assert_eq!(report.writes, 3);
+        assert_eq!(store.devices().unwrap().len(), 1);
+    }
+}
