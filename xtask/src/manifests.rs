@@ -102,6 +102,8 @@ fn inspect_container(container: &Value, volumes: &BTreeSet<&str>, help: &str) ->
         let option = arg.as_str().unwrap_or_default().split('=').next().unwrap_or_default();
         let known = help.split(|c: char| c.is_whitespace() || matches!(c, ',' | '=' | '[')).any(|word| word == option);
         ensure!(option.starts_with("--") && known, "container {name}: `proxy-agent run` has no option {option}");
+        // Where it is differs from host to host (hybrid ones have it in `unified`); the agent finds it.
+        ensure!(option != "--cgroup-root", "container {name} names the cgroup root, which the agent finds by itself");
     }
     Ok(())
 }
@@ -127,7 +129,7 @@ mod tests {
 
     use super::*;
 
-    const HELP: &str = "Usage: proxy-agent run [OPTIONS]\n      --bpffs <DIR>   Where pins go\n      --source=<DIR>";
+    const HELP: &str = "Usage: proxy-agent run [OPTIONS]\n      --bpffs <DIR>   Where pins go\n      --source=<DIR> --cgroup-root <DIR>";
 
     fn container(change: impl FnOnce(&mut Value)) -> Result<()> {
         let mut container = json!({
@@ -147,6 +149,7 @@ mod tests {
         };
         refused(|c| c["args"][1] = json!("--bpf=/x"), "--bpf");
         refused(|c| c["args"][0] = json!("check"), "does not start");
+        refused(|c| c["args"][1] = json!("--cgroup-root=/host/cgroup"), "cgroup root");
         refused(|c| c["image"] = json!("proxy-agent:latest"), "pinned");
         refused(|c| c["volumeMounts"][0]["name"] = json!("w"), "mounts w");
         refused(|c| c["securityContext"]["privileged"] = json!(true), "privileged");

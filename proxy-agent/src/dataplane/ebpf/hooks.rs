@@ -27,7 +27,7 @@ use aya::{
 use proxy_common::{LAYOUT_VERSION, globals, meta::Meta};
 
 use super::{
-    Options, SocketLb, Tc,
+    Options, SocketLb, Tc, cgroup,
     clsact::{self, Direction},
     layout::MapName,
     object::Digest,
@@ -176,17 +176,6 @@ pub(crate) fn netns_cookie() -> io::Result<u64> {
         )
     };
     if result == 0 { Ok(cookie) } else { Err(io::Error::last_os_error()) }
-}
-
-/// Where cgroup v2 is mounted. Hybrid hierarchies have it below the v1 ones.
-pub(crate) fn cgroup2_root() -> io::Result<Option<PathBuf>> {
-    let mounts = fs::read_to_string("/proc/self/mounts")?;
-    Ok(mounts.lines().find_map(|line| {
-        let mut words = line.split(' ');
-        let path = words.nth(1)?;
-        // Spaces and the like are written as octal escapes; a cgroup mount has none.
-        (words.next()? == "cgroup2").then(|| PathBuf::from(path))
-    }))
 }
 
 #[derive(Debug)]
@@ -503,12 +492,22 @@ pub(crate) fn has_tcx(program: std::os::fd::BorrowedFd<'_>) -> bool {
 fn open_cgroup(root: Option<&Path>) -> Result<Cgroup, DataplaneError> {
     let path = match root {
         Some(path) => path.to_owned(),
-        None => cgroup2_root().map_err(kernel("/proc/self/mounts"))?.ok_or_else(|| {
-            unavailable(
-                "no cgroup v2 hierarchy is mounted: mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with \
-                 --cgroup-root, or run with --socket-lb off",
-            )
-        })?,
+        None => {
+            let path = cgroup::root().map_err(kernel("/proc/self/mountinfo"))?.ok_or_else(|| {
+                unavailable(
+                    "no cgroup v2 hierarchy is mounted: mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with \
+                     --cgroup-root, or run with --socket-lb off",
+                )
+            })?;
+            if !cgroup::is_root(&path) {
+                tracing::warn!(
+                    path = %path.display(),
+                    "not the root of the cgroup hierarchy: sockets outside are not translated at connect time; mount the node's \
+                     /sys/fs/cgroup into the container"
+                );
+            }
+            path
+        }
     };
     const CGROUP2_MAGIC: u64 = 0x6367_7270;
     let open = || -> io::Result<_> {

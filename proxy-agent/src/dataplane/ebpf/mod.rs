@@ -29,6 +29,7 @@ use crate::{
 };
 
 mod alloc;
+mod cgroup;
 mod clsact;
 mod devices;
 mod diag;

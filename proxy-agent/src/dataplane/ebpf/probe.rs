@@ -10,7 +10,7 @@ use aya::{
 };
 use serde::Serialize;
 
-use super::{Options, SocketLb, hooks, pins};
+use super::{Options, SocketLb, cgroup as cgroups, hooks, pins};
 
 /// One answer.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -167,7 +167,7 @@ fn cgroup(root: Option<&Path>) -> Check {
         "mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with --cgroup-root, or use --socket-lb off";
     let path = match root {
         Some(root) => Some(root.to_owned()),
-        None => hooks::cgroup2_root().ok().flatten(),
+        None => cgroups::root().ok().flatten(),
     };
     match path {
         None => Check::bad("cgroup v2", "not mounted", remedy),

@@ -1,0 +1,88 @@
+//! Where the root of the cgroup v2 hierarchy is mounted.
+//!
+//! Not simply the first cgroup2 mount: in a container with a cgroup namespace of its own the first one is that container's
+//! cgroup, and programs attached there would see nobody else. The node's hierarchy is then where the manifest mounts it, at its
+//! top on most hosts and below `unified` on hybrid ones.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+/// The mount whose directory is the root of the hierarchy; where none is, the first cgroup2 mount.
+pub(crate) fn root() -> io::Result<Option<PathBuf>> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    Ok(choose(&mounts, is_root))
+}
+
+/// Every cgroup but the root has `cgroup.events`, whatever a cgroup namespace makes its path look like.
+pub(crate) fn is_root(path: &Path) -> bool {
+    path.join("cgroup.controllers").exists() && !path.join("cgroup.events").exists()
+}
+
+fn choose(mountinfo: &str, is_root: impl Fn(&Path) -> bool) -> Option<PathBuf> {
+    // 41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw
+    let mounts: Vec<PathBuf> = mountinfo
+        .lines()
+        .filter(|line| line.split_once(" - ").is_some_and(|(_, kind)| kind.starts_with("cgroup2 ")))
+        .filter_map(|line| line.split(' ').nth(4).map(unescaped))
+        .collect();
+    mounts.iter().find(|path| is_root(path)).or(mounts.first()).cloned()
+}
+
+/// Blanks and backslashes are written in octal there.
+fn unescaped(path: &str) -> PathBuf {
+    [(r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", r"\")]
+        .into_iter()
+        .fold(path.to_owned(), |path, (code, character)| path.replace(code, character))
+        .into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A directory that looks like a cgroup.
+    fn cgroup(path: &Path, root: bool) {
+        fs::create_dir_all(path).unwrap();
+        fs::write(path.join("cgroup.controllers"), "").unwrap();
+        if !root {
+            fs::write(path.join("cgroup.events"), "").unwrap();
+        }
+    }
+
+    fn found(mounts: &[(&str, &Path)]) -> Option<PathBuf> {
+        let lines = mounts.iter().map(|(kind, path)| {
+            format!("41 31 0:38 /../.. {} rw,relatime shared:9 - {kind} {kind} rw\n", path.display())
+        });
+        choose(&lines.collect::<String>(), is_root)
+    }
+
+    #[test]
+    fn the_hierarchys_root_is_found_wherever_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let (own, host) = (dir.path().join("own"), dir.path().join("host"));
+        let unified = host.join("unified");
+        cgroup(&own, false);
+        cgroup(&unified, true);
+        fs::create_dir_all(host.join("memory")).unwrap();
+        // A hybrid host, from the host itself and from a container that mounts all of it.
+        assert_eq!(
+            found(&[("tmpfs", &host), ("cgroup", &host.join("memory")), ("cgroup2", &unified)]),
+            Some(unified.clone())
+        );
+        assert_eq!(found(&[("cgroup2", &own), ("cgroup", &host), ("cgroup2", &unified)]), Some(unified));
+        // cgroup v2 alone, from a container with a cgroup namespace of its own.
+        cgroup(&host, true);
+        assert_eq!(found(&[("cgroup2", &own), ("cgroup2", &host)]), Some(host));
+        // Nothing of the node's to be seen: better its own than none.
+        assert_eq!(found(&[("tmpfs", dir.path()), ("cgroup2", &own)]), Some(own));
+        assert_eq!(found(&[("tmpfs", dir.path())]), None);
+    }
+
+    #[test]
+    fn odd_paths() {
+        let line = r"41 31 0:38 / /a\040b\134c rw - cgroup2 none rw";
+        assert_eq!(choose(line, |_| false), Some(PathBuf::from(r"/a b\c")));
+    }
+}
