@@ -178,11 +178,19 @@ fn against_cluster_of_environment(files: &OsStr, options: &[String]) -> Result<E
         files.display()
     );
     let agent = build::agent()?;
-    let mut setting = OsString::from("KUBECONFIG=");
-    setting.push(files);
+    let setting = setting(files)?;
     let mut command = command::as_root("env", "programming this host's datapath")?;
     command.arg(setting).arg(agent).arg("run").args(options);
     Err(command.exec()).context("start the agent")
+}
+
+/// The agent is started in another directory: relative names of the list are made absolute, empty ones left out as kubectl does.
+fn setting(files: &OsStr) -> Result<OsString> {
+    let files = std::env::split_paths(files).filter(|file| !file.as_os_str().is_empty()).map(std::path::absolute);
+    let files = files.collect::<std::io::Result<Vec<_>>>().context("the current directory is gone")?;
+    let mut setting = OsString::from("KUBECONFIG=");
+    setting.push(std::env::join_paths(files).context("KUBECONFIG")?);
+    Ok(setting)
 }
 
 /// The pods that `examples/` speaks of, in the order that gives them their addresses.
@@ -271,4 +279,16 @@ Running until Ctrl-C. In another terminal, as root:
         inside(&format!("{agent} connections --bpffs {bpffs}")),
         source = source.display(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn relative_kubeconfigs_survive_another_directory() {
+        let here = std::env::current_dir().unwrap();
+        let expected = format!("KUBECONFIG={}:/b", here.join("a").display());
+        assert_eq!(setting(OsStr::new("a::/b:")).unwrap(), OsString::from(expected));
+    }
 }

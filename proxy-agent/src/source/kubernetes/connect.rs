@@ -1,17 +1,20 @@
 //! The client, and what its errors mean to the one who runs the agent.
 
 use std::{
+    collections::BTreeSet,
     error::Error,
+    ffi::{OsStr, OsString},
     io,
+    path::PathBuf,
     time::{Duration, Instant},
 };
 
 use kube::{
     Client, Config,
-    config::{KubeConfigOptions, Kubeconfig},
+    config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
 };
 use tokio::sync::Mutex;
-use tracing::debug;
+use tracing::{debug, warn};
 
 use crate::source::{KubernetesOptions, SourceError};
 
@@ -50,7 +53,6 @@ impl Connector {
 
 async fn connect(options: &KubernetesOptions) -> Result<Client, SourceError> {
     let KubernetesOptions { kubeconfig, server, watch_timeout: _ } = options;
-    let wrong = |what: String, error: &(dyn Error + 'static)| SourceError::Config { what, cause: root_cause(error) };
     let mut config = match kubeconfig {
         Some(path) => {
             let what = || format!("the kubeconfig {}", path.display());
@@ -59,10 +61,7 @@ async fn connect(options: &KubernetesOptions) -> Result<Client, SourceError> {
                 .await
                 .map_err(|error| wrong(what(), &error))?
         }
-        None => Config::infer().await.map_err(|error| {
-            let what = "a configuration of the API server (KUBECONFIG, ~/.kube/config, the pod's service account)";
-            wrong(what.to_owned(), &error)
-        })?,
+        None => infer(std::env::var_os("KUBECONFIG"), std::env::home_dir()).await?,
     };
     if let Some(server) = server {
         config.cluster_url =
@@ -72,6 +71,59 @@ async fn connect(options: &KubernetesOptions) -> Result<Client, SourceError> {
     // Trying again is the followers' business: they say so in the state meanwhile.
     config.default_retry = false;
     Client::try_from(config).map_err(|error| wrong("a client for the API server".to_owned(), &error))
+}
+
+fn wrong(what: String, error: &(dyn Error + 'static)) -> SourceError {
+    SourceError::Config { what, cause: root_cause(error) }
+}
+
+/// What kubectl would take: the files of `KUBECONFIG`, else `~/.kube/config`, else the pod's service account. kube's own
+/// inference goes on to the service account, of whatever cluster, where a kubeconfig is broken or one of several is not there.
+async fn infer(variable: Option<OsString>, home: Option<PathBuf>) -> Result<Config, SourceError> {
+    match kubeconfig(variable.as_deref(), home)? {
+        Some(kubeconfig) => Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default())
+            .await
+            .map_err(|error| wrong("the kubeconfig (of KUBECONFIG, or ~/.kube/config)".to_owned(), &error)),
+        None => Config::incluster().map_err(|error| {
+            let what = "a configuration of the API server (KUBECONFIG, ~/.kube/config, the pod's service account)";
+            wrong(what.to_owned(), &error)
+        }),
+    }
+}
+
+/// The kubeconfig files there are, as one; `None` if there are none, or nothing is in them. As kubectl has it: empty names mean
+/// nothing, a file that is not there is passed over, the first to say a thing has it, and relative paths inside a file are
+/// relative to that file.
+fn kubeconfig(variable: Option<&OsStr>, home: Option<PathBuf>) -> Result<Option<Kubeconfig>, SourceError> {
+    let variable = variable.filter(|files| !files.is_empty());
+    let files: Vec<PathBuf> = match variable {
+        Some(files) => std::env::split_paths(files).filter(|file| !file.as_os_str().is_empty()).collect(),
+        None => home.map(|home| home.join(".kube/config")).into_iter().collect(),
+    };
+    let mut merged: Option<Kubeconfig> = None;
+    let mut seen = BTreeSet::new();
+    for file in &files {
+        let what = || format!("the kubeconfig {}", file.display());
+        let path = std::path::absolute(file).map_err(|error| wrong(what(), &error))?;
+        if !seen.insert(path.clone()) {
+            continue;
+        }
+        let mut next = match Kubeconfig::read_from(&path) {
+            Ok(next) => next,
+            Err(KubeconfigError::ReadConfig(error, _)) if error.kind() == io::ErrorKind::NotFound => continue,
+            Err(error) => return Err(wrong(what(), &error)),
+        };
+        // `current-context: ""` says nothing; the next file may.
+        next.current_context = next.current_context.filter(|context| !context.is_empty());
+        merged = Some(match merged {
+            None => next,
+            Some(before) => before.merge(next).map_err(|error| wrong(what(), &error))?,
+        });
+    }
+    if let (Some(files), None) = (variable, &merged) {
+        warn!(files = %files.display(), "none of the files of KUBECONFIG is there");
+    }
+    Ok(merged.filter(|merged| !merged.contexts.is_empty() || !merged.clusters.is_empty()))
 }
 
 /// What an error comes down to: the outer layers say "service error", the innermost "connection refused".
@@ -121,6 +173,57 @@ mod tests {
         assert!(text.contains("list and watch of services") && text.contains("system:node-proxier"), "{text}");
         assert!(reason(&error(401), "services").contains("credentials"));
         assert!(reason(&error(500), "services").contains("500"));
+    }
+
+    fn config(server: &str, context: &str, more: &str) -> String {
+        format!(
+            "apiVersion: v1\nkind: Config\nclusters: [{{name: {server}, cluster: {{server: \"https://{server}:6443\"{more}}}}}]\n\
+             users: [{{name: u, user: {{token: {server}}}}}]\n\
+             contexts: [{{name: {server}, context: {{cluster: {server}, user: u}}}}]\ncurrent-context: \"{context}\"\n"
+        )
+    }
+
+    /// Several files, some of them not there, relative, named twice or empty: as kubectl takes them.
+    #[tokio::test]
+    async fn files_of_the_environment_are_one_configuration() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        std::fs::create_dir(path("sub")).unwrap();
+        std::fs::write(path("sub/a"), config("a", "", ", certificate-authority: ca.crt")).unwrap();
+        std::fs::write(path("b"), config("b", "a", "")).unwrap();
+        std::fs::write(path("broken"), "clusters: [").unwrap();
+        let text = |files: &[&str]| {
+            let files = files.iter().map(|file| if file.is_empty() { PathBuf::new() } else { path(file) });
+            std::env::join_paths(files).unwrap()
+        };
+        let files = text(&["", "absent", "sub/a", "b", "sub/a"]);
+        let merged = kubeconfig(Some(&files), None).unwrap().unwrap();
+        assert_eq!(merged.current_context.as_deref(), Some("a"));
+        assert_eq!(merged.clusters.iter().map(|c| &*c.name).collect::<Vec<_>>(), ["a", "b"]);
+        // The first file has the user.
+        assert_eq!(merged.auth_infos.len(), 1);
+        let authority =
+            merged.clusters[0].cluster.as_ref().unwrap().certificate_authority.as_deref().map(PathBuf::from);
+        assert_eq!(authority, Some(path("sub/ca.crt")));
+
+        // A relative name is relative to where the agent was started.
+        let here = std::env::current_dir().unwrap();
+        let up: PathBuf = here.components().skip(1).map(|_| "..").collect();
+        let relative = up.join(path("b").strip_prefix("/").unwrap());
+        let merged = kubeconfig(Some(relative.as_os_str()), None).unwrap().unwrap();
+        assert_eq!(merged.clusters[0].name, "b");
+
+        // What is there but broken is an error, not another cluster.
+        let error = infer(Some(text(&["b", "broken"])), None).await.unwrap_err().to_string();
+        assert!(error.contains("broken"), "{error}");
+
+        // The variable hides the home's file, also when nothing it names is there.
+        std::fs::create_dir_all(path(".kube")).unwrap();
+        std::fs::write(path(".kube/config"), config("home", "home", "")).unwrap();
+        assert!(kubeconfig(Some(&text(&["absent"])), Some(path(""))).unwrap().is_none());
+        for unset in [None, Some(OsStr::new(""))] {
+            assert_eq!(kubeconfig(unset, Some(path(""))).unwrap().unwrap().clusters[0].name, "home");
+        }
     }
 
     #[tokio::test]
