@@ -37,6 +37,14 @@ fn help_is_done_and_nonsense_is_usage() {
     assert!(run(&["run", "--proxy-mode", "ipvs"]).2.contains("ipvs is not available in this version"));
 }
 
+/// Every option that sizes maps names all of them: whoever reads `answered_v4 is full` looks for it here.
+#[test]
+fn help_says_which_maps_an_option_sizes() {
+    let (_, out, _) = run(&["run", "--help"]);
+    let text = out.split("--map-connections").nth(1).unwrap().split("--map-half-open").next().unwrap();
+    assert!(text.contains("stablished") && text.contains("nswered") && text.contains("half as many"), "{text}");
+}
+
 #[test]
 fn what_is_not_there_cannot_be_read() {
     let dir = tempfile::tempdir().unwrap();

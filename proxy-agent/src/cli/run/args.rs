@@ -111,7 +111,7 @@ pub struct Maps {
     /// ServicePorts
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = entries())]
     pub map_services: u32,
-    /// Entries of established flows; a flow has two, a masqueraded one four
+    /// Entries of established flows; a flow has two, a masqueraded one four. Answered UDP flows have half as many of their own
     #[arg(long, value_name = "N", default_value_t = 262_144, value_parser = entries())]
     pub map_connections: u32,
     /// Entries of half-open flows
