@@ -11,6 +11,8 @@ use std::{
 
 use anyhow::Result;
 
+use crate::world::{Programs, World};
+
 /// Outcome counts of one test binary. `cargo xtask test` reads what it prints.
 pub struct Suite {
     name: &'static str,
@@ -74,6 +76,16 @@ impl Suite {
         crate::world::wait_if_ending();
         println!("FAIL {name} ({} ms): {error:#}", since.elapsed().as_millis());
         self.failed.push(name.to_owned());
+    }
+
+    /// The programs that run in worlds. What the machine lacks is a skip; programs that were not built are a failure, since whoever
+    /// runs the suites has to build them.
+    pub fn programs(&mut self) -> Option<Programs> {
+        if let Some(reason) = World::unavailable() {
+            self.skip(self.name, &reason);
+            return None;
+        }
+        Programs::find().map_err(|error| self.fail("the programs to test", &error)).ok()
     }
 
     pub fn skip(&mut self, name: &str, reason: &str) {

@@ -37,13 +37,7 @@ const WEB: (&str, u8) = ("web", 20);
 
 fn main() -> ExitCode {
     let mut suite = Suite::new("api_agent");
-    let programs = match World::unavailable().map_or_else(|| Programs::find().map_err(|e| format!("{e:#}")), Err) {
-        Ok(programs) => programs,
-        Err(reason) => {
-            suite.skip("api_agent", &reason);
-            return suite.finish();
-        }
-    };
+    let Some(programs) = suite.programs() else { return suite.finish() };
     let servers = match apiserver::Programs::find() {
         Ok(servers) => servers,
         Err(reason) => {
@@ -59,7 +53,7 @@ fn main() -> ExitCode {
 }
 
 fn cases(suite: &mut Suite, cluster: &mut Cluster) {
-    for socket_lb in SocketLb::BOTH {
+    for socket_lb in SocketLb::SERVING {
         let group = format!("api/{}", socket_lb.name());
         if !suite.wants_group(&group) {
             continue;

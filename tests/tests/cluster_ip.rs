@@ -11,19 +11,13 @@ use proxy_tests::{
 
 fn main() -> ExitCode {
     let mut suite = Suite::new("cluster_ip");
-    let programs = match World::unavailable().map_or_else(|| Programs::find().map_err(|e| format!("{e:#}")), Err) {
-        Ok(programs) => programs,
-        Err(reason) => {
-            suite.skip("cluster_ip", &reason);
-            return suite.finish();
-        }
-    };
+    let Some(programs) = suite.programs() else { return suite.finish() };
     if let Err(error) = cleanup_on_signals().and_then(|()| World::sweep().map(drop)) {
         suite.fail("preparation", &error);
         return suite.finish();
     }
     for (topology, rp_filter) in [(Topology::Routed, true), (Topology::Bridge, false), (Topology::Vxlan, true)] {
-        for socket_lb in SocketLb::BOTH {
+        for socket_lb in SocketLb::SERVING {
             let group = format!("{}/{}", topology.name(), socket_lb.name());
             if !suite.wants_group(&group) {
                 continue;

@@ -29,11 +29,12 @@ pub const WORLD: [Tool; 2] = [
 ];
 
 /// What the namespace suites compare with and look through.
-pub const NETNS_SUITES: [Tool; 5] = [
+pub const NETNS_SUITES: [Tool; 6] = [
     Tool { program: "nft", package: "nftables", why: "rules of kube-proxy's kind beside ours" },
     Tool { program: "iptables", package: "iptables", why: "network policies as CNIs write them" },
     Tool { program: "conntrack", package: "conntrack", why: "shows what the kernel's own table saw" },
     Tool { program: "ethtool", package: "ethtool", why: "switches off checksum offload on test links" },
+    Tool { program: "strace", package: "strace", why: "shows what the agent writes to maps" },
     Tool { program: "tcpdump", package: "tcpdump", why: "shows packets where a test failed" },
 ];
 

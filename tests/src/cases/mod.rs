@@ -123,7 +123,7 @@ impl Ground<'_> {
         if from.is_node() {
             return self.world.node_addresses(number);
         }
-        if backend.name == from.name && self.socket_lb == SocketLb::Node {
+        if backend.name == from.name && self.socket_lb != SocketLb::All {
             return self.world.node_addresses(number);
         }
         // Not ours: flannel masquerades what leaves the pod network.
@@ -183,7 +183,7 @@ impl Ground<'_> {
         match from.node {
             None => true,
             Some(_) if from.is_node() => false,
-            Some(_) => self.socket_lb == SocketLb::Node,
+            Some(_) => self.socket_lb != SocketLb::All,
         }
     }
 

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::Node;
+use super::{Node, pins::Pinned, trace};
 
 /// Whose sockets are translated at connect time (`--socket-lb`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -19,15 +19,19 @@ pub enum SocketLb {
     All,
     /// The node's own processes only: pods go per packet.
     Node,
+    /// Nobody: pods go per packet, the node's own processes are not served.
+    Off,
 }
 
 impl SocketLb {
-    pub const BOTH: [Self; 2] = [Self::All, Self::Node];
+    /// Those that serve everybody.
+    pub const SERVING: [Self; 2] = [Self::All, Self::Node];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::All => "all",
             Self::Node => "node",
+            Self::Off => "off",
         }
     }
 }
@@ -41,17 +45,20 @@ pub struct AgentOptions {
     pub kubeconfig: Option<PathBuf>,
     /// Further arguments of `proxy-agent run`.
     pub extra: Vec<String>,
+    /// Note every bpf(2) call that it makes, for [`Node::bpf_calls`].
+    pub traced: bool,
 }
 
 impl AgentOptions {
     pub fn new(socket_lb: SocketLb) -> Self {
-        Self { socket_lb, source: None, kubeconfig: None, extra: Vec::new() }
+        Self { socket_lb, source: None, kubeconfig: None, extra: Vec::new(), traced: false }
     }
 }
 
 pub(super) struct Agent {
     child: Child,
     log: PathBuf,
+    trace: Option<PathBuf>,
 }
 
 impl Agent {
@@ -62,7 +69,7 @@ impl Agent {
         logs: &Path,
         options: &AgentOptions,
     ) -> Result<Self> {
-        let AgentOptions { socket_lb, source, kubeconfig, extra } = options;
+        let AgentOptions { socket_lb, source, kubeconfig, extra, traced } = options;
         let name = &node.place.name;
         let log = logs.join(format!("{name}.log"));
         let stderr =
@@ -71,9 +78,12 @@ impl Agent {
             Some(kubeconfig) => ["--kubeconfig".as_ref(), kubeconfig.as_os_str()],
             None => ["--source".as_ref(), source.as_deref().unwrap_or(objects).as_os_str()],
         };
-        let child = node
-            .place
-            .command(program)?
+        let trace = traced.then(|| logs.join(format!("{name}.trace")));
+        let mut command = node.place.command(trace.as_ref().map_or(program, |_| Path::new("strace")))?;
+        if let Some(trace) = &trace {
+            command.args(trace::ARGUMENTS).arg("-o").arg(trace).arg(program);
+        }
+        let child = command
             .arg("run")
             .args(input)
             .args(["--hostname-override", name, "--socket-lb", socket_lb.name()])
@@ -90,7 +100,7 @@ impl Agent {
             .stderr(stderr)
             .spawn()
             .with_context(|| format!("start {} on {name}", program.display()))?;
-        Ok(Self { child, log })
+        Ok(Self { child, log, trace })
     }
 
     pub(super) fn log_path(&self) -> &Path {
@@ -119,6 +129,18 @@ impl Drop for Agent {
 }
 
 impl Node {
+    /// What the agent has pinned, as it is now.
+    pub fn pinned(&self) -> Result<Pinned> {
+        Pinned::read(&self.bpffs)
+    }
+
+    /// Every bpf(2) call of the running agent so far that succeeded. It has to be started as `traced`.
+    pub fn bpf_calls(&self) -> Result<Vec<trace::Call>> {
+        let trace = self.agent.as_ref().and_then(|agent| agent.trace.as_ref()).context("no traced agent runs here")?;
+        let text = fs::read_to_string(trace).with_context(|| format!("read {}", trace.display()))?;
+        trace::calls(&text)
+    }
+
     /// What the agent's log ends with, if there was one here and it has ended.
     pub fn agent_ended(&self) -> Option<String> {
         let agent = self.agent.as_ref()?;

@@ -21,6 +21,8 @@ mod place;
 mod topology;
 
 pub mod objects;
+pub mod pins;
+pub mod trace;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
