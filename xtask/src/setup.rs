@@ -244,19 +244,41 @@ fn bpf_linker() -> Result<()> {
         }
         return Ok(());
     }
-    eprintln!("setup: installing bpf-linker {BPF_LINKER} with cargo (links the eBPF object; takes a minute or two)");
+    cargo_install("bpf-linker", BPF_LINKER, &[], "links the eBPF object; takes a minute or two")
+}
+
+/// Reads the `deny.toml` and the lock file of this workspace; needs Rust 1.88 itself.
+const CARGO_DENY: &str = "0.20.2";
+
+/// Any version will do that reads our `deny.toml`.
+pub fn cargo_deny() -> Result<()> {
+    if find("cargo-deny").is_some() {
+        return Ok(());
+    }
+    // Not optimised: built in half the time, and what it does here takes a second either way.
+    cargo_install(
+        "cargo-deny",
+        CARGO_DENY,
+        &["--debug"],
+        "checks licences and banned crates; takes a minute or two, once",
+    )
+}
+
+fn cargo_install(program: &str, version: &str, args: &[&str], why: &str) -> Result<()> {
+    eprintln!("setup: installing {program} {version} with cargo ({why})");
     // Its own target directory, so that a cached `target/` makes a second machine quick.
-    let target_dir = command::target_dir().join("bpf-linker");
+    let target_dir = command::target_dir().join(program);
     fs::create_dir_all(&target_dir).with_context(|| format!("cannot create {}", target_dir.display()))?;
     check(
         command::cargo()
-            .args(["install", "--locked", "--quiet", "--version", BPF_LINKER, "bpf-linker", "--target-dir"])
+            .args(["install", "--locked", "--quiet", "--version", version, program, "--target-dir"])
             .arg(&target_dir)
+            .args(args)
             .env_remove("RUSTFLAGS"),
     )
-    .context("cannot install bpf-linker; `cargo install bpf-linker@0.10.3 --locked` shows why")?;
-    if find("bpf-linker").is_none() {
-        bail!("bpf-linker was installed but is not on PATH: add cargo's bin directory (usually ~/.cargo/bin) to PATH");
+    .with_context(|| format!("cannot install {program}; `cargo install {program}@{version} --locked` shows why"))?;
+    if find(program).is_none() {
+        bail!("{program} was installed but is not on PATH: add cargo's bin directory (usually ~/.cargo/bin) to PATH");
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ mod libtest;
 
 use std::{
     collections::BTreeMap,
-    env, fs,
+    fs,
     io::{BufRead as _, BufReader, Write as _},
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode, Stdio},
@@ -335,7 +335,7 @@ fn report(sums: &BTreeMap<Suite, (Outcome, Duration)>, filtered: bool, logs: &Pa
         unlisted += usize::from(!listed);
         println!("  {}: {}{}", skip.test, skip.text, if listed { "" } else { "   (not in tests/skips.txt)" });
     }
-    let strict = env::var_os("CI").is_some_and(|ci| !ci.is_empty());
+    let strict = command::is_ci();
     if strict && unlisted > 0 {
         // In CI a skip that nobody allowed is a failure, and counted as one.
         total.failures.push(format!("{unlisted} skipped that tests/skips.txt does not allow"));
