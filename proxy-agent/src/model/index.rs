@@ -46,6 +46,9 @@ pub struct Index {
     owners: HashMap<SliceKey, ServiceKey>,
     endpoints: usize,
     heard: Heard,
+    /// Left out of the next complete list, and yet not gone.
+    unreadable_services: BTreeSet<ServiceKey>,
+    unreadable_slices: BTreeSet<SliceKey>,
     problems: BTreeMap<String, Vec<String>>,
 }
 
@@ -81,6 +84,8 @@ impl Index {
             Event::Node(facts) => self.set_node(facts, touched),
             Event::Services(list) => self.relist_services(list, touched),
             Event::Slices(list) => self.relist_slices(list, touched),
+            Event::UnreadableServices(keys) => self.unreadable_services = keys,
+            Event::UnreadableSlices(keys) => self.unreadable_slices = keys,
             Event::Problems(problems) => self.problems = problems,
         }
     }
@@ -104,8 +109,9 @@ impl Index {
     fn relist_services(&mut self, list: Vec<Arc<Service>>, touched: &mut Touched) {
         self.heard.services = true;
         let listed: HashSet<ServiceKey> = list.iter().map(|service| service.key.clone()).collect();
-        let gone: Vec<ServiceKey> =
-            self.snapshot.services.keys().filter(|key| !listed.contains(*key)).cloned().collect();
+        let unreadable = std::mem::take(&mut self.unreadable_services);
+        let is_gone = |key: &&ServiceKey| !listed.contains(*key) && !unreadable.contains(*key);
+        let gone: Vec<ServiceKey> = self.snapshot.services.keys().filter(is_gone).cloned().collect();
         for key in &gone {
             self.remove_service(key, touched);
         }
@@ -160,10 +166,11 @@ impl Index {
     fn relist_slices(&mut self, list: Vec<Arc<EndpointSlice>>, touched: &mut Touched) {
         self.heard.slices = true;
         let listed: HashSet<(&str, &str)> = list.iter().map(|slice| (&*slice.namespace, &*slice.name)).collect();
+        let unreadable = std::mem::take(&mut self.unreadable_slices);
         let gone: BTreeSet<SliceKey> = self
             .owners
             .keys()
-            .filter(|(namespace, name)| !listed.contains(&(&**namespace, &**name)))
+            .filter(|key| !listed.contains(&(&*key.0, &*key.1)) && !unreadable.contains(*key))
             .cloned()
             .collect();
         for key in &gone {

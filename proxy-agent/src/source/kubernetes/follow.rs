@@ -1,37 +1,39 @@
 //! List, then watch, then watch again: one kind.
 //!
 //! kube's own `watcher` does the same but keeps to itself what the agent must know: that a watch stands again after it was lost
-//! (it says nothing until an object changes, so an agent would call itself stale for hours), and that an object of the stream
-//! could not be read (it goes on with the next, and the change is lost). It also asks again at once, and for ever, where a server
+//! (it says nothing until an object changes, so an agent would call itself stale for hours), and which object of the stream or of
+//! a list could not be read (of a list it loses all for the sake of one). It also asks again at once, and for ever, where a server
 //! ends every watch as it begins. So the loop is ours; requests, streams and types are kube's.
 //!
 //! - INVARIANT: nothing is ever said to be gone because of an error. Objects go by a DELETED event, or by being absent from a
 //!   *complete* list.
 //! - A lost connection goes on from the last version seen (bookmarks included), so nothing is listed again without need.
-//! - A server that says the version is too old (410), an error inside the stream, and an object that cannot be read lead to a new
-//!   list.
+//! - A server that says the version is too old (410), an error inside the stream, and text that makes no sense lead to a new list.
+//! - An object that cannot be read keeps its last good state and is named in `problems`; the others do not notice.
 
 use std::{
+    collections::BTreeMap,
     hash::{BuildHasher, RandomState},
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use futures::StreamExt;
-use kube::{
-    api::{ListParams, WatchEvent},
-    core::Request,
+use futures::{AsyncBufReadExt, StreamExt};
+use kube::{api::ListParams, core::Request};
+use tokio::{
+    sync::{Mutex, mpsc},
+    time::timeout,
 };
-use serde::Deserialize;
-use tokio::{sync::mpsc, time::timeout};
 use tracing::debug;
 
 use super::{
-    board::Board,
+    board::{self, Board},
     connect::{Connector, reason},
+    decode::{self, Object, Page, Told, Unreadable},
     kinds::{Kind, Selectors},
+    remarks::Remarks,
 };
-use crate::model::Event;
+use crate::{model::Event, source::api};
 
 /// A page of a list, whole.
 const PAGE: Duration = Duration::from_secs(45);
@@ -52,23 +54,9 @@ pub(super) struct Follower {
     pub(super) connector: Arc<Connector>,
     pub(super) board: Arc<Board>,
     pub(super) events: mpsc::Sender<Event>,
+    /// What each kind's objects have wrong with them, as it was handed on; held while it is, so that the last word is the newest.
+    pub(super) problems: Arc<Mutex<[BTreeMap<String, Vec<String>>; 3]>>,
     pub(super) watch_timeout: Duration,
-}
-
-/// A page of a list.
-#[derive(Deserialize)]
-struct Page<T> {
-    #[serde(default)]
-    metadata: PageMetadata,
-    #[serde(default = "Vec::new")]
-    items: Vec<T>,
-}
-
-#[derive(Deserialize, Default)]
-#[serde(rename_all = "camelCase", default)]
-struct PageMetadata {
-    resource_version: String,
-    r#continue: String,
 }
 
 /// Why a list or a watch ended without doing its work.
@@ -184,23 +172,29 @@ async fn list<K: Kind>(kind: &mut K, selectors: &Selectors, follower: &Follower)
     let version = loop {
         let request =
             Request::new(K::PATH).list(&parameters).map_err(|error| trouble(&kube::Error::BuildRequest(error)))?;
-        let answer = timeout(PAGE, client.request::<Page<K::Object>>(request)).await;
-        let Page { metadata, items } =
-            answer.map_err(|_| Trouble::silent(K::RESOURCE, PAGE))?.map_err(|error| trouble(&error))?;
-        for object in items {
-            kind.listed(object);
+        let answer = timeout(PAGE, client.request_text(request)).await;
+        let text = answer.map_err(|_| Trouble::silent(K::RESOURCE, PAGE))?.map_err(|error| trouble(&error))?;
+        let Page { version, next, objects } =
+            decode::page::<K::Object>(&text).map_err(|error| trouble(&kube::Error::SerdeError(error)))?;
+        for object in objects {
+            match object {
+                Object::Whole(object) => kind.listed(object),
+                Object::Unreadable(object) => kind.listed_unreadable(object),
+            }
         }
-        if metadata.r#continue.is_empty() {
-            break metadata.resource_version;
+        if next.is_empty() {
+            break version;
         }
-        parameters.continue_token = Some(metadata.r#continue);
+        parameters.continue_token = Some(next);
     };
     if version.is_empty() {
         let why = format!("the API server's list of {} carries no version", K::RESOURCE);
         return Err(Trouble::Failed { why, renew: false, relist: true });
     }
-    let event = kind.list_done();
-    follower.send(event).await?;
+    for event in kind.list_done() {
+        follower.send(Some(event)).await?;
+    }
+    follower.report(K::KIND, kind.remarks()).await?;
     follower.board.good(K::KIND, kind.missing());
     Ok(version)
 }
@@ -216,48 +210,94 @@ async fn watch<K: Kind>(
     let trouble = |error: &kube::Error| Trouble::of(error, selectors, K::RESOURCE);
     // Agents that started together should not all come back in the same second.
     let lasts = follower.watch_timeout.mul_f64(1.0 + random() / 4.0);
-    let request = Request::new(K::PATH)
+    let mut request = Request::new(K::PATH)
         .watch(&selectors.watch(lasts), version)
         .map_err(|error| trouble(&kube::Error::BuildRequest(error)))?;
     let client = follower.connector.client().await;
-    let answer = timeout(ANSWER, client.request_events::<K::Object>(request)).await;
+    // From 1.37 on servers compress each event by itself, of which kube's client reads only the first.
+    if let Ok(identity) = "identity".parse() {
+        request.headers_mut().insert("accept-encoding", identity);
+    }
+    let answer = timeout(ANSWER, client.request_stream(request)).await;
     let stream = answer.map_err(|_| Trouble::silent(K::RESOURCE, ANSWER))?.map_err(|error| trouble(&error))?;
-    let mut stream = std::pin::pin!(stream);
+    let mut lines = std::pin::pin!(stream.lines());
     follower.board.good(K::KIND, kind.missing());
     loop {
-        let Ok(next) = timeout(lasts + GRACE, stream.next()).await else {
+        let Ok(next) = timeout(lasts + GRACE, lines.next()).await else {
             debug!(resource = K::RESOURCE, "the watch fell silent, starting another");
             return Ok(());
         };
-        let event = match next {
+        let line = match next {
             None => return Ok(()),
-            // kube takes an object that it cannot read for an error of the server's.
-            Some(Err(error @ kube::Error::Api(_))) => return Err(trouble(&error).in_stream()),
-            Some(Err(error)) => return Err(trouble(&error)),
-            Some(Ok(event)) => event,
+            // Connections break. If there is more to it, the next one does not come about and says so.
+            Some(Err(error)) => {
+                debug!(resource = K::RESOURCE, %error, "the watch broke off");
+                return Ok(());
+            }
+            Some(Ok(line)) => line,
         };
-        let event = match event {
-            WatchEvent::Added(object) | WatchEvent::Modified(object) => {
+        let heard = match decode::line::<K::Object>(&line) {
+            Ok(Some(heard)) => heard,
+            Ok(None) => continue,
+            Err(error) => return Err(trouble(&error).in_stream()),
+        };
+        let event = match heard {
+            Told::Applied(Object::Whole(object)) => {
                 version.clone_from(&K::metadata(&object).resource_version);
                 kind.applied(object)
             }
-            WatchEvent::Deleted(object) => {
+            Told::Deleted(Object::Whole(object)) => {
                 version.clone_from(&K::metadata(&object).resource_version);
-                kind.deleted(object)
+                kind.deleted(K::metadata(&object))
             }
-            WatchEvent::Bookmark(bookmark) => {
-                version.clone_from(&bookmark.metadata.resource_version);
+            Told::Applied(Object::Unreadable(object)) => {
+                advance(version, &object)?;
+                kind.applied_unreadable(object)
+            }
+            Told::Deleted(Object::Unreadable(object)) => {
+                advance(version, &object)?;
+                let Unreadable { namespace, name, .. } = object;
+                kind.deleted(&api::Metadata { namespace, name, ..api::Metadata::default() })
+            }
+            Told::Bookmark(bookmark) => {
+                *version = bookmark;
                 None
             }
-            WatchEvent::Error(status) => return Err(trouble(&kube::Error::Api(status)).in_stream()),
+            Told::Error(status) => return Err(trouble(&kube::Error::Api(status)).in_stream()),
         };
         *told = true;
         follower.send(event).await?;
+        follower.report(K::KIND, kind.remarks()).await?;
         follower.board.good(K::KIND, kind.missing());
     }
 }
 
+/// An object that cannot be read moves the watch along like any other, unless it does not say whereto.
+fn advance(version: &mut String, object: &Unreadable) -> Result<(), Trouble> {
+    let Unreadable { namespace, name, resource_version, why } = object;
+    if resource_version.is_empty() {
+        let why = format!("the object {namespace}/{name} of the API server's stream cannot be read: {why}");
+        return Err(Trouble::Failed { why, renew: false, relist: true });
+    }
+    version.clone_from(resource_version);
+    Ok(())
+}
+
 impl Follower {
+    /// Hands on what is wrong with objects of this kind, if that is news.
+    async fn report(&self, kind: board::Kind, remarks: &mut Remarks) -> Result<(), Trouble> {
+        let Some(news) = remarks.news() else { return Ok(()) };
+        let mut problems = self.problems.lock().await;
+        let [services, slices, node] = &mut *problems;
+        *match kind {
+            board::Kind::Services => services,
+            board::Kind::Slices => slices,
+            board::Kind::Node => node,
+        } = news;
+        let all = problems.iter().flatten().map(|(object, why)| (object.clone(), why.clone())).collect();
+        self.send(Some(Event::Problems(all))).await
+    }
+
     async fn send(&self, event: Option<Event>) -> Result<(), Trouble> {
         match event {
             Some(event) => self.events.send(event).await.map_err(|_| Trouble::Deaf),

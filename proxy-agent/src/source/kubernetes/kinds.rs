@@ -1,14 +1,14 @@
 //! What is particular to each kind: where it lives, what is asked for, and what becomes of an object.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::BTreeSet, sync::Arc, time::Duration};
 
 use kube::api::WatchParams;
 use serde::de::DeserializeOwned;
 use tracing::{debug, info, warn};
 
-use super::board;
+use super::{board, decode::Unreadable, remarks::Remarks};
 use crate::{
-    model::{EndpointSlice, Event, NodeFacts, Service},
+    model::{EndpointSlice, Event, NodeFacts, Service, ServiceKey},
     source::{
         api,
         convert::{self, Names},
@@ -50,12 +50,19 @@ pub(super) trait Kind: Send + 'static {
 
     /// Takes in one object of a list that is not complete yet.
     fn listed(&mut self, object: Self::Object);
+    /// The same of one that cannot be read: it is there, and what was known of it stands.
+    fn listed_unreadable(&mut self, object: Unreadable);
     /// Forgets a list that was broken off.
     fn list_lost(&mut self);
     /// The list is complete: it replaces all that was known.
-    fn list_done(&mut self) -> Option<Event>;
+    fn list_done(&mut self) -> Vec<Event>;
     fn applied(&mut self, object: Self::Object) -> Option<Event>;
-    fn deleted(&mut self, object: Self::Object) -> Option<Event>;
+    /// It changed to something that cannot be read.
+    fn applied_unreadable(&mut self, object: Unreadable) -> Option<Event>;
+    fn deleted(&mut self, metadata: &api::Metadata) -> Option<Event>;
+
+    /// What is wrong with objects that are not handed on.
+    fn remarks(&mut self) -> &mut Remarks;
 
     /// Why a complete list is not enough yet.
     fn missing(&self) -> Option<String> {
@@ -67,6 +74,8 @@ pub(super) trait Kind: Send + 'static {
 pub(super) struct Services {
     names: Names,
     list: Vec<Arc<Service>>,
+    unreadable: BTreeSet<ServiceKey>,
+    remarks: Remarks,
 }
 
 impl Kind for Services {
@@ -94,49 +103,78 @@ impl Kind for Services {
         }
     }
 
-    fn list_lost(&mut self) {
-        self.list = Vec::new();
+    fn listed_unreadable(&mut self, object: Unreadable) {
+        let Unreadable { namespace, name, why, .. } = object;
+        self.remarks.listed(place("Service", &namespace, &name), unreadable(&why));
+        self.unreadable.insert(ServiceKey { namespace: self.names.get(&namespace), name: self.names.get(&name) });
     }
 
-    fn list_done(&mut self) -> Option<Event> {
-        info!(services = self.list.len(), "listed");
-        Some(Event::Services(std::mem::take(&mut self.list)))
+    fn list_lost(&mut self) {
+        self.list = Vec::new();
+        self.unreadable.clear();
+        self.remarks.list_lost();
+    }
+
+    fn list_done(&mut self) -> Vec<Event> {
+        info!(services = self.list.len(), unreadable = self.unreadable.len(), "listed");
+        self.remarks.list_done();
+        let unreadable = std::mem::take(&mut self.unreadable);
+        vec![Event::UnreadableServices(unreadable), Event::Services(std::mem::take(&mut self.list))]
     }
 
     fn applied(&mut self, object: api::Service) -> Option<Event> {
+        self.remarks.clear(|| place("Service", &object.metadata.namespace, &object.metadata.name));
         Some(match convert::service(&object, &mut self.names) {
             Ok(service) => Event::Service(Arc::new(service)),
             Err(_) => Event::ServiceGone(convert::key(&object.metadata, &mut self.names)),
         })
     }
 
-    fn deleted(&mut self, object: api::Service) -> Option<Event> {
-        Some(Event::ServiceGone(convert::key(&object.metadata, &mut self.names)))
+    fn applied_unreadable(&mut self, object: Unreadable) -> Option<Event> {
+        let Unreadable { namespace, name, why, .. } = object;
+        self.remarks.set(place("Service", &namespace, &name), unreadable(&why));
+        None
     }
+
+    fn deleted(&mut self, metadata: &api::Metadata) -> Option<Event> {
+        self.remarks.clear(|| place("Service", &metadata.namespace, &metadata.name));
+        Some(Event::ServiceGone(convert::key(metadata, &mut self.names)))
+    }
+
+    fn remarks(&mut self) -> &mut Remarks {
+        &mut self.remarks
+    }
+}
+
+fn place(kind: &str, namespace: &str, name: &str) -> String {
+    format!("{kind} {namespace}/{name}")
+}
+
+fn unreadable(why: &str) -> String {
+    format!("cannot be read: {why}; what was known of it before stands")
 }
 
 #[derive(Default)]
 pub(super) struct Slices {
     names: Names,
     list: Vec<Arc<EndpointSlice>>,
+    unreadable: BTreeSet<(Arc<str>, Arc<str>)>,
+    remarks: Remarks,
 }
 
 impl Slices {
-    fn convert(&mut self, object: &api::EndpointSlice) -> Option<Arc<EndpointSlice>> {
-        match convert::slice(object, &mut self.names) {
-            Ok(slice) => Some(Arc::new(slice)),
-            Err(why) => {
-                let slice = convert::key(&object.metadata, &mut self.names);
-                match why {
-                    // Contract A17: nobody can tell whose endpoints these are.
-                    convert::NotOurs::NoServiceName => {
-                        warn!(%slice, "EndpointSlice ignored: it names no Service; set its label kubernetes.io/service-name");
-                    }
-                    why => debug!(%slice, ?why, "ignored"),
-                }
+    /// Or what to say of it.
+    fn convert(&mut self, object: &api::EndpointSlice) -> Result<Arc<EndpointSlice>, Option<String>> {
+        convert::slice(object, &mut self.names).map(Arc::new).map_err(|why| match why {
+            // Contract A17: nobody can tell whose endpoints these are.
+            convert::NotOurs::NoServiceName => {
+                Some("ignored: it names no Service; set its label kubernetes.io/service-name".to_owned())
+            }
+            why => {
+                debug!(slice = %convert::key(&object.metadata, &mut self.names), ?why, "ignored");
                 None
             }
-        }
+        })
     }
 
     fn gone(&mut self, metadata: &api::Metadata) -> Event {
@@ -161,25 +199,56 @@ impl Kind for Slices {
     }
 
     fn listed(&mut self, object: api::EndpointSlice) {
-        let slice = self.convert(&object);
-        self.list.extend(slice);
+        let api::Metadata { namespace, name, .. } = &object.metadata;
+        match self.convert(&object) {
+            Ok(slice) => self.list.push(slice),
+            Err(Some(why)) => self.remarks.listed(place("EndpointSlice", namespace, name), why),
+            Err(None) => {}
+        }
+    }
+
+    fn listed_unreadable(&mut self, object: Unreadable) {
+        let Unreadable { namespace, name, why, .. } = object;
+        self.remarks.listed(place("EndpointSlice", &namespace, &name), unreadable(&why));
+        self.unreadable.insert((self.names.get(&namespace), self.names.get(&name)));
     }
 
     fn list_lost(&mut self) {
         self.list = Vec::new();
+        self.unreadable.clear();
+        self.remarks.list_lost();
     }
 
-    fn list_done(&mut self) -> Option<Event> {
-        info!(slices = self.list.len(), "listed");
-        Some(Event::Slices(std::mem::take(&mut self.list)))
+    fn list_done(&mut self) -> Vec<Event> {
+        info!(slices = self.list.len(), unreadable = self.unreadable.len(), "listed");
+        self.remarks.list_done();
+        let unreadable = std::mem::take(&mut self.unreadable);
+        vec![Event::UnreadableSlices(unreadable), Event::Slices(std::mem::take(&mut self.list))]
     }
 
     fn applied(&mut self, object: api::EndpointSlice) -> Option<Event> {
-        Some(self.convert(&object).map_or_else(|| self.gone(&object.metadata), Event::Slice))
+        let api::Metadata { namespace, name, .. } = &object.metadata;
+        let converted = self.convert(&object);
+        match &converted {
+            Err(Some(why)) => self.remarks.set(place("EndpointSlice", namespace, name), why.clone()),
+            _ => self.remarks.clear(|| place("EndpointSlice", namespace, name)),
+        }
+        Some(converted.map_or_else(|_| self.gone(&object.metadata), Event::Slice))
     }
 
-    fn deleted(&mut self, object: api::EndpointSlice) -> Option<Event> {
-        Some(self.gone(&object.metadata))
+    fn applied_unreadable(&mut self, object: Unreadable) -> Option<Event> {
+        let Unreadable { namespace, name, why, .. } = object;
+        self.remarks.set(place("EndpointSlice", &namespace, &name), unreadable(&why));
+        None
+    }
+
+    fn deleted(&mut self, metadata: &api::Metadata) -> Option<Event> {
+        self.remarks.clear(|| place("EndpointSlice", &metadata.namespace, &metadata.name));
+        Some(self.gone(metadata))
+    }
+
+    fn remarks(&mut self) -> &mut Remarks {
+        &mut self.remarks
     }
 }
 
@@ -188,11 +257,13 @@ pub(super) struct OwnNode {
     name: String,
     facts: Option<NodeFacts>,
     listed: Option<api::Node>,
+    unreadable: bool,
+    remarks: Remarks,
 }
 
 impl OwnNode {
     pub(super) fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), facts: None, listed: None }
+        Self { name: name.to_owned(), facts: None, listed: None, unreadable: false, remarks: Remarks::default() }
     }
 
     fn changed(&mut self, object: &api::Node) -> Option<Event> {
@@ -214,6 +285,13 @@ impl OwnNode {
         info!(node = self.name, zone = facts.zone.as_deref(), leaving = facts.leaving, "own Node");
         self.facts = Some(facts.clone());
         Some(Event::Node(facts))
+    }
+
+    /// It is there: what was known of it stands. If that is nothing, its name has to do, since all else waits for it.
+    fn there(&mut self) -> Option<Event> {
+        let facts =
+            self.facts.clone().unwrap_or_else(|| NodeFacts { name: self.name.as_str().into(), ..NodeFacts::default() });
+        self.set(facts, &[])
     }
 
     /// A Node that is gone is as good as leaving (contract A117).
@@ -242,23 +320,55 @@ impl Kind for OwnNode {
         self.listed = Some(object);
     }
 
-    fn list_lost(&mut self) {
-        self.listed = None;
-    }
-
-    fn list_done(&mut self) -> Option<Event> {
-        match self.listed.take() {
-            Some(object) => self.changed(&object),
-            None => self.gone(),
+    fn listed_unreadable(&mut self, object: Unreadable) {
+        if object.name == self.name {
+            self.unreadable = true;
+            self.remarks.listed(format!("Node {}", self.name), unreadable(&object.why));
         }
     }
 
+    fn list_lost(&mut self) {
+        self.listed = None;
+        self.unreadable = false;
+        self.remarks.list_lost();
+    }
+
+    fn list_done(&mut self) -> Vec<Event> {
+        self.remarks.list_done();
+        let unreadable = std::mem::take(&mut self.unreadable);
+        let event = match self.listed.take() {
+            Some(object) => self.changed(&object),
+            None if unreadable => self.there(),
+            None => self.gone(),
+        };
+        event.into_iter().collect()
+    }
+
     fn applied(&mut self, object: api::Node) -> Option<Event> {
+        if object.metadata.name == self.name {
+            self.remarks.clear(|| format!("Node {}", self.name));
+        }
         self.changed(&object)
     }
 
-    fn deleted(&mut self, _object: api::Node) -> Option<Event> {
+    fn applied_unreadable(&mut self, object: Unreadable) -> Option<Event> {
+        if object.name != self.name {
+            return None;
+        }
+        self.remarks.set(format!("Node {}", self.name), unreadable(&object.why));
+        self.there()
+    }
+
+    fn deleted(&mut self, metadata: &api::Metadata) -> Option<Event> {
+        if metadata.name != self.name {
+            return None;
+        }
+        self.remarks.clear(|| format!("Node {}", self.name));
         self.gone()
+    }
+
+    fn remarks(&mut self) -> &mut Remarks {
+        &mut self.remarks
     }
 
     fn missing(&self) -> Option<String> {
@@ -295,18 +405,52 @@ mod tests {
             services.listed(object(not_ours));
         }
         services.listed(object(ours));
-        assert!(matches!(services.list_done(), Some(Event::Services(list)) if list.len() == 1));
+        assert!(matches!(services.list_done().as_slice(), [_, Event::Services(list)] if list.len() == 1));
         // A list that was broken off leaves nothing in the next one.
         services.listed(object(ours));
         services.list_lost();
-        assert!(matches!(services.list_done(), Some(Event::Services(list)) if list.is_empty()));
+        assert!(matches!(services.list_done().as_slice(), [_, Event::Services(list)] if list.is_empty()));
+    }
+
+    /// A17: nobody can tell whose endpoints these are, so somebody has to be told.
+    #[test]
+    fn a_slice_that_names_no_service_is_named() {
+        let mut slices = Slices::default();
+        let nameless = "{metadata: {namespace: n, name: lost}, addressType: IPv4}";
+        let named =
+            "{metadata: {namespace: n, name: lost, labels: {kubernetes.io/service-name: s}}, addressType: IPv4}";
+        slices.listed(object(nameless));
+        slices.list_done();
+        let told = slices.remarks().news().unwrap();
+        assert!(told["EndpointSlice n/lost"][0].contains("set its label kubernetes.io/service-name"), "{told:?}");
+        assert!(matches!(slices.applied(object(named)), Some(Event::Slice(_))));
+        assert!(slices.remarks().news().unwrap().is_empty());
+        slices.applied(object(nameless));
+        assert_eq!(slices.remarks().news().unwrap().len(), 1);
+        slices.deleted(&object::<api::EndpointSlice>(nameless).metadata);
+        assert!(slices.remarks().news().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_node_that_cannot_be_read_is_there_nevertheless() {
+        let unreadable = || Unreadable {
+            namespace: String::new(),
+            name: "n1".into(),
+            resource_version: "1".into(),
+            why: "no".into(),
+        };
+        let mut node = OwnNode::new("n1");
+        node.listed_unreadable(unreadable());
+        assert!(matches!(node.list_done().as_slice(), [Event::Node(facts)] if &*facts.name == "n1" && !facts.leaving));
+        assert_eq!((node.missing(), node.remarks().news().unwrap().len()), (None, 1));
+        assert_eq!(node.applied_unreadable(unreadable()), None);
     }
 
     #[test]
     fn the_own_node_is_waited_for_and_kept() {
         let mut node = OwnNode::new("n1");
         let n1 = "{metadata: {name: n1, labels: {topology.kubernetes.io/zone: z}}}";
-        assert_eq!(node.list_done(), None);
+        assert_eq!(node.list_done(), []);
         assert!(node.missing().unwrap().contains("--hostname-override"));
         assert_eq!(node.applied(object("{metadata: {name: n2}}")), None);
         assert!(node.missing().is_some());
@@ -315,11 +459,11 @@ mod tests {
         assert_eq!(node.missing(), None);
         // A heartbeat is no news.
         assert_eq!(node.applied(object(n1)), None);
-        let event = node.deleted(object(n1));
+        let event = node.deleted(&object::<api::Node>(n1).metadata);
         assert!(matches!(&event, Some(Event::Node(facts)) if facts.leaving && facts.zone.is_some()), "{event:?}");
         assert_eq!(node.missing(), None);
-        assert_eq!(node.list_done(), None);
+        assert_eq!(node.list_done(), []);
         node.listed(object(n1));
-        assert!(matches!(node.list_done(), Some(Event::Node(facts)) if !facts.leaving));
+        assert!(matches!(node.list_done().as_slice(), [Event::Node(facts)] if !facts.leaving));
     }
 }

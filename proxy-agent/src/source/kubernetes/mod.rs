@@ -6,8 +6,10 @@
 
 mod board;
 mod connect;
+mod decode;
 mod follow;
 mod kinds;
+mod remarks;
 
 use std::sync::Arc;
 
@@ -38,6 +40,7 @@ pub(super) async fn run(
         connector: Arc::new(Connector::new(options).await?),
         board: Arc::new(Board::new(state)),
         events: events.clone(),
+        problems: Arc::default(),
         watch_timeout,
     };
     let mut tasks = JoinSet::new();

@@ -16,6 +16,7 @@ use futures::{StreamExt, stream};
 use serde_json::{Value, json};
 
 use super::*;
+use crate::model::index::Index;
 
 /// One request for Services.
 #[derive(Clone, Debug)]
@@ -251,6 +252,61 @@ async fn what_cannot_be_read_means_a_new_list() {
         assert_eq!(server.heard("c").await, ["all: a", "all: a b", "c"], "{garbage}");
         server.state(|state| *state == SourceState::Synced).await;
     }
+}
+
+/// F21: an object that cannot be read costs itself alone, in a list (of several pages) and in a watch; its last good state
+/// stands, and it is named until it can be read or is gone.
+#[tokio::test]
+async fn an_object_that_cannot_be_read_costs_itself_alone() {
+    fn bad(name: &str, version: &str) -> Value {
+        let mut object = service(name, version);
+        object["spec"]["ports"] = json!([{"port": {"number": 80}}]);
+        object
+    }
+    let expired = json!({"kind": "Status", "code": 410, "reason": "Expired", "message": "too old"});
+    let mut server = Server::start(move |asked, before| match (&asked.watch, before) {
+        (None, 0) => list("10", "", json!([service("a", "5"), service("b", "6"), bad("new", "7")])),
+        (Some(_), 0) => {
+            end(&[event("MODIFIED", &bad("b", "11")), event("ADDED", &service("c", "12")), event("ERROR", &expired)])
+        }
+        (None, 1) => list("20", "more", json!([service("a", "5"), bad("b", "11")])),
+        (None, _) => list("20", "", json!([bad("new", "7"), service("d", "19")])),
+        (Some(_), 1) => end(&[event("DELETED", &bad("new", "21")), event("MODIFIED", &service("b", "22"))]),
+        (Some(_), _) => hang(&[event("ADDED", &service("last", "23"))]),
+    })
+    .await;
+    let mut index = Index::default();
+    let mut seen = Vec::new();
+    while !index.snapshot().services.keys().any(|key| &*key.name == "last") {
+        let event = tokio::time::timeout(Duration::from_secs(10), server.events.recv()).await;
+        let event = event.unwrap_or_else(|_| panic!("no more after {seen:?}")).unwrap();
+        index.apply(event, &mut crate::model::index::Touched::default());
+        let services: Vec<&str> = index.snapshot().services.keys().map(|key| &*key.name).collect();
+        let problems: Vec<&str> = index.problems().keys().map(|place| &**place).collect();
+        let now = format!("{} | {}", services.join(" "), problems.join(", "));
+        if seen.last() != Some(&now) {
+            seen.push(now);
+        }
+    }
+    assert_eq!(
+        seen,
+        [
+            " | ",
+            "a b | ",
+            "a b | Service ns/new",
+            "a b | Service ns/b, Service ns/new",
+            "a b c | Service ns/b, Service ns/new",
+            // The list leaves b out and does not take it away; c is gone.
+            "a b d | Service ns/b, Service ns/new",
+            "a b d | Service ns/b",
+            "a b d | ",
+            "a b d last | ",
+        ]
+    );
+    // Each went on from what could not be read, too.
+    let watches: Vec<_> = server.asked().into_iter().filter_map(|asked| asked.watch).collect();
+    assert_eq!(watches, ["10", "20", "22"]);
+    server.state(|state| *state == SourceState::Synced).await;
 }
 
 /// Old servers know no field selector for cluster IPs; what it would have filtered is filtered here.
