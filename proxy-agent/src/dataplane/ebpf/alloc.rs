@@ -9,6 +9,9 @@ use std::{
     time::Duration,
 };
 
+/// After adoption so many slots at least are looked at in one go when room is needed.
+const LOOK: u32 = 1024;
+
 /// How long a freed slot rests: far longer than a program runs, RCU grace periods included.
 pub(crate) const REST: Duration = Duration::from_secs(5);
 
@@ -48,6 +51,11 @@ pub(crate) struct Slots {
     /// Freed and resting, in the order they come to rest.
     resting: VecDeque<(Duration, Extent)>,
     resting_slots: u32,
+    /// What an earlier run left and nobody has looked at yet, lowest last: free if it was never written, resting until then
+    /// otherwise.
+    unknown: Vec<Extent>,
+    unknown_slots: u32,
+    unknown_until: Duration,
     used: u32,
 }
 
@@ -67,44 +75,41 @@ impl Slots {
             by_len: BTreeSet::new(),
             resting: VecDeque::new(),
             resting_slots: 0,
+            unknown: vec![],
+            unknown_slots: 0,
+            unknown_until: Duration::ZERO,
             used: 0,
         }
     }
 
     /// From what an earlier run left: `live` ranges (sorted, not overlapping) are in use; of the rest, slots that were never
-    /// written are free at once, the others count as freed just now.
-    pub(crate) fn adopt(
-        capacity: u32,
-        rest: Duration,
-        live: &[Extent],
-        now: Duration,
-        virgin: impl Fn(u32) -> bool,
-    ) -> Self {
-        let mut slots = Self::empty(capacity, rest);
+    /// written are free at once, the others count as freed just now. Which they are is seen when one is needed, so this costs what
+    /// is in use and not the size of the map.
+    pub(crate) fn adopt(capacity: u32, rest: Duration, live: &[Extent], now: Duration) -> Self {
+        let mut slots = Self { unknown_until: now + rest, ..Self::empty(capacity, rest) };
         let mut at = 0_u32;
         for extent in live.iter().copied().chain([Extent { base: capacity, len: 0 }]) {
-            // Split the gap before `extent` where virginity changes.
-            while at < extent.base {
-                let fresh = virgin(at);
-                let end = (at + 1..extent.base).find(|i| virgin(*i) != fresh).unwrap_or(extent.base);
-                let gap = Extent { base: at, len: end - at };
-                if fresh {
-                    slots.insert_free(gap);
-                } else {
-                    slots.lay_to_rest(gap, now);
-                }
-                at = end;
+            if at < extent.base {
+                slots.unknown.push(Extent { base: at, len: extent.base - at });
+                slots.unknown_slots += extent.base - at;
             }
             slots.used += extent.len;
             at = u32::try_from(extent.end()).unwrap_or(u32::MAX);
         }
+        slots.unknown.reverse();
         slots
     }
 
-    pub(crate) fn alloc(&mut self, len: u32, now: Duration) -> Result<Extent, NoRoom> {
+    /// `virgin`: whether a slot was never written; asked of slots of an earlier run alone.
+    pub(crate) fn alloc(&mut self, len: u32, now: Duration, virgin: impl Fn(u32) -> bool) -> Result<Extent, NoRoom> {
         self.settle(now);
-        let found = self.by_len.range((len, 0)..).next().copied();
-        let Some((have, base)) = found.filter(|_| len > 0) else {
+        let found = loop {
+            let found = self.by_len.range((len, 0)..).next().copied().filter(|_| len > 0);
+            if found.is_some() || !self.look(len.max(LOOK), &virgin) {
+                break found;
+            }
+        };
+        let Some((have, base)) = found else {
             return Err(NoRoom { wanted: len, used: self.used, resting: self.resting_slots, capacity: self.capacity });
         };
         self.remove_free(base, have);
@@ -121,8 +126,41 @@ impl Slots {
         self.lay_to_rest(extent, now);
     }
 
+    /// Looks at the next so many slots that an earlier run left, up to the end of their extent; false if there are none.
+    fn look(&mut self, len: u32, virgin: impl Fn(u32) -> bool) -> bool {
+        let Some(Extent { base, len: have }) = self.unknown.pop() else { return false };
+        let len = len.min(have);
+        let end = base + len;
+        if have > len {
+            self.unknown.push(Extent { base: end, len: have - len });
+        }
+        self.unknown_slots -= len;
+        let mut at = base;
+        while at < end {
+            let fresh = virgin(at);
+            let until = (at + 1..end).find(|index| virgin(*index) != fresh).unwrap_or(end);
+            let run = Extent { base: at, len: until - at };
+            if fresh {
+                self.insert_free(run);
+            } else {
+                // Before all that was freed since: that order is what `settle` goes by.
+                self.resting_slots += run.len;
+                self.resting.push_front((self.unknown_until, run));
+            }
+            at = until;
+        }
+        true
+    }
+
     /// Frees what has rested; how long until the next does.
     pub(crate) fn settle(&mut self, now: Duration) -> Option<Duration> {
+        if self.unknown_until <= now {
+            // Whoever wrote them, it was before this process began.
+            for extent in std::mem::take(&mut self.unknown) {
+                self.insert_free(extent);
+            }
+            self.unknown_slots = 0;
+        }
         while let Some((until, extent)) = self.resting.front().copied() {
             if until > now {
                 return Some(until - now);
@@ -131,7 +169,7 @@ impl Slots {
             self.resting_slots -= extent.len.min(self.resting_slots);
             self.insert_free(extent);
         }
-        None
+        (!self.unknown.is_empty()).then(|| self.unknown_until - now)
     }
 
     pub(crate) const fn used(&self) -> u32 {
@@ -240,34 +278,59 @@ mod tests {
     #[test]
     fn a_freed_range_rests_before_it_is_used_again() {
         let mut slots = Slots::new(4, REST);
-        let a = slots.alloc(4, SEC).unwrap();
+        let a = slots.alloc(4, SEC, |_| true).unwrap();
         slots.release(a, SEC);
-        let refused = slots.alloc(1, SEC + REST - Duration::from_nanos(1)).unwrap_err();
+        let refused = slots.alloc(1, SEC + REST - Duration::from_nanos(1), |_| true).unwrap_err();
         assert_eq!((refused.resting, refused.used, refused.capacity), (4, 0, 4));
-        assert_eq!(slots.alloc(4, SEC + REST), Ok(a));
+        assert_eq!(slots.alloc(4, SEC + REST, |_| true), Ok(a));
     }
 
     #[test]
     fn neighbours_grow_together() {
         let mut slots = Slots::new(9, REST);
-        let [a, b, c] = [(); 3].map(|()| slots.alloc(3, SEC).unwrap());
+        let [a, b, c] = [(); 3].map(|()| slots.alloc(3, SEC, |_| true).unwrap());
         for extent in [a, c, b] {
             slots.release(extent, SEC);
         }
-        assert_eq!(slots.alloc(9, SEC + REST), Ok(Extent { base: 0, len: 9 }));
+        assert_eq!(slots.alloc(9, SEC + REST, |_| true), Ok(Extent { base: 0, len: 9 }));
     }
 
     #[test]
     fn adoption_trusts_only_virgin_slots() {
         // 0 1 live, 2 written, 3 virgin, 4 live, 5 6 virgin, 7 written
         let live = [Extent { base: 0, len: 2 }, Extent { base: 4, len: 1 }];
-        let mut slots = Slots::adopt(8, REST, &live, SEC, |i| [3, 5, 6].contains(&i));
+        let virgin = |index| [3, 5, 6].contains(&index);
+        let mut slots = Slots::adopt(8, REST, &live, SEC);
         assert_eq!(slots.used(), 3);
-        assert_eq!(slots.alloc(1, SEC), Ok(Extent { base: 3, len: 1 }));
-        assert_eq!(slots.alloc(2, SEC), Ok(Extent { base: 5, len: 2 }));
-        assert!(slots.alloc(1, SEC).is_err());
-        assert_eq!(slots.alloc(1, SEC + REST), Ok(Extent { base: 2, len: 1 }));
-        assert_eq!(slots.alloc(1, SEC + REST), Ok(Extent { base: 7, len: 1 }));
+        assert_eq!(slots.settle(SEC), Some(REST));
+        assert_eq!(slots.alloc(1, SEC, virgin), Ok(Extent { base: 3, len: 1 }));
+        assert_eq!(slots.alloc(2, SEC, virgin), Ok(Extent { base: 5, len: 2 }));
+        assert_eq!(slots.alloc(1, SEC, virgin).unwrap_err().resting, 2);
+        assert_eq!(slots.settle(SEC), Some(REST));
+        assert_eq!(slots.alloc(1, SEC + REST, virgin), Ok(Extent { base: 2, len: 1 }));
+        assert_eq!(slots.alloc(1, SEC + REST, virgin), Ok(Extent { base: 7, len: 1 }));
+        // Nobody has to look at what has rested.
+        let mut slots = Slots::adopt(8, REST, &live, SEC);
+        assert_eq!(slots.alloc(3, SEC + REST, |_| unreachable!()), Ok(Extent { base: 5, len: 3 }));
+        assert_eq!(slots.settle(SEC + REST), None);
+    }
+
+    /// Starting with a large map that hardly holds anything looks at next to nothing of it.
+    #[test]
+    fn adoption_costs_what_is_in_use() {
+        let looked = std::cell::Cell::new(0_u32);
+        let virgin = |index| {
+            looked.set(looked.get() + 1);
+            index >= 100
+        };
+        let mut slots = Slots::adopt(1 << 20, REST, &[Extent { base: 0, len: 90 }], SEC);
+        assert_eq!(looked.get(), 0);
+        assert_eq!(slots.alloc(5, SEC, virgin), Ok(Extent { base: 100, len: 5 }));
+        assert_eq!(slots.alloc(5, SEC, virgin), Ok(Extent { base: 105, len: 5 }));
+        assert!(looked.get() <= LOOK + 2, "{} slots looked at", looked.get());
+        // More than is looked at in one go.
+        assert_eq!(slots.alloc(5_000, SEC, virgin), Ok(Extent { base: 110, len: 5_000 }));
+        assert!(looked.get() <= 5_000 + 2 * LOOK + 4, "{} slots looked at", looked.get());
     }
 
     #[test]
@@ -294,8 +357,12 @@ mod tests {
     proptest! {
         /// Never hands out what is referenced or resting; nothing is lost.
         #[test]
-        fn keeps_its_invariant(ops in prop::collection::vec((any::<bool>(), 1u32..9, any::<prop::sample::Index>(), 0u64..4), 1..200)) {
-            let mut slots = Slots::new(64, REST);
+        fn keeps_its_invariant(
+            adopted: bool,
+            dirty in prop::collection::btree_set(0u32..64, 0..32),
+            ops in prop::collection::vec((any::<bool>(), 1u32..9, any::<prop::sample::Index>(), 0u64..4), 1..200),
+        ) {
+            let mut slots = if adopted { Slots::adopt(64, REST, &[], SEC) } else { Slots::new(64, REST) };
             let mut live: Vec<Extent> = vec![];
             let mut freed: Vec<(Duration, Extent)> = vec![];
             let mut now = SEC;
@@ -303,7 +370,9 @@ mod tests {
             for (alloc, len, pick, wait) in ops {
                 now += Duration::from_secs(wait);
                 if alloc || live.is_empty() {
-                    if let Ok(got) = slots.alloc(len, now) {
+                    if let Ok(got) = slots.alloc(len, now, |index| !dirty.contains(&index)) {
+                        let mut places = u64::from(got.base)..got.end();
+                        prop_assert!(!adopted || now >= SEC + REST || !places.any(|i| dirty.contains(&(i as u32))), "written before");
                         prop_assert_eq!(got.len, len);
                         prop_assert!(got.end() <= 64);
                         prop_assert!(live.iter().all(|l| !overlap(*l, got)), "live");
@@ -318,12 +387,12 @@ mod tests {
                 let in_use: u32 = live.iter().map(|e| e.len).sum();
                 prop_assert_eq!(slots.used(), in_use);
                 let free: u32 = slots.free.values().sum();
-                prop_assert_eq!(free + slots.resting_slots + in_use, 64, "no leak");
+                prop_assert_eq!(free + slots.resting_slots + slots.unknown_slots + in_use, 64, "no leak");
             }
             for extent in live.drain(..) {
                 slots.release(extent, now);
             }
-            prop_assert_eq!(slots.alloc(64, now + REST), Ok(Extent { base: 0, len: 64 }));
+            prop_assert_eq!(slots.alloc(64, now + REST, |_| true), Ok(Extent { base: 0, len: 64 }));
         }
     }
 }

@@ -112,7 +112,7 @@ impl<A: Family> Ranges<A> {
             .collect::<Result<Vec<_>, _>>()?;
         let extent = self
             .slots
-            .alloc(u32::from(count), now)
+            .alloc(u32::from(count), now, |index| store.slot::<A>(index).is_virgin())
             .map_err(|no_room| Refused::Retry(format!("map {}: {no_room}: raise {}", A::SLOTS, A::SLOTS.option())))?;
         let places = extent.base..extent.base + extent.len;
         let generation = alloc::next_generation(
@@ -204,7 +204,7 @@ impl<A: Family> Ranges<A> {
         self.strays = alloc::beside(pointed_at, &in_use, capacity);
         in_use.extend(&self.strays);
         in_use.sort_unstable();
-        self.slots = Slots::adopt(capacity, rest, &in_use, now, |index| store.slot::<A>(index).is_virgin());
+        self.slots = Slots::adopt(capacity, rest, &in_use, now);
     }
 
     /// The last senseless entry is gone.
