@@ -52,7 +52,7 @@ pub mod verdict {
     pub const REJECT: u8 = 3;
 
     pub const ACTION_MASK: u8 = 0x03;
-    /// The backend sees the node's address (contract A5).
+    /// The backend sees the node's address (contract A63).
     pub const MASQUERADE: u8 = 0x80;
 }
 

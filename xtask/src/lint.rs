@@ -109,6 +109,8 @@ fn inherited() -> Result<bool> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+
     use super::*;
 
     fn read(path: &str) -> String {
@@ -127,6 +129,80 @@ mod tests {
         }
         for option in maps.split('"').filter(|word| word.starts_with("--map-")) {
             assert!(docs.contains(&format!("`{option}`")), "docs/maps.md does not name the option `{option}`");
+        }
+    }
+
+    /// Every text of the repository, by path.
+    fn texts() -> Vec<(String, String)> {
+        let listed =
+            command::output(command::command("git").args(["ls-files", "--cached", "--others", "--exclude-standard"]));
+        let ends = [".rs", ".md", ".toml", ".txt", ".yaml"];
+        let listed = listed.unwrap();
+        let paths = listed.lines().filter(|path| ends.iter().any(|end| path.ends_with(end)));
+        // A file that is deleted and not yet committed is still listed.
+        paths.filter_map(|path| Some((path.to_owned(), fs::read_to_string(command::root().join(path)).ok()?))).collect()
+    }
+
+    /// Numbers such as A12 that a text names, those within A12–A15 too.
+    fn cited(text: &str, letters: &[char]) -> BTreeSet<(char, u32)> {
+        let mut found = BTreeSet::new();
+        let mut last: Option<(char, u32, usize)> = None;
+        let mut at = 0;
+        for piece in text.split_inclusive(|c: char| !c.is_ascii_alphanumeric() && c != '_') {
+            let word = piece.trim_end_matches(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            let (start, end) = (at, at + word.len());
+            at += piece.len();
+            let mut chars = word.chars();
+            let Some(letter) = chars.next().filter(|letter| letters.contains(letter)) else { continue };
+            let digits = chars.as_str();
+            if digits.is_empty() || digits.len() > 3 || !digits.bytes().all(|b| b.is_ascii_digit()) {
+                continue;
+            }
+            let number = digits.parse().unwrap();
+            let from = match last {
+                Some((l, first, last_end)) if l == letter && ["-", "–"].contains(&&text[last_end..start]) => first,
+                _ => number,
+            };
+            found.extend((from..=number).map(|n| (letter, n)));
+            last = Some((letter, number, end));
+        }
+        found
+    }
+
+    /// The numbers that a document's tables begin their rows with.
+    fn rows(path: &str, letters: &[char]) -> Vec<(char, u32)> {
+        let text = read(path);
+        let firsts = text.lines().filter_map(|line| line.strip_prefix("| ")?.split(" |").next());
+        firsts.flat_map(|first| cited(first, letters)).collect()
+    }
+
+    #[test]
+    fn every_number_cited_is_in_its_document() {
+        assert_eq!(Vec::from_iter(cited("(A1, A3–A5), B2 A6_x xA7 A1234", &['A'])), [1, 3, 4, 5].map(|n| ('A', n)));
+        for (path, letters) in [("docs/contract.md", ['A', 'F']), ("docs/bench.md", ['C', 'D'])] {
+            let known = BTreeSet::from_iter(rows(path, &letters));
+            assert!(known.len() > 4, "{path}: {known:?}");
+            for (file, text) in texts() {
+                // The example above is no citation.
+                let text = if file == "xtask/src/lint.rs" { String::new() } else { text };
+                let unknown: Vec<_> = cited(&text, &letters).difference(&known).copied().collect();
+                assert!(unknown.is_empty(), "{file} cites {unknown:?}, which {path} does not have");
+            }
+        }
+    }
+
+    #[test]
+    fn the_contract_says_where_each_statement_stands() {
+        let mut seen = BTreeSet::new();
+        for number in rows("docs/contract.md", &['A', 'F']) {
+            assert!(seen.insert(number), "{number:?} is there twice");
+        }
+        let contract = read("docs/contract.md");
+        let is_number = |row: &&str| row.starts_with("| A") || row.starts_with("| F");
+        for row in contract.lines().filter(is_number) {
+            let stands = row.trim_end_matches(" |").rsplit("| ").next().unwrap_or_default();
+            let word = stands.split([',', ';', ':']).next().unwrap_or_default();
+            assert!(["yes", "part", "decided", "later", "own"].contains(&word), "{row}");
         }
     }
 

@@ -126,7 +126,7 @@ macro_rules! case {
     };
 }
 
-/// The situations that Kubernetes' own table for endpoint choice names (contract A3), in our words.
+/// The situations that Kubernetes' own table for endpoint choice names (contract A30–A42), in our words.
 const CASES: &[Case] = &[
     case!(
         "every endpoint hinted, some for our zone: only those",

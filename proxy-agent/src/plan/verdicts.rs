@@ -1,4 +1,4 @@
-//! The matrix of contract A6 as a function: what happens to a new flow, by kind of frontend and origin of the packet.
+//! The matrix of contract A77 as a function: what happens to a new flow, by kind of frontend and origin of the packet.
 
 use crate::{
     desired::{Action, FrontendKind, Verdict, Verdicts},

@@ -1,7 +1,7 @@
 //! API objects as far as the agent reads them.
 //!
 //! Own types in place of k8s-openapi's: a page of a thousand EndpointSlices is held while it is read, and managed fields, target
-//! references and foreign annotations would make up most of it (bench C8). Fields are kept as written (numbers out of range,
+//! references and foreign annotations would make up most of it. Fields are kept as written (numbers out of range,
 //! words nobody knows), so that one bad value is a remark on its object and not the end of a whole list; `convert` judges.
 
 use std::{collections::BTreeMap, fmt};

@@ -1,4 +1,4 @@
-//! A3 with real sockets: which endpoints may be picked.
+//! A30–A42 with real sockets: which endpoints may be picked.
 
 use anyhow::Result;
 

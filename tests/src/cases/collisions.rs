@@ -66,7 +66,7 @@ pub fn two_vips(ground: &Ground<'_>) -> Result<()> {
     Ok(())
 }
 
-/// faults.md, fact 4: with the first connection open, and with it closed just before (by FIN and by RST).
+/// F48: with the first connection open, and with it closed just before (by FIN and by RST).
 pub fn vip_then_backend(ground: &Ground<'_>) -> Result<()> {
     let backend = ground.world.pod("c2");
     for from in per_packet_clients(ground).filter(|from| from.node.is_some()) {

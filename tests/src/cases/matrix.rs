@@ -1,4 +1,4 @@
-//! The ClusterIP part of the A6 matrix: who answers whom, and which source is seen.
+//! The ClusterIP part of the matrix (A77): who answers whom, and which source is seen.
 
 use anyhow::{Context, Result, ensure};
 

@@ -1,6 +1,6 @@
 //! What a ClusterIP Service owes its clients, asked with real sockets: one list for every topology and every dataplane.
 //!
-//! Numbers (A6, A81 …) are statements of the project's contract, which numbers kube-proxy's behaviour.
+//! Numbers (A77, A81 …) are statements of `docs/contract.md`, which numbers kube-proxy's behaviour.
 
 pub mod choice;
 pub mod collisions;
@@ -46,10 +46,10 @@ pub fn all(suite: &mut Suite, group: &str, ground: &Ground<'_>) {
             Ok(())
         });
     };
-    case("A6: pod to ClusterIP, all endpoints, true source", matrix::pod);
-    case("A6: node to ClusterIP, all endpoints, the node's source", matrix::node);
-    case("A6: outside to ClusterIP, all endpoints, masqueraded", matrix::outside);
-    case("A6: internal policy Local, local endpoints only", matrix::local);
+    case("A77: pod to ClusterIP, all endpoints, true source", matrix::pod);
+    case("A77: node to ClusterIP, all endpoints, the node's source", matrix::node);
+    case("A77: outside to ClusterIP, all endpoints, masqueraded", matrix::outside);
+    case("A77: internal policy Local, local endpoints only", matrix::local);
     case("A70: a pod reaches itself through its Service", matrix::hairpin);
     case("A51: host-network endpoints", matrix::host_network);
     case("A47: protocol and port are part of the frontend", matrix::ports);
@@ -97,7 +97,7 @@ impl Ground<'_> {
         Ok(())
     }
 
-    /// The source address that the backend saw (A6, A63, A70, A71).
+    /// The source address that the backend saw (A63, A70, A71, A77).
     fn check_source(&self, from: &Place, family: Family, seen: &Try) -> Result<()> {
         let answer = seen.answer.as_ref().context("no answer")?;
         let peer: SocketAddr = answer.peer.parse()?;
@@ -187,7 +187,7 @@ impl Ground<'_> {
         }
     }
 
-    /// One of each origin (A6): a pod of node1, node1 itself, the client outside.
+    /// One of each origin (A77): a pod of node1, node1 itself, the client outside.
     fn origins(&self) -> [&Place; 3] {
         [self.world.pod("a1"), &self.world.node(1).place, self.world.outside()]
     }

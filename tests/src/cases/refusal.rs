@@ -1,4 +1,4 @@
-//! A7: refused, at once, where nobody can answer; silence where somebody might elsewhere.
+//! A81–A87: refused, at once, where nobody can answer; silence where somebody might elsewhere.
 
 use anyhow::Result;
 
