@@ -125,6 +125,8 @@ pub struct Device {
     /// What a masqueraded packet leaving here gets as its source.
     pub source4: Option<std::net::Ipv4Addr>,
     pub source6: Option<std::net::Ipv6Addr>,
+    /// Of a pod's link: the id by which this network namespace knows the pod's.
+    pub netns: Option<u32>,
 }
 
 /// By interface index.

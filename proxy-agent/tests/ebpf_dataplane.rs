@@ -164,6 +164,7 @@ fn device_list(devices: &[(u32, &str)]) -> Devices {
                 ethernet: true,
                 source4: Some([192, 168, 0, 1].into()),
                 source6: None,
+                netns: None,
             };
             (*index, device)
         })

@@ -309,8 +309,14 @@ async fn devices_are_followed_and_failures_tried_again() {
     let kernel = Kernel::default();
     let mut world = World::started(kernel.clone(), quick(), three()).await;
     kernel.state().faults.devices.insert("veth1".into(), Failure::Retry("busy".into()));
-    let device =
-        |name: &str| Device { name: name.into(), role: DeviceRole::Pod, ethernet: true, source4: None, source6: None };
+    let device = |name: &str| Device {
+        name: name.into(),
+        role: DeviceRole::Pod,
+        ethernet: true,
+        source4: None,
+        source6: None,
+        netns: None,
+    };
     world.devices.send_replace([(7, device("veth0")), (8, device("veth1"))].into());
     let status = world.wait("said", |status| status.failed_devices.contains_key("veth1")).await;
     assert_eq!(status.devices.len(), 2);
@@ -382,6 +388,7 @@ async fn whatever_call_hangs_livez_says_so() {
                     ethernet: true,
                     source4: None,
                     source6: None,
+                    netns: None,
                 };
                 world.devices.send_replace([(7, device)].into());
             }

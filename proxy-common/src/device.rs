@@ -24,7 +24,10 @@ pub struct DeviceValue {
     pub source4: Ipv4Be,
     /// [`role`].
     pub role: u8,
-    pub pad: [u8; 3],
+    pub pad: u8,
+    /// Of a pod's link: one more than the id by which this network namespace knows the one of its other end
+    /// (`IFLA_LINK_NETNSID`). 0: not known, or an id that has no room here; then nobody looks for sockets there.
+    pub netns: u16,
 }
 
 const _: () = assert!(size_of::<DeviceValue>() == 24);

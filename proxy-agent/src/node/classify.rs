@@ -45,6 +45,8 @@ pub struct Link {
     pub master: Option<u32>,
     /// Its other end is in another network namespace.
     pub peer_elsewhere: bool,
+    /// The number by which this namespace knows that one, if it has one.
+    pub peer_netns: Option<u32>,
     pub addresses: Vec<Address>,
     pub default_route: bool,
 }
@@ -224,6 +226,7 @@ pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, patterns: &[Patt
             ethernet: link.ethernet,
             source4: source(link, master, fallback4, v4),
             source6: source(link, master, fallback6, v6),
+            netns: link.peer_netns.filter(|_| role == DeviceRole::Pod),
         };
         Some((*index, device))
     };

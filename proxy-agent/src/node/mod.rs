@@ -241,7 +241,11 @@ fn link_of(message: LinkMessage) -> Link {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
             LinkAttribute::Controller(index) => link.master = Some(index).filter(|index| *index != 0),
-            LinkAttribute::LinkNetNsId(_) => link.peer_elsewhere = true,
+            LinkAttribute::LinkNetNsId(id) => {
+                link.peer_elsewhere = true;
+                // Negative: the kernel has no number for it.
+                link.peer_netns = u32::try_from(id).ok();
+            }
             LinkAttribute::LinkInfo(infos) => {
                 for info in infos {
                     if let LinkInfo::Kind(kind) = info {

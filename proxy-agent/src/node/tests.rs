@@ -79,6 +79,9 @@ fn devices_are_followed_as_they_come_and_go() {
         sh(&format!("ip link add pod1 index 900 type veth peer name eth0 netns {}", pod.0.id()));
         let found = until(&mut devices, "pod1", |d| d.contains_key(&900)).await;
         assert_eq!((found[&900].role, found[&900].source4), (DeviceRole::Pod, Some([192, 168, 9, 2].into())));
+        // Both have a peer elsewhere; only a pod's is of use.
+        assert!(found[&900].netns.is_some());
+        assert!(found.values().all(|d| d.role == DeviceRole::Pod || d.netns.is_none()));
 
         sh("ip link add cni0 type bridge && ip addr add 10.244.1.1/24 dev cni0 && ip link set cni0 up && \
             ip link set pod1 master cni0");

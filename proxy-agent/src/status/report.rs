@@ -241,7 +241,7 @@ impl Unprogrammed {
 
 impl Device {
     fn of(index: u32, device: &crate::desired::Device) -> Self {
-        let crate::desired::Device { name, role, ethernet: _, source4, source6 } = device;
+        let crate::desired::Device { name, role, ethernet: _, source4, source6, netns: _ } = device;
         let role = match role {
             DeviceRole::Pod => "pod",
             DeviceRole::Outward => "outward",
@@ -348,6 +348,7 @@ pub(crate) mod tests {
                     ethernet: true,
                     source4: Some([192, 0, 2, 1].into()),
                     source6: None,
+                    netns: None,
                 },
             )])),
             failed_devices: Arc::new(BTreeMap::from([(

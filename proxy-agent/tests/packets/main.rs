@@ -5,6 +5,7 @@
 mod support;
 
 mod choice;
+mod direct;
 mod flows;
 mod headers;
 mod icmp;

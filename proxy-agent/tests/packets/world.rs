@@ -181,6 +181,12 @@ impl World {
         world
     }
 
+    /// Makes the device a pod's whose network namespace has the number `netns`.
+    pub(crate) fn pod_device(&mut self, netns: u16) {
+        let [v4, v6] = casts().map(|c| c.node);
+        self.put_device(role::POD, Some(v4), Some(v6), netns + 1);
+    }
+
     /// Makes the device what `role` says, with the node's addresses.
     pub(crate) fn device(&mut self, role: u8) {
         let [v4, v6] = casts().map(|c| c.node);
@@ -188,18 +194,22 @@ impl World {
     }
 
     pub(crate) fn device_with(&mut self, device: Option<(u8, Option<IpAddr>, Option<IpAddr>)>) {
-        let mut devices: HashMap<_, u32, DeviceValue> =
-            HashMap::try_from(self.datapath.ebpf.map_mut("devices").unwrap()).unwrap();
         match device {
-            Some((role, v4, v6)) => {
-                let source4 = v4.map_or(Ipv4Be::UNSPECIFIED, |ip| Ipv4Be::from_ip(ip).unwrap());
-                let source6 = v6.map_or(Ipv6Be::UNSPECIFIED, |ip| Ipv6Be::from_ip(ip).unwrap());
-                devices.insert(1, DeviceValue { source6, source4, role, pad: [0; 3] }, 0).unwrap();
-            }
+            Some((role, v4, v6)) => self.put_device(role, v4, v6, 0),
             None => {
-                let _ = devices.remove(&1);
+                let _ = self.devices().remove(&1);
             }
         }
+    }
+
+    fn put_device(&mut self, role: u8, v4: Option<IpAddr>, v6: Option<IpAddr>, netns: u16) {
+        let source4 = v4.map_or(Ipv4Be::UNSPECIFIED, |ip| Ipv4Be::from_ip(ip).unwrap());
+        let source6 = v6.map_or(Ipv6Be::UNSPECIFIED, |ip| Ipv6Be::from_ip(ip).unwrap());
+        self.devices().insert(1, DeviceValue { source6, source4, role, pad: 0, netns }, 0).unwrap();
+    }
+
+    fn devices(&mut self) -> HashMap<&mut MapData, u32, DeviceValue> {
+        HashMap::try_from(self.datapath.ebpf.map_mut("devices").unwrap()).unwrap()
     }
 
     /// A frontend that picks from all `backends` whoever asks; what comes from outside is masqueraded.

@@ -4,6 +4,7 @@
 //! its reverse-path filter all see the truth. Entry points come in two shapes: for devices whose packets start with an
 //! Ethernet header and for those that start with the IP header.
 
+mod direct;
 mod icmp;
 mod packet;
 mod reject;
@@ -194,14 +195,20 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
     let skb = ctx.as_ptr().cast::<__sk_buff>();
     // SAFETY: the context is live.
     let ifindex = unsafe { (*skb).ifindex };
-    // SAFETY: copied at once; one byte.
-    let from = match unsafe { DEVICES.get(ifindex) } {
-        Some(device) if device.role == role::POD => origin::POD,
-        _ => origin::EXTERNAL,
+    // SAFETY: copied at once; a byte and an aligned half-word, neither of which needs the other.
+    let (from, netns) = match unsafe { DEVICES.get(ifindex) } {
+        Some(device) if device.role == role::POD => (origin::POD, device.netns as u32),
+        _ => (origin::EXTERNAL, 0),
     };
     let Some(Work { value, key: pair_key, found, .. }) = Room::Enter.work::<A>() else { return TC_ACT_SHOT };
     match pick(packet, from, value) {
-        PICKED => table::void(log::chosen(ctx, key.proto, (key.dst, key.dport), (value.addr, value.port))),
+        PICKED => {
+            table::void(log::chosen(ctx, key.proto, (key.dst, key.dport), (value.addr, value.port)));
+            // Answers to a connection that the pod has there already must not be taken for this flow's.
+            if netns != 0 && direct::is_connected(ctx, packet, value, netns - 1) != 0 {
+                value.other = random_port();
+            }
+        }
         PICKED_NOTHING => {
             if !yields(packet, value, pair_key, found) {
                 return NEXT;

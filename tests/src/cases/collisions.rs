@@ -108,3 +108,25 @@ pub fn vip_then_backend(ground: &Ground<'_>) -> Result<()> {
     }
     Ok(())
 }
+
+/// The other way round: the direct connection is there first, and the programs never saw it.
+pub fn backend_then_vip(ground: &Ground<'_>) -> Result<()> {
+    let backend = ground.world.pod("c2");
+    for from in per_packet_clients(ground).filter(|from| from.node.is_some()) {
+        for family in Family::BOTH {
+            let (vip, direct) = (Svc::One.at(family, Transport::Tcp), backend.at(family, 8080));
+            let port = PORT.fetch_add(1, Ordering::Relaxed);
+            let what = format!("{} {family} from port {port}", from.name);
+            let held = hold(ground, from, direct, port)?;
+            let arg = format!("--source-port={port}");
+            for _ in 0..3 {
+                ground
+                    .answered(from, &Ask::new(vip, Transport::Tcp).with(&arg).with("--reset"))
+                    .with_context(|| format!("{what}: the VIP, with a connection to its backend open"))?;
+            }
+            std::thread::sleep(Duration::from_millis(100));
+            unbroken(held, &what)?;
+        }
+    }
+    Ok(())
+}

@@ -66,6 +66,7 @@ pub fn all(suite: &mut Suite, group: &str, ground: &Ground<'_>) {
     case("path MTU is found through a VIP", packets::path_mtu);
     case("two VIPs of one backend from one source port", collisions::two_vips);
     case("a VIP, then its backend from the same source port", collisions::vip_then_backend);
+    case("a backend, then its VIP from the same source port", collisions::backend_then_vip);
 }
 
 impl Ground<'_> {

@@ -56,7 +56,7 @@ pub(crate) fn prune<S: Store>(store: &mut S, devices: &Devices, report: &mut Rep
 }
 
 fn device_value(device: &Device) -> DeviceValue {
-    let Device { name: _, role, ethernet: _, source4, source6 } = device;
+    let Device { name: _, role, ethernet: _, source4, source6, netns } = device;
     DeviceValue {
         source6: source6.map(|a| Ipv6Be::from_octets(a.octets())).unwrap_or_default(),
         source4: source4.map(|a| Ipv4Be::from_octets(a.octets())).unwrap_or_default(),
@@ -65,7 +65,8 @@ fn device_value(device: &Device) -> DeviceValue {
             DeviceRole::Outward => role::OUTWARD,
             DeviceRole::Overlay => role::OVERLAY,
         },
-        pad: [0; 3],
+        pad: 0,
+        netns: netns.and_then(|id| u16::try_from(id.checked_add(1)?).ok()).unwrap_or(0),
     }
 }
 
@@ -82,12 +83,14 @@ mod tests {
             ethernet: true,
             source4: Some([10, 0, 0, 1].into()),
             source6: None,
+            netns: Some(6),
         };
         let devices: Devices = [(3, device("a")), (4, device("b"))].into();
         let mut store = Memory::new(0, 0);
         let mut report = Report::default();
         put(&mut store, &devices, &mut report);
         assert_eq!(report.writes, 2);
+        assert!(store.devices().unwrap().iter().all(|(_, value)| value.netns == 7));
         put(&mut store, &devices, &mut report);
         let one: Devices = [(4, device("b"))].into();
         prune(&mut store, &one, &mut report).unwrap();
