@@ -16,8 +16,14 @@ fn main() -> ExitCode {
         suite.fail("preparation", &error);
         return suite.finish();
     }
-    for (topology, rp_filter) in [(Topology::Routed, true), (Topology::Bridge, false), (Topology::Vxlan, true)] {
+    for (topology, rp_filter) in
+        [(Topology::Routed, true), (Topology::Bridge, false), (Topology::Vxlan, true), (Topology::Uplink, true)]
+    {
         for socket_lb in SocketLb::SERVING {
+            // Where the uplink is matters to packets alone.
+            if topology == Topology::Uplink && socket_lb != SocketLb::Node {
+                continue;
+            }
             let group = format!("{}/{}", topology.name(), socket_lb.name());
             if !suite.wants_group(&group) {
                 continue;

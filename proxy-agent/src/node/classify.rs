@@ -8,8 +8,8 @@
 //!
 //! Where devices are stacked, one floor is chosen:
 //! - ports of a bond, a team or a bridge with an uplink are left to their master, which has the addresses and the routes;
-//! - a bridge that only joins pods (the CNI bridge plugin, Docker) is left out and its ports, the pods' own links, are taken:
-//!   there, bridged packets between two pods pass too;
+//! - a bridge that joins pods (the CNI bridge plugin, Docker), alone or with an uplink, is left out and its ports are taken: there,
+//!   bridged packets between two pods pass too, and with a hook on the bridge as well they would pass two;
 //! - ports of a VRF are taken and the VRF device is not: its ports see the packets with their link headers.
 
 use std::{
@@ -106,6 +106,7 @@ const TUNNELS: [&str; 16] = [
 struct World<'a> {
     links: &'a BTreeMap<u32, Link>,
     facts: &'a NodeFacts,
+    patterns: &'a [Pattern],
     /// Devices with another one on top of them as its ports.
     ports: BTreeMap<u32, Vec<&'a Link>>,
 }
@@ -139,15 +140,30 @@ impl World<'_> {
         Some((index, self.links.get(&index)?))
     }
 
+    /// Whether all that passes this bridge passes a hook on one of its ports: it joins pods and an uplink, and none of them is
+    /// excluded by a pattern.
+    fn is_joined_at_ports(&self, bridge: u32) -> bool {
+        self.ports.get(&bridge).is_some_and(|ports| {
+            ports.iter().any(|port| self.is_pod(port))
+                && ports.iter().any(|port| !self.is_pod(port))
+                && ports.iter().all(|port| is_wanted(&port.name, self.patterns))
+        })
+    }
+
     fn role(&self, index: u32, link: &Link) -> Option<DeviceRole> {
         if link.loopback || matches!(link.kind.as_str(), "dummy" | "vrf" | "ifb" | "nlmon") {
             return None;
+        }
+        let (mut port, mut joined) = (false, false);
+        if let Some((index, master)) = self.master(link) {
+            port = matches!(master.kind.as_str(), "bridge" | "bond" | "team");
+            joined = master.kind == "bridge" && self.is_joined_at_ports(index);
         }
         if self.is_pod(link) {
             return Some(DeviceRole::Pod);
         }
         // Its packets are its master's.
-        if self.master(link).is_some_and(|(_, master)| matches!(master.kind.as_str(), "bridge" | "bond" | "team")) {
+        if port && !joined {
             return None;
         }
         if TUNNELS.contains(&link.kind.as_str()) {
@@ -156,9 +172,10 @@ impl World<'_> {
         let has_address = link.addresses.iter().any(|a| a.usable);
         let outward = if link.kind == "bridge" {
             let uplink = self.ports.get(&index).is_some_and(|ports| ports.iter().any(|port| !self.is_pod(port)));
-            link.default_route || self.has_internal_ip(link) || (has_address && uplink)
+            let leads = link.default_route || self.has_internal_ip(link) || (has_address && uplink);
+            leads && !self.is_joined_at_ports(index)
         } else {
-            link.default_route || has_address
+            joined || link.default_route || has_address
         };
         outward.then_some(DeviceRole::Outward)
     }
@@ -215,7 +232,7 @@ pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, patterns: &[Patt
             ports.entry(master).or_default().push(link);
         }
     }
-    let world = World { links, facts, ports };
+    let world = World { links, facts, patterns, ports };
     let (fallback4, fallback6) = (fallback(links, node_ips, v4), fallback(links, node_ips, v6));
     let device = |(index, link): (&u32, &Link)| {
         let role = world.role(*index, link).filter(|_| is_wanted(&link.name, patterns))?;
@@ -300,7 +317,7 @@ mod tests {
 
     #[test]
     fn roles_by_topology() {
-        let cases: [(&str, &[&str], &[&str], &str); 14] = [
+        let cases: [(&str, &[&str], &[&str], &str); 16] = [
             (
                 "routed pods (Calico): links without addresses",
                 &["lo - lo 127.0.0.1/8", "eth0 - default 192.168.0.1/24", "cali1 veth peer", "cali2 netkit peer"],
@@ -356,9 +373,33 @@ mod tests {
             ),
             (
                 "a bridge over the uplink has the node's address",
-                &["eth0 - master=2", "br0 bridge default 192.168.0.1/24", "vnet1 veth peer master=2"],
+                &["eth0 - master=2", "br0 bridge default 192.168.0.1/24", "eth1 - 10.0.0.1/8"],
                 &[],
-                "br0:Outward:192.168.0.1 vnet1:Pod:192.168.0.1",
+                "br0:Outward:192.168.0.1 eth1:Outward:10.0.0.1",
+            ),
+            (
+                "a bridge of uplink and pods: its ports, whose packets get the bridge's address",
+                &[
+                    "bond0 bond master=3",
+                    "eth0 - master=1",
+                    "br0 bridge default 192.168.0.1/24",
+                    "vnet1 veth peer master=3",
+                    "tap1 tun master=3",
+                    "eth1 - 10.0.0.1/8",
+                ],
+                &[],
+                "bond0:Outward:192.168.0.1 vnet1:Pod:192.168.0.1 tap1:Overlay:192.168.0.1 eth1:Outward:10.0.0.1",
+            ),
+            (
+                "pods and a tunnel on one bridge",
+                &[
+                    "eth0 - default 192.168.0.1/24",
+                    "cni0 bridge 10.244.1.1/16",
+                    "vxlan1 vxlan master=2",
+                    "veth1 veth peer master=2",
+                ],
+                &[],
+                "eth0:Outward:192.168.0.1 vxlan1:Overlay:10.244.1.1 veth1:Pod:10.244.1.1",
             ),
             (
                 "overlays, with and without link headers; one that is down",
@@ -406,6 +447,15 @@ mod tests {
         assert_eq!(names(&["!eth1"]), ["eth0", "cali1", "lxc1"]);
         assert_eq!(names(&["*", "!lxc?"]), ["eth0", "eth1", "cali1"]);
         assert_eq!(names(&["eth?", "!*0"]), ["eth1"]);
+        // A bridge stands in for a port that is excluded.
+        let lines = ["eth0 - master=2", "br0 bridge default 192.168.0.1/24", "vnet1 veth peer master=2"];
+        for (patterns, expected) in [
+            (&[][..], "eth0:Outward:192.168.0.1 vnet1:Pod:192.168.0.1"),
+            (&["!eth0"], "br0:Outward:192.168.0.1 vnet1:Pod:192.168.0.1"),
+            (&["br0", "vnet*"], "br0:Outward:192.168.0.1 vnet1:Pod:192.168.0.1"),
+        ] {
+            assert_eq!(shown(&lines, &[], patterns), expected, "{patterns:?}");
+        }
     }
 
     #[test]

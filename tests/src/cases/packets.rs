@@ -33,7 +33,7 @@ pub fn path_mtu(ground: &Ground<'_>) -> Result<()> {
     let node = &world.node(2).place.namespace;
     let (link, before) = match world.topology {
         Topology::Routed => (world.pod_link(world.pod("b2")), 1500),
-        Topology::Bridge => ("cni0".to_owned(), 1500),
+        Topology::Bridge | Topology::Uplink => ("cni0".to_owned(), 1500),
         Topology::Vxlan => ("cni0".to_owned(), 1450),
     };
     node.ip(&format!("link set {link} mtu 1300\n"))?;

@@ -53,16 +53,19 @@ pub enum Topology {
     Bridge,
     /// Pods on a bridge, VXLAN between the nodes: the shape of flannel.
     Vxlan,
+    /// Pods and the uplink on one bridge, which has the node's address, too.
+    Uplink,
 }
 
 impl Topology {
-    pub const ALL: [Self; 3] = [Self::Routed, Self::Bridge, Self::Vxlan];
+    pub const ALL: [Self; 4] = [Self::Routed, Self::Bridge, Self::Vxlan, Self::Uplink];
 
     pub fn name(self) -> &'static str {
         match self {
             Self::Routed => "routed",
             Self::Bridge => "bridge",
             Self::Vxlan => "vxlan",
+            Self::Uplink => "uplink",
         }
     }
 }

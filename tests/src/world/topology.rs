@@ -1,4 +1,4 @@
-//! Links, addresses and routes of the three shapes.
+//! Links, addresses and routes of the four shapes.
 //!
 //! | network | IPv4 | IPv6 |
 //! |---|---|---|
@@ -49,7 +49,7 @@ pub(super) fn build(spec: &Spec, layout: &Layout) -> Result<Built> {
     Ok(Built { nodes, pods, outside, sink, underlay })
 }
 
-/// A link from `namespace` (as `eth0`) to the underlay's bridge.
+/// A link from `namespace` (as `eth0`) to the underlay's bridge, and its addresses.
 fn plug(underlay: &Namespace, namespace: &Namespace, port: &str, host: u16) -> Result<()> {
     underlay.ip(&format!(
         "link add {port} type veth peer name eth0 netns {}\n\
@@ -64,6 +64,20 @@ fn plug(underlay: &Namespace, namespace: &Namespace, port: &str, host: u16) -> R
          addr add {v4}/24 dev eth0\n\
          addr add {v6}/64 dev eth0 nodad\n"
     ))
+}
+
+/// A port of the node's bridge `cni0` (as `eth0`) to the underlay's bridge. No veth, which would be a pod's link to all appearance:
+/// the whole of another device, as macvlan gives it.
+fn plug_bridge(underlay: &Namespace, namespace: &Namespace, port: &str) -> Result<()> {
+    underlay.ip(&format!(
+        "link add {port} type veth peer name {port}-m\n\
+         link set {port} master under\n\
+         link set {port} up\n\
+         link set {port}-m up\n\
+         link add link {port}-m name eth0 netns {} type macvlan mode passthru\n",
+        namespace.name()
+    ))?;
+    namespace.ip("link set eth0 master cni0\nlink set eth0 up\n")
 }
 
 fn underlay4(host: u16) -> Ipv4Addr {
@@ -161,13 +175,14 @@ fn build_node(spec: &Spec, number: u8, underlay: &Namespace, layout: &Layout) ->
         ("ipv4/conf/all/rp_filter", rp_filter),
         ("ipv4/conf/default/rp_filter", rp_filter),
     ])?;
-    plug(underlay, &namespace, &format!("to-{name}"), host)?;
-    let mut script = format!(
-        "route add default via {}\n\
-         route add default via {}\n",
-        underlay4(SINK),
-        underlay6(SINK)
-    );
+    let port = format!("to-{name}");
+    if spec.topology == Topology::Uplink {
+        // Traffic of pods leaves by the device that it came in by: no news to them.
+        namespace.sysctl(&[("ipv4/conf/all/send_redirects", "0"), ("ipv4/conf/default/send_redirects", "0")])?;
+    } else {
+        plug(underlay, &namespace, &port, host)?;
+    }
+    let mut script = String::new();
     let others = (1u8..).take(spec.nodes.len()).filter(|&other| other != number);
     let mut fdb = String::new();
     if spec.topology != Topology::Routed {
@@ -179,6 +194,10 @@ fn build_node(spec: &Spec, number: u8, underlay: &Namespace, layout: &Layout) ->
              addr add fd00:244:{number}::1/64 dev cni0 nodad"
         )?;
     }
+    if spec.topology == Topology::Uplink {
+        writeln!(script, "addr add {}/24 dev cni0\naddr add {}/64 dev cni0 nodad", underlay4(host), underlay6(host))?;
+    }
+    writeln!(script, "route add default via {}\nroute add default via {}", underlay4(SINK), underlay6(SINK))?;
     if spec.topology == Topology::Vxlan {
         writeln!(
             script,
@@ -212,6 +231,9 @@ fn build_node(spec: &Spec, number: u8, underlay: &Namespace, layout: &Layout) ->
         }
     }
     namespace.ip(&script)?;
+    if spec.topology == Topology::Uplink {
+        plug_bridge(underlay, &namespace, &port)?;
+    }
     if !fdb.is_empty() {
         namespace.bridge(&fdb)?;
     }
@@ -292,6 +314,6 @@ fn build_pod(topology: Topology, node: &Node, number: u8, i: u8, name: &str, lay
 pub(super) fn pod_link(topology: Topology, pod: &str) -> String {
     match topology {
         Topology::Routed => format!("cali{pod}"),
-        Topology::Bridge | Topology::Vxlan => format!("veth{pod}"),
+        Topology::Bridge | Topology::Vxlan | Topology::Uplink => format!("veth{pod}"),
     }
 }
