@@ -2,28 +2,16 @@
 
 use std::io::Write;
 
-use clap::Args as ClapArgs;
 use serde::Serialize;
 
 use super::{
     Exit,
-    filter::{Filter, ServiceName},
-    output::{self, Column, OutputArgs, Row, SortArgs},
-    pins::{Frontend, PinsArgs, Range},
+    filter::ServiceName,
+    list,
+    output::{Column, Row},
+    pins::{Frontend, Range},
     shapes::{Endpoint, FrontendAddress},
 };
-
-#[derive(Clone, Debug, ClapArgs)]
-pub struct Args {
-    #[command(flatten)]
-    filter: Filter,
-    #[command(flatten)]
-    sort: SortArgs,
-    #[command(flatten)]
-    output: OutputArgs,
-    #[command(flatten)]
-    pins: PinsArgs,
-}
 
 /// One backend of one frontend.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -65,13 +53,9 @@ impl Row for Backend {
     ];
 }
 
-pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
-    let Args { filter, sort, output, pins } = args;
-    let mut rows = rows(pins.open()?.frontends()?);
-    rows.retain(|row| filter.admits(&row.service, Some(row.frontend.address)));
-    output::sort(&mut rows, &sort)?;
-    output::print(&rows, &output, out)?;
-    Ok(Exit::Done)
+pub fn execute(args: list::Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
+    let rows = rows(args.pins.open()?.frontends()?);
+    args.show(rows, |row| (&row.service, Some(row.frontend.address)), out)
 }
 
 /// By backend, then by frontend: what one pod serves stands together.

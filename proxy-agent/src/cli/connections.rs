@@ -5,30 +5,17 @@
 
 use std::{collections::BTreeMap, io::Write, net::SocketAddr};
 
-use clap::Args as ClapArgs;
 use proxy_common::connection::{flags, hook, state};
 use serde::Serialize;
 
 use super::{
     Exit,
-    filter::{Filter, ServiceName},
-    output::{self, Column, OutputArgs, Row, SortArgs},
-    pins::PinsArgs,
+    filter::ServiceName,
+    list,
+    output::{Column, Row},
     shapes::{Endpoint, blank},
 };
 use crate::{dataplane::ebpf::read::ConnectionEntry, model::Protocol};
-
-#[derive(Clone, Debug, ClapArgs)]
-pub struct Args {
-    #[command(flatten)]
-    filter: Filter,
-    #[command(flatten)]
-    sort: SortArgs,
-    #[command(flatten)]
-    output: OutputArgs,
-    #[command(flatten)]
-    pins: PinsArgs,
-}
 
 #[derive(Clone, PartialEq, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -105,13 +92,9 @@ impl Row for Connection {
     ];
 }
 
-pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
-    let Args { filter, sort, output, pins } = args;
-    let mut rows = flows(pins.open()?.connections()?);
-    rows.retain(|row| filter.admits(&row.service, row.frontend.map(|frontend| frontend.address)));
-    output::sort(&mut rows, &sort)?;
-    output::print(&rows, &output, out)?;
-    Ok(Exit::Done)
+pub fn execute(args: list::Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
+    let rows = flows(args.pins.open()?.connections()?);
+    args.show(rows, |row| (&row.service, row.frontend.map(|frontend| frontend.address)), out)
 }
 
 /// A flow as the backend's side sees it: what both halves have in common. The client's port is the one after a remap.

@@ -18,6 +18,7 @@ pub mod connections;
 pub mod counters;
 pub mod exit;
 pub mod filter;
+pub mod list;
 pub mod man;
 pub mod output;
 pub mod pins;
@@ -47,11 +48,11 @@ enum Verb {
     Run(Box<run::Args>),
     /// List the frontends in the kernel and whether each is in force
     #[command(visible_alias = "svc")]
-    Services(services::Args),
+    Services(list::Args),
     /// List which backend serves which frontends
-    Backends(backends::Args),
+    Backends(list::Args),
     /// List the flows of the per-packet path
-    Connections(connections::Args),
+    Connections(list::Args),
     /// Show what was counted, per Service and per reason
     Counters(counters::Args),
     /// Show what runs here: agent, hooks, devices, sync, how full the maps are

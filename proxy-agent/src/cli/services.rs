@@ -5,32 +5,20 @@ use std::{
     io::{self, Write},
 };
 
-use clap::Args as ClapArgs;
 use serde::Serialize;
 
 use super::{
     Exit,
-    filter::{Filter, ServiceName},
-    output::{self, Column, OutputArgs, Row, SortArgs},
-    pins::{Agent, Frontend, PinsArgs},
+    filter::ServiceName,
+    list,
+    output::{Column, Row},
+    pins::{Agent, Frontend},
     shapes::{Endpoint, FrontendAddress, blank},
 };
 use crate::{
     desired::{Action, Algorithm, Verdict, Verdicts},
     status::report::Unprogrammed,
 };
-
-#[derive(Clone, Debug, ClapArgs)]
-pub struct Args {
-    #[command(flatten)]
-    filter: Filter,
-    #[command(flatten)]
-    sort: SortArgs,
-    #[command(flatten)]
-    output: OutputArgs,
-    #[command(flatten)]
-    pins: PinsArgs,
-}
 
 #[derive(Clone, PartialEq, Debug, Serialize)]
 #[serde(rename_all = "camelCase")]
@@ -95,20 +83,16 @@ fn algorithm(algorithm: Algorithm) -> &'static str {
     }
 }
 
-pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
-    let Args { filter, sort, output, pins } = args;
-    let opened = pins.open()?;
-    let Agent { running: _, pid: _, report, error } = pins.agent(&opened);
+pub fn execute(args: list::Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
+    let opened = args.pins.open()?;
+    let Agent { running: _, pid: _, report, error } = args.pins.agent(&opened);
     if let Some(error) = error {
         // The pins are worth showing all the same.
         let _ = writeln!(io::stderr(), "warning: states are what the pins say; the agent does not answer: {error}");
     }
     let unprogrammed = report.map(|report| report.unprogrammed).unwrap_or_default();
-    let mut rows = merge(opened.frontends()?, unprogrammed);
-    rows.retain(|row| filter.admits(&row.service, Some(row.frontend.address)));
-    output::sort(&mut rows, &sort)?;
-    output::print(&rows, &output, out)?;
-    Ok(Exit::Done)
+    let rows = merge(opened.frontends()?, unprogrammed);
+    args.show(rows, |row| (&row.service, Some(row.frontend.address)), out)
 }
 
 /// What the kernel holds, and what the agent says is not in force; a frontend may be in both (an older version serves).
