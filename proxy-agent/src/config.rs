@@ -6,7 +6,6 @@ use std::{
     fmt,
     net::{IpAddr, SocketAddr},
     ops::RangeInclusive,
-    path::Path,
     str::FromStr,
     time::Duration,
 };
@@ -182,15 +181,6 @@ impl FromStr for Bind {
             text.parse().map(Self::Socket).map_err(|_| ConfigError::Bind(text.to_owned()))
         }
     }
-}
-
-/// Whether this node can forward at all: without it nothing that comes from one device leaves by another.
-pub fn forwarding(proc_sys: &Path) -> [(&'static str, bool); 2] {
-    let on = |path: &str| std::fs::read_to_string(proc_sys.join(path)).is_ok_and(|text| text.trim() == "1");
-    [
-        ("net.ipv4.ip_forward", on("net/ipv4/ip_forward")),
-        ("net.ipv6.conf.all.forwarding", on("net/ipv6/conf/all/forwarding")),
-    ]
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ use std::{
 use ipnet::IpNet;
 use serde::{Deserialize, Serialize};
 
+pub mod address;
 pub mod index;
 
 /// Namespace and name of a Service.

@@ -48,11 +48,6 @@ pub enum NodeError {
     Ended,
 }
 
-/// The node's name as kube-proxy has it: trimmed and lower case (contract A124).
-pub fn hostname() -> String {
-    rustix::system::uname().nodename().to_string_lossy().trim().to_lowercase()
-}
-
 /// What an event calls for.
 #[derive(Default)]
 struct Dirty {

@@ -130,9 +130,3 @@ fn devices_are_followed_as_they_come_and_go() {
         running.await.unwrap().unwrap();
     });
 }
-
-#[test]
-fn the_name_is_lower_case() {
-    let name = hostname();
-    assert!(!name.is_empty() && name == name.trim().to_lowercase());
-}

@@ -5,7 +5,7 @@ use std::{cmp::Reverse, net::IpAddr};
 
 use crate::{
     desired::Backend,
-    model::{Endpoint, EndpointHints, EndpointSlice, Family, NodeFacts, ServicePort},
+    model::{Endpoint, EndpointHints, EndpointSlice, Family, NodeFacts, ServicePort, address::unfit_for_endpoint},
 };
 
 /// More unusable addresses than this are counted, not listed.
@@ -72,7 +72,7 @@ pub(super) fn report_unusable<'a>(slices: impl Iterator<Item = &'a EndpointSlice
             passed += 1;
             if passed <= LISTED {
                 let (slice, address) = (&slice.name, endpoint.address);
-                problems.push(format!("EndpointSlice {slice}: endpoint {address} is {why}; it gets no traffic"));
+                problems.push(format!("EndpointSlice {slice}: endpoint {address} {why}; it gets no traffic"));
             }
         }
     }
@@ -81,27 +81,7 @@ pub(super) fn report_unusable<'a>(slices: impl Iterator<Item = &'a EndpointSlice
     }
 }
 
-/// Why an endpoint's address must not be aimed at: redirecting pods to the node's own loopback, to a group, or to an
-/// address that means another host on every link opens doors that nobody asked for (fault F13).
+/// Why an endpoint's address must not be aimed at.
 fn unusable(addr: IpAddr, family: Family) -> Option<&'static str> {
-    if Family::of(addr) != family {
-        return Some("of another family than its slice");
-    }
-    let link_local = match addr {
-        IpAddr::V4(v4) => v4.is_link_local(),
-        IpAddr::V6(v6) => v6.is_unicast_link_local(),
-    };
-    if link_local { Some("link-local") } else { unusable_vip(addr) }
-}
-
-/// Why an address cannot be served as a VIP.
-pub(super) fn unusable_vip(addr: IpAddr) -> Option<&'static str> {
-    match addr {
-        _ if addr.is_unspecified() => Some("unspecified"),
-        _ if addr.is_loopback() => Some("a loopback address"),
-        _ if addr.is_multicast() => Some("a multicast address"),
-        IpAddr::V4(v4) if v4.is_broadcast() => Some("the broadcast address"),
-        IpAddr::V6(v6) if v6.to_ipv4_mapped().is_some() => Some("an IPv4 address in IPv6 clothes"),
-        _ => None,
-    }
+    if Family::of(addr) != family { Some("is of another family than its slice") } else { unfit_for_endpoint(addr) }
 }

@@ -15,7 +15,10 @@ use std::{net::IpAddr, sync::Arc};
 
 use crate::{
     desired::{Action, Algorithm, Backend, BackendSet, Frontend, FrontendKind, FrontendSpec},
-    model::{EndpointSlice, Family, NodeFacts, Service, ServicePort, ServicePortName, ServiceType, TrafficPolicy},
+    model::{
+        EndpointSlice, Family, NodeFacts, Service, ServicePort, ServicePortName, ServiceType, TrafficPolicy,
+        address::unfit_for_vip,
+    },
 };
 
 mod candidates;
@@ -156,8 +159,8 @@ fn algorithm(service: &Service, defaults: &Defaults, problems: &mut Vec<String>)
 fn vips(service: &Service, problems: &mut Vec<String>) -> Vec<IpAddr> {
     let mut usable = Vec::with_capacity(service.cluster_ips.len());
     for &addr in &service.cluster_ips {
-        match candidates::unusable_vip(addr) {
-            Some(why) => problems.push(format!("clusterIP {addr} is {why}; it is not served")),
+        match unfit_for_vip(addr) {
+            Some(why) => problems.push(format!("clusterIP {addr} {why}; it is not served")),
             None => usable.push(addr),
         }
     }

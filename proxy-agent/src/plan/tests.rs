@@ -452,7 +452,8 @@ fn bad_addresses_are_passed_over_and_said_f13() {
     let all: Vec<String> = planned.frontends.iter().map(|(_, spec)| addresses(&spec.all)).collect();
     assert_eq!(all, ["10.0.0.1", "fd00::5"]);
     let problems = planned.problems.join("\n");
-    for said in ["127.0.0.1 is a loopback", "224.0.0.1 is a multicast", "169.254.1.1 is link-local", "3 more endpoints"]
+    for said in
+        ["127.0.0.1 is a loopback", "224.0.0.1 is a multicast", "169.254.1.1 is a link-local", "3 more endpoints"]
     {
         assert!(problems.contains(said), "{said} not in {problems}");
     }

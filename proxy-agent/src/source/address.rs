@@ -8,13 +8,14 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::IpNet;
 
-/// Reads an address; IPv4 octets may carry leading zeros. IPv4-mapped IPv6 is refused: which family it means is anybody's
-/// guess, and a packet never carries it.
+use crate::model::address::MAPPED;
+
+/// Reads an address; IPv4 octets may carry leading zeros.
 pub(super) fn parse_ip(text: &str) -> Result<IpAddr, &'static str> {
     let text = text.trim();
     if text.contains(':') {
         return match text.parse::<Ipv6Addr>() {
-            Ok(ip) if ip.to_ipv4_mapped().is_some() => Err("is an IPv4 address in IPv6 clothes"),
+            Ok(ip) if ip.to_ipv4_mapped().is_some() => Err(MAPPED),
             Ok(ip) => Ok(ip.into()),
             Err(_) => Err("is no IP address"),
         };
@@ -49,30 +50,6 @@ pub(super) fn parse_cidr(text: &str) -> Result<IpNet, &'static str> {
     let address = parse_ip(address)?;
     let length = decimal(length, 128).and_then(|length| u8::try_from(length).ok()).ok_or(NONE)?;
     Ok(IpNet::new(address, length).map_err(|_| NONE)?.trunc())
-}
-
-/// Why no frontend can have this address.
-pub(super) fn unfit_for_vip(ip: IpAddr) -> Option<&'static str> {
-    if ip.is_unspecified() {
-        Some("is the unspecified address")
-    } else if ip.is_loopback() {
-        Some("is a loopback address")
-    } else if ip.is_multicast() {
-        Some("is a multicast address")
-    } else if matches!(ip, IpAddr::V4(ip) if ip.is_broadcast()) {
-        Some("is the broadcast address")
-    } else if matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local()) {
-        Some("is a link-local address")
-    } else {
-        None
-    }
-}
-
-/// Why no endpoint can have this address: what the API server refuses too. Traffic sent there would reach this node's own
-/// services, everybody, or nobody.
-pub(super) fn unfit_for_endpoint(ip: IpAddr) -> Option<&'static str> {
-    unfit_for_vip(ip)
-        .or_else(|| matches!(ip, IpAddr::V4(ip) if ip.is_link_local()).then_some("is a link-local address"))
 }
 
 #[cfg(test)]
@@ -149,20 +126,6 @@ mod tests {
             "10.0.0.0/256",
         ] {
             assert!(parse_cidr(text).is_err(), "{text}");
-        }
-    }
-
-    #[test]
-    fn addresses_nothing_can_live_at() {
-        for text in
-            ["0.0.0.0", "127.0.0.1", "127.1.2.3", "224.0.0.1", "255.255.255.255", "::", "::1", "ff02::1", "fe80::1"]
-        {
-            assert!(unfit_for_vip(text.parse().unwrap()).is_some(), "{text}");
-        }
-        assert_eq!(unfit_for_vip("169.254.20.10".parse().unwrap()), None);
-        assert!(unfit_for_endpoint("169.254.20.10".parse().unwrap()).is_some());
-        for text in ["10.0.0.1", "192.0.2.1", "fd00::1", "2001:db8::1"] {
-            assert_eq!(unfit_for_endpoint(text.parse().unwrap()), None, "{text}");
         }
     }
 }

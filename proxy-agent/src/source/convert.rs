@@ -15,12 +15,13 @@ use k8s_openapi::jiff::Timestamp;
 
 use super::{
     ALGORITHM_ANNOTATION,
-    address::{parse_cidr, parse_ip, unfit_for_endpoint, unfit_for_vip},
+    address::{parse_cidr, parse_ip},
     api,
 };
 use crate::model::{
     Endpoint, EndpointHints, EndpointPort, EndpointSlice, Family, NodeFacts, Port, Protocol, Service, ServiceKey,
     ServicePort, ServiceType, TrafficPolicy,
+    address::{unfit_for_endpoint, unfit_for_vip},
 };
 
 /// Session affinity lasts this long where the Service does not say (contract A96).

@@ -22,7 +22,7 @@ use tracing::{info, warn};
 
 use super::Exit;
 use crate::{
-    config::{self, HEALTHZ_PORT, METRICS_PORT, PortRange},
+    config::{HEALTHZ_PORT, METRICS_PORT, PortRange},
     dataplane::{Dataplane, Fill, ebpf},
     desired::{Algorithm, Devices},
     model::{NodeFacts, SourceState},
@@ -150,7 +150,7 @@ fn warn_of_settings((min, max): (u16, u16)) {
     if let Some(text) = overlap {
         warn!("{text}");
     }
-    for (name, on) in config::forwarding(Path::new("/proc/sys")) {
+    for (name, on) in ebpf::probe::forwards(Path::new(ebpf::probe::PROC_SYS)) {
         if !on {
             warn!("{name} is off: this node passes nothing from one device to another; sysctl -w {name}=1");
         }

@@ -9,6 +9,8 @@ use rustix::{
     thread::{CapabilitySet, capabilities},
 };
 
+use crate::dataplane::ebpf::probe::missing_capabilities;
+
 /// Fails with all that is missing, and what to do.
 pub(super) fn check(bpffs: &Path) -> anyhow::Result<()> {
     let held = capabilities(None).context("asking for the own capabilities")?.effective;
@@ -34,18 +36,7 @@ fn owner(bpffs: &Path) -> Option<u32> {
 }
 
 fn missing(held: CapabilitySet, uid: u32, owner: Option<u32>) -> Vec<String> {
-    let mut missing = Vec::new();
-    // Before 5.8 CAP_SYS_ADMIN stands for both of the newer ones, and it still does.
-    let admin = held.contains(CapabilitySet::SYS_ADMIN);
-    for (name, ok) in [
-        ("CAP_BPF", admin || held.contains(CapabilitySet::BPF)),
-        ("CAP_PERFMON", admin || held.contains(CapabilitySet::PERFMON)),
-        ("CAP_NET_ADMIN", held.contains(CapabilitySet::NET_ADMIN)),
-    ] {
-        if !ok {
-            missing.push(name.to_owned());
-        }
-    }
+    let mut missing: Vec<_> = missing_capabilities(held).map(str::to_owned).collect();
     if uid != 0 && owner == Some(0) && !held.contains(CapabilitySet::DAC_OVERRIDE) {
         missing.push(format!("uid 0 (it is {uid}, and the bpffs is root's)"));
     }

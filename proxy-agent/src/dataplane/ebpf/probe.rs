@@ -8,9 +8,12 @@ use aya::{
     programs::{Program, ProgramType},
     sys::{BpfHelper, is_helper_supported, is_map_supported, is_program_supported},
 };
+use rustix::thread::CapabilitySet;
 use serde::Serialize;
 
 use super::{Options, SocketLb, cgroup as cgroups, hooks, pins};
+
+pub const PROC_SYS: &str = "/proc/sys";
 
 /// One answer.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -79,31 +82,28 @@ fn embedded(options: &Options) -> Check {
     }
 }
 
+/// What the agent must be allowed, each with the capabilities that grant it. Before 5.8 CAP_SYS_ADMIN stands for both of the
+/// newer ones, and it still does.
+const CAPABILITIES: [(&str, CapabilitySet); 3] = [
+    ("CAP_BPF", CapabilitySet::BPF.union(CapabilitySet::SYS_ADMIN)),
+    ("CAP_PERFMON", CapabilitySet::PERFMON.union(CapabilitySet::SYS_ADMIN)),
+    ("CAP_NET_ADMIN", CapabilitySet::NET_ADMIN),
+];
+
+/// Which of them `held` does not grant.
+pub fn missing_capabilities(held: CapabilitySet) -> impl Iterator<Item = &'static str> {
+    CAPABILITIES.into_iter().filter(move |(_, any)| !held.intersects(*any)).map(|(name, _)| name)
+}
+
 /// Effective capabilities of this process.
 fn capabilities() -> Vec<Check> {
-    const SYS_ADMIN: u32 = 21;
-    let wanted = [("CAP_NET_ADMIN", 12), ("CAP_PERFMON", 38), ("CAP_BPF", 39)];
-    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let held = status
-        .lines()
-        .find_map(|line| line.strip_prefix("CapEff:"))
-        .and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok())
-        .unwrap_or(0);
-    let has = |bit: u32| held & 1 << bit != 0;
-    wanted
-        .into_iter()
-        .map(|(name, bit)| {
-            // Before 5.8 CAP_SYS_ADMIN stands for both of the newer ones, and it still does.
-            let ok = has(bit) || (bit >= 38 && has(SYS_ADMIN));
-            Check::of(
-                name,
-                ok,
-                "held",
-                "missing",
-                &format!("run as root, or add {} to the container's capabilities", name.trim_start_matches("CAP_")),
-            )
-        })
-        .collect()
+    let held = rustix::thread::capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
+    let missing: Vec<_> = missing_capabilities(held).collect();
+    let check = |(name, _): (&'static str, _)| {
+        let remedy = format!("run as root, or add {} to the container's capabilities", name.trim_start_matches("CAP_"));
+        Check::of(name, !missing.contains(&name), "held", "missing", &remedy)
+    };
+    CAPABILITIES.into_iter().map(check).collect()
 }
 
 fn kernel() -> Check {
@@ -239,10 +239,18 @@ fn inet_diag_destroy() -> Check {
     }
 }
 
+/// Whether the node passes packets on, IPv4 and IPv6: without it nothing that comes from one device leaves by another. A kernel
+/// without IPv6 has none to pass on.
+pub fn forwards(proc_sys: &Path) -> [(&'static str, bool); 2] {
+    let on = |path: &str| fs::read_to_string(proc_sys.join(path)).is_ok_and(|text| text.trim() == "1");
+    [
+        ("net.ipv4.ip_forward", on("net/ipv4/ip_forward")),
+        ("net.ipv6.conf.all.forwarding", on("net/ipv6/conf/all/forwarding") || !proc_sys.join("net/ipv6").exists()),
+    ]
+}
+
 fn forwarding() -> Check {
-    let on = |path: &str| fs::read_to_string(path).is_ok_and(|text| text.trim() == "1");
-    let v4 = on("/proc/sys/net/ipv4/ip_forward");
-    let v6 = on("/proc/sys/net/ipv6/conf/all/forwarding") || !Path::new("/proc/sys/net/ipv6").exists();
+    let [(_, v4), (_, v6)] = forwards(Path::new(PROC_SYS));
     Check::of(
         "forwarding",
         v4 && v6,
