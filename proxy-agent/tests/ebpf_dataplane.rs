@@ -542,6 +542,91 @@ fn what_programs_write_while_maps_change_their_size_comes_along() {
     assert_whole(&world);
 }
 
+/// One map of every program in force, by hook: its id, and the map.
+fn map_in_force(world: &World, name: &str) -> BTreeMap<u32, aya::maps::MapData> {
+    let links: Vec<u32> = program_ids(world).into_values().collect();
+    let used = aya::programs::loaded_programs().flatten().filter(|program| links.contains(&program.id()));
+    let ids = used.flat_map(|program| program.map_ids().unwrap().unwrap());
+    ids.map(|id| (id, aya::maps::MapData::from_id(id).unwrap()))
+        .filter(|(_, map)| map.info().unwrap().name_as_str() == Some(name))
+        .collect()
+}
+
+/// Death at every step of a change of sizes: whatever programs a link runs then, their maps hold everything; and the next start,
+/// whichever sizes it wants, ends it and has what either kind of programs wrote.
+#[test]
+fn dying_anywhere_while_maps_change_their_size_costs_nothing() {
+    use aya::maps::{HashMap, Map, MapData};
+    use proxy_common::{
+        Ipv4Be,
+        frontend::{FrontendKey, FrontendValue},
+        socket::{DatagramKey, DatagramValue},
+    };
+    type Key = [u8; size_of::<DatagramKey<Ipv4Be>>()];
+    type Value = [u8; size_of::<DatagramValue<Ipv4Be>>()];
+    let Some(mut world) = World::new("crash") else { return };
+    let (state, devices) = (state(2), devices());
+    start(&mut world.open(), &state, &devices);
+    let (small, large) =
+        (world.options.sizes, Sizes { slots: 2048, datagrams: 512, frontends: 512, ..world.options.sizes });
+    let frontends = world.pins().frontends().unwrap().iter().filter(|row| row.addr.is_ipv4()).count();
+    let datagrams = |data| -> HashMap<MapData, Key, Value> { Map::LruHashMap(data).try_into().unwrap() };
+    let key = |n: u8| -> Key { [n; size_of::<Key>()] };
+    let (mut mixed, mut complete) = (0, false);
+    for step in 0..100 {
+        let before = world.options.sizes;
+        let pinned = MapData::from_pin(world.options.bpffs.join("v1/maps/datagrams_v4")).unwrap();
+        datagrams(pinned).insert(key(1), [1; size_of::<Value>()], 0).unwrap();
+        world.options.sizes = if before == small { large } else { small };
+        world.options.crash_after = Some(step);
+        let try_it = || -> Option<()> {
+            let mut ebpf = Ebpf::open(&world.options).ok()?;
+            assert!(ebpf.resync(&state).is_clean());
+            // Either kind of links may be first.
+            if step % 2 == 0 {
+                ebpf.activate().ok()?;
+            }
+            ebpf.set_devices(&devices).is_clean().then_some(())?;
+            ebpf.activate().ok()
+        };
+        complete = try_it().is_some();
+
+        let mut written = vec![1];
+        for (number, map) in (2..).zip(map_in_force(&world, "datagrams_v4").into_values()) {
+            let mut map = datagrams(map);
+            assert_eq!(map.get(&key(1), 0).unwrap(), [1; size_of::<Value>()], "step {step}");
+            map.insert(key(number), [number; size_of::<Value>()], 0).unwrap();
+            written.push(number);
+        }
+        let in_force = map_in_force(&world, "frontends_v4");
+        mixed += usize::from(in_force.len() == 2);
+        for map in in_force.into_values() {
+            let map: HashMap<MapData, [u8; size_of::<FrontendKey<Ipv4Be>>()], [u8; size_of::<FrontendValue>()]> =
+                Map::HashMap(map).try_into().unwrap();
+            assert_eq!(map.keys().count(), frontends, "step {step}");
+        }
+
+        world.options.crash_after = None;
+        if step % 3 == 0 {
+            world.options.sizes = before;
+        }
+        start(&mut world.open(), &state, &devices);
+        assert_whole(&world);
+        assert_holds(&world.pins(), &state);
+        assert!(!world.options.bpffs.join("v1/moving").exists());
+        let mut after = datagrams(MapData::from_pin(world.options.bpffs.join("v1/maps/datagrams_v4")).unwrap());
+        for number in written {
+            assert_eq!(after.get(&key(number), 0).unwrap(), [number; size_of::<Value>()], "step {step}");
+            after.remove(&key(number)).unwrap();
+        }
+        assert_eq!(start(&mut world.open(), &state, &devices), 0, "settled");
+        if complete {
+            break;
+        }
+    }
+    assert!(complete && mixed > 1, "{mixed} deaths with links of both kinds");
+}
+
 #[test]
 fn a_link_that_could_not_be_moved_keeps_the_start_unsettled() {
     let Some(mut world) = World::new("unmoved") else { return };

@@ -23,7 +23,7 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    dataplane::{Capabilities, Dataplane, DataplaneError, Drift, Fill, Hook, Report},
+    dataplane::{Capabilities, Dataplane, DataplaneError, Drift, Failure, Fill, Hook, Report},
     desired::{Changes, DesiredState, Devices},
     model::Protocol,
 };
@@ -43,6 +43,7 @@ mod pins;
 pub mod probe;
 pub mod read;
 mod render;
+mod resize;
 mod services;
 mod store;
 mod sys;
@@ -55,6 +56,7 @@ use hooks::Hooks;
 use layout::MapName;
 use maps::Maps;
 use pins::{Layout, Pinned};
+use resize::Steps;
 use store::Store;
 use table::Table;
 
@@ -96,6 +98,8 @@ pub struct Options {
     pub log_level: u8,
     /// Programs to run instead of the embedded ones.
     pub object: Option<&'static [u8]>,
+    /// Ends a change of map sizes after so many steps, as if the process had died there. For tests.
+    pub crash_after: Option<u32>,
 }
 
 impl Default for Options {
@@ -109,6 +113,7 @@ impl Default for Options {
             masquerade_ports: (1024, 29_999),
             log_level: 0,
             object: None,
+            crash_after: None,
         }
     }
 }
@@ -130,6 +135,7 @@ pub struct Ebpf {
     resized: Vec<MapName>,
     /// Links began to move to programs that use those.
     moving: bool,
+    steps: Steps,
     started: Instant,
 }
 
@@ -145,7 +151,10 @@ impl Ebpf {
         // Said before anything is pinned.
         options.object()?;
         let layout = &pinned.layout;
-        let resized = check_maps(layout, &options.sizes)?;
+        let mut steps = Steps::new(options.crash_after);
+        // An earlier process may have died with its links half moved.
+        let moving = resize::recover(layout, &options.sizes, &mut steps)?;
+        let resized = resize::check(layout, &options.sizes, moving)?;
         for map in MapName::ALL.iter().copied().filter(|map| map.is_agents()) {
             ensure_map(layout, map, &options.sizes, &resized)?;
         }
@@ -153,14 +162,18 @@ impl Ebpf {
         let sizes: Vec<_> = MapName::ALL.iter().map(|map| (*map, map.info(&options.sizes).max_entries)).collect();
         let meta = sys::open(&layout.map(MapName::Meta)).and_then(sys::Map::new).map_err(kernel("map meta"))?;
         let hooks = Hooks::open(layout, options, &meta, &sizes, &path)?;
-        copy_resized(layout, resized.iter().copied().filter(|map| !map.is_programs()), sys::ANY)?;
+        if !moving {
+            let agents = resized.iter().copied().filter(|map| !map.is_programs());
+            resize::copy(layout, agents, sys::ANY, &mut steps)?;
+        }
         let maps = Maps::open(path).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
         Ok(Self {
             table: Table::new(maps, alloc::REST),
             hooks,
             sizes: options.sizes,
             resized,
-            moving: false,
+            moving,
+            steps,
             started: Instant::now(),
             pinned,
         })
@@ -194,11 +207,25 @@ impl Ebpf {
     }
 
     /// Before links move: brings what the programs wrote to maps of another size, all of it the first time. From then on the new
-    /// maps are written to as well, and what is in them stands.
+    /// maps are written to as well, and what is in them stands, also for a process that comes after this one.
     fn before_links_move(&mut self) -> Result<(), DataplaneError> {
+        if self.resized.is_empty() {
+            return Ok(());
+        }
         let flags = if self.moving { sys::NOEXIST } else { sys::ANY };
-        self.moving = true;
-        copy_resized(&self.pinned.layout, self.resized.iter().copied().filter(|map| map.is_programs()), flags)
+        let Self { pinned: Pinned { layout, .. }, resized, steps, .. } = self;
+        resize::copy(
+            layout,
+            resized.iter().copied().filter(|map| map.is_programs() && layout.resized(*map).exists()),
+            flags,
+            steps,
+        )?;
+        if !self.moving {
+            self.steps.next()?;
+            resize::begin_moving(layout)?;
+            self.moving = true;
+        }
+        Ok(())
     }
 
     /// Once every link holds our programs: maps of a new size take the place of the old ones, and `meta` says what runs.
@@ -209,11 +236,11 @@ impl Ebpf {
         if !self.resized.is_empty() {
             // What the old programs wrote meanwhile comes along.
             self.before_links_move()?;
-            let layout = &self.pinned.layout;
-            for map in std::mem::take(&mut self.resized) {
-                fs::rename(layout.resized(map), layout.map(map)).map_err(kernel(format!("map {map}")))?;
-            }
+            resize::put_in_place(&self.pinned.layout, &self.resized, &mut self.steps)?;
+            self.resized.clear();
+            self.moving = false;
         }
+        self.steps.next()?;
         let meta = *self.hooks.meta();
         self.table.store_mut().set_meta(&meta).map_err(kernel("map meta"))
     }
@@ -239,7 +266,10 @@ impl Dataplane for Ebpf {
         // A program finds its device's entry from its first packet on.
         devices::put(self.table.store_mut(), devices, &mut report);
         if let Err(error) = self.before_links_move() {
-            tracing::warn!(%error, "connections that began meanwhile may be forgotten");
+            // Links that moved now would leave connections behind.
+            let failed = |device: &crate::desired::Device| (device.name.clone(), Failure::Retry(error.to_string()));
+            report.failed_devices.extend(devices.values().map(failed));
+            return report;
         }
         self.hooks.set_devices(devices, &mut report);
         self.clear_other_devices(devices, &mut report);
@@ -293,73 +323,6 @@ impl Dataplane for Ebpf {
     }
 }
 
-/// Compares the pinned maps with what they should be. Returns those whose size differs, each made anew beside the old one.
-fn check_maps(layout: &Layout, sizes: &Sizes) -> Result<Vec<MapName>, DataplaneError> {
-    let mut resized = vec![];
-    for map in MapName::ALL.iter().copied() {
-        let waiting = layout.resized(map);
-        match fs::remove_file(&waiting) {
-            // Left by a process that died before its programs had moved.
-            Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(kernel(waiting.display().to_string())(error));
-            }
-            _ => {}
-        }
-        let fd = match sys::open(&layout.map(map)) {
-            Ok(fd) => fd,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(kernel(format!("pinned map {map}"))(error)),
-        };
-        let have = sys::map_info(fd.as_fd()).map_err(kernel(format!("pinned map {map}")))?;
-        let want = map.info(sizes);
-        // Flags may hold bits that the kernel added.
-        if (have.kind, have.key, have.value) != (want.kind, want.key, want.value)
-            || have.flags & want.flags != want.flags
-        {
-            return Err(DataplaneError::Unavailable(format!(
-                "pinned map {} has another layout ({have:?}, not {want:?}): it was not made by this program; run `proxy-agent \
-                 cleanup` or use another --bpffs",
-                layout.map(map).display()
-            )));
-        }
-        if have.max_entries != want.max_entries {
-            let used = used_entries(map, fd.as_fd()).map_err(kernel(format!("pinned map {map}")))?;
-            if used > u64::from(want.max_entries) {
-                return Err(DataplaneError::Unavailable(format!(
-                    "pinned map {map} needs {used} entries, {} {} leaves it {}: raise it",
-                    map.option(),
-                    want.max_entries,
-                    want.max_entries
-                )));
-            }
-            tracing::info!(map = map.as_str(), from = have.max_entries, to = want.max_entries, "changes its size");
-            resized.push(map);
-        }
-    }
-    Ok(resized)
-}
-
-/// Entries that a new map must have room for; 0 where it may forget.
-fn used_entries(map: MapName, fd: std::os::fd::BorrowedFd<'_>) -> io::Result<u64> {
-    use proxy_common::slot::{Slot, SlotV4, SlotV6};
-    fn last<T: Slot + aya::Pod>(fd: std::os::fd::BorrowedFd<'_>) -> io::Result<u64> {
-        let slots = maps::SlotArray::<T>::new(fd, false)?;
-        let last = (0..slots.len()).rev().find(|index| !slots.read(*index).is_virgin());
-        Ok(last.map_or(0, |index| u64::from(index) + 1))
-    }
-    match map {
-        MapName::SlotsV4 => last::<SlotV4>(fd),
-        MapName::SlotsV6 => last::<SlotV6>(fd),
-        MapName::FrontendsV4 | MapName::FrontendsV6 | MapName::Names => {
-            let info = sys::map_info(fd)?;
-            let mut count = 0;
-            sys::dump(fd, info.key as usize, info.value as usize, |_, _| count += 1)?;
-            Ok(count)
-        }
-        _ => Ok(0),
-    }
-}
-
 /// Makes a map that no program refers to.
 fn ensure_map(layout: &Layout, map: MapName, sizes: &Sizes, resized: &[MapName]) -> Result<(), DataplaneError> {
     let path = if resized.contains(&map) { layout.resized(map) } else { layout.map(map) };
@@ -369,27 +332,6 @@ fn ensure_map(layout: &Layout, map: MapName, sizes: &Sizes, resized: &[MapName])
     sys::create(map.as_str(), map.info(sizes))
         .and_then(|fd| sys::pin(fd.as_fd(), &path))
         .map_err(kernel(format!("map {map}")))
-}
-
-fn copy_resized(layout: &Layout, maps: impl Iterator<Item = MapName>, flags: u64) -> Result<(), DataplaneError> {
-    use proxy_common::slot::{SlotV4, SlotV6};
-    fn slots<T: proxy_common::slot::Slot + aya::Pod>(from: &std::path::Path, to: &std::path::Path) -> io::Result<()> {
-        let from = maps::SlotArray::<T>::new(sys::open(from)?.as_fd(), false)?;
-        maps::SlotArray::<T>::new(sys::open(to)?.as_fd(), true)?.copy_from(&from);
-        Ok(())
-    }
-    for map in maps {
-        let (from, to) = (layout.map(map), layout.resized(map));
-        let copied = match map {
-            MapName::SlotsV4 => slots::<SlotV4>(&from, &to),
-            MapName::SlotsV6 => slots::<SlotV6>(&from, &to),
-            _ => {
-                maps::value_size(map).and_then(|value| maps::copy_entries(&from, &to, value, flags, map.is_programs()))
-            }
-        };
-        copied.map_err(kernel(format!("copy map {map}")))?;
-    }
-    Ok(())
 }
 
 /// Removes links, filters, programs, maps and the directory itself.

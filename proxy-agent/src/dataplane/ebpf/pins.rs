@@ -78,6 +78,11 @@ impl Layout {
     pub(crate) fn resized(&self, name: MapName) -> PathBuf {
         self.maps.join(format!("{}-resized", name.as_str()))
     }
+
+    /// There from the moment a link may use a map that waits until all are in place.
+    pub(crate) fn moving(&self) -> PathBuf {
+        self.version.join("moving")
+    }
 }
 
 /// The directory, checked and locked.
