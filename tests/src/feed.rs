@@ -27,10 +27,38 @@ pub struct Feed(Arc<Mutex<State>>);
 struct State {
     /// `resourceVersion` of the last change.
     version: u64,
-    objects: BTreeMap<(String, String), Value>,
+    /// As they are listed, by kind and name.
+    objects: BTreeMap<(String, String), String>,
     /// Every change as a chunk of an answer to a watch.
     changes: Vec<Change>,
     watches: Vec<(Selector, TcpStream)>,
+}
+
+impl State {
+    fn prepare(&self, object: &Value) -> Result<Ready> {
+        let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str).map(str::to_owned);
+        let kind = text("/kind").context("an object without kind")?;
+        let name = text("/metadata/name").context("an object without name")?;
+        let version = self.version + 1;
+        let mut object = object.clone();
+        object["metadata"]["resourceVersion"] = version.to_string().into();
+        object["metadata"]["uid"] = format!("{kind}-{name}").into();
+        let object = object.to_string();
+        let known = self.objects.contains_key(&(kind.clone(), name.clone()));
+        let event = format!(r#"{{"type":"{}","object":{object}}}"#, if known { "MODIFIED" } else { "ADDED" });
+        let chunk = format!("{:x}\r\n{event}\n\r\n", event.len() + 1).into_bytes();
+        Ok(Ready { object, change: Change { version, kind, name, chunk } })
+    }
+
+    fn send(&mut self, Ready { object, change }: Ready) {
+        // Who has gone away needs nothing any more.
+        self.watches.retain_mut(|(of, stream)| {
+            !of.matches(&change.kind, &change.name) || stream.write_all(&change.chunk).is_ok()
+        });
+        self.version = change.version;
+        self.objects.insert((change.kind.clone(), change.name.clone()), object);
+        self.changes.push(change);
+    }
 }
 
 struct Change {
@@ -38,6 +66,12 @@ struct Change {
     kind: String,
     name: String,
     chunk: Vec<u8>,
+}
+
+/// A change with all its text made, so that sending it is one write for each watch.
+pub struct Ready {
+    object: String,
+    change: Change,
 }
 
 /// What a request is about: a kind, and one name if it selects by name, as an agent does for its own Node.
@@ -71,22 +105,20 @@ impl Feed {
 
     /// Creates or changes an object: one event on every watch of its kind.
     pub fn set(&self, object: &Value) -> Result<()> {
-        let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str).map(str::to_owned);
-        let kind = text("/kind").context("an object without kind")?;
-        let name = text("/metadata/name").context("an object without name")?;
         let mut state = self.state();
-        state.version += 1;
-        let version = state.version;
-        let mut object = object.clone();
-        object["metadata"]["resourceVersion"] = version.to_string().into();
-        object["metadata"]["uid"] = format!("{kind}-{name}").into();
-        let known = state.objects.insert((kind.clone(), name.clone()), object.clone()).is_some();
-        let event = json!({"type": if known { "MODIFIED" } else { "ADDED" }, "object": object});
-        let chunk = format!("{:x}\r\n{event}\n\r\n", event.to_string().len() + 1).into_bytes();
-        // Who has gone away needs nothing any more.
-        state.watches.retain_mut(|(of, stream)| !of.matches(&kind, &name) || stream.write_all(&chunk).is_ok());
-        state.changes.push(Change { version, kind, name, chunk });
+        let ready = state.prepare(object)?;
+        state.send(ready);
         Ok(())
+    }
+
+    /// The first half of [`Self::set`]; nothing else may be set before it is sent.
+    pub fn prepare(&self, object: &Value) -> Result<Ready> {
+        self.state().prepare(object)
+    }
+
+    /// The second half.
+    pub fn send(&self, ready: Ready) {
+        self.state().send(ready);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -131,10 +163,13 @@ impl Feed {
     fn list(&self, of: &Selector, version: &str) -> String {
         let state = self.state();
         let selected = state.objects.iter().filter(|((kind, name), _)| of.matches(kind, name));
-        let items: Vec<&Value> = selected.map(|(_, item)| item).collect();
-        let metadata = json!({"resourceVersion": state.version.to_string()});
-        json!({"kind": format!("{}List", of.kind), "apiVersion": version, "metadata": metadata, "items": items})
-            .to_string()
+        let items: Vec<&str> = selected.map(|(_, item)| item.as_str()).collect();
+        format!(
+            r#"{{"kind":"{}List","apiVersion":"{version}","metadata":{{"resourceVersion":"{}"}},"items":[{}]}}"#,
+            of.kind,
+            state.version,
+            items.join(",")
+        )
     }
 
     /// What happened since `seen`, and what happens from now on; no change falls between the two.

@@ -1,16 +1,12 @@
 //! C3: from one changed EndpointSlice, written to the agent's watch, to the map that the programs read.
 //!
-//! The API server is one made of a few lines: it lists what it holds, keeps watches open, and sends what it is told. The
-//! real agent runs against it, on the other CPU.
+//! The real agent runs against an API server of a few lines ([`Feed`]), on the other CPU.
 
 use std::{
-    fmt::Write as _,
     fs,
-    io::{BufRead as _, BufReader, Write as _},
-    net::{Ipv4Addr, TcpListener, TcpStream},
+    net::Ipv4Addr,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
-    sync::{Arc, Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -27,6 +23,8 @@ use proxy_common::{
     frontend::{FrontendKey, FrontendValue},
     proto::TCP,
 };
+use proxy_tests::feed::{self, Feed};
+use serde_json::{Value, json};
 
 use crate::{
     Scale,
@@ -40,125 +38,59 @@ const NODE: &str = "bench-node";
 const AGENT_CPU: usize = 0;
 const OUR_CPU: usize = 1;
 
-fn service(index: u32) -> String {
-    format!(
-        r#"{{"metadata":{{"name":"s{index}","namespace":"bench","uid":"s{index}","resourceVersion":"1","creationTimestamp":"2026-01-01T00:00:00Z"}},"spec":{{"type":"ClusterIP","clusterIP":"{vip}","clusterIPs":["{vip}"],"ipFamilies":["IPv4"],"ports":[{{"name":"http","port":{PORT},"protocol":"TCP"}}]}}}}"#,
-        vip = vip(index)
-    )
+fn service(index: u32) -> Value {
+    let vip = vip(index).to_string();
+    json!({
+        "kind": "Service",
+        "metadata": {"name": format!("s{index}"), "namespace": "bench", "creationTimestamp": "2026-01-01T00:00:00Z"},
+        "spec": {
+            "type": "ClusterIP",
+            "clusterIP": vip,
+            "clusterIPs": [vip],
+            "ipFamilies": ["IPv4"],
+            "ports": [{"name": "http", "port": PORT, "protocol": "TCP"}],
+        },
+    })
 }
 
 /// The slice of one Service; its last endpoint tells the version.
-fn slice(index: u32, version: u32) -> String {
+fn slice(index: u32, version: u32) -> Value {
     let first = u32::from(Ipv4Addr::new(10, 128, 0, 0)) + index * (ENDPOINTS + 1);
-    let mut endpoints = String::new();
-    for n in 0..ENDPOINTS {
+    let endpoint = |n: u32| {
         let n = if n + 1 == ENDPOINTS { n + version % 2 } else { n };
-        let comma = if endpoints.is_empty() { "" } else { "," };
-        let _ = write!(
-            endpoints,
-            r#"{comma}{{"addresses":["{}"],"conditions":{{"ready":true,"serving":true,"terminating":false}},"nodeName":"n{}"}}"#,
-            Ipv4Addr::from(first + n),
-            n % 7
-        );
-    }
-    format!(
-        r#"{{"metadata":{{"name":"s{index}-a","namespace":"bench","uid":"e{index}","resourceVersion":"{}","labels":{{"kubernetes.io/service-name":"s{index}"}}}},"addressType":"IPv4","ports":[{{"name":"http","port":8080,"protocol":"TCP"}}],"endpoints":[{endpoints}]}}"#,
-        version + 2
-    )
+        json!({
+            "addresses": [Ipv4Addr::from(first + n)],
+            "conditions": {"ready": true, "serving": true, "terminating": false},
+            "nodeName": format!("n{}", n % 7),
+        })
+    };
+    json!({
+        "kind": "EndpointSlice",
+        "metadata": {
+            "name": format!("s{index}-a"),
+            "namespace": "bench",
+            "labels": {"kubernetes.io/service-name": format!("s{index}")},
+        },
+        "addressType": "IPv4",
+        "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
+        "endpoints": (0..ENDPOINTS).map(endpoint).collect::<Vec<_>>(),
+    })
 }
 
-fn list(kind: &str, version: &str, items: impl Iterator<Item = String>) -> String {
-    let items: Vec<_> = items.collect();
-    format!(
-        r#"{{"kind":"{kind}List","apiVersion":"{version}","metadata":{{"resourceVersion":"1"}},"items":[{}]}}"#,
-        items.join(",")
-    )
-}
-
-struct Api {
-    services: String,
-    slices: String,
-    nodes: String,
-    /// Where the agent watches EndpointSlices.
-    watch: Mutex<Option<TcpStream>>,
-}
-
-impl Api {
-    fn new(services: u32) -> Self {
-        let node = format!(
-            r#"{{"metadata":{{"name":"{NODE}","uid":"n","resourceVersion":"1"}},"spec":{{}},"status":{{"addresses":[{{"type":"InternalIP","address":"10.1.0.1"}}]}}}}"#
-        );
-        Self {
-            services: list("Service", "v1", (0..services).map(service)),
-            slices: list("EndpointSlice", "discovery.k8s.io/v1", (0..services).map(|i| slice(i, 0))),
-            nodes: list("Node", "v1", std::iter::once(node)),
-            watch: Mutex::new(None),
-        }
+/// Everything there is at the start.
+fn feed(services: u32) -> Result<Feed> {
+    let feed = Feed::default();
+    feed.set(&json!({
+        "kind": "Node",
+        "metadata": {"name": NODE},
+        "spec": {},
+        "status": {"addresses": [{"type": "InternalIP", "address": "10.1.0.1"}]},
+    }))?;
+    for index in 0..services {
+        feed.set(&service(index))?;
+        feed.set(&slice(index, 0))?;
     }
-
-    fn serve(self: &Arc<Self>, listener: TcpListener) {
-        let api = Arc::clone(self);
-        thread::spawn(move || {
-            for stream in listener.incoming().flatten() {
-                let api = Arc::clone(&api);
-                // A connection that breaks off is the agent's end.
-                thread::spawn(move || api.connection(stream));
-            }
-        });
-    }
-
-    fn connection(&self, mut stream: TcpStream) -> Result<()> {
-        stream.set_nodelay(true)?;
-        let mut reader = BufReader::new(stream.try_clone()?);
-        loop {
-            let mut request = String::new();
-            if reader.read_line(&mut request)? == 0 {
-                return Ok(());
-            }
-            let mut header = String::new();
-            while reader.read_line(&mut header)? > 2 {
-                header.clear();
-            }
-            let target = request.split(' ').nth(1).unwrap_or_default();
-            let (path, query) = target.split_once('?').unwrap_or((target, ""));
-            let body = match path {
-                "/api/v1/services" => &self.services,
-                "/apis/discovery.k8s.io/v1/endpointslices" => &self.slices,
-                _ if path.starts_with("/api/v1/nodes") => &self.nodes,
-                _ => {
-                    stream.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")?;
-                    continue;
-                }
-            };
-            if query.contains("watch=") {
-                stream.write_all(
-                    b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n",
-                )?;
-                if path.ends_with("endpointslices") {
-                    *self.watch.lock().unwrap_or_else(PoisonError::into_inner) = Some(stream.try_clone()?);
-                }
-            } else {
-                write!(
-                    stream,
-                    "HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\r\n",
-                    body.len()
-                )?;
-                stream.write_all(body.as_bytes())?;
-            }
-        }
-    }
-
-    fn send(&self, chunk: &[u8]) -> Result<()> {
-        let mut watch = self.watch.lock().unwrap_or_else(PoisonError::into_inner);
-        watch.as_mut().context("the agent does not watch EndpointSlices")?.write_all(chunk)?;
-        Ok(())
-    }
-}
-
-/// A changed slice as one chunk of an answer to a watch.
-fn event(index: u32, version: u32) -> Vec<u8> {
-    let event = format!("{{\"type\":\"MODIFIED\",\"object\":{}}}\n", slice(index, version));
-    format!("{:x}\r\n{event}\r\n", event.len()).into_bytes()
+    Ok(feed)
 }
 
 /// The agent, and what it leaves behind when it is killed.
@@ -207,24 +139,12 @@ pub fn measure(scale: &Scale, agent: Option<&Path>, cgroups: &Cgroups, report: &
     let services = scale.change_services;
     let netns = Netns::new()?;
     netns.ip("link set lo up\n")?;
-    let api = Arc::new(Api::new(services));
-    let port = netns.enter(|| {
-        let listener = TcpListener::bind("127.0.0.1:0")?;
-        let port = listener.local_addr()?.port();
-        api.serve(listener);
-        Ok(port)
-    })?;
+    let feed = feed(services)?;
+    let at = netns.enter(|| feed.serve())?;
 
     let files = std::env::temp_dir().join(cgroups.root().file_name().unwrap_or_default());
     fs::create_dir_all(&files)?;
-    let kubeconfig = files.join("kubeconfig");
-    fs::write(
-        &kubeconfig,
-        format!(
-            "apiVersion: v1\nkind: Config\ncurrent-context: c\nclusters:\n- name: c\n  cluster:\n    server: http://127.0.0.1:{port}\n\
-             contexts:\n- name: c\n  context:\n    cluster: c\n    user: u\nusers:\n- name: u\n  user: {{}}\n"
-        ),
-    )?;
+    let kubeconfig = feed::kubeconfig(&files, at)?;
     let log = fs::File::create(files.join("log"))?;
     let bpffs = bpffs(cgroups.root());
     fs::create_dir_all(&bpffs)?;
@@ -248,7 +168,7 @@ pub fn measure(scale: &Scale, agent: Option<&Path>, cgroups: &Cgroups, report: &
     real_time(false);
     sched_setaffinity(Pid::from_raw(0), &before)?;
     let mut agent = Agent { child: child?, files: files.clone(), bpffs: bpffs.clone() };
-    let outcome = changes(scale, &api, &mut agent, started, report);
+    let outcome = changes(scale, &feed, &mut agent, started, report);
     if let Err(error) = outcome {
         let log = fs::read_to_string(files.join("log")).unwrap_or_default();
         let tail: Vec<_> = log.lines().rev().take(10).collect();
@@ -288,7 +208,7 @@ fn filled(services: u32, agent: &mut Agent) -> Result<Frontends> {
     map.context("no map")
 }
 
-fn changes(scale: &Scale, api: &Api, agent: &mut Agent, started: Instant, report: &mut Report) -> Result<()> {
+fn changes(scale: &Scale, feed: &Feed, agent: &mut Agent, started: Instant, report: &mut Report) -> Result<()> {
     let services = scale.change_services;
     let map = filled(services, agent)?;
     let cold = started.elapsed().as_secs_f64() * 1e3;
@@ -310,12 +230,12 @@ fn changes(scale: &Scale, api: &Api, agent: &mut Agent, started: Instant, report
         let index = change.wrapping_mul(7_919) % services;
         // Twice the number of Services and each has changed and changed back.
         let version = 1 + change / services;
-        let chunk = event(index, version);
+        let change = feed.prepare(&slice(index, version))?;
         let key = key(index);
         let before = map.get(&key, 0)?;
         thread::sleep(Duration::from_millis(2));
         let start = Instant::now();
-        api.send(&chunk)?;
+        feed.send(change);
         while map.get(&key, 0)? == before {
             if start.elapsed() > Duration::from_secs(5) {
                 bail!("a change was not in the map after 5 s");
