@@ -88,6 +88,8 @@ pub trait Address: Copy + PartialEq + Eq + Default + 'static {
     const LEN: usize;
     const UNSPECIFIED: Self;
 
+    /// 127.0.0.0/8, ::1.
+    fn is_loopback(self) -> bool;
     /// The address as two words, for hashing and sealing; one-to-one.
     fn words(self) -> (u64, u64);
     fn to_ip(self) -> net::IpAddr;
@@ -99,6 +101,11 @@ impl Address for Ipv4Be {
     const VERSION: u8 = 4;
     const LEN: usize = 4;
     const UNSPECIFIED: Self = Self(0);
+
+    #[inline(always)]
+    fn is_loopback(self) -> bool {
+        self.octets()[0] == 127
+    }
 
     #[inline(always)]
     fn words(self) -> (u64, u64) {
@@ -121,6 +128,11 @@ impl Address for Ipv6Be {
     const VERSION: u8 = 6;
     const LEN: usize = 16;
     const UNSPECIFIED: Self = Self([0; 4]);
+
+    #[inline(always)]
+    fn is_loopback(self) -> bool {
+        self.0[0] == 0 && self.0[1] == 0 && self.0[2] == 0 && self.0[3] == 1_u32.to_be()
+    }
 
     #[inline(always)]
     fn words(self) -> (u64, u64) {

@@ -50,7 +50,7 @@ pub enum Reason {
     PortRemapped = 10,
     /// The missing half of a connection's entries was put back.
     PairRepaired = 11,
-    /// A fragment whose first part was not seen; left to the stack.
+    /// A fragment whose first part was not seen; left to the stack, unless it is for an address of ours.
     UnknownFragment = 12,
     /// A header that the parser does not understand; left to the stack.
     Unparsed = 13,
@@ -60,10 +60,16 @@ pub enum Reason {
     RemapExhausted = 15,
     /// A socket's VIP could not be noted down: the connection works, but shows its backend instead.
     NotRemembered = 16,
+    /// A later fragment for an address of ours whose first one was refused, dropped or not seen; dropped.
+    StrayFragment = 17,
+    /// A new flow from an address that sends none: the loopback network, or one of ours; dropped.
+    Martian = 18,
+    /// A refusal beyond the rate; the packet was dropped in silence.
+    RejectLimited = 19,
 }
 
 impl Reason {
-    pub const COUNT: usize = 17;
+    pub const COUNT: usize = 20;
 
     pub const ALL: [Self; Self::COUNT] = [
         Self::Rejected,
@@ -83,6 +89,9 @@ impl Reason {
         Self::NotASyn,
         Self::RemapExhausted,
         Self::NotRemembered,
+        Self::StrayFragment,
+        Self::Martian,
+        Self::RejectLimited,
     ];
 
     /// Name in metrics and in the CLI.
@@ -105,6 +114,9 @@ impl Reason {
             Self::NotASyn => "not_a_syn",
             Self::RemapExhausted => "remap_exhausted",
             Self::NotRemembered => "not_remembered",
+            Self::StrayFragment => "stray_fragment",
+            Self::Martian => "martian",
+            Self::RejectLimited => "reject_limited",
         }
     }
 
@@ -121,6 +133,9 @@ impl Reason {
                 | Self::RejectFailed
                 | Self::TornTwice
                 | Self::RemapExhausted
+                | Self::StrayFragment
+                | Self::Martian
+                | Self::RejectLimited
         )
     }
 }

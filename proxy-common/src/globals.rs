@@ -9,6 +9,8 @@ pub const NODE_NETNS_COOKIE: &str = "NODE_NETNS_COOKIE";
 /// `u16`, host order: first and last port used for masquerading.
 pub const MASQUERADE_PORT_MIN: &str = "MASQUERADE_PORT_MIN";
 pub const MASQUERADE_PORT_MAX: &str = "MASQUERADE_PORT_MAX";
+/// `u32`, not 0: ICMP errors that refuse a packet, for each CPU; beyond that packets are dropped in silence. The agent leaves it at 1000.
+pub const REFUSALS_PER_SECOND: &str = "REFUSALS_PER_SECOND";
 /// `u8`: the kernel has `bpf_set_retval` (5.18); without it a refused connect gets EPERM.
 pub const HAVE_SET_RETVAL: &str = "HAVE_SET_RETVAL";
 /// `u8`: the kernel has `bpf_ktime_get_coarse_ns` (5.11); without it the exact clock is read.

@@ -23,6 +23,7 @@ globals! {
     NODE_NETNS_COOKIE, node_netns_cookie: u64 = 0;
     MASQUERADE_PORT_MIN, masquerade_port_min: u16 = 1024;
     MASQUERADE_PORT_MAX, masquerade_port_max: u16 = 29_999;
+    REFUSALS_PER_SECOND, refusals_per_second: u32 = 1000;
     HAVE_SET_RETVAL, have_set_retval: u8 = 1;
     HAVE_COARSE_CLOCK, have_coarse_clock: u8 = 1;
 }

@@ -91,6 +91,10 @@ pub(crate) static SERVICE_COUNTERS: PerCpuHashMap<u32, ServiceCounters, 65_536, 
 #[btf_map(name = "reasons")]
 pub(crate) static REASONS: PerCpuArray<u64, { Reason::COUNT }> = PerCpuArray::new();
 
+/// One word: until when the refusals that this CPU sent keep it busy, in nanoseconds of the monotonic clock. Writer: programs.
+#[btf_map(name = "refusals")]
+pub(crate) static REFUSALS: PerCpuArray<u64, 1> = PerCpuArray::new();
+
 /// What is being worked on, see `tc::table::Room`. Writer and reader: the program that runs on this CPU.
 #[btf_map(name = "work_v4")]
 static WORK_V4: PerCpuArray<Work<Ipv4Be>, 8> = PerCpuArray::new();
@@ -120,6 +124,8 @@ pub(crate) mod kind {
     pub(crate) const ICMP_ERROR: u8 = 2;
     /// Any other protocol.
     pub(crate) const OTHER: u8 = 3;
+    /// A later fragment whose first one was not seen.
+    pub(crate) const LOST_FRAGMENT: u8 = 4;
 }
 
 /// A parsed packet.

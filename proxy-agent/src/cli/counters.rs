@@ -122,12 +122,17 @@ const fn meaning(reason: Reason) -> &'static str {
         Reason::StaleSlot => "a backend list was replaced while it was read; the frontend was looked up again",
         Reason::PortRemapped => "a flow got another source port, its reply tuple was taken",
         Reason::PairRepaired => "a missing half of a connection was put back",
-        Reason::UnknownFragment => "a fragment whose first part was not seen; left to the kernel",
+        Reason::UnknownFragment => {
+            "a fragment whose first part was not seen; left to the kernel unless it is for a VIP"
+        }
         Reason::Unparsed => "a header that is not understood; left to the kernel",
         Reason::NotASyn => "TCP without a connection and no SYN; left to the kernel",
         Reason::NotRemembered => {
             "a VIP could not be noted down for a socket: the connection works, but shows its backend"
         }
+        Reason::StrayFragment => "a fragment for a VIP whose first part was refused, dropped or not seen",
+        Reason::Martian => "a new flow from a loopback address or from a VIP",
+        Reason::RejectLimited => "more refusals than are sent in a second; the packet was dropped silently",
         Reason::RemapExhausted => "no source port left for a flow whose reply tuple was taken",
     }
 }

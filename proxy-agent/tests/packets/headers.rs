@@ -57,6 +57,58 @@ fn later_fragments_follow_the_first() {
     }
 }
 
+/// What becomes of the first one becomes of the others: none of them goes to the default gateway under a VIP.
+#[test]
+fn fragments_of_what_was_refused_are_dropped() {
+    let Some(mut world) = world("fragments_of_what_was_refused_are_dropped", Options::default()) else { return };
+    let mut stray = 0;
+    for cast in casts() {
+        world.service(1, cast.vip, &[]);
+        world.service(2, cast.vip2, &[cast.backend]);
+        world.datapath.guard(cast.vip.ip(), 1);
+        world.datapath.guard(cast.vip2.ip(), 2);
+        let fragments = |packet: &Packet, id: u32| {
+            let mut packet = packet.clone().with_payload(&[0x5a; 3000]);
+            packet.id = id;
+            (packet.fragment(0, 1480), packet.fragment(1480, 2960))
+        };
+        for (n, to) in [cast.vip, at(cast.vip, 99)].into_iter().enumerate() {
+            // Refused with its first, whichever of the address's ports it is for.
+            let (first, later) = fragments(&Packet::udp(cast.client, to), 0x4400 + n as u32);
+            assert_eq!(world.run(Hook::Ingress, &first).0, BOUNCE);
+            assert_eq!(world.run(Hook::Ingress, &later).0, DROP);
+            // Its first never came, or comes too late.
+            let (_, later) = fragments(&Packet::udp(cast.client, to), 0x4500 + n as u32);
+            assert_eq!(world.run(Hook::Ingress, &later).0, DROP);
+            stray += 2;
+        }
+        for proto in [TCP, UDP, 50] {
+            let packet = if proto == 50 {
+                Packet::other(cast.client.ip(), cast.vip2.ip(), 50)
+            } else {
+                Packet::opening(proto, cast.client, cast.vip2)
+            };
+            let (_, later) = fragments(&packet, 0x4600);
+            assert_eq!(world.run(Hook::Ingress, &later).0, DROP, "{proto}");
+            stray += 1;
+            // The hook that answers pass has no say in it.
+            world.untouched(Hook::Egress, &later);
+        }
+        assert_eq!(world.reason(Reason::StrayFragment), stray);
+        // Another proxy's TCP flow goes on, in pieces, too; so does what is not for us.
+        let (first, later) = fragments(&Packet::tcp(cast.client, cast.vip, ACK), 0x4700);
+        world.untouched(Hook::Ingress, &first);
+        world.untouched(Hook::Ingress, &later);
+        for proto in PROTOS {
+            let (first, later) = fragments(&Packet::opening(proto, cast.client, cast.backend), 0x4800);
+            world.untouched(Hook::Ingress, &later);
+            world.untouched(Hook::Ingress, &first);
+            world.untouched(Hook::Ingress, &later);
+        }
+        assert_eq!(world.reason(Reason::StrayFragment), stray);
+    }
+}
+
 #[test]
 fn options_and_extension_headers_are_walked() {
     let Some(mut world) = world("options_and_extension_headers_are_walked", Options::default()) else { return };

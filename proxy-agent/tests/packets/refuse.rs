@@ -207,3 +207,92 @@ fn the_device_tells_the_origin() {
         assert_eq!(goes(&mut world, Some(role::POD), &none_local), Err(BOUNCE));
     }
 }
+
+/// An address that sends none, forged or gone astray (contract A48): what it opens is dropped, and answers nobody.
+#[test]
+fn new_flows_from_our_own_addresses_and_from_loopback_are_dropped() {
+    let Some(mut world) = world("new_flows_from_our_own_addresses_and_from_loopback_are_dropped", Options::default())
+    else {
+        return;
+    };
+    let mut dropped = 0;
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.service(2, cast.vip2, &[]);
+        for vip in [cast.vip, cast.vip2] {
+            world.datapath.guard(vip.ip(), 1);
+        }
+        let loopback: SocketAddr = if cast.v6 { "[::1]:5000" } else { "127.8.0.1:5000" }.parse().unwrap();
+        let forged = at(cast.vip2, 5000);
+        for role in [role::POD, role::OUTWARD, role::OVERLAY] {
+            world.device(role);
+            for proto in PROTOS {
+                // To a backend, to what has none, to a port that nobody claims.
+                for to in [cast.vip, cast.vip2, at(cast.vip, 99)] {
+                    for from in [loopback, forged] {
+                        assert_eq!(world.run(Hook::Ingress, &Packet::opening(proto, from, to).frame()).0, DROP);
+                        dropped += 1;
+                    }
+                }
+                let past = Packet::opening(proto, loopback, cast.backend);
+                assert_eq!(world.run(Hook::Ingress, &past.frame()).0, DROP);
+                dropped += 1;
+                // Through a node that only passes it on, an answer of another node's may come by.
+                let past = Packet::opening(proto, forged, cast.backend);
+                if role == role::POD {
+                    assert_eq!(world.run(Hook::Ingress, &past.frame()).0, DROP);
+                    dropped += 1;
+                } else {
+                    world.untouched(Hook::Ingress, &past.frame());
+                }
+                assert_eq!(world.reason(Reason::Martian), dropped);
+            }
+        }
+        assert_eq!(world.rows(), []);
+        // Our own answers, with the VIP as their source, leave as ever.
+        world.device(role::POD);
+        for proto in PROTOS {
+            world.establish(proto, cast.client, cast.vip);
+        }
+        world.remove(|_| true);
+    }
+    assert_eq!(world.reasons(), [(Reason::Martian.name(), dropped)]);
+}
+
+/// A flood of what is refused becomes no flood of refusals: beyond the rate packets are dropped in silence.
+#[test]
+fn refusals_are_limited() {
+    let options = Options { refusals: 20, ..Options::default() };
+    let Some(mut world) = world("refusals_are_limited", options) else { return };
+    // Each CPU has a rate of its own.
+    let mut here = nix::sched::CpuSet::new();
+    here.set(0).unwrap();
+    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &here).unwrap();
+    let [v4, v6] = casts();
+    world.service(7, v4.vip, &[]);
+    world.service(8, v6.vip, &[]);
+    let ask = |packets: u32, world: &mut World| {
+        let mut refused = 0;
+        for n in 0..packets {
+            let cast = if n % 2 == 0 { &v4 } else { &v6 };
+            match world.run(Hook::Ingress, &Packet::opening(TCP, cast.client, cast.vip).frame()).0 {
+                BOUNCE => refused += 1,
+                verdict => assert_eq!(verdict, DROP),
+            }
+        }
+        refused
+    };
+    let started = std::time::Instant::now();
+    let refused = ask(400, &mut world);
+    // A second's worth at once, both families together, and what time adds to it.
+    let most = 20 + 2 + (started.elapsed().as_secs_f64() * 20.0) as u32;
+    assert!((20..=most).contains(&refused), "{refused}, at most {most}");
+    assert_eq!(world.reason(Reason::RejectLimited), u64::from(400 - refused));
+    assert_eq!(world.reason(Reason::Rejected), 400, "what is refused in silence counts as refused as well");
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    let refused = ask(200, &mut world);
+    assert!((8..=15).contains(&refused), "half a second's worth: {refused}");
+    // What has a backend is not held up.
+    world.service(7, v4.vip, &[v4.backend]);
+    world.establish(TCP, v4.client, v4.vip);
+}

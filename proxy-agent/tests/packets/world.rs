@@ -89,11 +89,13 @@ pub(crate) struct Options {
     pub(crate) ports: (u16, u16),
     pub(crate) half_open: u32,
     pub(crate) established: u32,
+    /// A second, for each CPU.
+    pub(crate) refusals: u32,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { ports: (20_000, 29_999), half_open: 16_384, established: 16_384 }
+        Self { ports: (20_000, 29_999), half_open: 16_384, established: 16_384, refusals: 100_000 }
     }
 }
 
@@ -154,7 +156,7 @@ pub(crate) fn world(test: &str, options: Options) -> Option<World> {
 
 impl World {
     pub(crate) fn load(options: Options) -> Self {
-        let Options { ports: (min, max), half_open, established } = options;
+        let Options { ports: (min, max), half_open, established, refusals } = options;
         let object = fs::read(env::var_os("PROXY_EBPF_OBJECT").expect("checked by skip()")).unwrap();
         let mut loader = EbpfLoader::new();
         loader.override_global(globals::MASQUERADE_PORT_MIN, &min, true).override_global(
@@ -162,6 +164,7 @@ impl World {
             &max,
             true,
         );
+        loader.override_global(globals::REFUSALS_PER_SECOND, &refusals, true);
         for name in ["frontends_v4", "frontends_v6", "slots_v4", "slots_v6", "fragments_v4", "fragments_v6"] {
             loader.map_max_entries(name, 1024);
         }

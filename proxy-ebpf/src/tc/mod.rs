@@ -24,6 +24,7 @@ use proxy_common::{
     counters::Reason,
     device::role,
     frontend::{FrontendKey, origin},
+    proto,
 };
 
 use self::{
@@ -119,9 +120,13 @@ fn carry_out<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, verdict: i
     if verdict == REFUSE { reject::reject(ctx, l3, packet) } else { verdict }
 }
 
-/// A protocol that is not translated. Towards an address of ours it is refused, never routed on (contract A48, A50).
+/// What is not translated: another protocol, a fragment that lacks its first. Towards an address of ours it is refused, or
+/// dropped where nobody can be told; never routed on (contract A48, A50).
 #[inline(never)]
 fn other<A: Header>(packet: &Packet<A>) -> i32 {
+    if packet.kind == kind::LOST_FRAGMENT {
+        return stray(packet);
+    }
     match lookup::guard(packet.dst, origin::EXTERNAL) {
         Choice::Pass | Choice::Backend { .. } => NEXT,
         // An error about an error is never sent (RFC 1122, 3.2.2).
@@ -163,12 +168,36 @@ fn ingress<A: Header>(
     }
     // A TCP packet that is no SYN and has no connection is somebody else's: a flow that another proxy translated before us.
     if !may_open {
-        if packet.kind == kind::WHOLE && lookup::is_guarded(packet.dst) {
-            count::reason(Reason::NotASyn);
-        }
-        return NEXT;
+        return stray(packet);
     }
     new_flow(ctx, l3, packet, key)
+}
+
+/// A packet that belongs to no flow of ours and opens none. A fragment towards an address of ours goes where its first one went: that
+/// was refused or dropped, unless it was TCP of somebody else's flow and no SYN.
+#[inline(never)]
+fn stray<A: Header>(packet: &Packet<A>) -> i32 {
+    if !lookup::is_guarded(packet.dst) {
+        return NEXT;
+    }
+    if packet.kind == kind::WHOLE {
+        count::reason(Reason::NotASyn);
+        return NEXT;
+    }
+    if packet.kind == kind::LATER_FRAGMENT && packet.proto == proto::TCP {
+        return NEXT;
+    }
+    count::reason(Reason::StrayFragment);
+    TC_ACT_SHOT
+}
+
+/// Whether a new flow comes from an address that sends none: the loopback network, or one of ours. On a pod's link the latter is always
+/// forged; elsewhere it may be an answer to a client beyond this node, which is no business of ours unless it is for
+/// an address of ours as well. 1: it does.
+#[inline(never)]
+fn is_martian<A: Header>(packet: &Packet<A>, from: usize) -> u32 {
+    let ours = || lookup::is_guarded(packet.src) && (from == origin::POD || lookup::is_guarded(packet.dst));
+    u32::from(packet.src.is_loopback() || ours())
 }
 
 /// Whether this packet starts a new flow where an old one has entries.
@@ -200,6 +229,10 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
         Some(device) if device.role == role::POD => (origin::POD, device.netns as u32),
         _ => (origin::EXTERNAL, 0),
     };
+    if is_martian(packet, from) != 0 {
+        count::reason(Reason::Martian);
+        return TC_ACT_SHOT;
+    }
     let Some(Work { value, key: pair_key, found, .. }) = Room::Enter.work::<A>() else { return TC_ACT_SHOT };
     match pick(packet, from, value) {
         PICKED => {

@@ -104,7 +104,7 @@ const _: () = assert!(size_of::<Ipv6Header>() == 40 && align_of::<Ipv6Header>() 
 pub(crate) enum Left {
     /// The linear part is too short: pull and try again.
     Short,
-    /// Not understood, or a fragment whose first part was not seen; counted.
+    /// Not understood; counted.
     Alone,
 }
 
@@ -367,7 +367,8 @@ fn later_fragment<A: Header>(packet: &mut Packet<A>, id: u32, hook: u8) -> Resul
     // SAFETY: copied at once; a recycled element could at worst give another datagram's ports, as a lost one would none.
     let Some(ports) = (unsafe { A::fragments().get(fragment_key(packet, id, hook)) }).copied() else {
         count::reason(Reason::UnknownFragment);
-        return Err(Left::Alone);
+        packet.kind = kind::LOST_FRAGMENT;
+        return Ok(());
     };
     packet.sport = ports.sport;
     packet.dport = ports.dport;

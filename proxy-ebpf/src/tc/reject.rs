@@ -5,24 +5,52 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{__sk_buff, TC_ACT_SHOT},
-    helpers::generated::{bpf_csum_diff, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes},
+    helpers::{
+        bpf_ktime_get_ns,
+        generated::{bpf_csum_diff, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes},
+    },
     programs::TcContext,
 };
 use proxy_common::{Be16, checksum, counters::Reason, proto};
 
 use super::packet::{Header, Ipv4Header, Ipv6Header, at, load};
 use crate::{
-    count,
-    maps::{Packet, kind},
+    count, globals,
+    maps::{Packet, REFUSALS, kind},
 };
 
 /// Most that is quoted of the refused packet, from its IP header on.
 const QUOTE_MAX: u32 = 128;
 const ADJ_ROOM_MAC: u32 = 1;
+const SECOND: u64 = 1_000_000_000;
+
+/// Whether this CPU may send one more refusal: the rate is that of the kernel's own ICMP errors, and what was not sent in a second
+/// may be sent at once. A flood of what is refused shall not become a flood of refusals. Another program on this CPU can
+/// come in between at worst, and one more goes out.
+#[inline(always)]
+fn is_allowed() -> bool {
+    let Some(busy) = REFUSALS.get_ptr_mut(0) else { return false };
+    // SAFETY: no arguments.
+    let now = unsafe { bpf_ktime_get_ns() };
+    // SAFETY: a per-CPU element, one aligned word.
+    let until = unsafe { busy.read_volatile() };
+    let until = if until > now { until } else { now };
+    if until - now > SECOND {
+        return false;
+    }
+    let each = SECOND / globals::refusals_per_second() as u64;
+    // SAFETY: as above.
+    unsafe { busy.write_volatile(until + each) };
+    true
+}
 
 /// Turns the packet into its refusal. Returns the verdict.
 #[inline(never)]
 pub(crate) fn reject<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> i32 {
+    if !is_allowed() {
+        count::reason(Reason::RejectLimited);
+        return TC_ACT_SHOT;
+    }
     match build(ctx, l3, packet) {
         Some(verdict) => verdict,
         None => {
