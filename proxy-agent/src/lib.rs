@@ -13,6 +13,10 @@
     deny(clippy::unwrap_used, clippy::expect_used, clippy::panic, clippy::indexing_slicing, clippy::unreachable)
 )]
 
+/// The name that `tests/common` knows this crate by, for the unit tests that build their worlds with it, too.
+#[cfg(test)]
+extern crate self as proxy_agent;
+
 pub mod cli;
 pub mod config;
 pub mod dataplane;

@@ -3,39 +3,26 @@
 use std::{net::Ipv4Addr, sync::Arc};
 
 use proxy_agent::model::{
-    Endpoint, EndpointPort, EndpointSlice, Event, Family, NodeFacts, Port, Protocol, Service, ServiceKey, ServicePort,
-    ServiceType, TrafficPolicy,
+    Endpoint, EndpointSlice, Event, NodeFacts, Service,
     index::{Index, Touched},
 };
 
 const ENDPOINTS: u32 = 10;
 
-fn key(i: u32) -> ServiceKey {
-    ServiceKey::new("default", &format!("service-{i:05}"))
+#[path = "../../tests/common/mod.rs"]
+mod world;
+
+fn name(i: u32) -> String {
+    format!("service-{i:05}")
 }
 
 fn service(i: u32) -> Service {
     Service {
-        key: key(i),
         uid: format!("{i:08x}-0000-4000-8000-000000000000").into(),
         created: i64::from(i),
-        kind: ServiceType::ClusterIp,
         cluster_ips: vec![Ipv4Addr::from(0x0a60_0001 + i).into()],
-        ports: vec![ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: port(80), node_port: None }],
-        internal_policy: TrafficPolicy::Cluster,
-        external_policy: TrafficPolicy::Cluster,
-        external_ips: Vec::new(),
-        load_balancer_ips: Vec::new(),
-        source_ranges: Vec::new(),
-        affinity_secs: None,
-        health_check_node_port: None,
-        algorithm: None,
-        problems: Vec::new(),
+        ..world::service(&name(i), &[])
     }
-}
-
-fn port(number: u16) -> Port {
-    Port::new(number).unwrap_or(Port::MIN)
 }
 
 /// The slice of Service `i`; `version` moves its last endpoint.
@@ -45,18 +32,10 @@ pub(crate) fn slice(i: u32, version: u32) -> Arc<EndpointSlice> {
         // Not in order: that is what slices look like.
         let address = Ipv4Addr::from(0x0a80_0000 + moved + i * ENDPOINTS + (n * 7) % ENDPOINTS).into();
         let node = Some(format!("node-{}", (i + n) % 100).into());
-        Endpoint { address, ready: true, serving: true, terminating: false, node, hints: None }
+        Endpoint { node, ..world::endpoint(address) }
     };
-    Arc::new(EndpointSlice {
-        namespace: "default".into(),
-        name: format!("service-{i:05}-abcde").into(),
-        service: key(i),
-        family: Family::V4,
-        ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: port(8080) }],
-        endpoints: (0..ENDPOINTS).map(endpoint).collect(),
-        trigger_time: None,
-        problems: Vec::new(),
-    })
+    let endpoints = (0..ENDPOINTS).map(endpoint).collect();
+    Arc::new(EndpointSlice { endpoints, ..world::slice(&name(i), &format!("{}-abcde", name(i)), &[]) })
 }
 
 pub(crate) fn events(services: u32) -> Vec<Event> {

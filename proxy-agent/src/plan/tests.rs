@@ -3,31 +3,17 @@ use std::{collections::BTreeSet, net::IpAddr};
 use super::{topology::choose, *};
 use crate::{
     desired::{Verdict, Verdicts},
-    model::{Endpoint, EndpointPort, Port, Protocol, ServiceKey},
+    model::{Endpoint, Protocol},
 };
 
-fn port(number: u16) -> Port {
-    Port::new(number).unwrap()
-}
+/// What the tests outside of the library build their worlds from.
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+use common::port;
 
 fn service(ips: &[&str]) -> Service {
-    Service {
-        key: ServiceKey::new("default", "web"),
-        uid: "uid".into(),
-        created: 1,
-        kind: ServiceType::ClusterIp,
-        cluster_ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
-        ports: vec![ServicePort { name: "http".into(), protocol: Protocol::Tcp, port: port(80), node_port: None }],
-        internal_policy: TrafficPolicy::Cluster,
-        external_policy: TrafficPolicy::Cluster,
-        external_ips: Vec::new(),
-        load_balancer_ips: Vec::new(),
-        source_ranges: Vec::new(),
-        affinity_secs: None,
-        health_check_node_port: None,
-        algorithm: None,
-        problems: Vec::new(),
-    }
+    common::service("web", ips)
 }
 
 /// `ADDRESS FLAGS…`: `local`, `notready`, `terminating` (serving, not ready), `dead` (terminating, not serving),
@@ -35,7 +21,7 @@ fn service(ips: &[&str]) -> Service {
 fn endpoint(text: &str) -> Endpoint {
     let mut words = text.split_whitespace();
     let address: IpAddr = words.next().unwrap().parse().unwrap();
-    let mut endpoint = Endpoint { address, ready: true, serving: true, terminating: false, node: None, hints: None };
+    let mut endpoint = common::endpoint(address);
     for word in words {
         match word {
             "local" => endpoint.node = Some("this".into()),
@@ -56,21 +42,12 @@ fn endpoint(text: &str) -> Endpoint {
 }
 
 fn slice(name: &str, endpoints: &[&str]) -> EndpointSlice {
-    let endpoints: Vec<Endpoint> = endpoints.iter().map(|text| endpoint(text)).collect();
-    EndpointSlice {
-        namespace: "default".into(),
-        name: name.into(),
-        service: ServiceKey::new("default", "web"),
-        family: Family::V4,
-        ports: vec![EndpointPort { name: "http".into(), protocol: Protocol::Tcp, port: port(8080) }],
-        endpoints,
-        trigger_time: None,
-        problems: Vec::new(),
-    }
+    let endpoints = endpoints.iter().map(|text| endpoint(text)).collect();
+    EndpointSlice { endpoints, ..common::slice("web", name, &[]) }
 }
 
 fn node(zone: &str) -> NodeFacts {
-    NodeFacts { name: "this".into(), zone: (zone != "-").then(|| zone.into()), ..NodeFacts::default() }
+    common::node("this", (zone != "-").then_some(zone))
 }
 
 fn plan(service: &Service, slices: &[EndpointSlice]) -> PlannedService {
