@@ -81,6 +81,47 @@ fn no_endpoint_is_refused_with_port_unreachable() {
     assert_eq!(world.rows(), []);
 }
 
+/// One's-complement sum of 16-bit words, padded with a zero.
+fn folded(bytes: &[u8]) -> u16 {
+    let mut sum: u32 =
+        bytes.chunks(2).map(|pair| u32::from(pair[0]) << 8 | u32::from(*pair.get(1).unwrap_or(&0))).sum();
+    while sum > 0xffff {
+        sum = (sum & 0xffff) + (sum >> 16);
+    }
+    sum as u16
+}
+
+/// A pod's packet has the pseudo-header's sum where its checksum belongs, for the device to finish (`CHECKSUM_PARTIAL`). The device
+/// that the refusal leaves by may finish it still: the ICMP checksum has to be right before and after.
+#[test]
+fn a_checksum_left_to_the_device_does_not_spoil_the_refusal() {
+    let Some(mut world) = world("a_checksum_left_to_the_device_does_not_spoil_the_refusal", Options::default()) else {
+        return;
+    };
+    for cast in casts() {
+        world.service(7, cast.vip, &[]);
+        for proto in PROTOS {
+            for port in 0..16_u8 {
+                let payload = vec![port; usize::from(port)];
+                let mut frame = Packet::opening(proto, cast.client, cast.vip).with_payload(&payload).frame();
+                let (l4, addresses) = if cast.v6 { (54, 22..54) } else { (34, 26..34) };
+                let field = if proto == TCP { 16 } else { 6 };
+                let mut pseudo = frame[addresses].to_vec();
+                pseudo.extend([0, proto]);
+                pseudo.extend(u16::try_from(frame.len() - l4).unwrap().to_be_bytes());
+                frame[l4 + field..l4 + field + 2].copy_from_slice(&folded(&pseudo).to_be_bytes());
+                let (verdict, mut out) = world.run(Hook::Ingress, &frame);
+                assert_eq!((verdict, sums(&out)), (BOUNCE, Sums::Right), "in: {} out: {}", hex(&frame), hex(&out));
+                // As skb_checksum_help() does.
+                let start = l4 + if cast.v6 { 48 } else { 28 };
+                let finished = !folded(&out[start..]);
+                out[start + field..start + field + 2].copy_from_slice(&finished.to_be_bytes());
+                assert_eq!(sums(&out), Sums::Right, "finished: {}", hex(&out));
+            }
+        }
+    }
+}
+
 #[test]
 fn what_must_not_be_answered_is_dropped() {
     let Some(mut world) = world("what_must_not_be_answered_is_dropped", Options::default()) else { return };

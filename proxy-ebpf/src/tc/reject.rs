@@ -13,7 +13,10 @@ use aya_ebpf::{
 };
 use proxy_common::{Be16, checksum, counters::Reason, proto};
 
-use super::packet::{Header, Ipv4Header, Ipv6Header, at, load};
+use super::{
+    packet::{Header, Ipv4Header, Ipv6Header, at, load},
+    rewrite::halves,
+};
 use crate::{
     count, globals,
     maps::{Packet, REFUSALS, kind},
@@ -78,6 +81,7 @@ fn build<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<i32>
     if quote > QUOTE_MAX || quote < A::LEN_MIN {
         return None;
     }
+    let unfinished = is_unfinished(ctx, l3, packet).unwrap_or(false);
     let room = A::LEN_MIN + 8;
     let skb = ctx.as_ptr().cast::<__sk_buff>();
     // SAFETY: live context; packet pointers are derived anew below.
@@ -90,7 +94,15 @@ fn build<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<i32>
         }
     }
     let icmp = l3 + A::LEN_MIN;
-    let sum = quoted_sum(ctx, icmp + 8, quote)?;
+    if unfinished {
+        let transport = packet.l4 - l3;
+        settle(ctx, icmp + 8 + transport, quote - transport, packet.proto)?;
+    }
+    let sum = quoted_sum(ctx, icmp + 8, quote);
+    if sum < 0 {
+        return None;
+    }
+    let sum = sum as u64;
     // The refused packet's own IP header tells who asked for what.
     if A::VERSION == 4 {
         let old: Ipv4Header = load(ctx, icmp + 8)?;
@@ -111,21 +123,61 @@ fn build<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<i32>
     Some(unsafe { bpf_redirect((*skb).ifindex, 0) } as i32)
 }
 
-/// Sum of the quoted bytes, 4-byte padded with zeroes.
+/// Where its checksum stands in a TCP or UDP header.
 #[inline(always)]
-fn quoted_sum(ctx: &TcContext, offset: u32, len: u32) -> Option<u64> {
+const fn checksum_field(protocol: u8) -> u32 {
+    if protocol == proto::TCP { 16 } else { 6 }
+}
+
+/// Whether the sender left the transport checksum to the device (`CHECKSUM_PARTIAL`), as pods and neighbours on virtio do: the field
+/// holds the sum of the pseudo-header then. Nothing where the packet is too short to say.
+#[inline(always)]
+fn is_unfinished<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<bool> {
+    if packet.kind != kind::WHOLE || (packet.proto != proto::TCP && packet.proto != proto::UDP) {
+        return Some(false);
+    }
+    let (length, counted) = if A::VERSION == 4 { (2, 0) } else { (4, A::LEN_MIN) };
+    let length: Be16 = load(ctx, l3 + length)?;
+    let length = Be16::from_host((length.to_host() as u32 + counted).wrapping_sub(packet.l4 - l3) as u16);
+    let field: u16 = load(ctx, packet.l4 + checksum_field(packet.proto))?;
+    let ((src_hi, src_lo), (dst_hi, dst_lo)) = (packet.src.words(), packet.dst.words());
+    let pseudo = halves(src_hi)
+        + halves(src_lo)
+        + halves(dst_hi)
+        + halves(dst_lo)
+        + u16::from_ne_bytes([0, packet.proto]) as u64
+        + length.0 as u64;
+    Some(!checksum::finish(pseudo) == field)
+}
+
+/// Whichever device the refusal leaves by may still finish that checksum, in the middle of the quote, and spoil the sum of the
+/// message around it. So the field gets the one value that finishing does not change: that is half of what the other bytes
+/// lack to 0xffff, and in one's complement a half is a rotation.
+#[inline(always)]
+fn settle(ctx: &TcContext, transport: u32, len: u32, protocol: u8) -> Option<()> {
+    let field = (transport + checksum_field(protocol)) as usize;
+    ctx.store(field, &0_u16, 0).ok()?;
+    let others = quoted_sum(ctx, transport, len);
+    if others < 0 {
+        return None;
+    }
+    ctx.store(field, &checksum::finish(others as u64).rotate_right(1), 0).ok()
+}
+
+/// Sum of the quoted bytes, 4-byte padded with zeroes; negative if they cannot be read.
+#[inline(never)]
+fn quoted_sum(ctx: &TcContext, offset: u32, len: u32) -> i64 {
     let mut quote = [0_u32; QUOTE_MAX as usize / 4];
     let len = core::hint::black_box(len);
     if len == 0 || len > QUOTE_MAX {
-        return None;
+        return -1;
     }
     // SAFETY: `len` is within the buffer; both helpers are told its length.
     unsafe {
         if bpf_skb_load_bytes(ctx.as_ptr().cast(), offset, quote.as_mut_ptr().cast(), len) != 0 {
-            return None;
+            return -1;
         }
-        let sum = bpf_csum_diff(core::ptr::null_mut(), 0, quote.as_mut_ptr(), QUOTE_MAX, 0);
-        if sum < 0 { None } else { Some(sum as u64) }
+        bpf_csum_diff(core::ptr::null_mut(), 0, quote.as_mut_ptr(), QUOTE_MAX, 0)
     }
 }
 
