@@ -89,7 +89,7 @@ struct Cluster {
 impl Cluster {
     fn new(programs: Programs, servers: apiserver::Programs) -> Result<Self> {
         let pods = ["client", "r1", "r2", "r3"].map(str::to_owned).to_vec();
-        let world = World::new(&Spec { topology: Topology::Routed, nodes: vec![pods], rp_filter: false }, programs)?;
+        let world = World::new(&Spec { nodes: vec![pods], ..Spec::two_nodes(Topology::Routed) }, programs)?;
         let namespace = PathBuf::from(world.node(1).place.namespace.path());
         let server = ApiServer::start(servers, Seat { namespace: Some(namespace), ..Seat::default() })?;
         Ok(Self { server, world, socket_lb: SocketLb::All })

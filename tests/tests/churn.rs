@@ -69,7 +69,7 @@ fn main() -> ExitCode {
 fn prepare(programs: Programs, socket_lb: SocketLb) -> Result<World> {
     let pods = [["client", "r1", "r2", "b1"], ["r3", "r4", "b2", "b3"]];
     let nodes = pods.iter().map(|names| names.iter().map(|&name| name.to_owned()).collect()).collect();
-    let mut world = World::new(&Spec { topology: Topology::Routed, nodes, rp_filter: false }, programs)?;
+    let mut world = World::new(&Spec { nodes, ..Spec::two_nodes(Topology::Routed) }, programs)?;
     for (node, zone) in world.nodes.iter().zip(["zone-a", "zone-b"]) {
         world.write(&objects::node(&node.place, zone))?;
     }

@@ -16,21 +16,27 @@ fn main() -> ExitCode {
         suite.fail("preparation", &error);
         return suite.finish();
     }
-    for (topology, rp_filter) in
-        [(Topology::Routed, true), (Topology::Bridge, false), (Topology::Vxlan, true), (Topology::Uplink, true)]
-    {
-        for socket_lb in SocketLb::SERVING {
-            // Where the uplink is matters to packets alone.
-            if topology == Topology::Uplink && socket_lb != SocketLb::Node {
-                continue;
-            }
+    use SocketLb::{All, Node, Off};
+    let worlds: [(Topology, bool, &[SocketLb]); 5] = [
+        (Topology::Routed, true, &[All, Node]),
+        (Topology::Bridge, false, &[All, Node, Off]),
+        (Topology::Vxlan, true, &[All, Node]),
+        // Where the uplink is matters to packets alone.
+        (Topology::Uplink, true, &[Node]),
+        (Topology::Tun, false, &[Node]),
+    ];
+    for (topology, rp_filter, modes) in worlds {
+        for &socket_lb in modes {
             let group = format!("{}/{}", topology.name(), socket_lb.name());
             if !suite.wants_group(&group) {
                 continue;
             }
-            let spec = Spec { rp_filter, ..Spec::two_nodes(topology) };
+            // Elsewhere packets are as large, and as unfinished, as the kernel likes them best.
+            let software_checksums = topology == Topology::Bridge;
+            let spec = Spec { rp_filter, software_checksums, ..Spec::two_nodes(topology) };
+            let large_segments = matches!(topology, Topology::Routed | Topology::Vxlan);
             match prepare(&spec, programs.clone(), socket_lb) {
-                Ok(world) => cases::all(&mut suite, &group, &Ground { world: &world, socket_lb }),
+                Ok(world) => cases::all(&mut suite, &group, &Ground { world: &world, socket_lb, large_segments }),
                 Err(error) => suite.fail(&group, &error),
             }
         }

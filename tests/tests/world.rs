@@ -32,6 +32,10 @@ fn main() -> ExitCode {
     }
     for topology in Topology::ALL {
         for rp_filter in [false, true] {
+            // Nodes and pods are reached by different ways there, as with IPIP: no place for a strict filter.
+            if rp_filter && topology == Topology::Tun {
+                continue;
+            }
             let name = format!("{}/rp_filter={}", topology.name(), u8::from(rp_filter));
             if suite.wants_group(&name) {
                 shape(&mut suite, &name, &Spec { rp_filter, ..Spec::two_nodes(topology) });
@@ -133,7 +137,7 @@ fn remains(id: &str) -> Result<Vec<String>> {
 }
 
 fn small() -> Result<World> {
-    let spec = Spec { topology: Topology::Routed, nodes: vec![vec!["a1".to_owned()]], rp_filter: false };
+    let spec = Spec { nodes: vec![vec!["a1".to_owned()]], ..Spec::two_nodes(Topology::Routed) };
     World::new(&spec, Programs { testpod: Programs::find_testpod()?, agent: "".into() })
 }
 

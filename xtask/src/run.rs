@@ -208,7 +208,7 @@ fn in_a_world(args: &Args, programs: Programs) -> Result<ExitCode> {
         .with_context(|| format!("no directory of objects at {}", directory.display()))?;
     let frontends = expected::read(&source)?;
     say(args, &format!("making two nodes with pods ({}) and a client outside", args.topology().name()));
-    let spec = Spec { topology: args.topology(), nodes: pods(), rp_filter: false };
+    let spec = Spec { nodes: pods(), ..Spec::two_nodes(args.topology()) };
     let mut world = World::new(&spec, programs)?;
     say(args, &format!("starting proxy-agent on both, objects from {}", source.display()));
     world.start_agents(&AgentOptions {

@@ -32,41 +32,64 @@ pub struct Ground<'a> {
     pub world: &'a World,
     /// Who is translated at connect time.
     pub socket_lb: SocketLb,
+    /// Whether the pods' links take segments beyond their MTU.
+    pub large_segments: bool,
 }
+
+type Case = (&'static str, fn(&Ground<'_>) -> Result<()>);
+
+/// What holds on every kind of link and for pods and clients outside, whoever is translated at connect time.
+const EVERYWHERE: [Case; 19] = [
+    ("A77: pod to ClusterIP, all endpoints, true source", matrix::pod),
+    ("A77: outside to ClusterIP, all endpoints, masqueraded", matrix::outside),
+    ("A77: internal policy Local, local endpoints only", matrix::local),
+    ("A70: a pod reaches itself through its Service", matrix::hairpin),
+    ("A51: host-network endpoints", matrix::host_network),
+    ("A47: protocol and port are part of the frontend", matrix::ports),
+    ("sockets see the VIP: getpeername, answers", matrix::names),
+    ("IPv4 through IPv6 sockets", matrix::mapped),
+    ("A48: unused port, refused", refusal::unused_port),
+    ("A83: internal policy Local without local endpoints, dropped", refusal::local_without_local),
+    ("A62: fragmented datagrams", packets::fragments),
+    ("bursts of datagrams by one call", packets::bursts),
+    ("datagrams without a checksum", packets::no_checksum),
+    ("megabytes both ways", packets::bulk),
+    ("path MTU is found through a VIP", packets::path_mtu),
+    ("frames with a VLAN tag are left alone", packets::tagged),
+    ("two VIPs of one backend from one source port", collisions::two_vips),
+    ("a VIP, then its backend from the same source port", collisions::vip_then_backend),
+    ("a backend, then its VIP from the same source port", collisions::backend_then_vip),
+];
+
+/// What does not depend on links: asked where everybody is served.
+const FURTHER: [Case; 5] = [
+    ("A81: no endpoints, refused", refusal::no_endpoints),
+    ("A35: only ready endpoints", choice::ready_only),
+    ("A32: terminating endpoints where none is ready", choice::terminating),
+    ("A37: zone hints", choice::zones),
+    ("A36: node hints", choice::nodes),
+];
+
+const NODE: Case = ("A77: node to ClusterIP, all endpoints, the node's source", matrix::node);
+const NODE_UNSERVED: Case = ("the node's own processes are not served, and that is said", matrix::node_unserved);
 
 /// Every case, under names that begin with `group`.
 pub fn all(suite: &mut Suite, group: &str, ground: &Ground<'_>) {
-    let mut case = |name: &str, case: fn(&Ground<'_>) -> Result<()>| {
+    let node = if ground.socket_lb == SocketLb::Off { NODE_UNSERVED } else { NODE };
+    let everything = ground.socket_lb != SocketLb::Off && ground.world.topology != Topology::Tun;
+    let further = FURTHER.into_iter().filter(|_| everything);
+    for (name, case) in [node].into_iter().chain(EVERYWHERE).chain(further) {
         suite.case(&format!("{group}/{name}"), || {
             ground.world.leaks()?;
             case(ground)?;
-            // Every case ends with this: what was meant for a Service went nowhere else.
+            // Every case ends with this: what was meant for a Service went nowhere else, and no packet was spoilt.
             let leaks = ground.world.leaks()?;
             ensure!(leaks.is_empty(), "packets for Services went to the default route: {leaks:?}");
+            let bad = ground.world.bad_checksums()?;
+            ensure!(bad.is_empty(), "wrong checksums: {bad:?}");
             Ok(())
         });
-    };
-    case("A77: pod to ClusterIP, all endpoints, true source", matrix::pod);
-    case("A77: node to ClusterIP, all endpoints, the node's source", matrix::node);
-    case("A77: outside to ClusterIP, all endpoints, masqueraded", matrix::outside);
-    case("A77: internal policy Local, local endpoints only", matrix::local);
-    case("A70: a pod reaches itself through its Service", matrix::hairpin);
-    case("A51: host-network endpoints", matrix::host_network);
-    case("A47: protocol and port are part of the frontend", matrix::ports);
-    case("sockets see the VIP: getpeername, answers", matrix::names);
-    case("IPv4 through IPv6 sockets", matrix::mapped);
-    case("A81: no endpoints, refused", refusal::no_endpoints);
-    case("A48: unused port, refused", refusal::unused_port);
-    case("A83: internal policy Local without local endpoints, dropped", refusal::local_without_local);
-    case("A35: only ready endpoints", choice::ready_only);
-    case("A32: terminating endpoints where none is ready", choice::terminating);
-    case("A37: zone hints", choice::zones);
-    case("A36: node hints", choice::nodes);
-    case("A62: fragmented datagrams", packets::fragments);
-    case("path MTU is found through a VIP", packets::path_mtu);
-    case("two VIPs of one backend from one source port", collisions::two_vips);
-    case("a VIP, then its backend from the same source port", collisions::vip_then_backend);
-    case("a backend, then its VIP from the same source port", collisions::backend_then_vip);
+    }
 }
 
 impl Ground<'_> {
@@ -119,7 +142,7 @@ impl Ground<'_> {
             // What node1 takes in for an off-cluster client it masquerades, unless its own process is the backend: nothing
             // leaves the node then, and the answer takes the same way back.
             let to_entry = backend.is_node() && backend.node == Some(1);
-            return if to_entry { Ok(own()) } else { self.world.node_addresses(1) };
+            return if to_entry { self.world.addresses(from) } else { self.world.node_addresses(1) };
         };
         if from.is_node() {
             return self.world.node_addresses(number);
@@ -188,9 +211,10 @@ impl Ground<'_> {
         }
     }
 
-    /// One of each origin (A77): a pod of node1, node1 itself, the client outside.
-    fn origins(&self) -> [&Place; 3] {
-        [self.world.pod("a1"), &self.world.node(1).place, self.world.outside()]
+    /// One of each origin that is served (A77): a pod of node1, node1 itself, the client outside.
+    fn origins(&self) -> Vec<&Place> {
+        let node = (self.socket_lb != SocketLb::Off).then_some(&self.world.node(1).place);
+        [Some(self.world.pod("a1")), node, Some(self.world.outside())].into_iter().flatten().collect()
     }
 }
 

@@ -1,29 +1,134 @@
 //! Packets that are not the ordinary ones: fragments, and ICMP messages about translated flows.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 
 use super::{Ground, services::Svc};
 use crate::{
-    pod::socket::Transport,
-    world::{Ask, Family, Topology},
+    pod::{bulk::Report, frame, socket::Transport},
+    world::{Ask, Family, Namespace, Place, Topology, vip},
 };
 
-/// Datagrams of 8 KB both ways: only the first fragment carries ports.
+/// Datagrams of 8 and 60 KB both ways: only the first fragment carries ports.
 pub fn fragments(ground: &Ground<'_>) -> Result<()> {
     for from in ground.origins() {
         for family in Family::BOTH {
             for transport in [Transport::Udp, Transport::UdpUnconnected] {
                 let to = Svc::Web.at(family, transport);
+                let ask = |size: usize| {
+                    Ask::new(to, transport).times(8).with(format!("--size={size}")).with(format!("--reply={size}"))
+                };
                 // The first one may be what tells an IPv6 sender of a smaller MTU on the way.
-                let warm = Ask::new(to, transport).times(8).timeout(300).with("--size=8000").with("--reply=8000");
-                ground.world.ask(from, &warm)?;
-                ground.answered(from, &warm.timeout(1000))?;
+                ground.world.ask(from, &ask(8_000).timeout(300))?;
+                ground.answered(from, &ask(8_000))?;
+                ground.answered(from, &ask(60_000).times(4))?;
             }
         }
     }
     Ok(())
+}
+
+/// Many datagrams by one call, cut up by the last link that has to (UDP_SEGMENT): one flow, every one of them translated.
+pub fn bursts(ground: &Ground<'_>) -> Result<()> {
+    for from in ground.origins() {
+        for family in Family::BOTH {
+            for transport in [Transport::Udp, Transport::UdpUnconnected] {
+                for svc in [Svc::Local, Svc::Remote] {
+                    let to = svc.at(family, transport);
+                    ground.answered(from, &Ask::new(to, transport).with("--size=1200").with("--burst=40"))?;
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// A datagram without a checksum arrives without one: a wrong one would be dropped at the backend.
+pub fn no_checksum(ground: &Ground<'_>) -> Result<()> {
+    for from in ground.origins() {
+        for transport in [Transport::Udp, Transport::UdpUnconnected] {
+            let to = Svc::Web.at(Family::V4, transport);
+            ground.answered(from, &Ask::new(to, transport).times(8).with("--no-check"))?;
+        }
+    }
+    Ok(())
+}
+
+/// Megabytes both ways at once, to a backend on the same node and to one on the other, every byte compared. Where links take
+/// large segments, large ones are what the programs saw.
+pub fn bulk(ground: &Ground<'_>) -> Result<()> {
+    let world = ground.world;
+    for from in ground.origins().into_iter().filter(|from| ground.per_packet(from)) {
+        for family in Family::BOTH {
+            for (svc, backend) in [(Svc::Local, "b1"), (Svc::Remote, "b2")] {
+                let to = svc.at(family, Transport::Tcp);
+                let what = format!("{} -> {to}", from.name);
+                let before = sent(world.pod(backend))?;
+                let args = ["bulk", &to.to_string(), "--megabytes=24"].map(str::to_owned);
+                let report: Report = from.testpod(&world.programs().testpod, &args).with_context(|| what.clone())?;
+                ensure!(report.up && report.down && report.backend == backend, "{what}: {report:?}");
+                let after = sent(world.pod(backend))?;
+                let (bytes, packets) = (after.0 - before.0, after.1 - before.1);
+                let large = bytes > 2 * 1500 * packets;
+                ensure!(
+                    large || !ground.large_segments,
+                    "{what}: {bytes} bytes in {packets} packets, no large segments"
+                );
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Bytes and packets that left a pod so far.
+fn sent(pod: &Place) -> Result<(u64, u64)> {
+    let shown = pod.namespace.output("ip", &["-s", "-j", "link", "show", "dev", "eth0"])?;
+    let shown: serde_json::Value = serde_json::from_str(&shown).context("ip -s -j link")?;
+    let count = |what: &str| shown.pointer(&format!("/0/stats64/tx/{what}")).and_then(serde_json::Value::as_u64);
+    count("bytes").zip(count("packets")).context("ip -s shows no counters")
+}
+
+/// A frame with a VLAN tag belongs to the VLAN device, which has hooks of its own: whatever its addresses say, it is neither
+/// translated nor refused here. The same frame without the tag is.
+pub fn tagged(ground: &Ground<'_>) -> Result<()> {
+    let world = ground.world;
+    let (outside, node) = (world.outside(), world.node(1));
+    let uplink = if world.topology == Topology::Uplink { "cni0" } else { "eth0" };
+    let (from_mac, to_mac) = (mac(&outside.namespace, "eth0")?, mac(&node.place.namespace, uplink)?);
+    for (family, source) in Family::BOTH.into_iter().zip([31_001, 31_002]) {
+        for (port, answer) in [(80, "tcp"), (4711, "icmp")] {
+            let to = SocketAddr::new(vip(family, Svc::Web.number()), port);
+            let ask = |extra: &[&str]| -> Result<frame::Report> {
+                let from = outside.at(family, source);
+                let mut args = vec!["frame".to_owned(), to.to_string(), "--device=eth0".to_owned()];
+                args.extend([format!("--from={from}"), format!("--from-mac={from_mac}"), format!("--to-mac={to_mac}")]);
+                args.extend(extra.iter().map(|&arg| arg.to_owned()));
+                outside.testpod(&world.programs().testpod, &args)
+            };
+            let seen = || -> Result<(String, bool)> {
+                let flows = world.cli(node, &["connections", "-o", "json"])?;
+                let counters = world.cli(node, &["counters", "-o", "json"])?;
+                Ok((counters, flows.contains(&format!(":{source}"))))
+            };
+            let before = seen()?;
+            let report = ask(&["--vlan=77", "--timeout=60"])?;
+            ensure!(report.answer.is_none(), "{to}: a tagged frame was answered: {report:?}");
+            let after = seen()?;
+            ensure!(before == after, "{to}: a tagged frame was counted or made a flow");
+            let report = ask(&[])?;
+            ensure!(report.answer.as_deref() == Some(answer), "{to}: the same frame without a tag: {report:?}");
+            ensure!(seen()? != before, "{to}: the same frame without a tag was not counted");
+        }
+    }
+    Ok(())
+}
+
+fn mac(namespace: &Namespace, device: &str) -> Result<String> {
+    let shown = namespace.output("ip", &["-j", "link", "show", "dev", device])?;
+    let shown: serde_json::Value = serde_json::from_str(&shown).context("ip -j link")?;
+    let mac = shown.pointer("/0/address").and_then(serde_json::Value::as_str);
+    mac.map(str::to_owned).with_context(|| format!("{device} has no hardware address"))
 }
 
 /// The last link to the backend takes 1300 bytes: the node before it says so to the sender, who must understand it although
@@ -32,12 +137,12 @@ pub fn path_mtu(ground: &Ground<'_>) -> Result<()> {
     let world = ground.world;
     let node = &world.node(2).place.namespace;
     let (link, before) = match world.topology {
-        Topology::Routed => (world.pod_link(world.pod("b2")), 1500),
+        Topology::Routed | Topology::Tun => (world.pod_link(world.pod("b2")), 1500),
         Topology::Bridge | Topology::Uplink => ("cni0".to_owned(), 1500),
         Topology::Vxlan => ("cni0".to_owned(), 1450),
     };
     node.ip(&format!("link set {link} mtu 1300\n"))?;
-    let outcome = [world.pod("a1"), world.outside(), &world.node(1).place].into_iter().try_for_each(|from| {
+    let outcome = ground.origins().into_iter().try_for_each(|from| {
         for family in Family::BOTH {
             let to = Svc::Remote.at(family, Transport::Tcp);
             let ask = Ask::new(to, Transport::Tcp).timeout(5000).with("--size=200000");

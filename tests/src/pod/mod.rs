@@ -3,6 +3,8 @@
 //! Every client prints one JSON value, so that a case compares facts and does not parse prose. Clients are processes
 //! of their own because the cgroup decides whether a socket is translated at connect time.
 
+pub mod bulk;
+pub mod frame;
 pub mod hold;
 pub mod probe;
 pub mod serve;
@@ -23,6 +25,10 @@ enum Command {
     Probe(probe::Args),
     /// Keep connections open and in use until stdin closes; print what broke
     Hold(hold::Args),
+    /// Send and receive megabytes over one TCP connection and compare every byte
+    Bulk(bulk::Args),
+    /// Send one Ethernet frame with a TCP SYN, with or without a VLAN tag; print what came back
+    Frame(frame::Args),
     /// Connect at a steady rate until stdin closes; print failures and who answered
     Storm(storm::Args),
 }
@@ -32,6 +38,8 @@ pub fn main() -> ExitCode {
         Command::Serve(args) => serve::run(&args),
         Command::Probe(args) => probe::run(&args).and_then(|report| print(&report)),
         Command::Hold(args) => hold::run(&args).and_then(|report| print(&report)),
+        Command::Bulk(args) => bulk::run(&args).and_then(|report| print(&report)),
+        Command::Frame(args) => frame::run(&args).and_then(|report| print(&report)),
         Command::Storm(args) => storm::run(&args).and_then(|report| print(&report)),
     };
     match done {

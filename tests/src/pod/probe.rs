@@ -42,6 +42,12 @@ pub struct Args {
     /// Bytes to ask for
     #[arg(long, default_value_t = 0)]
     pub reply: usize,
+    /// Send this many datagrams of `size` bytes by one call (UDP_SEGMENT) and expect an answer to each
+    #[arg(long, default_value_t = 1)]
+    pub burst: usize,
+    /// Send datagrams without a checksum (SO_NO_CHECK; IPv4 alone allows it)
+    #[arg(long)]
+    pub no_check: bool,
     /// End TCP connections with a reset: a socket in TIME_WAIT would keep its port from the next try
     #[arg(long)]
     pub reset: bool,
@@ -121,7 +127,7 @@ pub fn run(args: &Args) -> Result<Report> {
 }
 
 fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()> {
-    let &Args { to, transport, timeout, mapped, size, reply, reset, .. } = args;
+    let &Args { to, transport, timeout, mapped, size, reply, burst, no_check, reset, .. } = args;
     let to = socket::target(to, mapped);
     let timeout = Duration::from_millis(timeout);
     let request = wire::request(size, reply);
@@ -152,14 +158,29 @@ fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()>
                 socket => socket?,
             };
             socket.set_read_timeout(Some(timeout)).map_err(io)?;
+            if no_check {
+                socket::no_check(&socket)?;
+            }
+            if burst > 1 {
+                socket::segment(&socket, request.len())?;
+            }
+            let datagrams = request.repeat(burst);
             if connected {
                 seen.peer_name = socket::peer_name(&socket);
-                socket.send(&request).map_err(io)?;
+                socket.send(&datagrams).map_err(io)?;
             } else {
-                socket.send_to(&request, to).map_err(io)?;
+                socket.send_to(&datagrams, to).map_err(io)?;
             }
             let mut buffer = vec![0; 65536];
-            let (length, from) = socket.recv_from(&mut buffer).map_err(io)?;
+            let (mut length, mut from) = socket.recv_from(&mut buffer).map_err(io)?;
+            for _ in 1..burst {
+                let one: Answer =
+                    buffer.get(..length).and_then(|one| serde_json::from_slice(one).ok()).ok_or(Errno::EBADMSG)?;
+                if one.got != request.len() {
+                    return Err(Errno::EMSGSIZE);
+                }
+                (length, from) = socket.recv_from(&mut buffer).map_err(io)?;
+            }
             seen.from = Some(from.to_string());
             buffer.truncate(length);
             buffer

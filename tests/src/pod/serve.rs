@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::wire;
+use super::{bulk, wire};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -72,6 +72,18 @@ fn converse(stream: TcpStream, name: &str) -> std::io::Result<()> {
     let mut reader = BufReader::with_capacity(4096, stream);
     let mut line = Vec::new();
     while reader.read_until(b'\n', &mut line)? > 0 {
+        let request = str::from_utf8(&line).ok().and_then(|line| line.strip_prefix(bulk::REQUEST));
+        if let Some(bytes) = request.and_then(|bytes| bytes.trim().parse().ok()) {
+            let digest = bulk::serve(writer.try_clone()?, &mut reader, bytes)?;
+            writer.write_all(&wire::encode(&wire::Answer {
+                backend: name.to_owned(),
+                peer,
+                local,
+                got: bytes,
+                pad: digest,
+            }))?;
+            return Ok(());
+        }
         // For people with curl.
         if line.starts_with(b"GET ") {
             let mut header = String::new();

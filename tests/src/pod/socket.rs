@@ -11,6 +11,7 @@ use std::{
 
 use nix::{
     errno::Errno,
+    libc,
     poll::{PollFd, PollFlags, PollTimeout, poll},
     sys::socket::{
         AddressFamily, SockFlag, SockType, SockaddrStorage, bind, connect, getpeername, getsockopt, setsockopt, socket,
@@ -91,6 +92,23 @@ pub fn udp(to: SocketAddr, source_port: Option<u16>, connected: bool) -> nix::Re
         connect(fd.as_raw_fd(), &SockaddrStorage::from(to))?;
     }
     Ok(UdpSocket::from(fd))
+}
+
+/// One call sends many datagrams of this length; the kernel cuts them as late as the link allows.
+pub fn segment(socket: &UdpSocket, length: usize) -> nix::Result<()> {
+    option(socket, libc::SOL_UDP, libc::UDP_SEGMENT, i32::try_from(length).map_err(|_| Errno::EINVAL)?)
+}
+
+/// Datagrams leave without a checksum.
+pub fn no_check(socket: &UdpSocket) -> nix::Result<()> {
+    option(socket, libc::SOL_SOCKET, libc::SO_NO_CHECK, 1)
+}
+
+fn option(socket: &UdpSocket, level: i32, name: i32, value: i32) -> nix::Result<()> {
+    let length = size_of::<i32>() as libc::socklen_t;
+    // SAFETY: the kernel reads an int where `value` is one.
+    let done = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), length) };
+    Errno::result(done).map(drop)
 }
 
 /// `getpeername` through the kernel, not what the caller remembers.

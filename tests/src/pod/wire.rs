@@ -52,7 +52,7 @@ pub fn answer(backend: &str, peer: &str, local: &str, request: &[u8]) -> Vec<u8>
     encode(&answer)
 }
 
-fn encode(answer: &Answer) -> Vec<u8> {
+pub(super) fn encode(answer: &Answer) -> Vec<u8> {
     let mut line = serde_json::to_vec(answer).unwrap_or_default();
     line.push(b'\n');
     line

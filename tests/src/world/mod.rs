@@ -19,6 +19,7 @@ mod layout;
 mod namespace;
 mod place;
 mod topology;
+mod tunnel;
 
 pub mod objects;
 pub mod pins;
@@ -26,6 +27,7 @@ pub mod trace;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     path::{Path, PathBuf},
     time::{Duration, Instant},
@@ -40,6 +42,7 @@ pub use place::{Ask, Client, Family, Place};
 
 use agent::Agent;
 use layout::Layout;
+use tunnel::Tunnel;
 
 /// Ports on which every server of a world answers.
 pub const SERVER_PORTS: [u16; 2] = [8080, 9090];
@@ -55,10 +58,13 @@ pub enum Topology {
     Vxlan,
     /// Pods and the uplink on one bridge, which has the node's address, too.
     Uplink,
+    /// A host route for each pod; between the nodes, and from outside, links whose packets have no Ethernet header: the shape of
+    /// IPIP and WireGuard.
+    Tun,
 }
 
 impl Topology {
-    pub const ALL: [Self; 4] = [Self::Routed, Self::Bridge, Self::Vxlan, Self::Uplink];
+    pub const ALL: [Self; 5] = [Self::Routed, Self::Bridge, Self::Vxlan, Self::Uplink, Self::Tun];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -66,6 +72,7 @@ impl Topology {
             Self::Bridge => "bridge",
             Self::Vxlan => "vxlan",
             Self::Uplink => "uplink",
+            Self::Tun => "tun",
         }
     }
 }
@@ -78,13 +85,15 @@ pub struct Spec {
     pub nodes: Vec<Vec<String>>,
     /// Strict reverse-path filtering on the nodes.
     pub rp_filter: bool,
+    /// Checksums are computed and looked at on most links, which otherwise leave them out.
+    pub software_checksums: bool,
 }
 
 impl Spec {
     /// Two nodes: `a1 b1 c1` on the first, `a2 b2 c2` on the second.
     pub fn two_nodes(topology: Topology) -> Self {
         let pods = |node: u8| ["a", "b", "c"].iter().map(|pod| format!("{pod}{node}")).collect();
-        Self { topology, nodes: vec![pods(1), pods(2)], rp_filter: false }
+        Self { topology, nodes: vec![pods(1), pods(2)], rp_filter: false, software_checksums: false }
     }
 }
 
@@ -148,6 +157,7 @@ pub struct World {
     programs: Programs,
     servers: Vec<Client>,
     markers: u32,
+    _tunnels: Vec<Tunnel>,
     layout: Layout,
     _underlay: Namespace,
 }
@@ -192,6 +202,7 @@ impl World {
             programs,
             servers: Vec::new(),
             markers: 0,
+            _tunnels: built.tunnels,
             layout,
             _underlay: built.underlay,
         };
@@ -265,7 +276,12 @@ impl World {
 
     /// Every address that node N owns: what a masqueraded packet may have as its source.
     pub fn node_addresses(&self, number: usize) -> Result<BTreeSet<IpAddr>> {
-        let out = self.node(number).place.namespace.output("ip", &["-o", "addr", "show"])?;
+        self.addresses(&self.node(number).place)
+    }
+
+    /// Every address that a place has.
+    pub fn addresses(&self, place: &Place) -> Result<BTreeSet<IpAddr>> {
+        let out = place.namespace.output("ip", &["-o", "addr", "show"])?;
         // "2: eth0    inet 192.168.77.1/24 brd …"
         Ok(out
             .lines()
@@ -329,6 +345,12 @@ impl World {
         Ok(String::from_utf8_lossy(&done.stdout).into_owned())
     }
 
+    /// What such a command prints although it may find something wrong.
+    pub fn cli_output(&self, node: &Node, args: &[&str]) -> Result<String> {
+        let done = node.place.command(&self.programs.agent)?.args(args).arg("--bpffs").arg(&node.bpffs).output()?;
+        Ok(String::from_utf8_lossy(&done.stdout).into_owned())
+    }
+
     /// Starts the agent on every node and waits until all are ready.
     pub fn start_agents(&mut self, options: &AgentOptions) -> Result<()> {
         for number in 1..=self.nodes.len() {
@@ -382,6 +404,17 @@ impl World {
         Ok(seen)
     }
 
+    /// Packets with a wrong checksum that anybody has met so far, as `place: counter`.
+    pub fn bad_checksums(&self) -> Result<Vec<String>> {
+        let mut seen = Vec::new();
+        for place in self.nodes.iter().map(|node| &node.place).chain(self.pods.values()).chain([&self.outside]) {
+            let counters = place.namespace.enter(counters)??;
+            let bad = counters.into_iter().filter(|(name, count)| name.ends_with("InCsumErrors") && *count > 0);
+            seen.extend(bad.map(|(name, count)| format!("{}: {count} {name}", place.name)));
+        }
+        Ok(seen)
+    }
+
     /// Name of the node's end of a pod's link.
     pub fn pod_link(&self, pod: &Place) -> String {
         topology::pod_link(self.topology, &pod.name)
@@ -390,6 +423,28 @@ impl World {
     pub fn id(&self) -> &str {
         self.layout.id()
     }
+}
+
+/// The protocols' own counters of the thread's namespace.
+fn counters() -> Result<Vec<(String, u64)>> {
+    let mut counters = Vec::new();
+    for file in ["snmp", "netstat"] {
+        let text =
+            fs::read_to_string(format!("/proc/thread-self/net/{file}")).with_context(|| format!("read {file}"))?;
+        let lines: Vec<&str> = text.lines().collect();
+        // A line of names, a line of values.
+        for [names, values] in lines.as_chunks::<2>().0 {
+            let protocol = names.split(':').next().unwrap_or_default();
+            let pairs = names.split_whitespace().zip(values.split_whitespace()).skip(1);
+            counters.extend(pairs.map(|(name, value)| (format!("{protocol}{name}"), value.parse().unwrap_or(0))));
+        }
+    }
+    let text = fs::read_to_string("/proc/thread-self/net/snmp6").context("read snmp6")?;
+    counters.extend(text.lines().filter_map(|line| {
+        let (name, value) = line.split_once(char::is_whitespace)?;
+        Some((name.to_owned(), value.trim().parse().ok()?))
+    }));
+    Ok(counters)
 }
 
 /// The Service network of every world.

@@ -3,6 +3,7 @@
 //! | network | IPv4 | IPv6 |
 //! |---|---|---|
 //! | underlay | 192.168.77.0/24 (node N: .N, sink .254, outside .100) | fd00:77::/64 (::N, ::fe, ::100) |
+//! | outside, by tunnel | 192.168.78.100 | fd00:78::100 |
 //! | pods of node N | 10.244.N.0/24, from .10 | fd00:244:N::/64, from ::a |
 //! | Services | 10.96.0.0/16 | fd00:96::/112 |
 
@@ -16,7 +17,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::{Namespace, Node, Place, SERVICE_CIDR_V4, SERVICE_CIDR_V6, Spec, Topology, layout::Layout};
+use super::{Namespace, Node, Place, SERVICE_CIDR_V4, SERVICE_CIDR_V6, Spec, Topology, layout::Layout, tunnel::Tunnel};
 
 pub(super) struct Built {
     pub(super) nodes: Vec<Node>,
@@ -24,6 +25,7 @@ pub(super) struct Built {
     pub(super) outside: Place,
     pub(super) sink: Namespace,
     pub(super) underlay: Namespace,
+    pub(super) tunnels: Vec<Tunnel>,
 }
 
 /// The gateway of routed pods, as Calico has it: the node's end of the link answers for it by proxy ARP.
@@ -46,7 +48,61 @@ pub(super) fn build(spec: &Spec, layout: &Layout) -> Result<Built> {
         nodes.push(node);
     }
     let outside = build_outside(&underlay, layout)?;
-    Ok(Built { nodes, pods, outside, sink, underlay })
+    let tunnels = if spec.topology == Topology::Tun { build_tunnels(&nodes, &outside)? } else { Vec::new() };
+    if spec.software_checksums {
+        compute_checksums(spec, &nodes, &pods, &outside)?;
+    }
+    Ok(Built { nodes, pods, outside, sink, underlay, tunnels })
+}
+
+/// Between each two nodes, and from outside to node1: what goes to pods elsewhere and to Services takes them.
+fn build_tunnels(nodes: &[Node], outside: &Place) -> Result<Vec<Tunnel>> {
+    let mut tunnels = Vec::new();
+    let mut numbered: Vec<(u8, &Namespace)> = (1..).zip(nodes.iter().map(|node| &node.place.namespace)).collect();
+    let Some(&entry) = numbered.first() else { return Ok(tunnels) };
+    while let Some((number, here)) = numbered.pop() {
+        for &(other, there) in &numbered {
+            tunnels.push(Tunnel::between([(here, &format!("tun{other}")), (there, &format!("tun{number}"))])?);
+            for (from, to) in [((number, here), other), ((other, there), number)] {
+                let (_, namespace) = from;
+                namespace.ip(&format!(
+                    "link set tun{to} up\n\
+                     route add 10.244.{to}.0/24 dev tun{to}\n\
+                     route add fd00:244:{to}::/64 dev tun{to}\n"
+                ))?;
+            }
+        }
+    }
+    tunnels.push(Tunnel::between([(&outside.namespace, "tun1"), (entry.1, "tun0")])?);
+    outside.namespace.ip(&format!(
+        "link set tun1 up\n\
+         addr add {TUNNEL4}/32 dev tun1\n\
+         addr add {TUNNEL6}/128 dev tun1 nodad\n\
+         route replace {SERVICE_CIDR_V4} dev tun1 src {TUNNEL4}\n\
+         route replace {SERVICE_CIDR_V6} dev tun1 src {TUNNEL6} metric 1\n"
+    ))?;
+    entry.1.ip(&format!(
+        "link set tun0 up\n\
+         route add {TUNNEL4}/32 dev tun0\n\
+         route add {TUNNEL6}/128 dev tun0\n"
+    ))?;
+    Ok(tunnels)
+}
+
+/// Every other pod and the client outside send whole checksums, and the nodes' ends of pod links complete those that others
+/// leave to the hardware: so that a wrong one, made by whatever rewrote it, does not stay unseen on a link that never looks.
+fn compute_checksums(spec: &Spec, nodes: &[Node], pods: &BTreeMap<String, Place>, outside: &Place) -> Result<()> {
+    let off = |namespace: &Namespace, device: &str| namespace.output("ethtool", &["-K", device, "tx", "off"]).map(drop);
+    off(&outside.namespace, "eth0")?;
+    for (node, names) in nodes.iter().zip(&spec.nodes) {
+        for name in names {
+            off(&node.place.namespace, &pod_link(spec.topology, name))?;
+        }
+        for pod in names.iter().skip(1).filter_map(|name| pods.get(name)) {
+            off(&pod.namespace, "eth0")?;
+        }
+    }
+    Ok(())
 }
 
 /// A link from `namespace` (as `eth0`) to the underlay's bridge, and its addresses.
@@ -97,6 +153,10 @@ fn pod4(node: u8, i: u8) -> Ipv4Addr {
 fn pod6(node: u8, i: u8) -> Ipv6Addr {
     Ipv6Addr::new(0xfd00, 0x244, node.into(), 0, 0, 0, 0, 10 + u16::from(i))
 }
+
+/// The client outside on its own end of a tunnel.
+const TUNNEL4: Ipv4Addr = Ipv4Addr::new(192, 168, 78, 100);
+const TUNNEL6: Ipv6Addr = Ipv6Addr::new(0xfd00, 0x78, 0, 0, 0, 0, 0, 0x100);
 
 const SINK: u16 = 254;
 const OUTSIDE: u16 = 100;
@@ -185,7 +245,7 @@ fn build_node(spec: &Spec, number: u8, underlay: &Namespace, layout: &Layout) ->
     let mut script = String::new();
     let others = (1u8..).take(spec.nodes.len()).filter(|&other| other != number);
     let mut fdb = String::new();
-    if spec.topology != Topology::Routed {
+    if !matches!(spec.topology, Topology::Routed | Topology::Tun) {
         writeln!(
             script,
             "link add cni0 address 0a:58:0a:f4:{number:02x}:01 type bridge stp_state 0 mcast_snooping 0\n\
@@ -220,7 +280,7 @@ fn build_node(spec: &Spec, number: u8, underlay: &Namespace, layout: &Layout) ->
                  route add fd00:244:{other}::/64 via fd00:244:{other}:: dev flannel.1 onlink"
             )?;
             writeln!(fdb, "fdb append 02:77:00:00:00:{other:02x} dev flannel.1 dst {}", underlay4(remote))?;
-        } else {
+        } else if spec.topology != Topology::Tun {
             writeln!(
                 script,
                 "route add 10.244.{other}.0/24 via {}\n\
@@ -262,7 +322,7 @@ fn build_pod(topology: Topology, node: &Node, number: u8, i: u8, name: &str, lay
     let (v4, v6) = (pod4(number, i), pod6(number, i));
     let host = &node.place.namespace;
     let (inside, netns) = (&namespace, namespace.name());
-    if topology == Topology::Routed {
+    if matches!(topology, Topology::Routed | Topology::Tun) {
         let link = format!("cali{name}");
         // No link-local address but the gateway's: all node ends of pod links have the same MAC.
         host.ip(&format!(
@@ -313,7 +373,7 @@ fn build_pod(topology: Topology, node: &Node, number: u8, i: u8, name: &str, lay
 /// Name of the node's end of a pod's link.
 pub(super) fn pod_link(topology: Topology, pod: &str) -> String {
     match topology {
-        Topology::Routed => format!("cali{pod}"),
+        Topology::Routed | Topology::Tun => format!("cali{pod}"),
         Topology::Bridge | Topology::Vxlan | Topology::Uplink => format!("veth{pod}"),
     }
 }
