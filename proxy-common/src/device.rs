@@ -15,8 +15,8 @@ pub mod role {
 
 /// Value of the devices map; key: `u32` interface index. Written by the agent.
 ///
-/// The addresses are what a masqueraded packet that leaves by this device gets as its source (contract A75); unspecified:
-/// none known, the packet is dropped and counted.
+/// The addresses are what a masqueraded packet that leaves by this device gets as its source if no route says otherwise (contract
+/// A75); unspecified: none known, the packet is then dropped and counted.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
 pub struct DeviceValue {

@@ -119,6 +119,64 @@ fn without_an_address_to_masquerade_with_a_flow_is_dropped() {
     }
 }
 
+/// Two routes on one device, each with a source of its own; and what has no route there gets the device's address (contract A75).
+#[test]
+fn the_route_says_the_masquerade_source() {
+    let Some(mut world) = world("the_route_says_the_masquerade_source", Options::default()) else { return };
+    let sh = |command: &str| {
+        let output = std::process::Command::new("sh").args(["-c", command]).output().unwrap();
+        assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
+    };
+    sh("ip link add m0 index 77 type veth peer name m1 && ip link add n0 type veth peer name n1 && \
+        for d in m0 m1 n0 n1; do ip link set $d up; done && \
+        echo 1 > /proc/sys/net/ipv4/ip_forward && echo 1 > /proc/sys/net/ipv6/conf/all/forwarding");
+    let index = 77;
+    for cast in casts() {
+        let (own, other, elsewhere): (IpAddr, IpAddr, IpAddr) = if cast.v6 {
+            ("fd00:7::8".parse().unwrap(), "fd00:7::9".parse().unwrap(), "fd00:8::1".parse().unwrap())
+        } else {
+            ([192, 168, 7, 8].into(), [192, 168, 7, 9].into(), [192, 168, 8, 1].into())
+        };
+        let (nodad, bits) = if cast.v6 { ("nodad", 64) } else { ("", 24) };
+        sh(&format!(
+            "ip addr add {own}/{bits} dev m0 {nodad} && ip addr add {other}/{bits} dev m0 {nodad} && \
+             ip addr add {elsewhere}/{bits} dev n0 {nodad} && \
+             ip route add {} dev m0 src {own} && ip route add {} dev m0 src {other}",
+            cast.backend.ip(),
+            cast.backend2.ip(),
+        ));
+        let off = if cast.v6 { "2001:db8::1" } else { "203.0.113.1" };
+        sh(&format!("ip route add {off} dev n0"));
+        world.device_at(index, role::OUTWARD);
+        world.device(role::OUTWARD);
+        let off = SocketAddr::new(off.parse().unwrap(), 8080);
+        let nowhere = SocketAddr::new(if cast.v6 { "2001:db8::2" } else { "203.0.113.2" }.parse().unwrap(), 8080);
+        for (n, (backend, source)) in
+            [(cast.backend, own), (cast.backend2, other), (off, cast.node), (nowhere, cast.node)]
+                .into_iter()
+                .enumerate()
+        {
+            world.service(1, cast.vip, &[backend]);
+            for proto in PROTOS {
+                let client = at(cast.client, 43_000 + n as u16);
+                let open = Packet::opening(proto, client, cast.vip);
+                world.expect(Hook::Ingress, &open, &open.to(backend));
+                // Out by that device: `ifindex` of the program's context.
+                let mut context = [0; 192];
+                context[40..44].copy_from_slice(&index.to_ne_bytes());
+                let (verdict, out) =
+                    world.run_program("tc_egress_ether", &open.to(backend).frame(), Some(&context)).unwrap();
+                let (seen, to) = ends(&out);
+                assert_eq!((verdict, seen.ip(), to), (NEXT, source, backend), "{proto}");
+                let answer = Packet::answer(proto, backend, seen);
+                world.expect(Hook::Ingress, &answer, &answer.to(client));
+                world.remove(|_| true);
+            }
+        }
+    }
+    assert_eq!(world.reasons(), []);
+}
+
 #[test]
 fn masquerade_ports_run_out_and_come_back() {
     let Some(mut world) =

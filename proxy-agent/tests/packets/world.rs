@@ -187,7 +187,13 @@ impl World {
     /// Makes the device a pod's whose network namespace has the number `netns`.
     pub(crate) fn pod_device(&mut self, netns: u16) {
         let [v4, v6] = casts().map(|c| c.node);
-        self.put_device(role::POD, Some(v4), Some(v6), netns + 1);
+        self.put_device(1, role::POD, (Some(v4), Some(v6)), netns + 1);
+    }
+
+    /// Makes the device of that index what `role` says, with the node's addresses.
+    pub(crate) fn device_at(&mut self, index: u32, role: u8) {
+        let [v4, v6] = casts().map(|c| c.node);
+        self.put_device(index, role, (Some(v4), Some(v6)), 0);
     }
 
     /// Makes the device what `role` says, with the node's addresses.
@@ -198,17 +204,17 @@ impl World {
 
     pub(crate) fn device_with(&mut self, device: Option<(u8, Option<IpAddr>, Option<IpAddr>)>) {
         match device {
-            Some((role, v4, v6)) => self.put_device(role, v4, v6, 0),
+            Some((role, v4, v6)) => self.put_device(1, role, (v4, v6), 0),
             None => {
                 let _ = self.devices().remove(&1);
             }
         }
     }
 
-    fn put_device(&mut self, role: u8, v4: Option<IpAddr>, v6: Option<IpAddr>, netns: u16) {
+    fn put_device(&mut self, index: u32, role: u8, (v4, v6): (Option<IpAddr>, Option<IpAddr>), netns: u16) {
         let source4 = v4.map_or(Ipv4Be::UNSPECIFIED, |ip| Ipv4Be::from_ip(ip).unwrap());
         let source6 = v6.map_or(Ipv6Be::UNSPECIFIED, |ip| Ipv6Be::from_ip(ip).unwrap());
-        self.devices().insert(1, DeviceValue { source6, source4, role, pad: 0, netns }, 0).unwrap();
+        self.devices().insert(index, DeviceValue { source6, source4, role, pad: 0, netns }, 0).unwrap();
     }
 
     fn devices(&mut self) -> HashMap<&mut MapData, u32, DeviceValue> {

@@ -9,6 +9,7 @@ mod icmp;
 mod packet;
 mod reject;
 mod rewrite;
+mod source;
 mod table;
 
 use aya_ebpf::{
@@ -418,22 +419,22 @@ fn masquerade<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Con
     let skb = ctx.as_ptr().cast::<__sk_buff>();
     // SAFETY: the context is live.
     let ifindex = unsafe { (*skb).ifindex };
+    let Some(Work { value, key: reverse_key, found: reverse, .. }) = Room::Masquerade.work::<A>() else {
+        return TC_ACT_SHOT;
+    };
     // SAFETY: copied at once; addresses of a device change rarely, and a torn one only costs this flow.
-    let source = match unsafe { DEVICES.get(ifindex) } {
+    value.addr = match unsafe { DEVICES.get(ifindex) } {
         Some(device) => A::source(device),
         None => A::UNSPECIFIED,
     };
-    if source == A::UNSPECIFIED {
+    table::void(source::by_route(ctx, packet, ifindex, &mut value.addr));
+    if value.addr == A::UNSPECIFIED {
         count::reason(Reason::NoMasqueradeAddress);
         return TC_ACT_SHOT;
     }
     let (min, max) = (globals::masquerade_port_min(), globals::masquerade_port_max());
     let kept = packet.sport.to_host();
     let port = if kept >= min && kept <= max { packet.sport } else { random_port() };
-    let Some(Work { value, key: reverse_key, found: reverse, .. }) = Room::Masquerade.work::<A>() else {
-        return TC_ACT_SHOT;
-    };
-    value.addr = source;
     value.port = port;
     value.other = packet.dport;
     value.service = service;

@@ -36,7 +36,7 @@ pub(crate) struct Hit<A> {
 /// What a called function returns that has nothing to say: one that returns nothing leaves a pointer to its stack in the
 /// register, and the verifier refuses that.
 pub(crate) type Void = u32;
-const VOID: Void = 0;
+pub(crate) const VOID: Void = 0;
 
 /// Takes a [`Void`], so that the compiler does not drop it from the function.
 #[inline(always)]
