@@ -2,8 +2,8 @@
 //!
 //! Owns the files' last good state. Files are read again when the tree looks different from the last time; the kernel's
 //! notification makes that prompt, a walk several times a second makes it certain (notifications miss what links lead to, and
-//! networks' file systems). A change is taken in once two looks at the tree agree, so that an editor that truncates, writes and
-//! renames is not caught half-way.
+//! networks' file systems). A file's change is taken in once two looks at it agree, so that an editor that truncates, writes and
+//! renames is not caught half-way; one that never rests delays itself alone.
 //!
 //! - INVARIANT: a file that cannot be read or parsed keeps its last good objects; only a file that is gone takes them along.
 //! - INVARIANT: nothing is handed on before every file parsed once: a file that never did has no last good state, and a list
@@ -36,8 +36,8 @@ use crate::model::{EndpointSlice, Event, NodeFacts, Service, ServiceKey, SourceS
 const LOOK: Duration = Duration::from_millis(500);
 /// Two looks this far apart must agree before a change counts.
 const SETTLE: Duration = Duration::from_millis(100);
-/// A tree that never rests is taken as it is after so many looks.
-const SETTLE_LOOKS: usize = 5;
+/// A file that never rests is taken as it is after so long.
+const SETTLE_MOST: Duration = Duration::from_millis(500);
 
 type SliceKey = (Arc<str>, Arc<str>);
 
@@ -67,6 +67,10 @@ struct Directory {
     names: Names,
     files: BTreeMap<PathBuf, File>,
     unreadable: BTreeMap<PathBuf, String>,
+    /// Files that are being written, and since when they were seen to be.
+    restless: BTreeMap<PathBuf, Instant>,
+    /// What the last look took, waiting for files to settle not counted.
+    walked: Duration,
     /// Kinds a notice was given for.
     noticed: BTreeSet<String>,
     /// It could be listed once.
@@ -90,11 +94,10 @@ pub(super) async fn run(
     let _watcher = watch_tree(root, wake);
     loop {
         let looked = tokio::task::spawn_blocking(move || {
-            let began = Instant::now();
             let outcome = directory.look();
-            (directory, outcome, began.elapsed())
+            (directory, outcome)
         });
-        let Ok((back, outcome, took)) = looked.await else {
+        let Ok((back, outcome)) = looked.await else {
             return Err(SourceError::Directory { path: root.to_path_buf(), cause: "reading it ended early".into() });
         };
         directory = back;
@@ -130,10 +133,11 @@ pub(super) async fn run(
             }
         }
         // A tree of many thousand files is looked at less often: a twentieth of one CPU at most.
+        let pause = if directory.restless.is_empty() { LOOK } else { SETTLE };
         tokio::select! {
             () = cancel.cancelled() => return Ok(()),
             () = events.closed() => return Ok(()),
-            () = tokio::time::sleep(LOOK.max(took * 20)) => {},
+            () = tokio::time::sleep(pause.max(directory.walked * 20)) => {},
             Some(()) = woken.recv() => {},
         }
     }
@@ -172,6 +176,8 @@ impl Directory {
             names: Names::default(),
             files: BTreeMap::new(),
             unreadable: BTreeMap::new(),
+            restless: BTreeMap::new(),
+            walked: Duration::ZERO,
             noticed: BTreeSet::new(),
             looked: false,
             missing: Vec::new(),
@@ -181,23 +187,21 @@ impl Directory {
 
     /// Looks at the tree; what changed since the last look, as events in an order that is safe to apply one by one.
     fn look(&mut self) -> std::io::Result<Vec<Event>> {
+        let mut began = Instant::now();
         let mut listing = files::list(&self.root)?;
+        self.walked = began.elapsed();
         if self.looked {
             if !self.differs(&listing) {
+                self.restless.clear();
                 return Ok(Vec::new());
             }
-            for _ in 0..SETTLE_LOOKS {
-                std::thread::sleep(SETTLE);
-                let again = files::list(&self.root)?;
-                let settled = again == listing;
-                listing = again;
-                if settled {
-                    break;
-                }
-            }
+            std::thread::sleep(SETTLE);
+            began = Instant::now();
+            listing = self.settled(&listing, files::list(&self.root)?, Instant::now());
         }
         self.looked = true;
         self.take_in(listing);
+        self.walked += began.elapsed();
         if self.world.is_none() {
             self.missing = self.never_read();
             if !self.missing.is_empty() {
@@ -219,6 +223,25 @@ impl Directory {
         };
         self.world = Some(now);
         Ok(events)
+    }
+
+    /// What of two looks agrees; the rest as it is known, unless that has been so for long.
+    fn settled(&mut self, before: &Listing, mut now: Listing, at: Instant) -> Listing {
+        let moved = |path: &&PathBuf| before.files.get(*path) != now.files.get(*path);
+        let moving: BTreeSet<PathBuf> = before.files.keys().chain(now.files.keys()).filter(moved).cloned().collect();
+        self.restless.retain(|path, _| moving.contains(path));
+        for path in moving {
+            let since = *self.restless.entry(path.clone()).or_insert(at);
+            if at.duration_since(since) >= SETTLE_MOST {
+                self.restless.remove(&path);
+                continue;
+            }
+            match self.files.get(&path).and_then(|known| known.signature) {
+                Some(known) => now.files.insert(path, known),
+                None => now.files.remove(&path),
+            };
+        }
+        now
     }
 
     fn differs(&self, listing: &Listing) -> bool {

@@ -303,6 +303,52 @@ async fn changes_arrive_within_a_second() {
     tokio::time::timeout(Duration::from_secs(2), task).await.unwrap().unwrap().unwrap();
 }
 
+/// A file that is written all the time delays itself alone, and that not for ever.
+#[test]
+fn a_restless_file_holds_up_no_other() {
+    let mut tree =
+        Tree::new(&[("noisy.yaml", &service("noisy", "10.0.0.1")), ("quiet.yaml", &service("quiet", "10.0.0.2"))]);
+    tree.look();
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let writer = std::thread::spawn({
+        let (stop, path) = (Arc::clone(&stop), tree.path("noisy.yaml"));
+        move || {
+            for round in 0_u32.. {
+                if stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    return;
+                }
+                // Beside and renamed: whatever look catches it, it is whole.
+                let text = format!(
+                    "{}# {}\n",
+                    service("noisy", &format!("10.1.0.{}", 1 + round % 200)),
+                    "x".repeat(round as usize % 50)
+                );
+                fs::write(path.with_extension("new"), text).unwrap();
+                fs::rename(path.with_extension("new"), &path).unwrap();
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    });
+    std::thread::sleep(Duration::from_millis(50));
+    fs::write(tree.path("quiet.yaml"), service("quiet", "10.0.0.3")).unwrap();
+    let began = Instant::now();
+    let mut said = Vec::new();
+    while !said.iter().any(|word| word == "service quiet@10.0.0.3") {
+        said.extend(tree.look());
+        assert!(began.elapsed() < Duration::from_secs(5), "{said:?}");
+    }
+    let took = began.elapsed();
+    assert!(took < SETTLE_MOST, "the quiet file waited {took:?}");
+    assert_eq!(said, ["service quiet@10.0.0.3"], "the noisy one had not settled yet");
+    assert!(tree.directory.walked < SETTLE, "waiting is no work: {:?}", tree.directory.walked);
+    while !said.iter().any(|word| word.starts_with("service noisy")) {
+        said.extend(tree.look());
+        assert!(began.elapsed() < Duration::from_secs(5), "{said:?}");
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    writer.join().unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn no_such_directory() {
     let (tx, _events) = mpsc::channel(1);
