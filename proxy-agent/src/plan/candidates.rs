@@ -57,6 +57,11 @@ pub(super) fn unite<'a>(
     // A pod that moves between slices is seen twice for a while, and so is an address that a new pod took over from one
     // that still terminates: what is not terminating wins, then what is ready (contract A20). The sort is stable, so
     // between equals the slice of the smaller name decides.
+    //
+    // That the two may be the same pod (targetRef), so that the newer slice knows better, is not asked: kube-proxy asks neither
+    // (kubernetes#135593, merged in place of #135334), and nothing in a slice says dependably how new it is. The trigger time is
+    // the controller's alone and comes with some changes only, the creation time is that of the slice and not of its content, and
+    // versions are opaque. What is wrong is over with the other slice's event, which the controller writes in the same sync.
     candidates.sort_by_key(|c| (c.backend, c.terminating, Reverse(c.ready), Reverse(c.serving)));
     candidates.dedup_by_key(|c| c.backend);
     candidates

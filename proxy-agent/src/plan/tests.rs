@@ -565,3 +565,32 @@ fn itp_local_without_local_endpoints_drops_and_carries_no_backends() {
     assert_eq!(row(only(&planned).verdicts), "D D D");
     assert!(only(&planned).local.is_empty() && only(&planned).all.is_empty());
 }
+
+/// F9: two endpoints of one address, in whatever slices and order they come, are one, and the better one: the pod that lives, not
+/// the ghost that had its address before. `local` is the winner's, not either's.
+#[test]
+fn the_better_of_two_endpoints_of_one_address_whatever_slice_has_it() {
+    let cases = [
+        (["10.0.0.1 local dead", "10.0.0.1"], "ready=true terminating=false local=false"),
+        (["10.0.0.1 local terminating", "10.0.0.1"], "ready=true terminating=false local=false"),
+        (["10.0.0.1 local", "10.0.0.1 terminating"], "ready=true terminating=false local=true"),
+        (["10.0.0.1 ready-terminating", "10.0.0.1 local"], "ready=true terminating=false local=true"),
+        (["10.0.0.1 notready", "10.0.0.1 local"], "ready=true terminating=false local=true"),
+        (["10.0.0.1 dead", "10.0.0.1 local terminating"], "ready=false terminating=true local=true"),
+    ];
+    let service = service(&["10.96.0.1"]);
+    let node = NodeFacts { name: "this".into(), ..NodeFacts::default() };
+    for ([a, b], expected) in cases {
+        for slices in [
+            vec![slice("web-1", &[a]), slice("web-2", &[b])],
+            vec![slice("web-1", &[b]), slice("web-2", &[a])],
+            vec![slice("web-1", &[a, b])],
+            vec![slice("web-1", &[b, a])],
+        ] {
+            let found = candidates::unite(slices.iter(), &service.ports[0], Family::V4, &node);
+            let [one] = &*found else { panic!("{} endpoints of one address", found.len()) };
+            let said = format!("ready={} terminating={} local={}", one.ready, one.terminating, one.local);
+            assert_eq!(said, expected, "{a:?}, {b:?}");
+        }
+    }
+}
