@@ -200,29 +200,26 @@ fn assert_holds(pins: &Pins, state: &DesiredState) {
     }
 }
 
-/// Ids of the programs in force, by hook; a fresh load changes them.
-fn program_ids(world: &World) -> BTreeMap<String, u32> {
+/// What the kernel says of the links in force, by hook.
+fn links<T>(world: &World, of: impl Fn(&aya::programs::links::FdLink) -> T) -> BTreeMap<String, T> {
     let links = world.options.bpffs.join("v1/links");
     fs::read_dir(links)
         .unwrap()
         .map(|entry| {
             let path = entry.unwrap().path();
-            let link = aya::programs::links::FdLink::from(aya::programs::links::PinnedLink::from_pin(&path).unwrap());
-            (path.file_name().unwrap().to_str().unwrap().to_owned(), link.info().unwrap().program_id())
+            let link = aya::programs::links::PinnedLink::from_pin(&path).unwrap().into();
+            (path.file_name().unwrap().to_str().unwrap().to_owned(), of(&link))
         })
         .collect()
 }
 
+/// Ids of the programs in force; a fresh load changes them.
+fn program_ids(world: &World) -> BTreeMap<String, u32> {
+    links(world, |link| link.info().unwrap().program_id())
+}
+
 fn link_ids(world: &World) -> BTreeMap<String, u32> {
-    let links = world.options.bpffs.join("v1/links");
-    fs::read_dir(links)
-        .unwrap()
-        .map(|entry| {
-            let path = entry.unwrap().path();
-            let link = aya::programs::links::FdLink::from(aya::programs::links::PinnedLink::from_pin(&path).unwrap());
-            (path.file_name().unwrap().to_str().unwrap().to_owned(), link.info().unwrap().id())
-        })
-        .collect()
+    links(world, |link| link.info().unwrap().id())
 }
 
 #[test]

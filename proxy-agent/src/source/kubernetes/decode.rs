@@ -1,4 +1,4 @@
-//! From the server's text to objects, such that one that cannot be read costs nothing but itself (fault F21).
+//! From the server's text to objects, such that one that cannot be read costs nothing but itself (fault F17).
 //!
 //! The fast way reads everything at once; only where that fails the text is taken apart, object by object. An object that cannot
 //! be read is still one that is there: it is named, so that what was known of it can stand. One that does not even say its name

@@ -48,6 +48,9 @@ const PACE: Duration = Duration::from_millis(100);
 const FIRST_DELAY: Duration = Duration::from_millis(250);
 const LONGEST_DELAY: Duration = Duration::from_secs(30);
 
+/// By object.
+type Problems = BTreeMap<String, Vec<String>>;
+
 /// What the followers of all kinds share.
 #[derive(Clone)]
 pub(super) struct Follower {
@@ -55,7 +58,7 @@ pub(super) struct Follower {
     pub(super) board: Arc<Board>,
     pub(super) events: mpsc::Sender<Event>,
     /// What each kind's objects have wrong with them, as it was handed on; held while it is, so that the last word is the newest.
-    pub(super) problems: Arc<Mutex<[BTreeMap<String, Vec<String>>; 3]>>,
+    pub(super) problems: Arc<Mutex<[Problems; 3]>>,
     pub(super) watch_timeout: Duration,
 }
 

@@ -254,7 +254,7 @@ async fn what_cannot_be_read_means_a_new_list() {
     }
 }
 
-/// F21: an object that cannot be read costs itself alone, in a list (of several pages) and in a watch; its last good state
+/// F17: an object that cannot be read costs itself alone, in a list (of several pages) and in a watch; its last good state
 /// stands, and it is named until it can be read or is gone.
 #[tokio::test]
 async fn an_object_that_cannot_be_read_costs_itself_alone() {
