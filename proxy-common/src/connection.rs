@@ -74,6 +74,10 @@ pub mod state {
     pub const SEEN: u8 = 1;
     pub const FIN: u8 = 2;
     pub const RST: u8 = 4;
+    /// Half-open TCP, the answer's entry: `checked` is the number that acknowledges the peer's SYN-ACK.
+    pub const NUMBERED: u8 = 8;
+    /// As above, but the peer answered with more than one number (SYN cookies): any acknowledgement counts.
+    pub const RENUMBERED: u8 = 16;
 }
 
 /// Value of the connection maps. Above `seal`: what must agree, sealed with the key. Below: single-writer-wins notes
@@ -95,7 +99,7 @@ pub struct ConnectionValue<A> {
     pub seal: u32,
     /// Seconds of the coarse monotonic clock: last packet.
     pub seen: u32,
-    /// Seconds of the coarse monotonic clock: when the pair was last looked for.
+    /// Seconds of the coarse monotonic clock: when the pair was last looked for. See also [`state::NUMBERED`].
     pub checked: u32,
     /// [`state`].
     pub state: u8,

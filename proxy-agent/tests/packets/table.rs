@@ -85,6 +85,67 @@ fn tcp_is_established_by_the_openers_answer() {
     assert_eq!(world.reasons(), []);
 }
 
+/// Who forged the SYN never saw the answer: an acknowledgement of another number establishes nothing.
+#[test]
+fn a_blind_acknowledgement_establishes_nothing() {
+    let Some(mut world) = world("a_blind_acknowledgement_establishes_nothing", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        // Sequence and acknowledgement; the table does not look at checksums.
+        let numbered = |packet: &Packet, sequence: u32, acknowledgement: u32| {
+            let mut frame = packet.frame();
+            let tcp = super::packet::payload_at(&frame);
+            frame[tcp + 4..tcp + 8].copy_from_slice(&sequence.to_be_bytes());
+            frame[tcp + 8..tcp + 12].copy_from_slice(&acknowledgement.to_be_bytes());
+            frame
+        };
+        let syn = Packet::tcp(cast.client, cast.vip, SYN);
+        let ack = Packet::tcp(cast.client, cast.vip, ACK);
+        let syn_ack = Packet::tcp(cast.backend, cast.client, SYN | ACK);
+        let run = |world: &mut World, hook, frame: &[u8]| {
+            assert_eq!(world.run(hook, frame).0, NEXT);
+            world.rows().iter().all(|row| row.established)
+        };
+        let wrapping: [u32; 3] = [1_000_000, u32::MAX, u32::MAX - 10];
+        for (isn, first, establishes) in wrapping.into_iter().flat_map(|isn| {
+            [(isn, 1, true), (isn, 65_000, true), (isn, 0, false), (isn, 1 << 21, false), (isn, 1 << 31, false)]
+        }) {
+            world.translate(Hook::Ingress, &syn);
+            assert!(!run(&mut world, Hook::Egress, &numbered(&syn_ack, isn, 8)));
+            // Sent again: the same number.
+            assert!(!run(&mut world, Hook::Egress, &numbered(&syn_ack, isn, 8)));
+            let blind = numbered(&ack, 8, isn.wrapping_add(first));
+            for _ in 0..2 {
+                assert_eq!(run(&mut world, Hook::Ingress, &blind), establishes, "{isn} {first}");
+            }
+            // What the client sends still gets there, and the right number establishes it late.
+            assert!(run(&mut world, Hook::Ingress, &numbered(&ack, 8, isn.wrapping_add(1))));
+            assert!(world.rows().iter().all(|row| row.state & !(state::SEEN | state::FIN | state::RST) == 0));
+            world.remove(|_| true);
+        }
+        // Two answers of different numbers (SYN cookies): which of them the client got is not known.
+        world.translate(Hook::Ingress, &syn);
+        assert!(!run(&mut world, Hook::Egress, &numbered(&syn_ack, 5000, 8)));
+        assert!(!run(&mut world, Hook::Egress, &numbered(&syn_ack, 90_000_000, 8)));
+        assert!(run(&mut world, Hook::Ingress, &numbered(&ack, 8, 5001)));
+        world.remove(|_| true);
+        // Masqueraded: both pairs, each by what its own answer said.
+        world.device(role::OUTWARD);
+        world.translate(Hook::Ingress, &syn);
+        let (seen, _) = world.translate(Hook::Egress, &syn.to(cast.backend));
+        run(&mut world, Hook::Ingress, &numbered(&syn_ack.to(seen), 7000, 8));
+        run(&mut world, Hook::Egress, &numbered(&syn_ack, 7000, 8));
+        for (number, establishes) in [(70, false), (7001, true)] {
+            run(&mut world, Hook::Ingress, &numbered(&ack, 8, number));
+            run(&mut world, Hook::Egress, &numbered(&ack.to(cast.backend), 8, number));
+            let all = parts(establishes, establishes);
+            assert_eq!(maps(&world), all);
+        }
+        world.remove(|_| true);
+        world.device(role::POD);
+    }
+}
+
 #[test]
 fn udp_is_established_by_the_first_answer() {
     let Some(mut world) = world("udp_is_established_by_the_first_answer", Options::default()) else { return };

@@ -162,7 +162,7 @@ fn ingress<A: Header>(
     let may_open = packet.kind == kind::WHOLE && packet.may_open();
     if let Some(hit) = table::find(key, value) {
         if !may_open || !reopens(key, packet, value, hit.established) {
-            hit.note(key, value, packet);
+            hit.note(ctx, key, value, packet);
             return apply(ctx, l3, packet, End::Destination, value);
         }
         table::void(table::forget(key, value));
@@ -409,7 +409,7 @@ fn egress<A: Header>(
     if value.flags & flags::PENDING != 0 {
         return masquerade(ctx, l3, packet, key, value.service);
     }
-    hit.note(key, value, packet);
+    hit.note(ctx, key, value, packet);
     apply(ctx, l3, packet, End::Source, value)
 }
 

@@ -39,6 +39,12 @@ impl<A: Address> Packet<A> {
         self.proto == proto::TCP
             && self.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST) == tcp_flags::SYN
     }
+
+    #[inline(always)]
+    pub(crate) fn is_syn_ack(&self) -> bool {
+        self.proto == proto::TCP
+            && self.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST) == tcp_flags::SYN | tcp_flags::ACK
+    }
 }
 
 /// A pointer to `T` at `offset`, if the packet's linear part reaches so far.
