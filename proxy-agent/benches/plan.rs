@@ -5,15 +5,26 @@ mod common;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, criterion_group, criterion_main};
 use proxy_agent::{
-    model::{Event, index::Touched},
+    model::{
+        Event,
+        index::{Index, Touched},
+    },
     plan::{Defaults, Planner},
 };
+
+fn index(services: u32) -> Index {
+    let mut index = Index::default();
+    for event in common::events(services) {
+        index.apply(event, &mut Touched::default());
+    }
+    index
+}
 
 fn full(c: &mut Criterion) {
     let mut group = c.benchmark_group("full plan, by services");
     group.sample_size(20);
     for services in [100, 1_000, 10_000] {
-        let index = common::index(services);
+        let index = index(services);
         group.bench_function(BenchmarkId::from_parameter(services), |b| {
             b.iter_with_large_drop(|| {
                 let mut planner = Planner::new(Defaults::default());
@@ -27,7 +38,7 @@ fn full(c: &mut Criterion) {
 fn change(c: &mut Criterion) {
     let mut group = c.benchmark_group("one endpoint changes, by services");
     for services in [100, 1_000, 10_000, 50_000] {
-        let mut index = common::index(services);
+        let mut index = index(services);
         let mut planner = Planner::new(Defaults::default());
         planner.full(index.snapshot());
         let mut version = 0;

@@ -51,6 +51,9 @@ fn main() -> ExitCode {
             }
         };
         suite.case(&format!("{group}/endpoints and Services come and go"), || lifecycle(&mut world));
+        suite.case(&format!("{group}/two Services claim one address, one claims a port twice: what is said"), || {
+            conflicts(&mut world)
+        });
         suite.case(&format!("{group}/A45: connections outlive their endpoint's removal"), || {
             removed_endpoint(&mut world)
         });
@@ -195,6 +198,61 @@ fn lifecycle(world: &mut World) -> Result<()> {
     world.settle()?;
     // An address that is nobody's goes where the routes say: to the sink, here.
     world.leaks().map(drop)
+}
+
+/// The older Service keeps what two claim, the first port what one claims twice; `services` and `status` say so, and stop saying so.
+fn conflicts(world: &mut World) -> Result<()> {
+    let aged = |year: u32, service: objects::Service| -> Value {
+        let mut service = service.json();
+        service["metadata"]["creationTimestamp"] = format!("{year}-01-01T00:00:00Z").into();
+        service
+    };
+    let address = vip(Family::V4, 70);
+    let of = |name: &str| objects::service(name).cluster_ips(&[address]).port("web", "TCP", 80);
+    let older = aged(2020, of("older"));
+    let younger = aged(2021, of("younger").port("own", "TCP", 81));
+    let twice =
+        objects::service("twice").cluster_ips(&[vip(Family::V4, 71)]).port("one", "TCP", 80).port("two", "TCP", 80);
+    let twice = aged(2020, twice);
+    world.apply(&[older.clone(), younger.clone(), twice.clone()])?;
+    let node = world.node(1);
+    let listed = |vip_number: u8| -> Result<Vec<String>> {
+        let at = vip(Family::V4, vip_number).to_string();
+        let shown = world.cli(node, &["services", "--no-headers", "--vip", &at])?;
+        Ok(shown.lines().map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect())
+    };
+    let said = |world: &World| -> Result<Vec<String>> {
+        let status = world.cli(world.node(1), &["status"])?;
+        let problems = status.split_once("Problems of objects").map_or("", |(_, problems)| problems);
+        let about =
+            |line: &&str| ["default/older", "default/younger", "default/twice"].iter().any(|name| line.contains(name));
+        Ok(problems.lines().filter(about).map(|line| line.split_whitespace().collect::<Vec<_>>().join(" ")).collect())
+    };
+    let expected = [
+        "default/older:web ClusterIP 10.96.0.70:80/TCP 0 Programmed",
+        "default/younger:own ClusterIP 10.96.0.70:81/TCP 0 Programmed",
+    ];
+    ensure!(listed(70)? == expected, "services: {:?}", listed(70)?);
+    ensure!(
+        listed(71)? == ["default/twice:one ClusterIP 10.96.0.71:80/TCP 0 Programmed"],
+        "services: {:?}",
+        listed(71)?
+    );
+    let twice_line = "Service default/twice spec.ports[1].port: 80/TCP is there already, the first stands";
+    let expected = [
+        twice_line,
+        "Service default/younger 10.96.0.70:80/TCP is already used by default/older:web, which is older and keeps it; give one of \
+         the two another address or port",
+    ];
+    ensure!(said(world)? == expected, "status: {:?}", said(world)?);
+    world.remove(&older)?;
+    world.settle()?;
+    ensure!(said(world)? == [twice_line], "status: {:?}", said(world)?);
+    let heir = world.cli(world.node(1), &["services", "--no-headers", "--service", "default/younger"])?;
+    ensure!(heir.contains("10.96.0.70:80/TCP") && heir.contains("10.96.0.70:81/TCP"), "services: {heir}");
+    world.remove(&younger)?;
+    world.remove(&twice)?;
+    world.settle()
 }
 
 struct Traffic {

@@ -2,10 +2,7 @@
 
 use std::{net::Ipv4Addr, sync::Arc};
 
-use proxy_agent::model::{
-    Endpoint, EndpointSlice, Event, NodeFacts, Service,
-    index::{Index, Touched},
-};
+use proxy_agent::model::{Endpoint, EndpointSlice, Event, NodeFacts, Service};
 
 const ENDPOINTS: u32 = 10;
 
@@ -44,13 +41,4 @@ pub(crate) fn events(services: u32) -> Vec<Event> {
         Event::Services((0..services).map(|i| Arc::new(service(i))).collect()),
         Event::Slices((0..services).map(|i| slice(i, 0)).collect()),
     ]
-}
-
-#[allow(dead_code, reason = "the other bench has the loop do it")]
-pub(crate) fn index(services: u32) -> Index {
-    let mut index = Index::default();
-    for event in events(services) {
-        index.apply(event, &mut Touched::default());
-    }
-    index
 }
