@@ -1,10 +1,12 @@
 //! C3: from one changed EndpointSlice, written to the agent's watch, to the map that the programs read.
 //!
-//! The real agent runs against an API server of a few lines ([`Feed`]), on the other CPU.
+//! The real agent runs against an API server of a few lines ([`Feed`]), on the other CPU. C1 is its first start, C7 are others after
+//! it was killed with everything in force.
 
 use std::{
     fs,
-    net::Ipv4Addr,
+    io::{Read as _, Write as _},
+    net::{Ipv4Addr, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -100,6 +102,43 @@ struct Agent {
     bpffs: PathBuf,
 }
 
+/// How it is started.
+struct Start<'a> {
+    netns: &'a Netns,
+    program: &'a Path,
+    kubeconfig: &'a Path,
+    log: &'a Path,
+    bpffs: &'a Path,
+    cgroup: &'a Path,
+}
+
+impl Start<'_> {
+    /// On its CPU, ahead of what else runs; its log begins anew.
+    fn spawn(&self) -> Result<Child> {
+        let Self { netns, program, kubeconfig, log, bpffs, cgroup } = self;
+        let log = fs::File::create(log)?;
+        // A child inherits the CPU it may run on.
+        let before = pin_to(AGENT_CPU)?;
+        real_time(true);
+        let child = Command::new("nsenter")
+            .arg(format!("--net={}", netns.path().display()))
+            .arg(program)
+            .args(["run", "--hostname-override", NODE, "--kubeconfig"])
+            .arg(kubeconfig)
+            .arg("--bpffs")
+            .arg(bpffs)
+            .arg("--cgroup-root")
+            .arg(cgroup)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .spawn();
+        real_time(false);
+        sched_setaffinity(Pid::from_raw(0), &before)?;
+        Ok(child?)
+    }
+}
+
 impl Drop for Agent {
     fn drop(&mut self) {
         let _ = self.child.kill();
@@ -145,34 +184,18 @@ pub fn measure(scale: &Scale, agent: Option<&Path>, cgroups: &Cgroups, report: &
     let files = std::env::temp_dir().join(cgroups.root().file_name().unwrap_or_default());
     fs::create_dir_all(&files)?;
     let kubeconfig = feed::kubeconfig(&files, at)?;
-    let log = fs::File::create(files.join("log"))?;
     let bpffs = bpffs(cgroups.root());
     fs::create_dir_all(&bpffs)?;
-    // A child inherits the CPU it may run on.
-    let before = pin_to(AGENT_CPU)?;
-    real_time(true);
+    let (log, cgroup) = (files.join("log"), cgroups.make("agent")?);
+    let start = Start { netns: &netns, program, kubeconfig: &kubeconfig, log: &log, bpffs: &bpffs, cgroup: &cgroup };
     let started = Instant::now();
-    let child = Command::new("nsenter")
-        .arg(format!("--net={}", netns.path().display()))
-        .arg(program)
-        .args(["run", "--hostname-override", NODE, "--kubeconfig"])
-        .arg(&kubeconfig)
-        .arg("--bpffs")
-        .arg(&bpffs)
-        .arg("--cgroup-root")
-        .arg(cgroups.make("agent")?)
-        .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
-        .spawn();
-    real_time(false);
-    sched_setaffinity(Pid::from_raw(0), &before)?;
-    let mut agent = Agent { child: child?, files: files.clone(), bpffs: bpffs.clone() };
-    let outcome = changes(scale, &feed, &mut agent, started, report);
+    let mut agent = Agent { child: start.spawn()?, files: files.clone(), bpffs: bpffs.clone() };
+    let outcome =
+        changes(scale, &feed, &mut agent, started, report).and_then(|()| restarts(&start, &mut agent, report));
     if let Err(error) = outcome {
-        let log = fs::read_to_string(files.join("log")).unwrap_or_default();
+        let log = fs::read_to_string(&log).unwrap_or_default();
         let tail: Vec<_> = log.lines().rev().take(10).collect();
-        report.skip(format!("C3: {error:#}; the agent's last words: {}", tail.join(" | ")));
+        report.skip(format!("C3, C7: {error:#}; the agent's last words: {}", tail.join(" | ")));
     }
     Ok(())
 }
@@ -250,4 +273,58 @@ fn changes(scale: &Scale, feed: &Feed, agent: &mut Agent, started: Instant, repo
     report.bar("C3", format!("event → map, p50, {size}, µs"), Bound::AtMost(200.0), quantile(0.5), true);
     report.bar("C3", format!("event → map, p99, {size}, µs"), Bound::AtMost(2_000.0), quantile(0.99), true);
     Ok(())
+}
+
+/// Restarts measured.
+const RESTARTS: usize = 5;
+
+/// Killed and started again with nothing changed: how soon it is ready, and what it writes.
+fn restarts(start: &Start<'_>, agent: &mut Agent, report: &mut Report) -> Result<()> {
+    let (mut took, mut writes) = (Vec::with_capacity(RESTARTS), 0);
+    // The first one may find that the last changes are not in the list.
+    for restart in 0..=RESTARTS {
+        agent.child.kill()?;
+        agent.child.wait()?;
+        let began = Instant::now();
+        agent.child = start.spawn()?;
+        start.netns.enter(|| {
+            while !healthy() {
+                if began.elapsed() > Duration::from_secs(30) {
+                    bail!("not ready 30 s after a restart");
+                }
+                thread::sleep(Duration::from_millis(1));
+            }
+            Ok(())
+        })?;
+        if restart > 0 {
+            took.push(began.elapsed().as_secs_f64() * 1e3);
+            writes += written(&fs::read_to_string(start.log)?).context("the agent's log names no writes")?;
+        }
+    }
+    let figure = Figure::of(&took);
+    let median = figure.median;
+    report.row("C7", "killed; process start → /healthz says 200, nothing changed".to_owned(), "ms", figure);
+    report.bar("C7", "ready after a restart, ms".to_owned(), Bound::AtMost(400.0), median, true);
+    report.bar("C7", format!("map writes of {RESTARTS} restarts"), Bound::AtMost(0.0), f64::from(writes), true);
+    Ok(())
+}
+
+/// Whether the agent of this namespace is ready.
+fn healthy() -> bool {
+    let ask = || -> Result<bool> {
+        let mut stream = TcpStream::connect((Ipv4Addr::LOCALHOST, 10_256))?;
+        stream.set_read_timeout(Some(Duration::from_secs(1)))?;
+        stream.write_all(b"GET /healthz HTTP/1.1\r\nHost: agent\r\nConnection: close\r\n\r\n")?;
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer)?;
+        Ok(answer.starts_with("HTTP/1.1 200"))
+    };
+    ask().unwrap_or(false)
+}
+
+/// What the agent says it wrote to bring its first full state into force.
+fn written(log: &str) -> Option<u32> {
+    let line = log.lines().find(|line| line.contains("first full state programmed"))?;
+    let number = line.split("writes=").nth(1)?;
+    number.split(|c: char| !c.is_ascii_digit()).next()?.parse().ok()
 }
