@@ -39,7 +39,7 @@ pub struct Ground<'a> {
 type Case = (&'static str, fn(&Ground<'_>) -> Result<()>);
 
 /// What holds on every kind of link and for pods and clients outside, whoever is translated at connect time.
-const EVERYWHERE: [Case; 19] = [
+const EVERYWHERE: [Case; 18] = [
     ("A77: pod to ClusterIP, all endpoints, true source", matrix::pod),
     ("A77: outside to ClusterIP, all endpoints, masqueraded", matrix::outside),
     ("A77: internal policy Local, local endpoints only", matrix::local),
@@ -55,14 +55,14 @@ const EVERYWHERE: [Case; 19] = [
     ("datagrams without a checksum", packets::no_checksum),
     ("megabytes both ways", packets::bulk),
     ("path MTU is found through a VIP", packets::path_mtu),
-    ("frames with a VLAN tag are left alone", packets::tagged),
     ("two VIPs of one backend from one source port", collisions::two_vips),
     ("a VIP, then its backend from the same source port", collisions::vip_then_backend),
     ("a backend, then its VIP from the same source port", collisions::backend_then_vip),
 ];
 
 /// What does not depend on links: asked where everybody is served.
-const FURTHER: [Case; 5] = [
+const FURTHER: [Case; 6] = [
+    ("frames with a VLAN tag are left alone", packets::tagged),
     ("A81: no endpoints, refused", refusal::no_endpoints),
     ("A35: only ready endpoints", choice::ready_only),
     ("A32: terminating endpoints where none is ready", choice::terminating),

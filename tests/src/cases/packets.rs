@@ -65,7 +65,7 @@ pub fn bulk(ground: &Ground<'_>) -> Result<()> {
                 let to = svc.at(family, Transport::Tcp);
                 let what = format!("{} -> {to}", from.name);
                 let before = sent(world.pod(backend))?;
-                let args = ["bulk", &to.to_string(), "--megabytes=24"].map(str::to_owned);
+                let args = ["bulk", &to.to_string(), "--megabytes=16"].map(str::to_owned);
                 let report: Report = from.testpod(&world.programs().testpod, &args).with_context(|| what.clone())?;
                 ensure!(report.up && report.down && report.backend == backend, "{what}: {report:?}");
                 let after = sent(world.pod(backend))?;
