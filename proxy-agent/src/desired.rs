@@ -70,6 +70,8 @@ pub enum Action {
     PickLocal,
     Drop,
     Reject,
+    /// Not for this origin: its traffic goes on as if there were no frontend.
+    Pass,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]

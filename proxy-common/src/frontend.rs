@@ -50,8 +50,10 @@ pub mod verdict {
     pub const DROP: u8 = 2;
     /// Refuse: ECONNREFUSED at connect time, ICMP port unreachable per packet (contract A81).
     pub const REJECT: u8 = 3;
+    /// Not for this origin: what aims here goes on untouched (a localhost NodePort asked from outside).
+    pub const PASS: u8 = 4;
 
-    pub const ACTION_MASK: u8 = 0x03;
+    pub const ACTION_MASK: u8 = 0x07;
     /// The backend sees the node's address (contract A63).
     pub const MASQUERADE: u8 = 0x80;
 }
@@ -68,6 +70,16 @@ pub mod algorithm {
     pub const RANDOM: u8 = 0;
     /// Per CPU: each CPU walks the range on its own.
     pub const ROUND_ROBIN: u8 = 1;
+}
+
+/// [`FrontendValue::flags`].
+pub mod flags {
+    /// What kind of address the frontend is, for readers; programs treat all alike.
+    pub const KIND_MASK: u16 = 0x0003;
+    pub const CLUSTER_IP: u16 = 0;
+    pub const NODE_PORT: u16 = 1;
+    pub const EXTERNAL_IP: u16 = 2;
+    pub const LOAD_BALANCER: u16 = 3;
 }
 
 /// A run of slots: `count` of them from `base`, each carrying generation `generation`.
@@ -94,7 +106,7 @@ pub struct FrontendValue {
     pub algorithm: u8,
     pub all_generation: u8,
     pub local_generation: u8,
-    /// Reserved for flags of the frontend; zero.
+    /// [`flags`]; bits without a name are zero.
     pub flags: u16,
     /// Session affinity time-out in seconds; 0: none.
     pub affinity_secs: u32,

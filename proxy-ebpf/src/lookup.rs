@@ -79,7 +79,7 @@ pub(crate) fn guard<A: Family>(addr: A, origin: usize) -> Choice<A> {
         Found::Torn => return Choice::Drop { service: 0 },
     }
     match value.verdict(origin) & verdict::ACTION_MASK {
-        verdict::PICK_ALL | verdict::PICK_LOCAL => Choice::Pass,
+        verdict::PICK_ALL | verdict::PICK_LOCAL | verdict::PASS => Choice::Pass,
         verdict::DROP => drop(value.service),
         _ => refuse(value.service),
     }
@@ -119,6 +119,7 @@ pub(crate) fn choose<A: Family>(key: &FrontendKey<A>, origin: usize, attempt: u3
             verdict::PICK_ALL => value.all(),
             verdict::PICK_LOCAL => value.local(),
             verdict::DROP => return drop(value.service),
+            verdict::PASS => return Choice::Pass,
             _ => return refuse(value.service),
         };
         if range.count == 0 {

@@ -13,7 +13,7 @@ use super::{
 use crate::{
     config::{BPFFS, Bind, METRICS_PORT},
     dataplane::ebpf::read::{ConnectionEntry, FrontendRow, Pins, RangeRow, ReadError, VerdictRow},
-    desired::{Algorithm, FrontendKind, Verdicts},
+    desired::{Algorithm, Verdicts},
     status::report::{Hook, MapFill, Report},
 };
 
@@ -156,6 +156,7 @@ impl Frontend {
             guard,
             service_id,
             service,
+            kind,
             verdicts: VerdictRow { pod, node, external },
             algorithm,
             affinity_secs,
@@ -169,8 +170,7 @@ impl Frontend {
         Some(Self {
             service,
             service_id,
-            // The only kind that this version programs; the maps do not say.
-            kind: FrontendKind::ClusterIp.to_string(),
+            kind: kind.to_string(),
             frontend: FrontendAddress { address: addr, port, protocol },
             all: Range::of(all_range, all),
             local: Range::of(local_range, local),
@@ -192,7 +192,7 @@ impl Range {
 pub(crate) mod tests {
     use super::*;
     use crate::{
-        desired::{Action, Verdict},
+        desired::{Action, FrontendKind, Verdict},
         model::Protocol,
     };
 
@@ -211,6 +211,7 @@ pub(crate) mod tests {
                 guard: protocol.is_none(),
                 service_id,
                 service: service.into(),
+                kind: FrontendKind::ClusterIp,
                 verdicts: VerdictRow { pod: near, node: near, external: outside },
                 algorithm: if service_id == 2 { Algorithm::RoundRobin } else { Algorithm::Random },
                 affinity_secs: (service_id == 3).then_some(10_800),

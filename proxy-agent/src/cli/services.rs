@@ -72,6 +72,7 @@ fn verdict(verdict: Verdict) -> String {
         Action::PickLocal => "local",
         Action::Drop => "drop",
         Action::Reject => "reject",
+        Action::Pass => "pass",
     };
     if verdict.masquerade { format!("{action},masquerade") } else { action.to_owned() }
 }

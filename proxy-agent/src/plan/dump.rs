@@ -41,6 +41,7 @@ fn text(verdict: Verdict) -> &'static str {
         (Action::PickLocal, true) => "local+masquerade",
         (Action::Drop, _) => "drop",
         (Action::Reject, _) => "reject",
+        (Action::Pass, _) => "pass",
     }
 }
 

@@ -501,6 +501,7 @@ fn row(verdicts: Verdicts) -> String {
             Action::PickLocal => "L",
             Action::Drop => "D",
             Action::Reject => "R",
+            Action::Pass => "P",
         };
         format!("{action}{}", if masquerade { "m" } else { "" })
     };

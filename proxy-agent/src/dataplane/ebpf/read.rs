@@ -31,7 +31,7 @@ use super::{
 };
 use crate::{
     dataplane::{Fill, Hook},
-    desired::{Algorithm, Verdict},
+    desired::{Algorithm, FrontendKind, Verdict},
     model::Protocol,
 };
 
@@ -78,6 +78,7 @@ pub struct FrontendRow {
     pub service_id: u32,
     /// `namespace/name:port`; empty for a guard.
     pub service: String,
+    pub kind: FrontendKind,
     pub verdicts: VerdictRow,
     pub algorithm: Algorithm,
     pub affinity_secs: Option<u32>,
@@ -395,6 +396,7 @@ fn frontend_row<A: Family>(
         guard: key.is_guard(),
         service_id: value.service,
         service: names.get(&value.service).cloned().unwrap_or_default(),
+        kind: render::kind_of(value),
         verdicts: VerdictRow {
             pod: verdict(origin::POD),
             node: verdict(origin::NODE),

@@ -2,11 +2,11 @@
 
 use proxy_common::{
     Be16,
-    frontend::{FrontendKey, FrontendValue, Range, algorithm, origin, verdict},
+    frontend::{FrontendKey, FrontendValue, Range, algorithm, flags, origin, verdict},
 };
 
 use super::family::Family;
-use crate::desired::{Action, Algorithm, Frontend, FrontendSpec, Verdict, Verdicts};
+use crate::desired::{Action, Algorithm, Frontend, FrontendKind, FrontendSpec, Verdict, Verdicts};
 
 /// Service id of guards: they belong to no Service, and what they refuse is counted under it.
 pub(crate) const GUARD_SERVICE: u32 = u32::MAX;
@@ -25,6 +25,7 @@ pub(crate) const fn verdict_byte(verdict: Verdict) -> u8 {
         Action::PickLocal => verdict::PICK_LOCAL,
         Action::Drop => verdict::DROP,
         Action::Reject => verdict::REJECT,
+        Action::Pass => verdict::PASS,
     };
     if masquerade { action | verdict::MASQUERADE } else { action }
 }
@@ -35,9 +36,29 @@ pub(crate) const fn verdict_of(byte: u8) -> Verdict {
         verdict::PICK_ALL => Action::PickAll,
         verdict::PICK_LOCAL => Action::PickLocal,
         verdict::DROP => Action::Drop,
+        verdict::PASS => Action::Pass,
         _ => Action::Reject,
     };
     Verdict { action, masquerade: byte & verdict::MASQUERADE != 0 }
+}
+
+const fn kind_flag(kind: FrontendKind) -> u16 {
+    match kind {
+        FrontendKind::ClusterIp => flags::CLUSTER_IP,
+        FrontendKind::NodePort => flags::NODE_PORT,
+        FrontendKind::ExternalIp => flags::EXTERNAL_IP,
+        FrontendKind::LoadBalancer => flags::LOAD_BALANCER,
+    }
+}
+
+/// The other way, for readers.
+pub(crate) const fn kind_of(value: &FrontendValue) -> FrontendKind {
+    match value.flags & flags::KIND_MASK {
+        flags::NODE_PORT => FrontendKind::NodePort,
+        flags::EXTERNAL_IP => FrontendKind::ExternalIp,
+        flags::LOAD_BALANCER => FrontendKind::LoadBalancer,
+        _ => FrontendKind::ClusterIp,
+    }
 }
 
 pub(crate) const fn algorithm_of(byte: u8) -> Algorithm {
@@ -62,7 +83,7 @@ pub(crate) fn value<A: Family>(
     all: Range,
     local: Range,
 ) -> FrontendValue {
-    let FrontendSpec { service: _, kind: _, all: _, local: _, verdicts, algorithm: choice, affinity_secs } = spec;
+    let FrontendSpec { service: _, kind, all: _, local: _, verdicts, algorithm: choice, affinity_secs } = spec;
     let Verdicts { pod, node, external } = verdicts;
     let mut bytes = [0; origin::COUNT];
     for (at, verdict) in [(origin::POD, pod), (origin::NODE, node), (origin::EXTERNAL, external)] {
@@ -83,7 +104,7 @@ pub(crate) fn value<A: Family>(
             Algorithm::Random => algorithm::RANDOM,
             Algorithm::RoundRobin => algorithm::ROUND_ROBIN,
         },
-        flags: 0,
+        flags: kind_flag(*kind),
         affinity_secs: affinity_secs.unwrap_or(0),
         seal: 0,
     }
@@ -101,10 +122,7 @@ mod tests {
     use proxy_common::Ipv4Be;
 
     use super::*;
-    use crate::{
-        desired::FrontendKind,
-        model::{Protocol, ServiceKey, ServicePortName},
-    };
+    use crate::model::{Protocol, ServiceKey, ServicePortName};
 
     fn spec(verdicts: Verdicts) -> FrontendSpec {
         FrontendSpec {
@@ -146,11 +164,19 @@ mod tests {
 
     #[test]
     fn verdict_bytes_go_both_ways() {
-        for action in [Action::PickAll, Action::PickLocal, Action::Drop, Action::Reject] {
+        for action in [Action::PickAll, Action::PickLocal, Action::Drop, Action::Reject, Action::Pass] {
             for masquerade in [false, true] {
                 let verdict = Verdict { action, masquerade };
                 assert_eq!(verdict_of(verdict_byte(verdict)), verdict);
             }
+        }
+    }
+
+    #[test]
+    fn kinds_go_both_ways() {
+        use FrontendKind::{ClusterIp, ExternalIp, LoadBalancer, NodePort};
+        for kind in [ClusterIp, NodePort, ExternalIp, LoadBalancer] {
+            assert_eq!(kind_of(&FrontendValue { flags: kind_flag(kind) | 0xff00, ..Default::default() }), kind);
         }
     }
 
