@@ -8,6 +8,7 @@ use std::{
     sync::Arc,
 };
 
+use ipnet::IpNet;
 use serde::Serialize;
 
 use crate::model::{Port, Protocol, ServicePortName};
@@ -106,6 +107,9 @@ pub struct FrontendSpec {
     pub algorithm: Algorithm,
     /// Session affinity time-out in seconds.
     pub affinity_secs: Option<u32>,
+    /// Of this frontend's family: whose packets count, and everybody else's are dropped (contract A91). `None`: everybody's.
+    /// What the node itself sends is decided by its verdict already.
+    pub source_ranges: Option<Arc<[IpNet]>>,
 }
 
 /// Role of a device (design.md §3).

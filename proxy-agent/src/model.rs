@@ -132,7 +132,6 @@ pub struct ServicePort {
     pub node_port: Option<Port>,
 }
 
-/// One load-balancer ingress address that nodes answer for (ipMode `VIP` or absent, contract A11).
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Service {
     pub key: ServiceKey,
@@ -157,6 +156,14 @@ pub struct Service {
     pub algorithm: Option<Arc<str>>,
     /// What was wrong with the object and left out: each a sentence naming field and value.
     pub problems: Vec<String>,
+}
+
+impl Service {
+    /// Whether what is planned for it depends on the node's own addresses.
+    pub fn asks_for_addresses(&self) -> bool {
+        let has_node_port = self.ports.iter().any(|port| port.node_port.is_some());
+        has_node_port || !self.external_ips.is_empty() || !self.load_balancer_ips.is_empty()
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -220,6 +227,8 @@ pub struct Snapshot {
     /// Slices of each Service, by slice name.
     pub slices: BTreeMap<ServiceKey, BTreeMap<Arc<str>, Arc<EndpointSlice>>>,
     pub node: NodeFacts,
+    /// What the node itself answers for: every address of its devices, of any scope.
+    pub addresses: BTreeSet<IpAddr>,
 }
 
 /// One observed change, as sources report it. Applying it tells which Services it touches.
@@ -233,6 +242,8 @@ pub enum Event {
         name: Arc<str>,
     },
     Node(NodeFacts),
+    /// The node's own addresses, all of them.
+    Addresses(BTreeSet<IpAddr>),
     /// A complete list replaces all that was known of one kind (first list, relist after 410 …).
     Services(Vec<Arc<Service>>),
     Slices(Vec<Arc<EndpointSlice>>),

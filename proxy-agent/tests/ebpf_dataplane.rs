@@ -131,6 +131,7 @@ fn spec(n: u8, v6: bool, backends: std::ops::Range<u8>) -> Arc<FrontendSpec> {
         verdicts: Verdicts { pod: pick(false), node: pick(false), external: pick(true) },
         algorithm: Algorithm::Random,
         affinity_secs: None,
+        source_ranges: None,
     })
 }
 

@@ -31,6 +31,7 @@ impl Naive {
             Event::Slice(slice) => drop(self.slices.insert(Arc::clone(&slice.name), slice)),
             Event::SliceGone { name, .. } => drop(self.slices.remove(&name)),
             Event::Node(facts) => self.snapshot.node = facts,
+            Event::Addresses(addresses) => self.snapshot.addresses = addresses,
             Event::Services(list) => {
                 self.services.clear();
                 list.into_iter().for_each(|service| self.apply(Event::Service(service)));

@@ -74,7 +74,13 @@ impl World {
     }
 
     async fn open_gate(&mut self, events: Vec<Event>) {
-        for event in [Event::Node(node("this", None)), Event::Services(Vec::new()), Event::Slices(Vec::new())] {
+        let first = [
+            Event::Node(node("this", None)),
+            Event::Addresses(Default::default()),
+            Event::Services(Vec::new()),
+            Event::Slices(Vec::new()),
+        ];
+        for event in first {
             self.send(event).await;
         }
         for event in events {
@@ -149,6 +155,7 @@ async fn nothing_is_written_before_everything_was_heard_of_a130() {
         Event::Services(vec![Arc::new(service("a", &["10.96.0.1"]))]),
         Event::Slices(vec![Arc::new(slice("a", "a-1", &["10.0.0.1"]))]),
         Event::Node(node("this", None)),
+        Event::Addresses(["192.0.2.1".parse().unwrap()].into()),
     ];
     for event in gate {
         world.send(event).await;

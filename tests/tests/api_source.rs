@@ -84,7 +84,10 @@ impl Following {
         let (tx, mut events) = mpsc::channel(8);
         let (state_tx, state) = watch::channel(SourceState::Listing { missing: vec!["not started".into()] });
         let cancel = CancellationToken::new();
-        let heard = Arc::new(Mutex::new(Heard::default()));
+        let mut first = Heard::default();
+        // The one thing that no source tells.
+        first.index.apply(Event::Addresses(Default::default()), &mut Touched::default());
+        let heard = Arc::new(Mutex::new(first));
         let hearing = Arc::clone(&heard);
         let ended = cancel.clone();
         runtime.spawn(async move {

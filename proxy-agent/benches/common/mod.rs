@@ -38,6 +38,7 @@ pub(crate) fn slice(i: u32, version: u32) -> Arc<EndpointSlice> {
 pub(crate) fn events(services: u32) -> Vec<Event> {
     vec![
         Event::Node(NodeFacts { name: "node-7".into(), ..NodeFacts::default() }),
+        Event::Addresses([Ipv4Addr::new(192, 0, 2, 7).into()].into()),
         Event::Services((0..services).map(|i| Arc::new(service(i))).collect()),
         Event::Slices((0..services).map(|i| slice(i, 0)).collect()),
     ]

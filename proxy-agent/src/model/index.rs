@@ -6,6 +6,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    net::IpAddr,
     sync::Arc,
 };
 
@@ -36,6 +37,7 @@ struct Heard {
     services: bool,
     slices: bool,
     node: bool,
+    addresses: bool,
 }
 
 /// A [`Snapshot`] with what is needed to change it in steps that cost what changed.
@@ -67,11 +69,11 @@ impl Index {
         &self.problems
     }
 
-    /// Complete lists of Services and EndpointSlices and the own Node have come in; before that nothing may be
-    /// programmed (contract A130).
+    /// Complete lists of Services and EndpointSlices, the own Node and its addresses have come in; before that nothing may
+    /// be programmed (contract A130).
     pub fn is_complete(&self) -> bool {
-        let Heard { services, slices, node } = self.heard;
-        services && slices && node
+        let Heard { services, slices, node, addresses } = self.heard;
+        services && slices && node && addresses
     }
 
     /// Takes one event in and marks what it touches.
@@ -82,6 +84,7 @@ impl Index {
             Event::Slice(slice) => self.set_slice(slice, touched),
             Event::SliceGone { namespace, name } => self.remove_slice(&(namespace, name), touched),
             Event::Node(facts) => self.set_node(facts, touched),
+            Event::Addresses(addresses) => self.set_addresses(addresses, touched),
             Event::Services(list) => self.relist_services(list, touched),
             Event::Slices(list) => self.relist_slices(list, touched),
             Event::UnreadableServices(keys) => self.unreadable_services = keys,
@@ -181,14 +184,29 @@ impl Index {
         }
     }
 
-    /// Only what planning reads touches anything: the node's name and zone (contract A41).
+    /// Only what planning reads touches anything: the node's name and zone (contract A41), and its addresses (A127).
     fn set_node(&mut self, facts: NodeFacts, touched: &mut Touched) {
         self.heard.node = true;
         let known = &self.snapshot.node;
         if known.name != facts.name || known.zone != facts.zone {
             touched.services.extend(self.snapshot.services.keys().cloned());
+        } else if known.internal_ips != facts.internal_ips {
+            self.touch_askers(touched);
         }
         self.snapshot.node = facts;
+    }
+
+    fn set_addresses(&mut self, addresses: BTreeSet<IpAddr>, touched: &mut Touched) {
+        self.heard.addresses = true;
+        if self.snapshot.addresses != addresses {
+            self.touch_askers(touched);
+        }
+        self.snapshot.addresses = addresses;
+    }
+
+    fn touch_askers(&self, touched: &mut Touched) {
+        let askers = self.snapshot.services.iter().filter(|(_, service)| service.asks_for_addresses());
+        touched.services.extend(askers.map(|(key, _)| key.clone()));
     }
 }
 

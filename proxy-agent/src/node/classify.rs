@@ -29,6 +29,8 @@ pub struct Address {
     pub prefix: u8,
     /// Of global scope, past duplicate detection, not deprecated.
     pub usable: bool,
+    /// Past duplicate detection: the kernel answers for it.
+    pub assigned: bool,
     /// Not the first of its prefix (IPv4), or a temporary one (IPv6).
     pub secondary: bool,
 }
@@ -250,6 +252,15 @@ pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, patterns: &[Patt
     links.iter().filter_map(device).collect()
 }
 
+/// What the node itself answers for, of any scope.
+///
+/// Not what kube-proxy's IPVS mode put on its dummy device: those are the VIPs of all Services, and it may be running still or
+/// have been killed a moment ago.
+pub(super) fn own_addresses(links: &BTreeMap<u32, Link>) -> BTreeSet<IpAddr> {
+    let links = links.values().filter(|link| !(link.kind == "dummy" && link.name == "kube-ipvs0"));
+    links.flat_map(|link| &link.addresses).filter(|address| address.assigned).map(|address| address.ip).collect()
+}
+
 /// Indexes whose devices carry a default route: where routes must be read again when they change.
 pub(super) fn route_devices(links: &BTreeMap<u32, Link>) -> BTreeSet<u32> {
     links.iter().filter(|(_, link)| link.default_route).map(|(index, _)| *index).collect()
@@ -286,6 +297,7 @@ mod tests {
                                 ip: net.addr(),
                                 prefix: net.prefix_len(),
                                 usable: true,
+                                assigned: true,
                                 secondary: false,
                             });
                         }
@@ -456,6 +468,21 @@ mod tests {
         ] {
             assert_eq!(shown(&lines, &[], patterns), expected, "{patterns:?}");
         }
+    }
+
+    #[test]
+    fn own_addresses_are_those_the_kernel_answers_for() {
+        let mut links = links(&[
+            "lo - lo 127.0.0.1/8 203.0.113.9/32",
+            "eth0 - default 192.168.0.1/24 fd00::1/64",
+            "nodelocaldns dummy 169.254.20.10/32",
+            "kube-ipvs0 dummy 10.96.0.1/32",
+            "cni0 bridge 10.244.1.1/24",
+        ]);
+        links.get_mut(&2).unwrap().addresses[1].assigned = false;
+        links.get_mut(&5).unwrap().addresses[0].usable = false;
+        let own: Vec<String> = own_addresses(&links).iter().map(ToString::to_string).collect();
+        assert_eq!(own, ["10.244.1.1", "127.0.0.1", "169.254.20.10", "192.168.0.1", "203.0.113.9"]);
     }
 
     #[test]

@@ -7,6 +7,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io,
+    net::IpAddr,
     sync::Arc,
     time::Duration,
 };
@@ -19,15 +20,18 @@ use netlink_packet_route::{
     route::{RouteAttribute, RouteMessage, RouteType},
 };
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::{desired::Devices, model::NodeFacts};
+use crate::{
+    desired::Devices,
+    model::{Event, NodeFacts},
+};
 
 pub mod classify;
 
 pub use classify::Pattern;
-use classify::{Address, Link, classify, route_devices};
+use classify::{Address, Link, classify, own_addresses, route_devices};
 
 /// How long events are gathered: a pod's link makes half a dozen of them.
 const GATHER: Duration = Duration::from_millis(10);
@@ -57,16 +61,18 @@ struct Dirty {
     gone: bool,
 }
 
-/// Publishes the devices once the node's facts are known, and whenever either changes, until cancelled.
+/// Tells the node's own addresses at once, and the devices once the node's facts are known; then both whenever they change,
+/// until cancelled.
 ///
-/// Not before: roles depend on the node's addresses, and a pod taken for the outside world is masqueraded.
+/// Devices not before: roles depend on the node's addresses, and a pod taken for the outside world is masqueraded.
 pub async fn run(
     options: Options,
     mut facts: watch::Receiver<Option<Arc<NodeFacts>>>,
+    events: mpsc::Sender<Event>,
     devices: watch::Sender<Devices>,
     cancel: CancellationToken,
 ) -> Result<(), NodeError> {
-    let (connection, handle, mut events) = new_multicast_connection(&[
+    let (connection, handle, mut heard) = new_multicast_connection(&[
         MulticastGroup::Link,
         MulticastGroup::Ipv4Ifaddr,
         MulticastGroup::Ipv6Ifaddr,
@@ -76,16 +82,17 @@ pub async fn run(
     .map_err(NodeError::Open)?;
     let connection = tokio::spawn(connection);
     let watched = async {
-        let mut view = View { handle, routes: BTreeSet::new() };
+        let mut view = View { handle, routes: BTreeSet::new(), addresses: None };
+        view.tell_addresses(&events).await?;
         // If nobody is left who could tell, what the devices themselves say has to do.
         let _ = facts.wait_for(Option::is_some).await;
         let known = facts.borrow_and_update().clone().unwrap_or_default();
-        let mut published = view.list(&options, &known, true).await?;
+        let mut published = view.list(&options, &known, true, &events).await?;
         devices.send_replace(published.clone());
         loop {
             let mut dirty = Dirty::default();
             tokio::select! {
-                first = events.next() => {
+                first = heard.next() => {
                     let (first, _) = first.ok_or(NodeError::Ended)?;
                     view.note(first.payload, &published, &mut dirty);
                 }
@@ -100,14 +107,14 @@ pub async fn run(
             loop {
                 tokio::select! {
                     () = &mut gathered => break,
-                    event = events.next() => {
+                    event = heard.next() => {
                         let (event, _) = event.ok_or(NodeError::Ended)?;
                         view.note(event.payload, &published, &mut dirty);
                     }
                 }
             }
             let known = facts.borrow_and_update().clone().unwrap_or_default();
-            let now = view.list(&options, &known, dirty.routes).await?;
+            let now = view.list(&options, &known, dirty.routes, &events).await?;
             if now != published || dirty.gone {
                 tracing::info!(devices = now.len(), "devices changed");
                 devices.send_replace(now.clone());
@@ -127,6 +134,8 @@ struct View {
     handle: Handle,
     /// Devices with a default route, as last listed.
     routes: BTreeSet<u32>,
+    /// The node's own, as last told.
+    addresses: Option<BTreeSet<IpAddr>>,
 }
 
 impl View {
@@ -166,7 +175,8 @@ impl View {
         }
     }
 
-    async fn list(&mut self, options: &Options, facts: &NodeFacts, routes: bool) -> Result<Devices, NodeError> {
+    /// Lists links with their addresses, and tells the addresses if they are other ones than before.
+    async fn tell_addresses(&mut self, events: &mpsc::Sender<Event>) -> Result<BTreeMap<u32, Link>, NodeError> {
         let mut links = BTreeMap::new();
         let mut listed = self.handle.link().get().execute();
         while let Some(message) = listed.try_next().await.map_err(failed("network devices"))? {
@@ -178,6 +188,24 @@ impl View {
                 link.addresses.extend(address_of(&message));
             }
         }
+        let own = own_addresses(&links);
+        if self.addresses.as_ref() != Some(&own) {
+            tracing::info!(addresses = own.len(), "the node's addresses");
+            // Nobody listens any more: then the agent is ending.
+            let _ = events.send(Event::Addresses(own.clone())).await;
+            self.addresses = Some(own);
+        }
+        Ok(links)
+    }
+
+    async fn list(
+        &mut self,
+        options: &Options,
+        facts: &NodeFacts,
+        routes: bool,
+        events: &mpsc::Sender<Event>,
+    ) -> Result<Devices, NodeError> {
+        let mut links = self.tell_addresses(events).await?;
         if routes {
             self.routes = self.list_routes().await?;
         }
@@ -270,12 +298,14 @@ fn address_of(message: &AddressMessage) -> Option<Address> {
             _ => None,
         })
     })?;
-    let unusable = AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed | AddressHeaderFlags::Deprecated;
+    let unassigned = AddressHeaderFlags::Tentative | AddressHeaderFlags::Dadfailed;
+    let unusable = unassigned | AddressHeaderFlags::Deprecated;
     let family_matches = matches!(header.family, AddressFamily::Inet | AddressFamily::Inet6);
     Some(Address {
         ip,
         prefix: header.prefix_len,
         usable: family_matches && header.scope == AddressScope::Universe && !header.flags.intersects(unusable),
+        assigned: family_matches && !header.flags.intersects(unassigned),
         secondary: header.flags.contains(AddressHeaderFlags::Secondary),
     })
 }

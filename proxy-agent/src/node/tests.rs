@@ -20,6 +20,24 @@ async fn until(devices: &mut watch::Receiver<Devices>, what: &str, wanted: impl 
     }
 }
 
+/// Waits until the node's own addresses are these (link-local ones are the kernel's to choose).
+async fn own(told: &mut mpsc::Receiver<Event>, wanted: &str) {
+    let mut last = String::new();
+    let heard = async {
+        while let Some(Event::Addresses(addresses)) = told.recv().await {
+            let shown: Vec<String> =
+                addresses.iter().map(ToString::to_string).filter(|ip| !ip.starts_with("fe80:")).collect();
+            last = shown.join(" ");
+            if last == wanted {
+                return true;
+            }
+        }
+        false
+    };
+    let found = tokio::time::timeout(Duration::from_secs(5), heard).await;
+    assert_eq!(found.ok(), Some(true), "{last:?} is not {wanted:?}");
+}
+
 fn roles(devices: &Devices) -> Vec<(String, DeviceRole)> {
     devices.values().map(|d| (d.name.clone(), d.role)).collect()
 }
@@ -65,7 +83,10 @@ fn devices_are_followed_as_they_come_and_go() {
         let (sender, mut devices) = watch::channel(Devices::new());
         let cancel = CancellationToken::new();
         let (known, facts) = watch::channel(None);
-        let running = tokio::spawn(run(Options::default(), facts, sender, cancel.clone()));
+        let (events, mut told) = mpsc::channel(64);
+        let running = tokio::spawn(run(Options::default(), facts, events, sender, cancel.clone()));
+        // The addresses are told at once, of every scope.
+        own(&mut told, "127.0.0.1 192.168.9.2 ::1 fd00:9::2").await;
         // Nothing is said of devices before the node's facts are known.
         assert!(tokio::time::timeout(Duration::from_millis(200), devices.changed()).await.is_err());
         known.send_replace(Some(Arc::default()));
@@ -114,7 +135,12 @@ fn devices_are_followed_as_they_come_and_go() {
         ));
         tokio::time::timeout(Duration::from_secs(5), devices.changed()).await.unwrap().unwrap();
 
+        own(&mut told, "10.244.1.1 127.0.0.1 192.168.9.2 ::1 fd00:9::2").await;
+        sh("ip addr add 192.168.9.3/32 dev lo");
+        own(&mut told, "10.244.1.1 127.0.0.1 192.168.9.2 192.168.9.3 ::1 fd00:9::2").await;
+        sh("ip addr del 192.168.9.3/32 dev lo");
         sh("ip addr flush dev cni0 && ip link del cni0");
+        own(&mut told, "127.0.0.1 192.168.9.2 ::1 fd00:9::2").await;
         until(&mut devices, "no master", |d| d.get(&900).is_some_and(|p| p.source4 == Some([192, 168, 9, 2].into())))
             .await;
 

@@ -11,7 +11,7 @@ impl fmt::Display for Dump<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let DesiredState { frontends, guards } = self.0;
         for (frontend, spec) in frontends {
-            let FrontendSpec { service, kind, all, local, verdicts, algorithm, affinity_secs } = &**spec;
+            let FrontendSpec { service, kind, all, local, verdicts, algorithm, affinity_secs, source_ranges } = &**spec;
             let algorithm = match algorithm {
                 Algorithm::Random => "random",
                 Algorithm::RoundRobin => "round-robin",
@@ -19,6 +19,10 @@ impl fmt::Display for Dump<'_> {
             write!(f, "{frontend} {kind} {service} {algorithm}")?;
             if let Some(seconds) = affinity_secs {
                 write!(f, " affinity={seconds}s")?;
+            }
+            if let Some(ranges) = source_ranges {
+                let ranges: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+                write!(f, " from={}", ranges.join(","))?;
             }
             writeln!(f)?;
             let Verdicts { pod, node, external } = *verdicts;

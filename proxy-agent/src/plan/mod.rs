@@ -128,6 +128,7 @@ fn cluster_ip(
         verdicts,
         algorithm,
         affinity_secs: service.affinity_secs,
+        source_ranges: None,
     }
 }
 

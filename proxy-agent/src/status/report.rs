@@ -302,6 +302,7 @@ pub(crate) mod tests {
             verdicts: Verdicts { pod: pick, node: pick, external: Verdict { masquerade: true, ..pick } },
             algorithm: Algorithm::Random,
             affinity_secs: None,
+            source_ranges: None,
         };
         let since = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
         let frontend = Frontend { addr: addr.parse().unwrap(), port: port(80), protocol: Protocol::Tcp };

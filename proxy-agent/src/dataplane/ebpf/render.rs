@@ -83,7 +83,16 @@ pub(crate) fn value<A: Family>(
     all: Range,
     local: Range,
 ) -> FrontendValue {
-    let FrontendSpec { service: _, kind, all: _, local: _, verdicts, algorithm: choice, affinity_secs } = spec;
+    let FrontendSpec {
+        service: _,
+        kind,
+        all: _,
+        local: _,
+        verdicts,
+        algorithm: choice,
+        affinity_secs,
+        source_ranges: _,
+    } = spec;
     let Verdicts { pod, node, external } = verdicts;
     let mut bytes = [0; origin::COUNT];
     for (at, verdict) in [(origin::POD, pod), (origin::NODE, node), (origin::EXTERNAL, external)] {
@@ -137,6 +146,7 @@ mod tests {
             verdicts,
             algorithm: Algorithm::RoundRobin,
             affinity_secs: Some(10_800),
+            source_ranges: None,
         }
     }
 

@@ -223,6 +223,9 @@ impl<S: Store> Table<S> {
         if frontend.protocol == Protocol::Sctp {
             return Err(Refused::Unsupported("the eBPF datapath does not translate SCTP".into()));
         }
+        if spec.source_ranges.is_some() {
+            return Err(Refused::Unsupported("the eBPF datapath does not filter by source range".into()));
+        }
         let (store, services, half) = self.half::<A>();
         let name = Name { name: spec.service.to_string(), protocol: spec.service.protocol };
         let service = match services.acquire(&name, now) {

@@ -30,8 +30,8 @@ fn words(events: &[Event]) -> Vec<String> {
             Event::Slices(list) => {
                 format!("slices {}", list.iter().map(|s| s.name.to_string()).collect::<Vec<_>>().join(" "))
             }
-            Event::UnreadableServices(_) | Event::UnreadableSlices(_) => {
-                unreachable!("files are read whole or not at all")
+            Event::UnreadableServices(_) | Event::UnreadableSlices(_) | Event::Addresses(_) => {
+                unreachable!("files are read whole or not at all, and know no addresses")
             }
             Event::Problems(problems) => format!("problems {}", problems.keys().cloned().collect::<Vec<_>>().join(" ")),
         })

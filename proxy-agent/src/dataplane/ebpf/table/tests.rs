@@ -77,6 +77,7 @@ fn desired(model: &Model) -> DesiredState {
             },
             algorithm: Algorithm::Random,
             affinity_secs: None,
+            source_ranges: None,
         };
         (frontend, Arc::new(spec))
     });
