@@ -132,6 +132,7 @@ fn spec(n: u8, v6: bool, backends: std::ops::Range<u8>) -> Arc<FrontendSpec> {
         algorithm: Algorithm::Random,
         affinity_secs: None,
         source_ranges: None,
+        alive: None,
     })
 }
 

@@ -4,8 +4,10 @@
 use std::{cmp::Reverse, net::IpAddr};
 
 use crate::{
-    desired::Backend,
-    model::{Endpoint, EndpointHints, EndpointSlice, Family, NodeFacts, ServicePort, address::unfit_for_endpoint},
+    desired::{Backend, BackendSet},
+    model::{
+        Endpoint, EndpointHints, EndpointSlice, Family, NodeFacts, Protocol, ServicePort, address::unfit_for_endpoint,
+    },
 };
 
 /// More unusable addresses than this are counted, not listed.
@@ -65,6 +67,17 @@ pub(super) fn unite<'a>(
     candidates.sort_by_key(|c| (c.backend, c.terminating, Reverse(c.ready), Reverse(c.serving)));
     candidates.dedup_by_key(|c| c.backend);
     candidates
+}
+
+/// What flows of this port may go on with: for UDP whatever serves, terminating or not, and for TCP, where the Service asks for
+/// resets, whatever is still listed (contract A103, A104). Neither policy nor topology takes part.
+pub(super) fn alive(candidates: &[Candidate<'_>], protocol: Protocol, resets_deleted: bool) -> Option<BackendSet> {
+    let take = |keep: fn(&Candidate<'_>) -> bool| candidates.iter().filter(|c| keep(c)).map(|c| c.backend).collect();
+    match protocol {
+        Protocol::Udp => Some(take(|c| c.ready || c.serving)),
+        Protocol::Tcp if resets_deleted => Some(take(|_| true)),
+        Protocol::Tcp | Protocol::Sctp => None,
+    }
 }
 
 /// Says once which addresses `unite` passes over.

@@ -11,7 +11,8 @@ impl fmt::Display for Dump<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let DesiredState { frontends, guards } = self.0;
         for (frontend, spec) in frontends {
-            let FrontendSpec { service, kind, all, local, verdicts, algorithm, affinity_secs, source_ranges } = &**spec;
+            let FrontendSpec { service, kind, all, local, verdicts, algorithm, affinity_secs, source_ranges, alive } =
+                &**spec;
             let algorithm = match algorithm {
                 Algorithm::Random => "random",
                 Algorithm::RoundRobin => "round-robin",
@@ -29,6 +30,10 @@ impl fmt::Display for Dump<'_> {
             writeln!(f, "  pod {}, node {}, external {}", text(pod), text(node), text(external))?;
             backends(f, "all", all)?;
             backends(f, "local", local)?;
+            // Mostly that is what is chosen.
+            if let Some(alive) = alive.as_ref().filter(|alive| *alive != all && *alive != local) {
+                backends(f, "alive", alive)?;
+            }
         }
         for addr in guards {
             writeln!(f, "guard {addr}")?;

@@ -73,6 +73,7 @@ pub fn plan_service<'a>(
         return PlannedService { problems, ..PlannedService::default() };
     }
     let algorithm = algorithm(service, defaults, &mut problems);
+    let resets_deleted = resets_deleted(service, &mut problems);
     let guards = vips(service, &mut problems);
     candidates::report_unusable(slices.clone(), &mut problems);
 
@@ -87,7 +88,8 @@ pub fn plan_service<'a>(
             let family = Family::of(addr);
             let candidates = candidates::unite(slices.clone(), port, family, node);
             let choice = topology::choose(&candidates, needs(service, port, family), node);
-            frontends.push((frontend, Arc::new(cluster_ip(service, port, choice, algorithm, defaults))));
+            let alive = candidates::alive(&candidates, port.protocol, resets_deleted);
+            frontends.push((frontend, Arc::new(cluster_ip(service, port, choice, alive, algorithm, defaults))));
         }
     }
     frontends.sort_unstable_by_key(|(frontend, _)| *frontend);
@@ -98,6 +100,7 @@ fn cluster_ip(
     service: &Service,
     port: &ServicePort,
     choice: Choice,
+    alive: Option<BackendSet>,
     algorithm: Algorithm,
     defaults: &Defaults,
 ) -> FrontendSpec {
@@ -129,6 +132,7 @@ fn cluster_ip(
         algorithm,
         affinity_secs: service.affinity_secs,
         source_ranges: None,
+        alive,
     }
 }
 
@@ -152,6 +156,19 @@ fn algorithm(service: &Service, defaults: &Defaults, problems: &mut Vec<String>)
                 "algorithm {unknown:?} is not known, the default is used; choose \"random\" or \"round-robin\""
             ));
             defaults.algorithm
+        }
+    }
+}
+
+/// Whether TCP connections to endpoints that are gone are reset.
+fn resets_deleted(service: &Service, problems: &mut Vec<String>) -> bool {
+    match service.reset_deleted.as_deref().map(str::trim) {
+        None | Some("false") => false,
+        Some("true") => true,
+        Some(unknown) => {
+            problems
+                .push(format!("reset-deleted {unknown:?} is not known, nothing is reset; write \"true\" or \"false\""));
+            false
         }
     }
 }

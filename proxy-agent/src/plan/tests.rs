@@ -595,3 +595,31 @@ fn the_better_of_two_endpoints_of_one_address_whatever_slice_has_it() {
         }
     }
 }
+
+/// Who may go on with what it has is a matter of serving (UDP), or of being listed at all (TCP, on demand): no policy, no hint
+/// and no preference for what is ready ends a flow (contract A103, A104, A106).
+#[test]
+fn flows_go_on_with_whatever_serves() {
+    let endpoints = ["10.0.0.1 local", "10.0.0.2 n:two", "10.0.0.3 terminating", "10.0.0.4 dead", "10.0.0.5 notready"];
+    let planned = |protocol, reset: Option<&str>, endpoints: &[&str]| {
+        let mut service = service(&["10.96.0.1"]);
+        service.ports[0].protocol = protocol;
+        service.internal_policy = TrafficPolicy::Local;
+        service.reset_deleted = reset.map(Into::into);
+        let mut slice = slice("s", endpoints);
+        slice.ports[0].protocol = protocol;
+        let planned = plan(&service, &[slice]);
+        (only(&planned).alive.as_deref().map(addresses), planned.problems)
+    };
+    let alive = |protocol, reset, endpoints: &[&str]| planned(protocol, reset, endpoints).0;
+    assert_eq!(alive(Protocol::Udp, None, &endpoints).as_deref(), Some("10.0.0.1 10.0.0.2 10.0.0.3"));
+    assert_eq!(alive(Protocol::Udp, None, &[]).as_deref(), Some(""), "nobody left: every flow ends");
+    assert_eq!(alive(Protocol::Tcp, None, &endpoints), None);
+    assert_eq!(alive(Protocol::Tcp, Some("false"), &endpoints), None);
+    assert_eq!(alive(Protocol::Sctp, Some("true"), &endpoints), None);
+    let listed = "10.0.0.1 10.0.0.2 10.0.0.3 10.0.0.4 10.0.0.5";
+    assert_eq!(alive(Protocol::Tcp, Some(" true "), &endpoints).as_deref(), Some(listed));
+    let (alive, problems) = planned(Protocol::Tcp, Some("yes"), &endpoints);
+    assert_eq!(alive, None);
+    assert!(problems[0].contains("reset-deleted") && problems[0].contains("\"true\""), "{problems:?}");
+}

@@ -26,13 +26,14 @@ pub(super) const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-c
 pub(super) const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 
 /// Labels and annotations that are kept; every other one is skipped while reading.
-const KEPT: [&str; 6] = [
+const KEPT: [&str; 7] = [
     PROXY_NAME_LABEL,
     HEADLESS_LABEL,
     SERVICE_NAME_LABEL,
     ZONE_LABEL,
     TRIGGER_TIME_ANNOTATION,
     super::ALGORITHM_ANNOTATION,
+    super::RESET_DELETED_ANNOTATION,
 ];
 
 #[derive(Clone, Deserialize, Debug, Default)]

@@ -14,7 +14,7 @@ use std::{
 use k8s_openapi::jiff::Timestamp;
 
 use super::{
-    ALGORITHM_ANNOTATION,
+    ALGORITHM_ANNOTATION, RESET_DELETED_ANNOTATION,
     address::{parse_cidr, parse_ip},
     api,
 };
@@ -164,9 +164,14 @@ pub(super) fn service(object: &api::Service, names: &mut Names) -> Result<Servic
         source_ranges,
         affinity_secs,
         health_check_node_port,
-        algorithm: metadata.annotations.get(ALGORITHM_ANNOTATION).map(|algorithm| names.get(algorithm.trim())),
+        algorithm: annotation(metadata, ALGORITHM_ANNOTATION, names),
+        reset_deleted: annotation(metadata, RESET_DELETED_ANNOTATION, names),
         problems: problems.into_vec(),
     })
+}
+
+fn annotation(metadata: &api::Metadata, name: &str, names: &mut Names) -> Option<Arc<str>> {
+    metadata.annotations.get(name).map(|value| names.get(value.trim()))
 }
 
 fn timestamp(text: &str) -> Option<Timestamp> {

@@ -27,6 +27,9 @@ use crate::model::{self, SourceState};
 /// Annotation of a Service that chooses how its backends are chosen: `random` or `round-robin`.
 pub const ALGORITHM_ANNOTATION: &str = "proxy-agent/algorithm";
 
+/// Annotation of a Service: `true` resets its TCP connections to endpoints that were deleted.
+pub const RESET_DELETED_ANNOTATION: &str = "proxy-agent/reset-deleted";
+
 #[derive(Clone, Debug)]
 pub struct Options {
     /// The own node's name, as [`node_name`] gives it.

@@ -303,6 +303,7 @@ pub(crate) mod tests {
             algorithm: Algorithm::Random,
             affinity_secs: None,
             source_ranges: None,
+            alive: None,
         };
         let since = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
         let frontend = Frontend { addr: addr.parse().unwrap(), port: port(80), protocol: Protocol::Tcp };

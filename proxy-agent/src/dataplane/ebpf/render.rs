@@ -92,6 +92,7 @@ pub(crate) fn value<A: Family>(
         algorithm: choice,
         affinity_secs,
         source_ranges: _,
+        alive: _,
     } = spec;
     let Verdicts { pod, node, external } = verdicts;
     let mut bytes = [0; origin::COUNT];
@@ -147,6 +148,7 @@ mod tests {
             algorithm: Algorithm::RoundRobin,
             affinity_secs: Some(10_800),
             source_ranges: None,
+            alive: None,
         }
     }
 

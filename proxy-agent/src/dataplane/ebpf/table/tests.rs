@@ -78,6 +78,7 @@ fn desired(model: &Model) -> DesiredState {
             algorithm: Algorithm::Random,
             affinity_secs: None,
             source_ranges: None,
+            alive: None,
         };
         (frontend, Arc::new(spec))
     });
