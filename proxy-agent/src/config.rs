@@ -10,6 +10,8 @@ use std::{
     time::Duration,
 };
 
+use crate::model::address::NodePortAddresses;
+
 /// Where the pins are, unless told otherwise.
 pub const BPFFS: &str = "/sys/fs/bpf/proxy-agent";
 /// Port of the health server, where kube-proxy has it.
@@ -27,6 +29,10 @@ pub enum ConfigError {
     Ports(String),
     #[error("{0:?} is no duration; write it as 500ms, 30s, 1m30s or 1h")]
     Duration(String),
+    #[error(
+        "{0:?} is no address range of the node; write it as a CIDR (192.0.2.0/24), several with commas between, or primary alone"
+    )]
+    NodePortAddresses(String),
     #[error("{0:?} is no address to listen on; write it as ADDRESS:PORT, [ADDRESS]:PORT, ADDRESS, or leave it empty")]
     Bind(String),
 }
@@ -149,6 +155,19 @@ pub fn duration(text: &str) -> Result<Duration, ConfigError> {
     if text.is_empty() { Err(error()) } else { Duration::try_from_secs_f64(total).map_err(|_| error()) }
 }
 
+/// Which of its addresses the node answers NodePorts at, as `--nodeport-addresses` says it (contract A53).
+pub fn node_port_addresses(text: &str) -> Result<NodePortAddresses, ConfigError> {
+    let parts: Vec<&str> = text.split(',').map(str::trim).filter(|part| !part.is_empty()).collect();
+    match parts.as_slice() {
+        [] => Ok(NodePortAddresses::All),
+        ["primary"] => Ok(NodePortAddresses::Primary),
+        cidrs => {
+            let parse = |cidr: &&str| cidr.parse().map_err(|_| ConfigError::NodePortAddresses((*cidr).to_owned()));
+            cidrs.iter().map(parse).collect::<Result<_, _>>().map(NodePortAddresses::Cidrs)
+        }
+    }
+}
+
 /// An address to listen on, in kube-proxy's ways of writing it; empty: not at all.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Bind {
@@ -206,6 +225,18 @@ mod tests {
         assert_eq!(PortRange::MASQUERADE.overlap_warning(ephemeral), None);
         let warning = PortRange { min: 1024, max: 32_768 }.overlap_warning(ephemeral).unwrap();
         assert!(warning.contains("1024-32768") && warning.contains("32768-60999"), "{warning}");
+    }
+
+    #[test]
+    fn addresses_of_node_ports() {
+        let cidrs = |cidrs: &[&str]| NodePortAddresses::Cidrs(cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect());
+        assert_eq!(node_port_addresses(""), Ok(NodePortAddresses::All));
+        assert_eq!(node_port_addresses("primary"), Ok(NodePortAddresses::Primary));
+        assert_eq!(node_port_addresses("10.0.0.0/8"), Ok(cidrs(&["10.0.0.0/8"])));
+        assert_eq!(node_port_addresses("10.0.0.0/8, fd00::/8"), Ok(cidrs(&["10.0.0.0/8", "fd00::/8"])));
+        for bad in ["10.0.0.1", "eth0", "primary,10.0.0.0/8", "10.0.0.0/33"] {
+            assert!(node_port_addresses(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -119,6 +119,8 @@ fn only_name_and_zone_of_the_node_touch_services_a41() {
     facts.internal_ips = vec!["192.0.2.1".parse().unwrap()];
     world.index.apply(Event::Node(facts), &mut touched);
     assert!(touched.is_empty());
+    world.index.apply(Event::Addresses(["192.0.2.1".parse().unwrap()].into()), &mut touched);
+    assert!(touched.is_empty());
     world.index.apply(Event::Node(node("this", Some("z"))), &mut touched);
     assert_eq!(touched.services.len(), 1);
 }
@@ -137,4 +139,81 @@ fn a_new_trigger_time_alone_touches_nothing_a27_a28() {
     assert!(touched.is_empty());
     index.apply(with(Some(3), "10.0.0.2"), &mut touched);
     assert_eq!(touched.triggers, [(key("a"), 3)]);
+}
+
+fn with_node_port(name: &str, ip: &str, created: i64) -> Service {
+    let mut service = Service { created, ..service(name, &[ip]) };
+    service.ports[0].node_port = Some(common::port(30080));
+    service
+}
+
+fn addresses(world: &mut World, addresses: &[&str]) -> (usize, usize) {
+    world.take(Event::Addresses(addresses.iter().map(|ip| ip.parse().unwrap()).collect()))
+}
+
+/// A127: NodePorts follow the node's addresses, and no other Service is planned again for it.
+#[test]
+fn node_ports_follow_the_nodes_addresses_a127() {
+    let mut world = World::new();
+    world.take(Event::Service(Arc::new(service("plain", &["10.96.0.1"]))));
+    world.take(Event::Service(Arc::new(with_node_port("web", "10.96.0.2", 1))));
+    assert_eq!(addresses(&mut world, &["127.0.0.1", "192.0.2.1", "fe80::1"]), (1, 0));
+    assert_eq!(addresses(&mut world, &["127.0.0.1", "192.0.2.1", "192.0.2.2", "fe80::2"]), (1, 0));
+    assert_eq!(addresses(&mut world, &["127.0.0.1", "192.0.2.2"]), (0, 1));
+
+    let mut touched = Touched::default();
+    world.index.apply(Event::Addresses(Default::default()), &mut touched);
+    assert_eq!(touched.services, [key("web")].into());
+    // The same again is nothing new.
+    touched = Touched::default();
+    world.index.apply(Event::Addresses(Default::default()), &mut touched);
+    assert!(touched.is_empty());
+}
+
+/// An external IP that becomes the node's own is given up, and comes back when it goes.
+#[test]
+fn an_external_ip_yields_to_the_node() {
+    let mut world = World::new();
+    let external_ips = vec!["198.51.100.1".parse().unwrap()];
+    world.take(Event::Service(Arc::new(Service { external_ips, ..service("web", &["10.96.0.2"]) })));
+    assert_eq!(world.planner.state().frontends.len(), 2);
+    assert_eq!(addresses(&mut world, &["198.51.100.1"]), (0, 1));
+    assert!(world.planner.problems()["Service default/web"][0].contains("198.51.100.1 is an address of this node"));
+    assert_eq!(addresses(&mut world, &["198.51.100.2"]), (1, 0));
+    assert!(world.planner.problems().is_empty());
+}
+
+/// F15: one NodePort, two Services: the older has it on every address.
+#[test]
+fn the_older_keeps_a_node_port_f15() {
+    let mut world = World::new();
+    addresses(&mut world, &["192.0.2.1", "192.0.2.2"]);
+    world.take(Event::Service(Arc::new(with_node_port("young", "10.96.0.2", 2))));
+    world.take(Event::Service(Arc::new(with_node_port("old", "10.96.0.1", 1))));
+    let owners: Vec<String> =
+        world.planner.state().frontends.iter().map(|(f, s)| format!("{f} {}", s.service)).collect();
+    assert!(owners.iter().filter(|owner| owner.contains(":30080/")).all(|owner| owner.ends_with("default/old:http")));
+    let problems = &world.planner.problems()["Service default/young"];
+    assert!(problems[0].contains(":30080/TCP is already used by default/old:http, which is older"), "{problems:?}");
+}
+
+/// F15, A158: what a user writes does not take away what the cluster handed out, however old it is.
+#[test]
+fn kinds_come_before_age_f15() {
+    let mut world = World::new();
+    let ours = "10.96.0.1".parse().unwrap();
+    let thief = Service { created: 1, external_ips: vec![ours], ..service("thief", &["10.96.0.9"]) };
+    world.take(Event::Service(Arc::new(thief)));
+    assert_eq!(world.owner().as_deref(), Some("default/thief:http"));
+    let balanced = Service { created: 2, load_balancer_ips: vec![ours], ..service("balanced", &["10.96.0.8"]) };
+    assert_eq!(world.take(Event::Service(Arc::new(balanced))), (2, 0));
+    assert_eq!(world.owner().as_deref(), Some("default/balanced:http"));
+    world.take(Event::Service(aged("dns", 3)));
+    assert_eq!(world.owner().as_deref(), Some("default/dns:http"));
+    for loser in ["thief", "balanced"] {
+        let problems = &world.planner.problems()[&format!("Service default/{loser}")];
+        assert!(problems[0].contains("default/dns:http, which has it as its ClusterIP and keeps it"), "{problems:?}");
+    }
+    world.take(Event::ServiceGone(key("dns")));
+    assert_eq!(world.owner().as_deref(), Some("default/balanced:http"));
 }

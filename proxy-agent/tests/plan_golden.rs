@@ -3,7 +3,7 @@
 use std::{fmt::Write, path::Path, time::Duration};
 
 use proxy_agent::{
-    model::{SourceState, index::Index},
+    model::{Event, SourceState, index::Index},
     plan::{Defaults, Dump, Planner},
     source::{self, Input},
 };
@@ -27,6 +27,10 @@ async fn plan(dir: &Path, node: &str) -> String {
     }
     cancel.cancel();
     reading.await.unwrap().unwrap();
+
+    // An address of each family, localhost, and what is on a CNI's bridge.
+    let own = ["127.0.0.1", "192.0.2.1", "10.244.1.254", "2001:db8::1", "fe80::1"];
+    index.apply(Event::Addresses(own.iter().map(|ip| ip.parse().unwrap()).collect()), &mut Default::default());
 
     let mut planner = Planner::new(Defaults::default());
     let mut text = Dump(planner.full(index.snapshot())).to_string();
@@ -56,6 +60,11 @@ async fn conflict() {
 #[tokio::test]
 async fn endpoints() {
     insta::assert_snapshot!(golden("endpoints").await);
+}
+
+#[tokio::test]
+async fn outside() {
+    insta::assert_snapshot!(golden("outside").await);
 }
 
 #[tokio::test]

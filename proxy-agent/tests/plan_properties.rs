@@ -10,6 +10,7 @@ use proxy_agent::{
     desired::{Algorithm, DesiredState},
     model::{
         EndpointSlice, Event, Service, ServiceKey, Snapshot,
+        address::NodePortAddresses,
         index::{Index, Touched},
     },
     plan::{Defaults, Planner},
@@ -54,14 +55,34 @@ impl Naive {
     }
 }
 
+fn defaults() -> impl Strategy<Value = Defaults> {
+    let which = prop_oneof![
+        2 => Just(NodePortAddresses::All),
+        1 => Just(NodePortAddresses::Primary),
+        1 => Just(NodePortAddresses::Cidrs(vec!["192.0.2.0/29".parse().unwrap()])),
+    ];
+    (which, any::<(bool, bool, bool, bool)>()).prop_map(
+        |(node_port_addresses, (masquerade_all, detect_local, localhost_node_ports, external_ips))| Defaults {
+            algorithm: Algorithm::Random,
+            masquerade_all,
+            detect_local,
+            node_port_addresses,
+            localhost_node_ports,
+            external_ips,
+        },
+    )
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
 
     #[test]
-    fn incremental_equals_full(batches in prop::collection::vec(prop::collection::vec(events(), 1..4), 1..25)) {
-        let defaults = Defaults { algorithm: Algorithm::Random, masquerade_all: false };
+    fn incremental_equals_full(
+        batches in prop::collection::vec(prop::collection::vec(events(), 1..4), 1..25),
+        defaults in defaults(),
+    ) {
         let (mut index, mut naive) = (Index::default(), Naive::default());
-        let mut planner = Planner::new(defaults);
+        let mut planner = Planner::new(defaults.clone());
         let mut kernel = DesiredState::default();
         for (turn, batch) in batches.into_iter().enumerate() {
             // What a full plan leaves behind is as good a start as any.
@@ -78,7 +99,7 @@ proptest! {
 
             let before = planner.state().clone();
             let changes = planner.update(index.snapshot(), &touched.services);
-            let mut oracle = Planner::new(defaults);
+            let mut oracle = Planner::new(defaults.clone());
             oracle.full(index.snapshot());
             prop_assert_eq!(planner.state(), oracle.state());
             prop_assert_eq!(planner.problems(), oracle.problems());

@@ -1,6 +1,13 @@
 //! Which addresses can be served, and which can serve.
 
-use std::net::IpAddr;
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr},
+};
+
+use ipnet::IpNet;
+
+use super::{Family, NodeFacts};
 
 /// Which family such an address means is anybody's guess, and a packet never carries it.
 pub const MAPPED: &str = "is an IPv4 address in IPv6 clothes";
@@ -31,6 +38,54 @@ pub fn unfit_for_endpoint(ip: IpAddr) -> Option<&'static str> {
         .or_else(|| matches!(ip, IpAddr::V4(ip) if ip.is_link_local()).then_some("is a link-local address"))
 }
 
+/// Which of its addresses a node answers NodePorts at (`--nodeport-addresses`, contract A53).
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum NodePortAddresses {
+    /// All that others can reach.
+    #[default]
+    All,
+    /// The InternalIPs that the Node object names.
+    Primary,
+    /// Those inside one of these; a family that none is of: all.
+    Cidrs(Vec<IpNet>),
+}
+
+impl NodePortAddresses {
+    /// Those of the node's own `addresses` that are meant, sorted.
+    pub fn select(&self, addresses: &BTreeSet<IpAddr>, node: &NodeFacts) -> Vec<IpAddr> {
+        addresses.iter().copied().filter(|addr| self.means(*addr, node)).collect()
+    }
+
+    fn means(&self, addr: IpAddr, node: &NodeFacts) -> bool {
+        match self {
+            Self::All => unfit_for_endpoint(addr).is_none(),
+            Self::Primary => unfit_for_vip(addr).is_none() && node.internal_ips.contains(&addr),
+            Self::Cidrs(cidrs) => {
+                let all = !cidrs.iter().any(|cidr| Family::of(cidr.addr()) == Family::of(addr))
+                    || cidrs.iter().any(|cidr| cidr.prefix_len() == 0 && cidr.contains(&addr));
+                // A link-local address is not meant by "everything", only by name.
+                let named = cidrs.iter().any(|cidr| cidr.prefix_len() > 0 && cidr.contains(&addr));
+                all && unfit_for_endpoint(addr).is_none() || named && unfit_for_vip(addr).is_none()
+            }
+        }
+    }
+
+    /// Whether the node's own processes may use 127.0.0.1 (contract A54).
+    pub fn means_localhost(&self) -> bool {
+        let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
+        match self {
+            Self::All => true,
+            Self::Primary => false,
+            Self::Cidrs(cidrs) => {
+                !cidrs.iter().any(|cidr| cidr.addr().is_ipv4())
+                    || cidrs
+                        .iter()
+                        .any(|cidr| cidr.contains(&localhost) || cidr.addr().is_ipv4() && cidr.addr().is_loopback())
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -55,6 +110,34 @@ mod tests {
         assert!(unfit_for_endpoint("169.254.20.10".parse().unwrap()).is_some());
         for text in ["10.0.0.1", "192.0.2.1", "fd00::1", "2001:db8::1"] {
             assert_eq!(unfit_for_endpoint(text.parse().unwrap()), None, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_node_answers_node_ports_where_it_is_told_to_a52_a53() {
+        let addresses = "10.244.1.1 127.0.0.1 169.254.20.10 192.0.2.1 198.51.100.7 ::1 fd00::1 fe80::1";
+        let addresses: BTreeSet<IpAddr> = addresses.split(' ').map(|ip| ip.parse().unwrap()).collect();
+        let node = NodeFacts {
+            internal_ips: vec!["192.0.2.1".parse().unwrap(), "192.0.2.99".parse().unwrap()],
+            ..NodeFacts::default()
+        };
+        let cidrs = |text: &str| NodePortAddresses::Cidrs(text.split(' ').map(|cidr| cidr.parse().unwrap()).collect());
+        for (which, expected, localhost) in [
+            (NodePortAddresses::All, "10.244.1.1 192.0.2.1 198.51.100.7 fd00::1", true),
+            // What the Node object says and the node does not have, it cannot answer for.
+            (NodePortAddresses::Primary, "192.0.2.1", false),
+            (cidrs("192.0.2.0/24"), "192.0.2.1 fd00::1", false),
+            (cidrs("192.0.2.0/24 127.0.0.0/8"), "192.0.2.1 fd00::1", true),
+            (cidrs("127.0.0.1/32"), "fd00::1", true),
+            (cidrs("127.0.0.2/32"), "fd00::1", true),
+            (cidrs("0.0.0.0/0 fd01::/64"), "10.244.1.1 192.0.2.1 198.51.100.7", true),
+            (cidrs("169.254.0.0/16 0.0.0.0/0"), "10.244.1.1 169.254.20.10 192.0.2.1 198.51.100.7 fd00::1", true),
+            (cidrs("::/0"), "10.244.1.1 192.0.2.1 198.51.100.7 fd00::1", true),
+            (cidrs("203.0.113.0/24 fe80::/10"), "", false),
+        ] {
+            let selected: Vec<String> = which.select(&addresses, &node).iter().map(ToString::to_string).collect();
+            assert_eq!(selected.join(" "), expected, "{which:?}");
+            assert_eq!(which.means_localhost(), localhost, "{which:?}");
         }
     }
 }

@@ -11,16 +11,19 @@
 //! Services; a property test holds the two equal. What cannot be used (a loopback endpoint, an address that an older
 //! Service holds) is left out and said in `problems`, and never costs the rest of the Service.
 
-use std::{net::IpAddr, sync::Arc};
+use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
+
+use ipnet::IpNet;
 
 use crate::{
-    desired::{Action, Algorithm, Backend, BackendSet, Frontend, FrontendKind, FrontendSpec},
+    desired::{Action, Algorithm, Backend, BackendSet, Frontend, FrontendKind, FrontendSpec, Verdict, Verdicts},
     model::{
-        EndpointSlice, Family, NodeFacts, Service, ServicePort, ServicePortName, ServiceType, TrafficPolicy,
-        address::unfit_for_vip,
+        EndpointSlice, Family, NodeFacts, Service, ServicePort, ServicePortName, ServiceType, Snapshot, TrafficPolicy,
+        address::NodePortAddresses,
     },
 };
 
+mod addresses;
 mod candidates;
 mod dump;
 mod planner;
@@ -30,16 +33,52 @@ mod verdicts;
 pub use dump::Dump;
 pub use planner::Planner;
 
+use addresses::Addresses;
 use candidates::Candidate;
 use topology::{Choice, Needs};
 use verdicts::Situation;
 
-/// What configuration says for Services that do not say it themselves.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+/// What configuration says for all Services, or for those that do not say it themselves.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Defaults {
     pub algorithm: Algorithm,
     /// Masquerade pods' traffic to ClusterIPs, too (contract A79).
     pub masquerade_all: bool,
+    /// Pods of this node can be told from the rest of the world. Where they cannot, nothing to a ClusterIP is masqueraded, and
+    /// a pod is as far away as anybody (A68, A78).
+    pub detect_local: bool,
+    pub node_port_addresses: NodePortAddresses,
+    /// NodePorts answer the node's own processes on 127.0.0.1, too (A54).
+    pub localhost_node_ports: bool,
+    /// External IPs are served (A158).
+    pub external_ips: bool,
+}
+
+impl Default for Defaults {
+    fn default() -> Self {
+        Self {
+            algorithm: Algorithm::default(),
+            masquerade_all: false,
+            detect_local: true,
+            node_port_addresses: NodePortAddresses::All,
+            localhost_node_ports: true,
+            external_ips: true,
+        }
+    }
+}
+
+/// The node as planning sees it.
+#[derive(Clone, Copy, Debug)]
+pub struct Here<'a> {
+    pub node: &'a NodeFacts,
+    /// Its own addresses, of any scope.
+    pub addresses: &'a BTreeSet<IpAddr>,
+}
+
+impl<'a> From<&'a Snapshot> for Here<'a> {
+    fn from(Snapshot { node, addresses, services: _, slices: _ }: &'a Snapshot) -> Self {
+        Self { node, addresses }
+    }
 }
 
 /// One Service, planned without regard to the others.
@@ -60,11 +99,11 @@ impl PlannedService {
     }
 }
 
-/// Plans one Service from its slices (of both families) and the node's facts.
+/// Plans one Service from its slices (of both families) and what is known of the node.
 pub fn plan_service<'a>(
     service: &Service,
     slices: impl Iterator<Item = &'a EndpointSlice> + Clone,
-    node: &NodeFacts,
+    here: Here<'_>,
     defaults: &Defaults,
 ) -> PlannedService {
     let mut problems = service.problems.clone();
@@ -74,65 +113,175 @@ pub fn plan_service<'a>(
     }
     let algorithm = algorithm(service, defaults, &mut problems);
     let resets_deleted = resets_deleted(service, &mut problems);
-    let guards = vips(service, &mut problems);
+    let addresses = addresses::of(service, here, defaults, &mut problems);
     candidates::report_unusable(slices.clone(), &mut problems);
 
-    let mut frontends: Vec<(Frontend, Arc<FrontendSpec>)> = Vec::with_capacity(guards.len() * service.ports.len());
-    for port in &service.ports {
-        for &addr in &guards {
-            let frontend = Frontend { addr, port: port.port, protocol: port.protocol };
-            if frontends.iter().any(|(other, _)| *other == frontend) {
-                problems.push(format!("port {}/{} is given twice; the first is used", port.port, port.protocol));
-                break;
-            }
-            let family = Family::of(addr);
-            let candidates = candidates::unite(slices.clone(), port, family, node);
-            let choice = topology::choose(&candidates, needs(service, port, family), node);
+    // By kind: what a Service claims twice goes to the kind that comes first, and there to the port that comes first.
+    let mut claims: Vec<(Frontend, usize, FrontendKind, Arc<FrontendSpec>)> =
+        Vec::with_capacity(addresses.cluster_ips.len() * service.ports.len());
+    for family in addresses.families() {
+        for (index, port) in service.ports.iter().enumerate() {
+            let candidates = candidates::unite(slices.clone(), port, family, here.node);
+            let choice = topology::choose(&candidates, needs(service, port, family), here.node);
             let alive = candidates::alive(&candidates, port.protocol, resets_deleted);
-            frontends.push((frontend, Arc::new(cluster_ip(service, port, choice, alive, algorithm, defaults))));
+            let mut specs = Specs::new(service, port, choice, alive, algorithm, defaults);
+            addresses.claims(port, family, &mut |kind, addr, number| {
+                let spec = match kind {
+                    Claim::Localhost => specs.localhost(),
+                    Claim::Kind(FrontendKind::LoadBalancer) => specs.load_balancer(&addresses, family),
+                    Claim::Kind(kind) => specs.of(kind),
+                };
+                let frontend = Frontend { addr, port: number, protocol: port.protocol };
+                claims.push((frontend, index, spec.kind, spec));
+            });
         }
     }
-    frontends.sort_unstable_by_key(|(frontend, _)| *frontend);
-    PlannedService { frontends, guards, problems }
+    claims.sort_by_key(|(frontend, index, kind, _)| (*frontend, precedence(*kind), *index));
+    let mut frontends: Vec<(Frontend, Arc<FrontendSpec>)> = Vec::with_capacity(claims.len());
+    let mut owner = None;
+    for (frontend, index, kind, spec) in claims {
+        match owner {
+            Some((owned, by)) if owned == frontend => {
+                // One port that claims an address in two ways (an external IP that is the load balancer's) loses nothing.
+                if by != index {
+                    let said = twice(&frontend, kind);
+                    if !problems.contains(&said) {
+                        problems.push(said);
+                    }
+                }
+            }
+            _ => {
+                owner = Some((frontend, index));
+                frontends.push((frontend, spec));
+            }
+        }
+    }
+    PlannedService { frontends, guards: addresses.cluster_ips, problems }
 }
 
-fn cluster_ip(
-    service: &Service,
-    port: &ServicePort,
-    choice: Choice,
+fn twice(frontend: &Frontend, kind: FrontendKind) -> String {
+    let Frontend { addr: _, port, protocol } = frontend;
+    match kind {
+        FrontendKind::NodePort => format!("nodePort {port}/{protocol} is given twice; the first is used"),
+        _ => format!("port {port}/{protocol} is given twice; the first is used"),
+    }
+}
+
+/// What may claim a frontend before what: what the cluster hands out before what a user writes (contract A158: an external IP must
+/// not take a Service's traffic away).
+pub(crate) const fn precedence(kind: FrontendKind) -> u8 {
+    match kind {
+        FrontendKind::ClusterIp => 0,
+        FrontendKind::NodePort => 1,
+        FrontendKind::LoadBalancer => 2,
+        FrontendKind::ExternalIp => 3,
+    }
+}
+
+/// A kind of claim on an address.
+enum Claim {
+    Kind(FrontendKind),
+    /// A NodePort of 127.0.0.1.
+    Localhost,
+}
+
+/// The frontends of one port and family: made when asked for, each once, with backend sets that they share.
+struct Specs<'a> {
+    service: &'a Service,
+    port: &'a ServicePort,
+    situation: Situation,
+    cluster: Vec<Backend>,
+    local: Vec<Backend>,
+    /// Those two, as soon as a verdict picks from them: a set that none does is left out, so that its changes cost nothing.
+    sets: [Option<BackendSet>; 2],
     alive: Option<BackendSet>,
     algorithm: Algorithm,
-    defaults: &Defaults,
-) -> FrontendSpec {
-    let Choice { cluster, local, has_any } = choice;
-    let (cluster, local) = (cluster.unwrap_or_default(), local.unwrap_or_default());
-    let verdicts = verdicts::verdicts(
-        FrontendKind::ClusterIp,
-        &Situation {
+    made: Vec<Arc<FrontendSpec>>,
+}
+
+impl<'a> Specs<'a> {
+    fn new(
+        service: &'a Service,
+        port: &'a ServicePort,
+        choice: Choice,
+        alive: Option<BackendSet>,
+        algorithm: Algorithm,
+        defaults: &Defaults,
+    ) -> Self {
+        let Choice { cluster, local, has_any } = choice;
+        let (cluster, local) = (cluster.unwrap_or_default(), local.unwrap_or_default());
+        let situation = Situation {
             internal: service.internal_policy,
             external: service.external_policy,
             has_any,
             has_local: !local.is_empty(),
             masquerade_all: defaults.masquerade_all,
-        },
-    );
-    let used = |action| [verdicts.pod, verdicts.node, verdicts.external].iter().any(|verdict| verdict.action == action);
-    // A set that no verdict picks from is left out, so that its changes cost nothing.
-    let set = |action, backends: Vec<Backend>| if used(action) { backends.into() } else { BackendSet::default() };
-    FrontendSpec {
-        service: ServicePortName {
-            service: service.key.clone(),
-            port: Arc::clone(&port.name),
-            protocol: port.protocol,
-        },
-        kind: FrontendKind::ClusterIp,
-        all: set(Action::PickAll, cluster),
-        local: set(Action::PickLocal, local),
-        verdicts,
-        algorithm,
-        affinity_secs: service.affinity_secs,
-        source_ranges: None,
-        alive,
+            detect_local: defaults.detect_local,
+        };
+        Self { service, port, situation, cluster, local, sets: [None, None], alive, algorithm, made: Vec::new() }
+    }
+
+    fn of(&mut self, kind: FrontendKind) -> Arc<FrontendSpec> {
+        let verdicts = verdicts::verdicts(kind, &self.situation);
+        self.spec(kind, verdicts, None)
+    }
+
+    /// Only a process of the node can mean the node by 127.0.0.1, and only at connect time: no packet of that address is touched,
+    /// so that nobody else has a way to what listens there (lesson of CVE-2020-8558).
+    fn localhost(&mut self) -> Arc<FrontendSpec> {
+        let Verdicts { node, .. } = verdicts::verdicts(FrontendKind::NodePort, &self.situation);
+        let pass = Verdict { action: Action::Pass, masquerade: false };
+        self.spec(FrontendKind::NodePort, Verdicts { pod: pass, node, external: pass }, None)
+    }
+
+    /// Source ranges bind here alone (contract A90). Without an endpoint anywhere there is nothing to keep anybody from, and
+    /// everybody is refused (A89). The node's own traffic has no packet that could be looked at: it is let in if a range has
+    /// one of its addresses.
+    fn load_balancer(&mut self, addresses: &Addresses, family: Family) -> Arc<FrontendSpec> {
+        let mut verdicts = verdicts::verdicts(FrontendKind::LoadBalancer, &self.situation);
+        let ranges = addresses.ranges(family).filter(|_| self.situation.has_any);
+        if let Some(ranges) = ranges
+            && !ranges.node
+        {
+            verdicts.node = Verdict { action: Action::Drop, masquerade: false };
+        }
+        self.spec(FrontendKind::LoadBalancer, verdicts, ranges.map(|ranges| Arc::clone(&ranges.nets)))
+    }
+
+    fn spec(
+        &mut self,
+        kind: FrontendKind,
+        verdicts: Verdicts,
+        source_ranges: Option<Arc<[IpNet]>>,
+    ) -> Arc<FrontendSpec> {
+        // Frontends of one kind differ by their address alone, all but localhost.
+        if let Some(made) = self.made.iter().find(|made| made.kind == kind && made.verdicts == verdicts) {
+            return Arc::clone(made);
+        }
+        let Verdicts { pod, node, external } = verdicts;
+        let used = |action| [pod, node, external].iter().any(|verdict| verdict.action == action);
+        let (uses_all, uses_local) = (used(Action::PickAll), used(Action::PickLocal));
+        let Self { service, port, cluster, local, sets: [all_set, local_set], alive, algorithm, made, .. } = self;
+        let set = |used: bool, shared: &mut Option<BackendSet>, backends: &[Backend]| {
+            if used { Arc::clone(shared.get_or_insert_with(|| backends.into())) } else { BackendSet::default() }
+        };
+        let spec = Arc::new(FrontendSpec {
+            service: ServicePortName {
+                service: service.key.clone(),
+                port: Arc::clone(&port.name),
+                protocol: port.protocol,
+            },
+            kind,
+            all: set(uses_all, all_set, cluster),
+            local: set(uses_local, local_set, local),
+            verdicts,
+            algorithm: *algorithm,
+            affinity_secs: service.affinity_secs,
+            source_ranges,
+            alive: alive.clone(),
+        });
+        made.push(Arc::clone(&spec));
+        spec
     }
 }
 
@@ -171,20 +320,6 @@ fn resets_deleted(service: &Service, problems: &mut Vec<String>) -> bool {
             false
         }
     }
-}
-
-/// The ClusterIPs that can be served, sorted, each once.
-fn vips(service: &Service, problems: &mut Vec<String>) -> Vec<IpAddr> {
-    let mut usable = Vec::with_capacity(service.cluster_ips.len());
-    for &addr in &service.cluster_ips {
-        match unfit_for_vip(addr) {
-            Some(why) => problems.push(format!("clusterIP {addr} {why}; it is not served")),
-            None => usable.push(addr),
-        }
-    }
-    usable.sort_unstable();
-    usable.dedup();
-    usable
 }
 
 #[cfg(test)]

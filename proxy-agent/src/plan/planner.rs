@@ -8,9 +8,9 @@ use std::{
     sync::Arc,
 };
 
-use super::{Defaults, PlannedService, plan_service};
+use super::{Defaults, Here, PlannedService, plan_service, precedence};
 use crate::{
-    desired::{Changes, DesiredState, Frontend, FrontendSpec},
+    desired::{Changes, DesiredState, Frontend, FrontendKind, FrontendSpec},
     model::{EndpointSlice, Service, ServiceKey, Snapshot},
 };
 
@@ -29,9 +29,10 @@ struct Claim<'a> {
 }
 
 impl Claim<'_> {
-    /// The smallest wins: the older Service keeps a frontend; ties go to the smaller uid, then to the smaller key.
-    fn rank(&self) -> (i64, &Arc<str>, &ServiceKey) {
-        (self.created, self.uid, self.key)
+    /// The smallest wins. The kind decides first: what the cluster handed out is not taken away by what a user writes. Among
+    /// equals the older Service keeps a frontend; ties go to the smaller uid, then to the smaller key.
+    fn rank(&self) -> (u8, i64, &Arc<str>, &ServiceKey) {
+        (precedence(self.spec.kind), self.created, self.uid, self.key)
     }
 }
 
@@ -67,8 +68,8 @@ impl Planner {
     /// Forgets what was planned and plans all of `snapshot`. The outcome is that of an update over all Services; it is only
     /// put together in order, which a cluster's worth of look-ups is too many for.
     pub fn full(&mut self, snapshot: &Snapshot) -> &DesiredState {
-        let Self { defaults, problems_version, .. } = *self;
-        *self = Self { problems_version: problems_version + 1, ..Self::new(defaults) };
+        let problems_version = self.problems_version + 1;
+        *self = Self { problems_version, ..Self::new(self.defaults.clone()) };
         self.planned =
             snapshot.services.iter().map(|(key, service)| (key.clone(), self.plan(service, snapshot, None))).collect();
 
@@ -130,7 +131,7 @@ impl Planner {
             let slice: &EndpointSlice = slice;
             slice
         });
-        let mut plan = plan_service(service, slices, &snapshot.node, &self.defaults);
+        let mut plan = plan_service(service, slices, Here::from(snapshot), &self.defaults);
         if let Some(old) = old {
             for (frontend, spec) in &mut plan.frontends {
                 if let Some(before) = old.plan.frontend(frontend).filter(|before| *before == spec) {
@@ -216,7 +217,7 @@ impl Planner {
             for loser in losers {
                 problems.entry(format!("Service {loser}")).or_default().push(format!(
                     "{frontend} is already used by {owner}, which {} and keeps it; give one of the two another address or port",
-                    self.won_by(&owner.service, loser)
+                    self.won_by(frontend, &owner.service, loser)
                 ));
             }
         }
@@ -224,7 +225,18 @@ impl Planner {
     }
 
     /// What decided between two claims; see [`Claim::rank`].
-    fn won_by(&self, owner: &ServiceKey, loser: &ServiceKey) -> &'static str {
+    fn won_by(&self, frontend: &Frontend, owner: &ServiceKey, loser: &ServiceKey) -> &'static str {
+        let kind = |key| self.planned.get(key)?.plan.frontend(frontend).map(|spec| spec.kind);
+        if let (Some(ours), Some(theirs)) = (kind(owner), kind(loser))
+            && ours != theirs
+        {
+            return match ours {
+                FrontendKind::ClusterIp => "has it as its ClusterIP",
+                FrontendKind::NodePort => "has it as its NodePort",
+                FrontendKind::LoadBalancer => "has it from its load balancer",
+                FrontendKind::ExternalIp => "has it as its external IP",
+            };
+        }
         let rank = |key| self.planned.get(key).map(|planned| (planned.created, &planned.uid));
         match rank(owner).zip(rank(loser)) {
             Some(((0, _), (created, _))) if created != 0 => "has no creationTimestamp, which counts as older,",

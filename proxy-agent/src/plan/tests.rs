@@ -51,7 +51,16 @@ fn node(zone: &str) -> NodeFacts {
 }
 
 fn plan(service: &Service, slices: &[EndpointSlice]) -> PlannedService {
-    plan_service(service, slices.iter(), &node("-"), &Defaults::default())
+    plan_with(service, slices, &Defaults::default())
+}
+
+/// What the node of these tests has.
+const OWN: &str = "10.244.1.1 127.0.0.1 192.0.2.1 192.0.2.99 ::1 2001:db8::1 fe80::1";
+
+fn plan_with(service: &Service, slices: &[EndpointSlice], defaults: &Defaults) -> PlannedService {
+    let own = OWN.split(' ').map(|ip| ip.parse().unwrap()).collect();
+    let node = NodeFacts { internal_ips: vec!["192.0.2.1".parse().unwrap()], ..node("-") };
+    plan_service(service, slices.iter(), Here { node: &node, addresses: &own }, defaults)
 }
 
 fn addresses(set: &[Backend]) -> String {
@@ -477,7 +486,7 @@ fn algorithm_by_annotation() {
     assert_eq!(with("random"), (Algorithm::Random, 0));
     assert_eq!(with("fastest"), (Algorithm::Random, 1));
     let defaults = Defaults { algorithm: Algorithm::RoundRobin, ..Defaults::default() };
-    let planned = plan_service(&service(&["10.96.0.1"]), [].iter(), &node("-"), &defaults);
+    let planned = plan_with(&service(&["10.96.0.1"]), &[], &defaults);
     assert_eq!(only(&planned).algorithm, Algorithm::RoundRobin);
 }
 
@@ -490,7 +499,12 @@ fn sets_that_no_verdict_uses_are_left_out() {
     service.internal_policy = TrafficPolicy::Local;
     service.ports[0].node_port = Some(port(30080));
     let planned = plan(&service, &slices);
-    assert_eq!((only(&planned).all.len(), only(&planned).local.len()), (0, 1));
+    let sets = |frontend: &str| {
+        let spec = at(&planned, frontend);
+        (spec.all.len(), spec.local.len())
+    };
+    assert_eq!(sets("10.96.0.1:80/TCP"), (0, 1));
+    assert_eq!(sets("192.0.2.1:30080/TCP"), (2, 0));
 }
 
 /// `A`: pick all, `L`: pick local, `D`: drop, `R`: reject; `m`: masquerade. Pod, node, external.
@@ -508,42 +522,233 @@ fn row(verdicts: Verdicts) -> String {
     [verdicts.pod, verdicts.node, verdicts.external].map(cell).join(" ")
 }
 
+/// The spec of `ADDRESS:PORT/PROTOCOL`.
+fn at<'a>(planned: &'a PlannedService, frontend: &str) -> &'a FrontendSpec {
+    let found = planned.frontends.iter().find(|(known, _)| known.to_string() == frontend);
+    &found.unwrap_or_else(|| panic!("no {frontend} in {:?}", claimed(planned))).1
+}
+
+/// `FRONTEND KIND` of all.
+fn claimed(planned: &PlannedService) -> Vec<String> {
+    planned.frontends.iter().map(|(frontend, spec)| format!("{frontend} {}", spec.kind)).collect()
+}
+
+/// One Service of every kind of address, as the matrix has it.
+fn everything() -> Service {
+    let mut service = service(&["10.96.0.1"]);
+    service.ports[0].node_port = Some(port(30080));
+    service.external_ips = vec!["198.51.100.1".parse().unwrap()];
+    service.load_balancer_ips = vec!["203.0.113.1".parse().unwrap()];
+    service
+}
+
+/// A77–A80: every flow of the matrix in each of its configurations, as the plan of three Services with a local and a remote
+/// endpoint. Columns: plain, eTP Local, iTP Local. Rows: pod, node, external; the node by 127.0.0.1 after the table.
 #[test]
 fn matrix_a6() {
-    use FrontendKind::{ClusterIp, LoadBalancer, NodePort};
-    use TrafficPolicy::{Cluster, Local};
-    let base =
-        Situation { internal: Cluster, external: Cluster, has_any: true, has_local: true, masquerade_all: false };
-    let etp = Situation { external: Local, ..base };
-    let itp = Situation { internal: Local, ..base };
-    for (kind, situation, expected) in [
-        (ClusterIp, base, "A Am Am"),
-        (ClusterIp, etp, "A Am Am"),
-        (ClusterIp, itp, "L Lm Lm"),
-        (NodePort, base, "Am Am Am"),
-        (NodePort, etp, "A Am L"),
-        (NodePort, itp, "Am Am Am"),
-        (LoadBalancer, base, "Am Am Am"),
-        (LoadBalancer, etp, "A Am L"),
-        (LoadBalancer, itp, "Am Am Am"),
+    let base = Defaults::default();
+    let all = Defaults { masquerade_all: true, ..base.clone() };
+    let blind = Defaults { detect_local: false, ..base.clone() };
+    let blind_all = Defaults { detect_local: false, ..all.clone() };
+    let (cluster, node_port, load_balancer) = ("10.96.0.1:80/TCP", "192.0.2.1:30080/TCP", "203.0.113.1:80/TCP");
+    let (secondary, external_ip) = ("10.244.1.1:30080/TCP", "198.51.100.1:80/TCP");
+    let outside = |etp: &'static str| ["Am Am Am", etp, "Am Am Am"];
+    let configurations = [
+        ("A77", base, ["A Am Am", "A Am Am", "L Lm Lm"], outside("A Am L")),
+        ("A78: no detector", blind, ["A A A", "A A A", "L L L"], outside("L Am L")),
+        ("A79: masquerade-all", all, ["Am Am Am", "Am Am Am", "Lm Lm Lm"], outside("A Am L")),
+        ("A80: both", blind_all, ["Am Am Am", "Am Am Am", "Lm Lm Lm"], outside("L Am L")),
+    ];
+    for (name, defaults, to_cluster_ip, from_outside) in configurations {
+        for (column, (internal, external)) in [
+            (TrafficPolicy::Cluster, TrafficPolicy::Cluster),
+            (TrafficPolicy::Cluster, TrafficPolicy::Local),
+            (TrafficPolicy::Local, TrafficPolicy::Cluster),
+        ]
+        .into_iter()
+        .enumerate()
+        {
+            let service = Service { internal_policy: internal, external_policy: external, ..everything() };
+            let planned = plan_with(&service, &[slice("web-1", ONE_LOCAL)], &defaults);
+            assert_eq!(row(at(&planned, cluster).verdicts), to_cluster_ip[column], "{name}: ClusterIP, {column}");
+            for frontend in [node_port, secondary, load_balancer, external_ip] {
+                assert_eq!(row(at(&planned, frontend).verdicts), from_outside[column], "{name}: {frontend}, {column}");
+            }
+            assert_eq!(row(at(&planned, "127.0.0.1:30080/TCP").verdicts), "P Am P", "{name}: localhost, {column}");
+            for (frontend, spec) in &planned.frontends {
+                let sets = (addresses(&spec.all), addresses(&spec.local));
+                let row = row(spec.verdicts);
+                assert_eq!(sets.0, if row.contains('A') { "10.0.0.1 10.0.0.2" } else { "" }, "{name}: {frontend}");
+                assert_eq!(sets.1, if row.contains('L') { "10.0.0.1" } else { "" }, "{name}: {frontend}");
+            }
+        }
+    }
+}
+
+#[test]
+fn node_ports_answer_where_they_are_told_to_a52_a53_a54() {
+    let mut service = service(&["10.96.0.1", "fd00::1"]);
+    service.ports[0].node_port = Some(port(30080));
+    let claimed = |service: &Service, defaults: &Defaults| {
+        let all = claimed(&plan_with(service, &[], defaults));
+        all.into_iter()
+            .filter_map(|claim| Some(claim.strip_suffix(":30080/TCP NodePort")?.to_owned()))
+            .collect::<Vec<_>>()
+    };
+    let base = Defaults::default();
+    let by = |node_port_addresses| Defaults { node_port_addresses, ..base.clone() };
+    assert_eq!(claimed(&service, &base), ["10.244.1.1", "127.0.0.1", "192.0.2.1", "192.0.2.99", "[2001:db8::1]"]);
+    let without = Defaults { localhost_node_ports: false, ..base.clone() };
+    assert_eq!(claimed(&service, &without), ["10.244.1.1", "192.0.2.1", "192.0.2.99", "[2001:db8::1]"]);
+    assert_eq!(claimed(&service, &by(NodePortAddresses::Primary)), ["192.0.2.1"]);
+    let cidr = NodePortAddresses::Cidrs(vec!["192.0.2.0/26".parse().unwrap()]);
+    assert_eq!(claimed(&service, &by(cidr)), ["192.0.2.1", "[2001:db8::1]"]);
+    // Nobody else's ports are refused at the node's own addresses.
+    assert_eq!(
+        plan(&service, &[]).guards.iter().map(ToString::to_string).collect::<Vec<_>>(),
+        ["10.96.0.1", "fd00::1"]
+    );
+
+    // A family without a clusterIP has none of its own (A8).
+    service.cluster_ips.pop();
+    assert_eq!(claimed(&service, &base), ["10.244.1.1", "127.0.0.1", "192.0.2.1", "192.0.2.99"]);
+    // A59: no node port was handed out.
+    service.ports[0].node_port = None;
+    assert!(claimed(&service, &base).is_empty());
+}
+
+#[test]
+fn a_node_port_without_endpoints_refuses_where_it_would_answer_a56() {
+    let mut service = service(&["10.96.0.1"]);
+    service.ports[0].node_port = Some(port(30080));
+    let planned = plan(&service, &[]);
+    for frontend in ["10.244.1.1:30080/TCP", "192.0.2.1:30080/TCP", "192.0.2.99:30080/TCP"] {
+        assert_eq!(row(at(&planned, frontend).verdicts), "R R R");
+    }
+    assert_eq!(row(at(&planned, "127.0.0.1:30080/TCP").verdicts), "P R P");
+    service.external_policy = TrafficPolicy::Local;
+    let planned = plan(&service, &[slice("web-1", NONE_LOCAL)]);
+    assert_eq!(row(at(&planned, "192.0.2.1:30080/TCP").verdicts), "A Am D");
+    assert_eq!(row(at(&planned, "127.0.0.1:30080/TCP").verdicts), "P Am P");
+}
+
+#[test]
+fn external_ips_never_take_what_is_the_nodes() {
+    let mut service = service(&["10.96.0.1"]);
+    let ips = ["198.51.100.1", "192.0.2.99", "10.244.1.1", "127.0.0.1", "2001:db8::99"];
+    service.external_ips = ips.iter().map(|ip| ip.parse().unwrap()).collect();
+    let planned = plan(&service, &[]);
+    assert_eq!(claimed(&planned), ["10.96.0.1:80/TCP ClusterIP", "198.51.100.1:80/TCP ExternalIP"]);
+    let problems = planned.problems.join("\n");
+    for said in [
+        "externalIP 192.0.2.99 is an address of this node",
+        "externalIP 10.244.1.1 is an address of this node",
+        "externalIP 127.0.0.1 is a loopback address",
+        "externalIP 2001:db8::99 is of a family that the Service has no clusterIP of",
     ] {
-        assert_eq!(row(verdicts::verdicts(kind, &situation)), expected, "{kind} {situation:?}");
+        assert!(problems.contains(said), "{said} not in {problems}");
     }
-    // A79: masquerade-all changes three cells, all of them pod → ClusterIP.
-    for (situation, expected) in [(base, "Am Am Am"), (etp, "Am Am Am"), (itp, "Lm Lm Lm")] {
-        let situation = Situation { masquerade_all: true, ..situation };
-        assert_eq!(row(verdicts::verdicts(ClusterIp, &situation)), expected);
+    // A load balancer's address may be the node's own (kubernetes#47723).
+    let given = std::mem::take(&mut service.external_ips);
+    service.load_balancer_ips = given;
+    assert_eq!(
+        claimed(&plan(&service, &[])),
+        [
+            "10.96.0.1:80/TCP ClusterIP",
+            "10.244.1.1:80/TCP LoadBalancer",
+            "192.0.2.99:80/TCP LoadBalancer",
+            "198.51.100.1:80/TCP LoadBalancer"
+        ]
+    );
+}
+
+#[test]
+fn external_ips_can_be_switched_off_a158() {
+    let defaults = Defaults { external_ips: false, ..Defaults::default() };
+    let planned = plan_with(&everything(), &[], &defaults);
+    assert!(claimed(&planned).iter().all(|claim| !claim.ends_with("ExternalIP")), "{planned:?}");
+    assert_eq!(
+        planned.problems,
+        ["externalIPs are switched off on this node (--external-ips=false); they are not served"]
+    );
+}
+
+#[test]
+fn what_one_service_claims_twice() {
+    let mut service = everything();
+    // The same address from the load balancer and by hand is one frontend, and no mistake.
+    service.external_ips = service.load_balancer_ips.clone();
+    service.load_balancer_ips.push("10.96.0.1".parse().unwrap());
+    let planned = plan(&service, &[]);
+    assert_eq!(at(&planned, "203.0.113.1:80/TCP").kind, FrontendKind::LoadBalancer);
+    assert_eq!(at(&planned, "10.96.0.1:80/TCP").kind, FrontendKind::ClusterIp);
+    assert!(planned.problems.is_empty(), "{:?}", planned.problems);
+
+    // Two ports with one NodePort is one: said once, whatever the number of addresses.
+    let again = ServicePort { name: "again".into(), port: port(81), ..service.ports[0].clone() };
+    service.ports.push(again);
+    let planned = plan(&service, &[]);
+    assert_eq!(&*at(&planned, "192.0.2.1:30080/TCP").service.port, "http");
+    assert_eq!(planned.problems, ["nodePort 30080/TCP is given twice; the first is used"]);
+}
+
+#[test]
+fn source_ranges_are_the_load_balancers_alone_a90_a93() {
+    let with = |ranges: &[&str]| {
+        let mut service = everything();
+        service.source_ranges = ranges.iter().map(|net| net.parse().unwrap()).collect();
+        service
+    };
+    let endpoints = [slice("web-1", ONE_LOCAL)];
+    let lb = "203.0.113.1:80/TCP";
+    let ranges = |planned: &PlannedService| {
+        let ranges = at(planned, lb).source_ranges.as_deref();
+        ranges.map(|nets| nets.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
+    };
+
+    // The node is outside: its own traffic is dropped by its verdict, the packets of others by the ranges (A91).
+    let planned = plan(&with(&["203.0.113.0/25", "198.51.100.9/24", "198.51.100.0/25", "2001:db8::/64"]), &endpoints);
+    assert_eq!(ranges(&planned).as_deref(), Some("198.51.100.0/24 203.0.113.0/25"));
+    assert_eq!(row(at(&planned, lb).verdicts), "Am D Am");
+    for (frontend, spec) in &planned.frontends {
+        assert_eq!(spec.source_ranges.is_some(), frontend.to_string() == lb, "{frontend}");
+        assert!(frontend.to_string() == lb || !row(spec.verdicts).contains('D'), "{frontend}");
     }
-    let situation = Situation { masquerade_all: true, ..etp };
-    assert_eq!(row(verdicts::verdicts(NodePort, &situation)), "A Am L");
+    // A92: inside by its InternalIP; another address of the node is no reason.
+    let planned = plan(&with(&["192.0.2.0/30"]), &endpoints);
+    assert_eq!((ranges(&planned).as_deref(), &*row(at(&planned, lb).verdicts)), (Some("192.0.2.0/30"), "Am Am Am"));
+    let planned = plan(&with(&["192.0.2.99/32"]), &endpoints);
+    assert_eq!(row(at(&planned, lb).verdicts), "Am D Am");
+    // A93: everybody.
+    for everybody in [&["0.0.0.0/0", "10.0.0.0/8"][..], &["2001:db8::/64"], &[]] {
+        let planned = plan(&with(everybody), &endpoints);
+        assert_eq!((ranges(&planned), &*row(at(&planned, lb).verdicts)), (None, "Am Am Am"), "{everybody:?}");
+    }
+    // A89: refusing beats the ranges; a drop by policy does not need them to be one.
+    let planned = plan(&with(&["203.0.113.0/25"]), &[]);
+    assert_eq!((ranges(&planned), &*row(at(&planned, lb).verdicts)), (None, "R R R"));
+}
+
+#[test]
+fn frontends_of_one_kind_share_everything() {
+    let planned = plan(&everything(), &[slice("web-1", ONE_LOCAL)]);
+    let spec = |frontend: &str| planned.frontends.iter().find(|(f, _)| f.to_string() == frontend).unwrap().1.clone();
+    assert!(Arc::ptr_eq(&spec("192.0.2.1:30080/TCP"), &spec("10.244.1.1:30080/TCP")));
+    assert!(Arc::ptr_eq(&spec("192.0.2.1:30080/TCP").all, &spec("10.96.0.1:80/TCP").all));
 }
 
 #[test]
 fn no_endpoints_a81_a83_a84_a86() {
     use FrontendKind::{ClusterIp, LoadBalancer};
     use TrafficPolicy::{Cluster, Local};
-    let nowhere =
-        Situation { internal: Cluster, external: Cluster, has_any: false, has_local: false, masquerade_all: false };
+    let nowhere = Situation {
+        internal: Cluster,
+        external: Cluster,
+        has_any: false,
+        has_local: false,
+        masquerade_all: false,
+        detect_local: true,
+    };
     let itp = Situation { internal: Local, ..nowhere };
     let etp = Situation { external: Local, ..nowhere };
     for (kind, situation, expected) in [

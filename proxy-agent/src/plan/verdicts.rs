@@ -14,6 +14,8 @@ pub(super) struct Situation {
     pub(super) has_any: bool,
     pub(super) has_local: bool,
     pub(super) masquerade_all: bool,
+    /// See [`Defaults::detect_local`](super::Defaults::detect_local).
+    pub(super) detect_local: bool,
 }
 
 impl Situation {
@@ -32,15 +34,15 @@ impl Situation {
 }
 
 pub(super) fn verdicts(kind: FrontendKind, situation: &Situation) -> Verdicts {
-    let Situation { internal, external, masquerade_all, .. } = *situation;
+    let Situation { internal, external, masquerade_all, detect_local, .. } = *situation;
     let verdict = |policy, masquerade| situation.verdict(policy, masquerade);
     match kind {
         // A63, A71: a pod's own address reaches the backend; whoever is no pod of this node needs the answer to come back
-        // through it.
+        // through it. Where nobody can say who that is, nobody is masqueraded (A78), or everybody (A80).
         FrontendKind::ClusterIp => Verdicts {
             pod: verdict(internal, masquerade_all),
-            node: verdict(internal, true),
-            external: verdict(internal, true),
+            node: verdict(internal, masquerade_all || detect_local),
+            external: verdict(internal, masquerade_all || detect_local),
         },
         FrontendKind::NodePort | FrontendKind::ExternalIp | FrontendKind::LoadBalancer => match external {
             // A64: always masqueraded, even from a pod.
@@ -48,9 +50,10 @@ pub(super) fn verdicts(kind: FrontendKind, situation: &Situation) -> Verdicts {
                 let all = verdict(TrafficPolicy::Cluster, true);
                 Verdicts { pod: all, node: all, external: all }
             }
-            // A65–A67: the client's address is kept for what comes from outside; what starts here may use any endpoint.
+            // A65–A67: the client's address is kept for what comes from outside; what starts here may use any endpoint. A pod
+            // that cannot be told from the outside is outside (A68).
             TrafficPolicy::Local => Verdicts {
-                pod: verdict(TrafficPolicy::Cluster, false),
+                pod: verdict(if detect_local { TrafficPolicy::Cluster } else { TrafficPolicy::Local }, false),
                 node: verdict(TrafficPolicy::Cluster, true),
                 external: verdict(TrafficPolicy::Local, false),
             },

@@ -88,7 +88,7 @@ impl Engine {
         let first = status.borrow().clone();
         let starting = Status { mode: dataplane.capabilities().name, ..Status::clone(&first) };
         Self {
-            planner: Planner::new(options.defaults),
+            planner: Planner::new(options.defaults.clone()),
             retry: Retry::new(&options),
             table: Table::new(status, starting),
             observe_at: Instant::now() + options.resync_period,

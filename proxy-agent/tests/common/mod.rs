@@ -70,13 +70,56 @@ fn port_names() -> impl Strategy<Value = Arc<str>> {
     prop_oneof![Just("http".into()), Just("".into())]
 }
 
+/// What makes a Service reachable from outside.
+#[derive(Clone, Debug)]
+struct Outside {
+    node_ports: Vec<Option<Port>>,
+    external_ips: Vec<IpAddr>,
+    load_balancer_ips: Vec<IpAddr>,
+    source_ranges: Vec<ipnet::IpNet>,
+    local: bool,
+}
+
+/// Addresses that the node has at times, VIPs of others, and some that mean nothing.
+fn outside() -> impl Strategy<Value = Outside> {
+    let addresses = || {
+        let some = ["192.0.2.1", "192.0.2.9", "10.96.0.1", "203.0.113.1", "2001:db8::1", "fd00::1", "127.0.0.1"];
+        let some: Vec<IpAddr> = some.iter().map(|ip| ip.parse().unwrap()).collect();
+        prop_oneof![2 => Just(Vec::new()), 1 => prop::sample::subsequence(some, 0..3)]
+    };
+    let ranges = ["192.0.2.0/29", "198.51.100.7/24", "0.0.0.0/0", "2001:db8::/64"];
+    let ranges: Vec<ipnet::IpNet> = ranges.iter().map(|net| net.parse().unwrap()).collect();
+    let number = prop_oneof![2 => Just(None), 2 => Just(Some(port(30080))), 1 => Just(Some(port(80)))];
+    (
+        prop::collection::vec(number, 0..3),
+        addresses(),
+        addresses(),
+        prop::sample::subsequence(ranges, 0..3),
+        any::<bool>(),
+    )
+        .prop_map(|(node_ports, external_ips, load_balancer_ips, source_ranges, local)| Outside {
+            node_ports,
+            external_ips,
+            load_balancer_ips,
+            source_ranges,
+            local,
+        })
+}
+
+/// The node's own addresses come and go.
+fn own_addresses() -> impl Strategy<Value = Event> {
+    let some = ["127.0.0.1", "192.0.2.1", "192.0.2.9", "203.0.113.1", "10.96.0.1", "2001:db8::1", "fe80::1"];
+    let some: Vec<IpAddr> = some.iter().map(|ip| ip.parse().unwrap()).collect();
+    prop::sample::subsequence(some, 0..5).prop_map(|addresses| Event::Addresses(addresses.into_iter().collect()))
+}
+
 /// Few names, few addresses: claims collide often.
 pub(crate) fn services() -> impl Strategy<Value = Arc<Service>> {
     let ports = prop::collection::vec((port_names(), protocols(), prop_oneof![Just(80_u16), Just(443)]), 0..3);
     let ips = prop::sample::subsequence(vec!["10.96.0.1", "10.96.0.2", "fd00::1", "127.0.0.1"], 0..3);
     let algorithm = prop_oneof![4 => Just(None), 1 => Just(Some("round-robin")), 1 => Just(Some("nonsense"))];
-    (0..5_usize, 0..3_i64, 0..2_u8, ips, ports, any::<(bool, bool)>(), algorithm).prop_map(
-        |(name, created, uid, ips, ports, (internal_local, external_name), algorithm)| {
+    (0..5_usize, 0..3_i64, 0..2_u8, ips, ports, any::<(bool, bool)>(), algorithm, outside()).prop_map(
+        |(name, created, uid, ips, ports, (internal_local, external_name), algorithm, outside)| {
             let mut service = service(["a", "b", "c", "d", "e"][name], &ips);
             service.created = created;
             service.uid = format!("{uid}").into();
@@ -84,6 +127,15 @@ pub(crate) fn services() -> impl Strategy<Value = Arc<Service>> {
                 .into_iter()
                 .map(|(name, protocol, number)| ServicePort { name, protocol, port: port(number), node_port: None })
                 .collect();
+            let Outside { node_ports, external_ips, load_balancer_ips, source_ranges, local } = outside;
+            for (port, node_port) in service.ports.iter_mut().zip(node_ports) {
+                port.node_port = node_port;
+            }
+            (service.external_ips, service.load_balancer_ips) = (external_ips, load_balancer_ips);
+            service.source_ranges = source_ranges;
+            if local {
+                service.external_policy = TrafficPolicy::Local;
+            }
             if internal_local {
                 service.internal_policy = TrafficPolicy::Local;
             }
@@ -140,7 +192,11 @@ pub(crate) fn slices() -> impl Strategy<Value = Arc<EndpointSlice>> {
 
 pub(crate) fn nodes() -> impl Strategy<Value = NodeFacts> {
     let zone = prop_oneof![Just(None), Just(Some("x")), Just(Some("y"))];
-    (prop_oneof![Just("x"), Just("y")], zone).prop_map(|(name, zone)| node(name, zone))
+    let ips = prop::sample::subsequence(vec!["192.0.2.1", "192.0.2.9", "2001:db8::1"], 0..3);
+    (prop_oneof![3 => Just("x"), 1 => Just("y")], zone, ips).prop_map(|(name, zone, ips)| NodeFacts {
+        internal_ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
+        ..node(name, zone)
+    })
 }
 
 pub(crate) fn events() -> impl Strategy<Value = Event> {
@@ -152,6 +208,7 @@ pub(crate) fn events() -> impl Strategy<Value = Event> {
         8 => slices().prop_map(Event::Slice),
         2 => slice_names().prop_map(|name| Event::SliceGone { namespace: "default".into(), name: name.into() }),
         1 => nodes().prop_map(Event::Node),
+        2 => own_addresses(),
         1 => prop::collection::vec(services(), 0..4).prop_map(Event::Services),
         1 => prop::collection::vec(slices(), 0..4).prop_map(Event::Slices),
     ]

@@ -2,12 +2,13 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{Args as ClapArgs, ValueEnum, value_parser};
+use clap::{ArgAction, Args as ClapArgs, ValueEnum, value_parser};
 
 use crate::{
     cli::shapes::SocketLb,
     config::{self, BPFFS, Bind, PortRange, ProxyMode},
     desired::Algorithm,
+    model::address::NodePortAddresses,
 };
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -49,6 +50,38 @@ pub struct Args {
     /// Source ports of masqueraded flows
     #[arg(long, value_name = "MIN-MAX", default_value_t = PortRange::MASQUERADE, env = "PROXY_AGENT_MASQUERADE_PORTS")]
     pub masquerade_ports: PortRange,
+    /// Where NodePorts answer: addresses of the node within these, or primary, its InternalIPs [default: all]
+    #[arg(
+        long,
+        value_name = "CIDR,…|primary",
+        value_parser = config::node_port_addresses,
+        env = "PROXY_AGENT_NODEPORT_ADDRESSES"
+    )]
+    pub nodeport_addresses: Option<NodePortAddresses>,
+    /// NodePorts answer the node's own processes on 127.0.0.1, too, at connect time
+    #[arg(
+        long,
+        value_name = "BOOL",
+        default_value_t = true,
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        env = "PROXY_AGENT_LOCALHOST_NODEPORTS"
+    )]
+    pub iptables_localhost_nodeports: bool,
+    /// Serve the external IPs of Services
+    #[arg(
+        long,
+        value_name = "BOOL",
+        default_value_t = true,
+        action = ArgAction::Set,
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        env = "PROXY_AGENT_EXTERNAL_IPS"
+    )]
+    pub external_ips: bool,
     /// Root of the cgroup v2 tree to attach to [default: where it is mounted]
     #[arg(long, value_name = "DIR", env = "PROXY_AGENT_CGROUP_ROOT")]
     pub cgroup_root: Option<PathBuf>,

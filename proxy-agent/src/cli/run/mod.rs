@@ -83,6 +83,9 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         algorithm,
         masquerade_all,
         masquerade_ports: PortRange { min, max },
+        nodeport_addresses,
+        iptables_localhost_nodeports,
+        external_ips,
         cgroup_root,
         bpffs,
         min_sync_period,
@@ -106,7 +109,15 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         source: source::Options { node, input },
         node: node::Options { patterns: devices.iter().map(|pattern| node::Pattern::new(pattern)).collect() },
         sync: sync::Options {
-            defaults: plan::Defaults { algorithm: Algorithm::from(algorithm), masquerade_all },
+            defaults: plan::Defaults {
+                algorithm: Algorithm::from(algorithm),
+                masquerade_all,
+                // The role of the device tells pods.
+                detect_local: true,
+                node_port_addresses: nodeport_addresses.unwrap_or_default(),
+                localhost_node_ports: iptables_localhost_nodeports,
+                external_ips,
+            },
             min_period: min_sync_period,
             resync_period: sync_period,
             ..Default::default()
