@@ -1,13 +1,15 @@
 //! Asking the kernel whether a pod has a connection of its own to where a new Service flow is about to lead.
 //!
 //! A direct connection passes by the table without a trace, so only the pod's own socket tells of it. Without this, its answers would
-//! be taken for the flow's and show the VIP. A client that is not on this node has no socket here to be found.
+//! be taken for the flow's and show the VIP. One that was closed a moment ago counts: in `TIME_WAIT` its last packets are still
+//! about. Not found: a client that is not on this node, and a socket bound to a device (SO_BINDTODEVICE), since the kernel compares
+//! that with the index of this namespace's device.
 
-use core::{mem::size_of, ptr::read_volatile};
+use core::{mem::size_of, ptr};
 
 use aya_ebpf::{
     EbpfContext as _,
-    helpers::generated::{bpf_sk_lookup_tcp, bpf_sk_lookup_udp, bpf_sk_release},
+    helpers::generated::{bpf_sk_lookup_udp, bpf_sk_release, bpf_skc_lookup_tcp},
     programs::TcContext,
 };
 use proxy_common::{Be16, connection::ConnectionValue, proto};
@@ -38,20 +40,33 @@ pub(crate) fn is_connected<A: Header>(
     netns: u32,
 ) -> u32 {
     let mut answer = Tuple { src: value.addr, dst: packet.src, sport: value.port, dport: packet.sport };
-    let (tuple, size) = ((&raw mut answer).cast(), size_of::<Tuple<A>>() as u32);
+    let state = if packet.proto == proto::TCP {
+        state::<{ proto::TCP }, A>(ctx, &mut answer, netns)
+    } else {
+        state::<{ proto::UDP }, A>(ctx, &mut answer, netns)
+    };
+    u32::from(state != CLOSED && state != LISTENING)
+}
+
+/// State of the socket that a packet with these ends would be given. A function for each protocol: one instruction may not read both
+/// helpers' kinds of socket.
+#[inline(never)]
+fn state<const PROTO: u8, A: Header>(ctx: &TcContext, tuple: &mut Tuple<A>, netns: u32) -> u32 {
+    let (tuple, size) = (ptr::from_mut(tuple).cast(), size_of::<Tuple<A>>() as u32);
     // SAFETY: live context, `tuple` has `size` bytes; a socket that was found is read before it is given back, and given back
     // once on the only way there is.
     unsafe {
-        let socket = if packet.proto == proto::TCP {
-            bpf_sk_lookup_tcp(ctx.as_ptr().cast(), tuple, size, netns as u64, 0)
+        let socket = if PROTO == proto::TCP {
+            // Unlike bpf_sk_lookup_tcp it finds what is in TIME_WAIT, too (kernel 5.2, edbf8c01de5a).
+            bpf_skc_lookup_tcp(ctx.as_ptr().cast(), tuple, size, netns as u64, 0)
         } else {
             bpf_sk_lookup_udp(ctx.as_ptr().cast(), tuple, size, netns as u64, 0)
         };
         if socket.is_null() {
-            return 0;
+            return CLOSED;
         }
-        let state = read_volatile(&raw const (*socket).state);
+        let state = ptr::read_volatile(&raw const (*socket).state);
         bpf_sk_release(socket.cast());
-        u32::from(state != CLOSED && state != LISTENING)
+        state
     }
 }
