@@ -76,7 +76,7 @@ pub mod state {
     pub const RST: u8 = 4;
     /// Half-open TCP, the answer's entry: `checked` is the number that acknowledges the peer's SYN-ACK.
     pub const NUMBERED: u8 = 8;
-    /// As above, but the peer answered with more than one number (SYN cookies): any acknowledgement counts.
+    /// As above, but the peer answered with more than one number (SYN cookies): `checked` of the opener's entry is the one before.
     pub const RENUMBERED: u8 = 16;
 }
 
@@ -103,7 +103,10 @@ pub struct ConnectionValue<A> {
     pub checked: u32,
     /// [`state`].
     pub state: u8,
-    pub pad2: [u8; 3],
+    pub pad2: u8,
+    /// Of a flow that needs masquerade, in its main pair: the port it was given; 0: none yet. A hint, which is why no seal covers it:
+    /// if the pair that masquerades is evicted, the flow asks for this port again.
+    pub given: Be16,
 }
 
 impl<A: Address> ConnectionValue<A> {

@@ -85,18 +85,22 @@ fn tcp_is_established_by_the_openers_answer() {
     assert_eq!(world.reasons(), []);
 }
 
+/// Sequence and acknowledgement; the table does not look at checksums.
+fn number_frame(frame: &mut [u8], sequence: u32, acknowledgement: u32) {
+    let tcp = super::packet::payload_at(frame);
+    frame[tcp + 4..tcp + 8].copy_from_slice(&sequence.to_be_bytes());
+    frame[tcp + 8..tcp + 12].copy_from_slice(&acknowledgement.to_be_bytes());
+}
+
 /// Who forged the SYN never saw the answer: an acknowledgement of another number establishes nothing.
 #[test]
 fn a_blind_acknowledgement_establishes_nothing() {
     let Some(mut world) = world("a_blind_acknowledgement_establishes_nothing", Options::default()) else { return };
     for cast in casts() {
         world.service(1, cast.vip, &[cast.backend]);
-        // Sequence and acknowledgement; the table does not look at checksums.
         let numbered = |packet: &Packet, sequence: u32, acknowledgement: u32| {
             let mut frame = packet.frame();
-            let tcp = super::packet::payload_at(&frame);
-            frame[tcp + 4..tcp + 8].copy_from_slice(&sequence.to_be_bytes());
-            frame[tcp + 8..tcp + 12].copy_from_slice(&acknowledgement.to_be_bytes());
+            number_frame(&mut frame, sequence, acknowledgement);
             frame
         };
         let syn = Packet::tcp(cast.client, cast.vip, SYN);
@@ -123,11 +127,31 @@ fn a_blind_acknowledgement_establishes_nothing() {
             assert!(world.rows().iter().all(|row| row.state & !(state::SEEN | state::FIN | state::RST) == 0));
             world.remove(|_| true);
         }
-        // Two answers of different numbers (SYN cookies): which of them the client got is not known.
+        // Answers of different numbers (SYN cookies, which depend on the client's own number): one of the last two, and no other.
+        let numbers = [5_000, 90_000_000, 4_000_000_000, 1_500_000_000];
+        for (answers, right) in [(2, 0), (2, 1), (3, 1), (3, 2), (4, 3)] {
+            world.translate(Hook::Ingress, &syn);
+            for _ in 0..2 {
+                for isn in &numbers[..answers] {
+                    assert!(!run(&mut world, Hook::Egress, &numbered(&syn_ack, *isn, 8)));
+                    // The client's SYN once more takes nothing back.
+                    world.translate(Hook::Ingress, &syn);
+                }
+            }
+            for wrong in [8, 50_000_000, 3_000_000_000].into_iter().chain(numbers[..answers - 2].iter().map(|n| n + 1))
+            {
+                assert!(!run(&mut world, Hook::Ingress, &numbered(&ack, 8, wrong)), "{answers} {wrong}");
+            }
+            let isn = numbers[right];
+            assert!(run(&mut world, Hook::Ingress, &numbered(&ack, 8, isn.wrapping_add(1))), "{answers} {isn}");
+            world.remove(|_| true);
+        }
+        // A peer that refused: nothing is there to be acknowledged.
         world.translate(Hook::Ingress, &syn);
-        assert!(!run(&mut world, Hook::Egress, &numbered(&syn_ack, 5000, 8)));
-        assert!(!run(&mut world, Hook::Egress, &numbered(&syn_ack, 90_000_000, 8)));
-        assert!(run(&mut world, Hook::Ingress, &numbered(&ack, 8, 5001)));
+        world.translate(Hook::Egress, &Packet::tcp(cast.backend, cast.client, RST | ACK));
+        for _ in 0..2 {
+            assert!(!run(&mut world, Hook::Ingress, &numbered(&ack, 8, 1)));
+        }
         world.remove(|_| true);
         // Masqueraded: both pairs, each by what its own answer said.
         world.device(role::OUTWARD);
@@ -187,7 +211,8 @@ fn the_packet_that_establishes_may_also_end() {
     }
 }
 
-/// 20 established flows, maps of 512, and 5 000 SYNs from everywhere.
+/// 20 established flows, maps of 512, and 5 000 SYNs from everywhere; backends answer some, twice and with another number each time, and
+/// get blind acknowledgements.
 #[test]
 fn a_syn_flood_evicts_no_established_flow() {
     let options = Options { half_open: 512, established: 512, ..Options::default() };
@@ -203,20 +228,30 @@ fn a_syn_flood_evicts_no_established_flow() {
         for n in 0..5_000_u32 {
             let mut source = cast.client;
             source.set_port(1024 + (n % 40_000) as u16);
-            let mut syn = Packet::opening(if n % 3 == 0 { UDP } else { TCP }, source, cast.vip);
-            let mut frame = syn.frame();
+            let open = Packet::opening(if n % 3 == 0 { UDP } else { TCP }, source, cast.vip);
             // Random enough for the low bytes of the address; the checksum does not matter to the table.
-            let end = if cast.v6 { 14 + 23 } else { 14 + 15 };
-            frame[end] = (n >> 8) as u8;
-            frame[end - 1] = n as u8;
-            assert_eq!(world.run(Hook::Ingress, &frame).0, NEXT);
-            if n % 5 == 0 {
-                // Blind ACKs, too.
-                syn = Packet::tcp(source, cast.vip, ACK);
-                let mut frame = syn.frame();
+            let (of_source, of_destination) = if cast.v6 { (14 + 23, 14 + 39) } else { (14 + 15, 14 + 19) };
+            let mut run = |hook, packet: &Packet, end: usize, numbers: Option<[u32; 2]>| {
+                let mut frame = packet.frame();
                 frame[end] = (n >> 8) as u8;
                 frame[end - 1] = n as u8;
-                assert_eq!(world.run(Hook::Ingress, &frame).0, NEXT);
+                if let Some([sequence, acknowledgement]) = numbers {
+                    number_frame(&mut frame, sequence, acknowledgement);
+                }
+                assert_eq!(world.run(hook, &frame).0, NEXT);
+            };
+            run(Hook::Ingress, &open, of_source, None);
+            if n % 5 == 0 {
+                let ack = Packet::tcp(source, cast.vip, ACK);
+                run(Hook::Ingress, &ack, of_source, None);
+                if n % 3 != 0 {
+                    let answer = Packet::tcp(cast.backend, source, SYN | ACK);
+                    for isn in [0x1000_0000, 0x2000_0000] {
+                        run(Hook::Egress, &answer, of_destination, Some([isn + n, 1]));
+                        run(Hook::Ingress, &open, of_source, None);
+                    }
+                    run(Hook::Ingress, &ack, of_source, Some([1, 0x3000_0000]));
+                }
             }
         }
         let half_open = world.rows().iter().filter(|row| !row.established).count();
@@ -444,30 +479,81 @@ fn an_evicted_half_is_put_back() {
     }
 }
 
-/// The whole masquerade pair is gone: the flow asks for another, and a port in the range is the same again.
+/// The masquerade pair is gone, or its half at egress and the client speaks first: the flow asks for its port again, one that is in the
+/// range by itself and one that it was given.
 #[test]
 fn an_evicted_masquerade_is_asked_for_again() {
     let Some(mut world) = world("an_evicted_masquerade_is_asked_for_again", Options::default()) else { return };
+    let mut repaired = 0;
     for cast in casts() {
         world.service(1, cast.vip, &[cast.backend]);
-        for proto in PROTOS {
-            let client = at(cast.client, 23_456);
+        for (proto, client) in PROTOS.into_iter().flat_map(|p| [(p, at(cast.client, 23_456)), (p, cast.client)]) {
             let seen = masquerade(&mut world, proto, client, cast.vip, cast.node);
-            assert_eq!(seen.port(), 23_456);
+            assert_eq!(seen.port() == client.port(), client.port() == 23_456);
             let ahead = if proto == TCP { Packet::tcp(client, cast.vip, ACK) } else { Packet::udp(client, cast.vip) };
-            for both in [true, false] {
+            let back = ahead.between(cast.backend, seen);
+            for (both, main) in [(true, None), (false, None), (true, Some(Hook::Ingress)), (true, Some(Hook::Egress))] {
+                if let Some(half) = main {
+                    // A half of the main pair, too: put back, it still knows the port.
+                    let evict =
+                        |world: &mut World, half| assert_eq!(world.remove(|row| row.part() == (false, half)), 1);
+                    let age = |world: &mut World| {
+                        world.edit(|_| true, Some(&|notes| *notes.checked = notes.checked.wrapping_sub(3)));
+                    };
+                    evict(&mut world, half);
+                    age(&mut world);
+                    if half == Hook::Ingress {
+                        world.expect(Hook::Egress, &back.to(client), &back.between(cast.vip, client));
+                    } else {
+                        world.expect(Hook::Ingress, &ahead, &ahead.to(cast.backend));
+                        // From the half that was put back, the other one again.
+                        evict(&mut world, Hook::Ingress);
+                        age(&mut world);
+                        world.expect(Hook::Egress, &back.to(client), &back.between(cast.vip, client));
+                        repaired += 1;
+                    }
+                    repaired += 1;
+                }
                 // One half, and the client speaks first; or both.
                 let lost = world.remove(|row| row.is(flags::MASQUERADE) && (both || row.hook == Hook::Egress));
                 assert_eq!(lost, if both { 2 } else { 1 });
                 world.edit(|_| true, Some(&|notes| *notes.checked = notes.checked.wrapping_sub(3)));
                 world.expect(Hook::Ingress, &ahead, &ahead.to(cast.backend));
                 world.expect(Hook::Egress, &ahead.to(cast.backend), &ahead.between(seen, cast.backend));
-                masqueraded_answer(&mut world, &ahead.between(cast.backend, seen), client, cast.vip);
+                masqueraded_answer(&mut world, &back, client, cast.vip);
+                repaired += 1;
+                assert_eq!(world.reason(Reason::PairRepaired), repaired);
             }
             world.remove(|_| true);
         }
     }
     assert_eq!(world.reason(Reason::MasqueradeExhausted), 0);
+}
+
+/// Evicted, and another flow has the port by now: this one gets another, and is not counted as repaired.
+#[test]
+fn a_port_that_is_taken_is_not_given_again() {
+    let Some(mut world) = world("a_port_that_is_taken_is_not_given_again", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for proto in PROTOS {
+            let seen = masquerade(&mut world, proto, cast.client, cast.vip, cast.node);
+            assert_eq!(world.remove(|row| row.is(flags::MASQUERADE)), 2);
+            let rival = SocketAddr::new(cast.router, seen.port());
+            assert_eq!(masquerade(&mut world, proto, rival, cast.vip, cast.node), seen);
+            world.edit(|_| true, Some(&|notes| *notes.checked = notes.checked.wrapping_sub(3)));
+            let (client, vip) = (cast.client, cast.vip);
+            let ahead = if proto == TCP { Packet::tcp(client, vip, ACK) } else { Packet::udp(client, vip) };
+            let back = |seen| ahead.between(cast.backend, seen);
+            world.expect(Hook::Ingress, &ahead, &ahead.to(cast.backend));
+            let (moved, _) = world.translate(Hook::Egress, &ahead.to(cast.backend));
+            assert!(moved.ip() == cast.node && moved != seen, "{moved}");
+            masqueraded_answer(&mut world, &back(moved), client, vip);
+            masqueraded_answer(&mut world, &back(seen), rival, vip);
+            world.remove(|_| true);
+        }
+    }
+    assert_eq!(world.reason(Reason::PairRepaired), 0);
 }
 
 /// A masquerade port whose claim was evicted may be another flow's by now: whoever lost it leaves it.

@@ -273,7 +273,6 @@ fn pick<A: Header>(packet: &Packet<A>, from: usize, value: &mut ConnectionValue<
             value.other = packet.sport;
             value.service = service;
             value.pad = [0; 3];
-            value.pad2 = [0; 3];
             // A pod that reaches itself must not see its own address as the sender (contract A70).
             value.flags = if masquerade || target.addr == packet.src { flags::NEEDS_MASQUERADE } else { 0 };
             PICKED
@@ -393,7 +392,6 @@ fn yields<A: Header>(
     value.service = found.service;
     value.flags = flags::DIRECT;
     value.pad = [0; 3];
-    value.pad2 = [0; 3];
     true
 }
 
@@ -407,19 +405,26 @@ fn egress<A: Header>(
 ) -> i32 {
     let Some(hit) = table::find(key, value) else { return NEXT };
     if value.flags & flags::PENDING != 0 {
-        return masquerade(ctx, l3, packet, key, value.service);
+        return masquerade(ctx, l3, packet, key, value);
     }
     hit.note(ctx, key, value, packet);
     apply(ctx, l3, packet, End::Source, value)
 }
 
-/// First packet of a flow to be masqueraded, now that its device is known: gives it an address and a port of the node.
+/// First packet of a flow to be masqueraded, now that its device is known: gives it an address and a port of the node; the port that it
+/// had before its entries were evicted, if the request names one and it is still to be had.
 #[inline(never)]
-fn masquerade<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &ConnectionKey<A>, service: u32) -> i32 {
+fn masquerade<A: Header>(
+    ctx: &TcContext,
+    l3: u32,
+    packet: &Packet<A>,
+    key: &ConnectionKey<A>,
+    request: &ConnectionValue<A>,
+) -> i32 {
     let skb = ctx.as_ptr().cast::<__sk_buff>();
     // SAFETY: the context is live.
     let ifindex = unsafe { (*skb).ifindex };
-    let Some(Work { value, key: reverse_key, found: reverse, .. }) = Room::Masquerade.work::<A>() else {
+    let Some(Work { value, key: reverse_key, spare_key, found: reverse, .. }) = Room::Masquerade.work::<A>() else {
         return TC_ACT_SHOT;
     };
     // SAFETY: copied at once; addresses of a device change rarely, and a torn one only costs this flow.
@@ -432,22 +437,33 @@ fn masquerade<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Con
         count::reason(Reason::NoMasqueradeAddress);
         return TC_ACT_SHOT;
     }
+    let (service, given) = (request.service, request.port);
     let (min, max) = (globals::masquerade_port_min(), globals::masquerade_port_max());
     let kept = packet.sport.to_host();
-    let port = if kept >= min && kept <= max { packet.sport } else { random_port() };
-    value.port = port;
+    value.port = if given != Be16(0) {
+        given
+    } else if kept >= min && kept <= max {
+        packet.sport
+    } else {
+        random_port()
+    };
     value.other = packet.dport;
     value.service = service;
     value.flags = flags::MASQUERADE;
     value.pad = [0; 3];
-    value.pad2 = [0; 3];
     let mut tries = 0;
     while tries < MASQUERADE_TRIES {
         tries += 1;
         // Any free port will do; when those get rare, ports of flows that are over. The packet's own may be this flow's already.
         let look = tries == 1 || tries > MASQUERADE_TRIES - 4;
         match table::claim_masquerade(key, value, reverse_key, reverse, look) {
-            Ok(true) => return apply(ctx, l3, packet, End::Source, value),
+            Ok(true) => {
+                if value.port == given {
+                    count::reason(Reason::PairRepaired);
+                }
+                table::void(table::note_given(key, value.port, reverse_key, spare_key, reverse));
+                return apply(ctx, l3, packet, End::Source, value);
+            }
             // The last ones side by side: in a small range all are looked at.
             Ok(false) => value.port = if tries > MASQUERADE_TRIES - 4 { next_port(value.port) } else { random_port() },
             Err(()) => {

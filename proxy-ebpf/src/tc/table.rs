@@ -9,6 +9,7 @@ use aya_ebpf::{
     programs::TcContext,
 };
 use proxy_common::{
+    Be16,
     connection::{ConnectionKey, ConnectionValue, flags, hook, pair, state},
     counters::Reason,
     proto,
@@ -182,8 +183,9 @@ fn is_forward<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> 
 impl<A: Header> Hit<A> {
     /// Notes a packet on this entry, moves the flow on to established where it is due, looks after its pair.
     ///
-    /// The notes go into an element that could have been recycled since the seal was checked; then another flow's idle time or
-    /// state is off until its own next packet, and no rewrite ever depends on that.
+    /// The notes go into an element that could have been recycled since the seal was checked. So it is looked at once more just
+    /// before; what is left is a few instructions wide, and then another flow's idle time or state is off, on which no
+    /// rewrite ever depends.
     #[inline(always)]
     pub(crate) fn note(
         &self,
@@ -209,10 +211,10 @@ impl<A: Header> Hit<A> {
         // SAFETY: a live map value (see above for recycling); each store is one aligned word or byte. Unchanged notes are
         // not stored, to leave the cache line to its readers.
         unsafe {
-            if seen != value.state {
-                (&raw mut (*self.live).state).write_volatile(seen);
-            }
-            if now != value.seen {
+            if (seen != value.state || now != value.seen) && is_still(self.live, value) {
+                if seen != value.state {
+                    (&raw mut (*self.live).state).write_volatile(seen);
+                }
                 (&raw mut (*self.live).seen).write_volatile(now);
             }
         }
@@ -227,7 +229,7 @@ impl<A: Header> Hit<A> {
             if due && value.flags & flags::PENDING == 0 {
                 void(confirm(ctx, key, value, packet));
             } else if !forward && packet.is_syn_ack() {
-                void(number(ctx, packet, value, self.live));
+                void(number(ctx, packet, key, value, self.live));
             }
         } else if now.wrapping_sub(value.checked) > 1 {
             // SAFETY: as above.
@@ -235,6 +237,17 @@ impl<A: Header> Hit<A> {
             void(repair(key, value));
         }
     }
+}
+
+/// Whether the element still holds the entry that was copied to `value`.
+///
+/// # Safety
+///
+/// `live` is a live map value.
+#[inline(always)]
+unsafe fn is_still<A: Header>(live: *const ConnectionValue<A>, value: &ConnectionValue<A>) -> bool {
+    // SAFETY: by the contract; an aligned word.
+    unsafe { (&raw const (*live).seal).read_volatile() == value.seal }
 }
 
 /// Whether both rewrite alike.
@@ -249,42 +262,55 @@ fn tcp_number<A: Header>(ctx: &TcContext, packet: &Packet<A>, offset: u32) -> Op
     if packet.kind != kind::WHOLE { None } else { load::<u32>(ctx, packet.l4 + offset).map(u32::from_be) }
 }
 
-/// Notes in the answer's half-open entry what acknowledges this SYN-ACK.
+/// Notes in the answer's half-open entry what acknowledges this SYN-ACK. A peer that answers with another number than before (SYN
+/// cookies, which depend on the opener's own number) moves that one on to the opener's entry: the last two count.
 #[inline(never)]
 fn number<A: Header>(
     ctx: &TcContext,
     packet: &Packet<A>,
+    key: &ConnectionKey<A>,
     value: &ConnectionValue<A>,
     live: *mut ConnectionValue<A>,
 ) -> Void {
     let Some(sequence) = tcp_number(ctx, packet, 4) else { return VOID };
     let wanted = sequence.wrapping_add(1);
-    let noted = if value.state & state::NUMBERED == 0 {
-        state::NUMBERED
-    } else if value.checked != wanted {
-        state::RENUMBERED
-    } else {
-        return VOID;
-    };
+    let mut noted = state::NUMBERED;
+    if value.state & state::NUMBERED != 0 {
+        if value.checked == wanted {
+            return VOID;
+        }
+        let Some(Work { key: opener_key, found, .. }) = Room::Confirm.work::<A>() else { return VOID };
+        void(put_pair_key(key, value, opener_key));
+        let Some(Hit { live: opener, established: false }) = find(opener_key, found) else { return VOID };
+        // SAFETY: as for the other notes.
+        unsafe { (&raw mut (*opener).checked).write_volatile(value.checked) };
+        noted |= state::RENUMBERED;
+    }
     // SAFETY: as for the other notes; the number goes before the word that it is there.
     unsafe {
-        (&raw mut (*live).checked).write_volatile(wanted);
-        (&raw mut (*live).state).write_volatile(value.state | noted);
+        if is_still(live, value) {
+            (&raw mut (*live).checked).write_volatile(wanted);
+            (&raw mut (*live).state).write_volatile(value.state | noted);
+        }
     }
     VOID
 }
 
 /// Whether the opener's packet acknowledges what the peer sent: its SYN-ACK, and data behind it if the first acknowledgement was lost. Where
-/// the peer's number is not known, any does.
+/// the peer's number is not known (a pair that was put back in mid-flow), any does, unless the peer refused.
 #[inline(always)]
-fn acknowledges<A: Header>(ctx: &TcContext, packet: &Packet<A>, answer: &ConnectionValue<A>) -> bool {
-    if answer.state & (state::NUMBERED | state::RENUMBERED) != state::NUMBERED {
-        return true;
+fn acknowledges<A: Header>(
+    ctx: &TcContext,
+    packet: &Packet<A>,
+    opener: &ConnectionValue<A>,
+    answer: &ConnectionValue<A>,
+) -> bool {
+    if answer.state & state::NUMBERED == 0 {
+        return answer.state & state::RST == 0;
     }
-    match tcp_number(ctx, packet, 8) {
-        Some(number) => number.wrapping_sub(answer.checked) < FIRST_WINDOW,
-        None => true,
-    }
+    let Some(number) = tcp_number(ctx, packet, 8) else { return false };
+    number.wrapping_sub(answer.checked) < FIRST_WINDOW
+        || answer.state & state::RENUMBERED != 0 && number.wrapping_sub(opener.checked) < FIRST_WINDOW
 }
 
 /// Moves a pair to the established map, if its other side has spoken: with this packet, for UDP.
@@ -300,7 +326,7 @@ fn confirm<A: Header>(ctx: &TcContext, key: &ConnectionKey<A>, value: &Connectio
     } else if !is_same(found, reverse) || !answered && found.state & state::SEEN == 0 {
         // Another flow's by now: two CPUs opened at once, or one half was evicted and the client went on elsewhere.
         return VOID;
-    } else if !answered && !acknowledges(ctx, packet, found) {
+    } else if !answered && !acknowledges(ctx, packet, value, found) {
         return VOID;
     } else {
         reverse.state = found.state & !(state::NUMBERED | state::RENUMBERED);
@@ -319,13 +345,14 @@ fn confirm<A: Header>(ctx: &TcContext, key: &ConnectionKey<A>, value: &Connectio
     VOID
 }
 
-/// Puts back the half of an established pair that was evicted, and for a masqueraded flow the request for its other pair.
+/// Puts back the half of an established pair that was evicted, and for a masqueraded flow the request for its other pair, with the port
+/// that it had.
 #[inline(never)]
 fn repair<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void {
     let Some(Work { key: other_key, value: other, found, .. }) = Room::Confirm.work::<A>() else { return VOID };
     void(put_pair(key, value, other_key, other));
     let now = clock::now_secs();
-    let mut masquerade = false;
+    let (mut masquerade, mut given) = (false, Be16(0));
     if peek(other_key, found) == 0 {
         other.seen = now;
         other.checked = now;
@@ -342,9 +369,11 @@ fn repair<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void
     if key.hook == hook::INGRESS && value.flags & flags::NEEDS_MASQUERADE != 0 {
         *other_key = masquerade_key(key, value);
         masquerade = peek(other_key, found) == 0;
+        given = value.given;
     }
-    if masquerade && request_masquerade(other_key, other, value.service).is_ok() {
-        count::reason(Reason::PairRepaired);
+    if masquerade {
+        // Whether that saves the flow is for the egress hook to say.
+        let _ = request_masquerade(other_key, other, value.service, given);
     }
     VOID
 }
@@ -355,14 +384,16 @@ fn masquerade_key<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>)
     ConnectionKey::new(hook::EGRESS, key.proto, key.src, value.other, value.addr, value.port)
 }
 
-/// Asks the egress hook to masquerade: only there is the device known, and with it the source address (contract A75).
+/// Asks the egress hook to masquerade: only there is the device known, and with it the source address (contract A75). `given` is the
+/// port that the flow had before, or 0.
 #[inline(always)]
 fn request_masquerade<A: Header>(
     key: &ConnectionKey<A>,
     room: &mut ConnectionValue<A>,
     service: u32,
+    given: Be16,
 ) -> Result<(), i32> {
-    *room = ConnectionValue { service, flags: flags::PENDING | flags::MASQUERADE, ..Default::default() };
+    *room = ConnectionValue { service, port: given, flags: flags::PENDING | flags::MASQUERADE, ..Default::default() };
     void(freshen(key, room));
     A::half_open().insert(key, &*room, BPF_ANY.into())
 }
@@ -374,6 +405,8 @@ pub(crate) fn freshen<A: Header>(key: &ConnectionKey<A>, value: &mut ConnectionV
     value.seen = now;
     value.checked = now;
     value.state = state::SEEN;
+    value.pad2 = 0;
+    value.given = Be16(0);
     value.seal = value.seal_for(key);
     VOID
 }
@@ -403,6 +436,31 @@ pub(crate) fn is_over<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue
         return idle > if established { TCP_ESTABLISHED } else { TCP_HALF_OPEN };
     }
     idle > if established { UDP_ESTABLISHED } else { UDP_HALF_OPEN }
+}
+
+/// Notes in the main pair of the flow that `key` (egress) masquerades which port it was given. `pair_key`, `other_key` and `found` are
+/// room.
+#[inline(never)]
+pub(crate) fn note_given<A: Header>(
+    key: &ConnectionKey<A>,
+    given: Be16,
+    pair_key: &mut ConnectionKey<A>,
+    other_key: &mut ConnectionKey<A>,
+    found: &mut ConnectionValue<A>,
+) -> Void {
+    *pair_key = ConnectionKey::new(hook::EGRESS, key.proto, key.dst, key.dport, key.src, key.sport);
+    let Some(hit) = find(pair_key, found) else { return VOID };
+    if found.flags & (flags::NEEDS_MASQUERADE | flags::PENDING) != flags::NEEDS_MASQUERADE {
+        return VOID;
+    }
+    // SAFETY: as for the other notes; an aligned half-word.
+    unsafe { (&raw mut (*hit.live).given).write_volatile(given) };
+    void(put_pair_key(pair_key, found, other_key));
+    if let Some(hit) = find(other_key, found) {
+        // SAFETY: as above.
+        unsafe { (&raw mut (*hit.live).given).write_volatile(given) };
+    }
+    VOID
 }
 
 #[inline(never)]
@@ -465,7 +523,7 @@ pub(crate) fn open<A: Header>(
     let mut entered = A::half_open().insert(key, &*value, BPF_ANY.into()).is_ok();
     if entered && value.flags & flags::NEEDS_MASQUERADE != 0 {
         *pair_key = masquerade_key(key, value);
-        entered = request_masquerade(pair_key, pair_value, value.service).is_ok();
+        entered = request_masquerade(pair_key, pair_value, value.service, Be16(0)).is_ok();
     }
     if entered {
         return Ok(true);
