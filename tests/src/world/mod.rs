@@ -451,6 +451,18 @@ fn counters() -> Result<Vec<(String, u64)>> {
 pub const SERVICE_CIDR_V4: &str = "10.96.0.0/16";
 pub const SERVICE_CIDR_V6: &str = "fd00:96::/112";
 
+/// Addresses that lead to the cluster from outside: of load balancers, and external IPs. They are no node's.
+pub const EXTERNAL_CIDR_V4: &str = "203.0.113.0/24";
+pub const EXTERNAL_CIDR_V6: &str = "2001:db8:203::/112";
+
+/// The Nth address of those, in a family.
+pub fn external(family: Family, n: u8) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::new(203, 0, 113, n).into(),
+        Family::V6 => Ipv6Addr::new(0x2001, 0xdb8, 0x203, 0, 0, 0, 0, n.into()).into(),
+    }
+}
+
 /// `10.96.0.N`
 pub fn vip4(n: u8) -> IpAddr {
     Ipv4Addr::new(10, 96, 0, n).into()

@@ -17,7 +17,12 @@ pub fn service(name: &str) -> Service {
         name: name.to_owned(),
         cluster_ips: Vec::new(),
         ports: Vec::new(),
+        kind: "ClusterIP",
         internal_local: false,
+        external_local: false,
+        external_ips: Vec::new(),
+        ingress: Vec::new(),
+        source_ranges: Vec::new(),
         annotations: Vec::new(),
     }
 }
@@ -27,7 +32,12 @@ pub struct Service {
     name: String,
     cluster_ips: Vec<IpAddr>,
     ports: Vec<Value>,
+    kind: &'static str,
     internal_local: bool,
+    external_local: bool,
+    external_ips: Vec<IpAddr>,
+    ingress: Vec<Value>,
+    source_ranges: Vec<String>,
     annotations: Vec<(String, String)>,
 }
 
@@ -49,28 +59,98 @@ impl Service {
         self
     }
 
+    /// The NodePort of the port added last; the Service is at least of that type.
+    pub fn node_port(mut self, number: u16) -> Self {
+        if let Some(port) = self.ports.last_mut().and_then(Value::as_object_mut) {
+            port.insert("nodePort".to_owned(), number.into());
+        }
+        if self.kind == "ClusterIP" {
+            self.kind = "NodePort";
+        }
+        self
+    }
+
+    /// `externalTrafficPolicy: Local`
+    pub fn external_local(mut self) -> Self {
+        self.external_local = true;
+        self
+    }
+
+    /// What a load balancer has given; ipMode VIP.
+    pub fn load_balancer(self, ips: &[IpAddr]) -> Self {
+        self.ingress(ips.iter().map(|ip| json!({"ip": ip, "ipMode": "VIP"})).collect())
+    }
+
+    /// `status.loadBalancer.ingress` as given.
+    pub fn ingress(mut self, ingress: Vec<Value>) -> Self {
+        self.kind = "LoadBalancer";
+        self.ingress = ingress;
+        self
+    }
+
+    pub fn source_ranges(mut self, ranges: &[&str]) -> Self {
+        self.source_ranges = ranges.iter().map(|&range| range.to_owned()).collect();
+        self
+    }
+
+    pub fn external_ips(mut self, ips: &[IpAddr]) -> Self {
+        self.external_ips = ips.to_vec();
+        self
+    }
+
     pub fn annotation(mut self, key: &str, value: &str) -> Self {
         self.annotations.push((key.to_owned(), value.to_owned()));
         self
     }
 
     pub fn json(self) -> Value {
-        let Self { name, cluster_ips, ports, internal_local, annotations } = self;
+        let Self {
+            name,
+            cluster_ips,
+            ports,
+            kind,
+            internal_local,
+            external_local,
+            external_ips,
+            ingress,
+            source_ranges,
+            annotations,
+        } = self;
+        let policy = |local| if local { "Local" } else { "Cluster" };
+        let from_outside = kind != "ClusterIP" || !external_ips.is_empty();
         let families: Vec<&str> = cluster_ips.iter().map(|ip| if ip.is_ipv4() { "IPv4" } else { "IPv6" }).collect();
         let annotations: serde_json::Map<String, Value> = annotations.into_iter().map(|(k, v)| (k, v.into())).collect();
-        json!({
+        let mut object = json!({
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"namespace": "default", "name": name, "uid": format!("uid-{name}"), "annotations": annotations},
             "spec": {
-                "type": "ClusterIP",
+                "type": kind,
                 "clusterIP": cluster_ips.first().map_or("None".to_owned(), IpAddr::to_string),
                 "clusterIPs": cluster_ips.iter().map(IpAddr::to_string).collect::<Vec<_>>(),
                 "ipFamilies": families,
                 "ports": ports,
-                "internalTrafficPolicy": if internal_local { "Local" } else { "Cluster" },
+                "internalTrafficPolicy": policy(internal_local),
             },
-        })
+        });
+        // As the API server has it: fields that mean nothing here are not there.
+        if let Some(spec) = object.pointer_mut("/spec").and_then(Value::as_object_mut) {
+            if from_outside {
+                spec.insert("externalTrafficPolicy".to_owned(), policy(external_local).into());
+            }
+            if !external_ips.is_empty() {
+                spec.insert("externalIPs".to_owned(), json!(external_ips));
+            }
+            if !source_ranges.is_empty() {
+                spec.insert("loadBalancerSourceRanges".to_owned(), json!(source_ranges));
+            }
+        }
+        if !ingress.is_empty()
+            && let Some(fields) = object.as_object_mut()
+        {
+            fields.insert("status".to_owned(), json!({"loadBalancer": {"ingress": ingress}}));
+        }
+        object
     }
 }
 

@@ -6,6 +6,7 @@
 //! | outside, by tunnel | 192.168.78.100 | fd00:78::100 |
 //! | pods of node N | 10.244.N.0/24, from .10 | fd00:244:N::/64, from ::a |
 //! | Services | 10.96.0.0/16 | fd00:96::/112 |
+//! | load balancers and external IPs | 203.0.113.0/24 | 2001:db8:203::/112 |
 
 use std::{
     collections::BTreeMap,
@@ -17,7 +18,10 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::{Namespace, Node, Place, SERVICE_CIDR_V4, SERVICE_CIDR_V6, Spec, Topology, layout::Layout, tunnel::Tunnel};
+use super::{
+    EXTERNAL_CIDR_V4, EXTERNAL_CIDR_V6, Namespace, Node, Place, SERVICE_CIDR_V4, SERVICE_CIDR_V6, Spec, Topology,
+    layout::Layout, tunnel::Tunnel,
+};
 
 pub(super) struct Built {
     pub(super) nodes: Vec<Node>,
@@ -79,7 +83,9 @@ fn build_tunnels(nodes: &[Node], outside: &Place) -> Result<Vec<Tunnel>> {
          addr add {TUNNEL4}/32 dev tun1\n\
          addr add {TUNNEL6}/128 dev tun1 nodad\n\
          route replace {SERVICE_CIDR_V4} dev tun1 src {TUNNEL4}\n\
-         route replace {SERVICE_CIDR_V6} dev tun1 src {TUNNEL6} metric 1\n"
+         route replace {SERVICE_CIDR_V6} dev tun1 src {TUNNEL6} metric 1\n\
+         route replace {EXTERNAL_CIDR_V4} dev tun1 src {TUNNEL4}\n\
+         route replace {EXTERNAL_CIDR_V6} dev tun1 src {TUNNEL6} metric 1\n"
     ))?;
     entry.1.ip(&format!(
         "link set tun0 up\n\
@@ -171,8 +177,8 @@ fn build_sink(underlay: &Namespace, layout: &Layout) -> Result<Namespace> {
             set leaks6 {{ type ipv6_addr . ipv6_addr . inet_proto; flags dynamic; size 4096; }}
             chain incoming {{
                 type filter hook prerouting priority raw;
-                ip daddr {SERVICE_CIDR_V4} add @leaks4 {{ ip saddr . ip daddr . meta l4proto }} drop
-                ip6 daddr {SERVICE_CIDR_V6} add @leaks6 {{ ip6 saddr . ip6 daddr . meta l4proto }} drop
+                ip daddr {{ {SERVICE_CIDR_V4}, {EXTERNAL_CIDR_V4} }} add @leaks4 {{ ip saddr . ip daddr . meta l4proto }} drop
+                ip6 daddr {{ {SERVICE_CIDR_V6}, {EXTERNAL_CIDR_V6} }} add @leaks6 {{ ip6 saddr . ip6 daddr . meta l4proto }} drop
             }}
         }}"
     ))?;
@@ -194,15 +200,16 @@ const FLANNEL: &str = "
         }
     }";
 
-/// A host of the underlay that knows the Services' networks, by way of node1, and nothing else of the cluster (contract A51).
+/// A host of the underlay that knows the Services' networks and those of load balancers, by way of node1, and nothing else of the cluster (contract A51).
 fn build_outside(underlay: &Namespace, layout: &Layout) -> Result<Place> {
     let namespace = Namespace::create(&layout.namespace("outside"))?;
     plug(underlay, &namespace, "to-outside", OUTSIDE)?;
+    let (entry4, entry6) = (underlay4(1), underlay6(1));
     namespace.ip(&format!(
-        "route add {SERVICE_CIDR_V4} via {}\n\
-         route add {SERVICE_CIDR_V6} via {}\n",
-        underlay4(1),
-        underlay6(1)
+        "route add {SERVICE_CIDR_V4} via {entry4}\n\
+         route add {SERVICE_CIDR_V6} via {entry6}\n\
+         route add {EXTERNAL_CIDR_V4} via {entry4}\n\
+         route add {EXTERNAL_CIDR_V6} via {entry6}\n"
     ))?;
     let cgroup = make_cgroup(&layout.cgroups().join("outside"))?;
     Ok(Place {
