@@ -158,7 +158,8 @@ pub fn pair<A: Address>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> (
     (k, v)
 }
 
-/// Key of the fragment map: later fragments carry no ports, the first one's are remembered here.
+/// Key of the fragment map: later fragments carry no ports, the first one's are remembered here. `proto` is what all fragments of a
+/// packet tell: for IPv6 the fragment header's next, which may be one more extension header.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(C)]
 pub struct FragmentKey<A> {
@@ -177,6 +178,11 @@ pub struct FragmentKey<A> {
 pub struct FragmentValue {
     pub sport: Be16,
     pub dport: Be16,
+    /// Second of the connection table's clock at which the first fragment came: identifications are used again.
+    pub seen: u32,
+    /// Of the transport header.
+    pub proto: u8,
+    pub pad: [u8; 3],
 }
 
 const _: () = assert!(size_of::<ConnectionKey<Ipv4Be>>() == 16);
@@ -185,6 +191,7 @@ const _: () = assert!(size_of::<ConnectionValue<Ipv4Be>>() == 32);
 const _: () = assert!(size_of::<ConnectionValue<Ipv6Be>>() == 44);
 const _: () = assert!(size_of::<FragmentKey<Ipv4Be>>() == 16);
 const _: () = assert!(size_of::<FragmentKey<Ipv6Be>>() == 40);
+const _: () = assert!(size_of::<FragmentValue>() == 12);
 pod!(
     ConnectionKey<Ipv4Be>,
     ConnectionKey<Ipv6Be>,

@@ -62,14 +62,16 @@ pub enum Reason {
     NotRemembered = 16,
     /// A later fragment for an address of ours whose first one was refused, dropped or not seen; dropped.
     StrayFragment = 17,
-    /// A new flow from an address that sends none: the loopback network, or one of ours; dropped.
+    /// Asks for an address of ours from one that asks nothing: of the loopback network, or one of ours; dropped.
     Martian = 18,
     /// A refusal beyond the rate; the packet was dropped in silence.
     RejectLimited = 19,
+    /// For an address of ours, untranslated, and about to leave the node; dropped.
+    Unserved = 20,
 }
 
 impl Reason {
-    pub const COUNT: usize = 20;
+    pub const COUNT: usize = 21;
 
     pub const ALL: [Self; Self::COUNT] = [
         Self::Rejected,
@@ -92,6 +94,7 @@ impl Reason {
         Self::StrayFragment,
         Self::Martian,
         Self::RejectLimited,
+        Self::Unserved,
     ];
 
     /// Name in metrics and in the CLI.
@@ -117,6 +120,7 @@ impl Reason {
             Self::StrayFragment => "stray_fragment",
             Self::Martian => "martian",
             Self::RejectLimited => "reject_limited",
+            Self::Unserved => "unserved",
         }
     }
 
@@ -136,6 +140,7 @@ impl Reason {
                 | Self::StrayFragment
                 | Self::Martian
                 | Self::RejectLimited
+                | Self::Unserved
         )
     }
 }

@@ -85,7 +85,7 @@ pub(crate) fn guard<A: Family>(addr: A, origin: usize) -> Choice<A> {
     }
 }
 
-/// Whether `addr` is one of ours: every address that has a frontend has a guard. One look-up, for what is only counted.
+/// Whether `addr` is a ClusterIP: each has a guard. One look-up.
 #[inline(never)]
 pub(crate) fn is_guarded<A: Family>(addr: A) -> bool {
     A::frontends().get_ptr(FrontendKey::guard(addr)).is_some()
@@ -160,7 +160,7 @@ fn drop<A>(service: u32) -> Choice<A> {
 
 #[inline(always)]
 fn refuse<A>(service: u32) -> Choice<A> {
-    count::reason(Reason::Rejected);
+    // Whoever refuses counts the reason: a packet that cannot be told so counts under another one.
     count::refused(service);
     Choice::Refuse
 }

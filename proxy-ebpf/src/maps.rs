@@ -91,9 +91,16 @@ pub(crate) static SERVICE_COUNTERS: PerCpuHashMap<u32, ServiceCounters, 65_536, 
 #[btf_map(name = "reasons")]
 pub(crate) static REASONS: PerCpuArray<u64, { Reason::COUNT }> = PerCpuArray::new();
 
-/// One word: until when the refusals that this CPU sent keep it busy, in nanoseconds of the monotonic clock. Writer: programs.
+/// Until when the refusals that this CPU sent keep it busy, in nanoseconds of the monotonic clock: those of TCP (0), all others (1), and
+/// from [`refusals::SENDERS`] on those to the senders of one digest. Writer: programs.
 #[btf_map(name = "refusals")]
-pub(crate) static REFUSALS: PerCpuArray<u64, 1> = PerCpuArray::new();
+pub(crate) static REFUSALS: PerCpuArray<u64, { refusals::SENDERS as usize + 256 }> = PerCpuArray::new();
+
+pub(crate) mod refusals {
+    pub(crate) const SENDERS: u32 = 2;
+    /// The rate of one sender is this part of the whole.
+    pub(crate) const SHARES: u64 = 10;
+}
 
 /// What is being worked on, see `tc::table::Room`. Writer and reader: the program that runs on this CPU.
 #[btf_map(name = "work_v4")]

@@ -131,7 +131,8 @@ const fn meaning(reason: Reason) -> &'static str {
             "a VIP could not be noted down for a socket: the connection works, but shows its backend"
         }
         Reason::StrayFragment => "a fragment for a VIP whose first part was refused, dropped or not seen",
-        Reason::Martian => "a new flow from a loopback address or from a VIP",
+        Reason::Martian => "to a VIP from a loopback address or from a VIP",
+        Reason::Unserved => "to a VIP, by nobody translated, and about to leave the node",
         Reason::RejectLimited => "more refusals than are sent in a second; the packet was dropped silently",
         Reason::RemapExhausted => "no source port left for a flow whose reply tuple was taken",
     }

@@ -82,23 +82,32 @@ fn fragments_of_what_was_refused_are_dropped() {
             assert_eq!(world.run(Hook::Ingress, &later).0, DROP);
             stray += 2;
         }
-        for proto in [TCP, UDP, 50] {
-            let packet = if proto == 50 {
-                Packet::other(cast.client.ip(), cast.vip2.ip(), 50)
-            } else {
-                Packet::opening(proto, cast.client, cast.vip2)
-            };
+        let (mut unknown, echo) = (world.reason(Reason::UnknownFragment), if cast.v6 { 128 } else { 8 });
+        for (packet, followed) in [
+            (Packet::udp(cast.client, cast.vip2), 1),
+            (Packet::other(cast.client.ip(), cast.vip2.ip(), 50), 0),
+            (Packet::icmp(cast.client.ip(), cast.vip2.ip(), echo, 0, b""), 0),
+        ] {
             let (_, later) = fragments(&packet, 0x4600);
-            assert_eq!(world.run(Hook::Ingress, &later).0, DROP, "{proto}");
+            assert_eq!(world.run(Hook::Ingress, &later).0, DROP, "{packet:?}");
             stray += 1;
-            // The hook that answers pass has no say in it.
-            world.untouched(Hook::Egress, &later);
+            // Only what is translated is followed: a large ping's later parts lack nothing.
+            unknown += followed;
+            assert_eq!(world.reason(Reason::UnknownFragment), unknown, "{packet:?}");
         }
+        let ping = Packet::icmp(cast.client.ip(), cast.backend.ip(), echo, 0, b"");
+        world.untouched(Hook::Ingress, &fragments(&ping, 0x4601).1);
+        assert_eq!(world.reason(Reason::UnknownFragment), unknown);
         assert_eq!(world.reason(Reason::StrayFragment), stray);
-        // Another proxy's TCP flow goes on, in pieces, too; so does what is not for us.
+        // Another proxy's TCP flow goes on, in pieces and in any order, too; so does what is not for us. What nobody translates
+        // ends where it would leave the node.
         let (first, later) = fragments(&Packet::tcp(cast.client, cast.vip, ACK), 0x4700);
-        world.untouched(Hook::Ingress, &first);
-        world.untouched(Hook::Ingress, &later);
+        for fragment in [&later, &first, &later] {
+            world.untouched(Hook::Ingress, fragment);
+            world.device(role::OUTWARD);
+            assert_eq!(world.run(Hook::Egress, fragment).0, DROP);
+            world.device(role::POD);
+        }
         for proto in PROTOS {
             let (first, later) = fragments(&Packet::opening(proto, cast.client, cast.backend), 0x4800);
             world.untouched(Hook::Ingress, &later);
@@ -107,6 +116,52 @@ fn fragments_of_what_was_refused_are_dropped() {
         }
         assert_eq!(world.reason(Reason::StrayFragment), stray);
     }
+}
+
+/// Sixteen bits come round soon: a first fragment speaks for what comes within seconds.
+#[test]
+fn an_old_first_fragment_speaks_for_no_later_one() {
+    let Some(mut world) = world("an_old_first_fragment_speaks_for_no_later_one", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let open = Packet::udp(cast.client, cast.vip).with_payload(&[0x5a; 3000]);
+        let (first, later) = (open.fragment(0, 1480), open.fragment(1480, 2960));
+        let through = hex(&open.to(cast.backend).fragment(1480, 2960));
+        for (age, follows) in [(0, true), (29, true), (32, false)] {
+            world.run(Hook::Ingress, &first);
+            world.age_fragments(age);
+            let (verdict, out) = world.run(Hook::Ingress, &later);
+            assert_eq!((verdict, hex(&out)), (NEXT, if follows { through.clone() } else { hex(&later) }), "{age}");
+        }
+    }
+    assert_eq!(world.reason(Reason::UnknownFragment), 2);
+}
+
+/// Destination options may stand behind the fragment header: only the first fragment has them, the others tell that they come next.
+#[test]
+fn extension_headers_behind_the_fragment_header() {
+    let Some(mut world) = world("extension_headers_behind_the_fragment_header", Options::default()) else { return };
+    let [_, cast] = casts();
+    world.service(1, cast.vip, &[cast.backend]);
+    world.datapath.guard(cast.vip.ip(), 1);
+    for proto in PROTOS {
+        let open = Packet::opening(proto, cast.client, cast.vip).with_payload(&[0x5a; 3000]);
+        let fragments = |packet: &Packet| {
+            let next = packet.proto();
+            let options = [next, 0, 1, 4, 0, 0, 0, 0];
+            let behind = [&options[..], &packet.transport()].concat();
+            let told = Packet::other(packet.src.ip(), packet.dst.ip(), 60).with_payload(&behind);
+            [(0, 1480), (1480, 2960)].map(|(from, to)| told.fragment(from, to))
+        };
+        for (frame, expected) in fragments(&open).iter().zip(fragments(&open.to(cast.backend))) {
+            world.expect_frame(Hook::Ingress, frame, &expected);
+        }
+        let answer = open.between(cast.backend, cast.client);
+        for (frame, expected) in fragments(&answer).iter().zip(fragments(&answer.from(cast.vip))) {
+            world.expect_frame(Hook::Egress, frame, &expected);
+        }
+    }
+    assert_eq!(world.reasons(), []);
 }
 
 #[test]

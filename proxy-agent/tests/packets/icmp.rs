@@ -2,12 +2,12 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use proxy_common::device::role;
+use proxy_common::{counters::Reason, device::role};
 
 use super::{
     flows::masquerade,
     packet::{ACK, Body, Packet, Sums, payload_at, sums},
-    world::{Hook, NEXT, Options, PROTOS, World, at, casts, hex, world},
+    world::{DROP, Hook, NEXT, Options, PROTOS, World, at, casts, hex, world},
 };
 
 /// The quoted packet's ends and the error's, told apart from its transport checksum, which nobody corrects.
@@ -186,6 +186,38 @@ fn errors_about_a_masqueraded_flow_are_translated_twice() {
     let ack = Packet::tcp(casts()[0].client, casts()[0].vip, ACK);
     assert_eq!(world.run(Hook::Ingress, &ack.frame()).0, NEXT);
     assert_eq!(world.reasons(), []);
+}
+
+/// Another proxy's flow, while this one takes over: its answers leave under the VIP, and "fragmentation needed" comes back to it. That proxy
+/// translates it, if it gets it.
+#[test]
+fn errors_about_another_proxys_answers_go_to_it() {
+    let Some(mut world) = world("errors_about_another_proxys_answers_go_to_it", Options::default()) else { return };
+    let mut failed = 0;
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.datapath.guard(cast.vip.ip(), 1);
+        for role in [role::POD, role::OUTWARD] {
+            world.device(role);
+            for kind in kinds(cast.v6) {
+                for proto in PROTOS {
+                    let quoted = Packet::answer(proto, cast.vip, cast.client);
+                    let about = error(cast.router, cast.vip.ip(), *kind, &quoted, 4000);
+                    world.untouched(Hook::Ingress, &about.frame());
+                    world.untouched(Hook::Egress, &about.frame());
+                    // Of a packet that the VIP did not send it is told nothing.
+                    let about = error(cast.router, cast.vip.ip(), *kind, &quoted.from(cast.backend2), 4000);
+                    assert_eq!(world.run(Hook::Ingress, &about.frame()).0, DROP);
+                    failed += 1;
+                }
+                let quoted = Packet::other(cast.vip.ip(), cast.client.ip(), 132).with_payload(&[7; 40]);
+                let about = error(cast.router, cast.vip.ip(), *kind, &quoted, 4000);
+                assert_eq!(world.run(Hook::Ingress, &about.frame()).0, DROP);
+                failed += 1;
+            }
+        }
+    }
+    assert_eq!(world.reasons(), [(Reason::RejectFailed.name(), failed)]);
 }
 
 /// [`tell`] for what another hook translated before: its quote carries the first transport checksum.

@@ -1,7 +1,15 @@
 //! Refusing, dropping, guarding addresses, origins.
 
-use std::net::{IpAddr, SocketAddr};
+use std::{
+    net::{IpAddr, SocketAddr},
+    thread,
+    time::{Duration, Instant},
+};
 
+use nix::{
+    sched::{CpuSet, sched_getaffinity, sched_setaffinity},
+    unistd::Pid,
+};
 use proxy_common::{
     counters::Reason,
     device::role,
@@ -11,7 +19,7 @@ use proxy_common::{
 use super::{
     packet::{ACK, Packet, SYN, Sums, sums},
     support::Spec,
-    world::{BOUNCE, Cast, DROP, Hook, Options, PROTOS, TCP, World, at, casts, hex, usual, world},
+    world::{BOUNCE, Cast, DROP, Hook, Options, PROTOS, TCP, UDP, World, at, casts, hex, usual, world},
 };
 
 /// What must come back for `refused`: an ICMP port unreachable from the VIP, `quote` bytes of the packet in it.
@@ -143,13 +151,16 @@ fn what_must_not_be_answered_is_dropped() {
             }
         }
         // An error about an error.
-        let quoted = Packet::tcp(cast.vip, cast.client, SYN).frame();
+        let quoted = Packet::tcp(at(cast.backend, 9), cast.client, SYN).frame();
         for kind in if cast.v6 { 1..=4 } else { 11..=12 } {
             let error = Packet::icmp(cast.router, cast.vip.ip(), kind, 0, &quoted[14..]);
             assert_eq!(world.run(Hook::Ingress, &error.frame()).0, DROP, "type {kind}");
+            failed += 1;
         }
         assert_eq!(world.reason(Reason::RejectFailed), failed);
     }
+    // What was dropped counts once, under the reason that it was dropped for.
+    assert_eq!(world.reasons(), [(Reason::RejectFailed.name(), world.reason(Reason::RejectFailed))]);
 }
 
 #[test]
@@ -208,6 +219,52 @@ fn a_guarded_address_refuses_what_no_frontend_claims() {
         world.untouched(Hook::Ingress, &Packet::other(cast.client.ip(), cast.backend.ip(), 132).frame());
         world.untouched(Hook::Egress, &Packet::other(cast.client.ip(), cast.vip.ip(), 132).frame());
     }
+}
+
+/// Whatever nobody translated: the node's own ping, its TCP and UDP with `--socket-lb=off`, a piece of another proxy's flow that this one did
+/// not know either. None of it goes to the default gateway (contract A50).
+#[test]
+fn nothing_for_a_guarded_address_leaves_the_node() {
+    let Some(mut world) = world("nothing_for_a_guarded_address_leaves_the_node", Options::default()) else { return };
+    let mut unserved = 0;
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.datapath.guard(cast.vip.ip(), 1);
+        let node = SocketAddr::new(cast.node, 5000);
+        let all = |to: SocketAddr| {
+            let big = Packet::udp(node, to).with_payload(&[1; 2000]);
+            [
+                Packet::icmp(node.ip(), to.ip(), if cast.v6 { 128 } else { 8 }, 0, b"ping").frame(),
+                Packet::other(node.ip(), to.ip(), 132).with_payload(&[7; 40]).frame(),
+                Packet::tcp(node, to, SYN).frame(),
+                Packet::tcp(node, to, ACK).frame(),
+                Packet::udp(node, at(to, 99)).frame(),
+                big.fragment(0, 1480),
+                big.fragment(1480, 2008),
+                big.fragment(1480, 2000),
+            ]
+        };
+        for role in [Some(role::OUTWARD), Some(role::OVERLAY), None] {
+            match role {
+                Some(role) => world.device(role),
+                None => world.device_with(None),
+            }
+            for frame in all(cast.vip) {
+                assert_eq!(world.run(Hook::Egress, &frame).0, DROP, "{role:?} {}", hex(&frame));
+                unserved += 1;
+                assert_eq!(world.reason(Reason::Unserved), unserved);
+            }
+            for frame in all(cast.backend).into_iter().chain(all(cast.vip2)) {
+                world.untouched(Hook::Egress, &frame);
+            }
+        }
+        // A container may have such an address itself.
+        world.device(role::POD);
+        for frame in all(cast.vip) {
+            world.untouched(Hook::Egress, &frame);
+        }
+    }
+    assert_eq!(world.reasons(), [(Reason::Unserved.name(), unserved)]);
 }
 
 /// One verdict for each origin: the device tells which holds.
@@ -275,19 +332,21 @@ fn new_flows_from_our_own_addresses_and_from_loopback_are_dropped() {
                         dropped += 1;
                     }
                 }
-                let past = Packet::opening(proto, loopback, cast.backend);
-                assert_eq!(world.run(Hook::Ingress, &past.frame()).0, DROP);
-                dropped += 1;
-                // Through a node that only passes it on, an answer of another node's may come by.
-                let past = Packet::opening(proto, forged, cast.backend);
-                if role == role::POD {
-                    assert_eq!(world.run(Hook::Ingress, &past.frame()).0, DROP);
-                    dropped += 1;
-                } else {
-                    world.untouched(Hook::Ingress, &past.frame());
-                }
                 assert_eq!(world.reason(Reason::Martian), dropped);
+                // What is for others is none of our business: a node or a pod may route for others, and pass on another node's answers.
+                for from in [loopback, forged] {
+                    world.untouched(Hook::Ingress, &Packet::opening(proto, from, cast.backend).frame());
+                }
             }
+            // Nor is it answered over another protocol.
+            for from in [loopback.ip(), forged.ip()] {
+                let ping = Packet::icmp(from, cast.vip.ip(), if cast.v6 { 128 } else { 8 }, 0, b"ping");
+                for packet in [ping, Packet::other(from, cast.vip.ip(), 132), Packet::other(from, cast.vip.ip(), 50)] {
+                    assert_eq!(world.run(Hook::Ingress, &packet.with_payload(&[7; 40]).frame()).0, DROP);
+                    dropped += 1;
+                }
+            }
+            assert_eq!(world.reason(Reason::Martian), dropped);
         }
         assert_eq!(world.rows(), []);
         // Our own answers, with the VIP as their source, leave as ever.
@@ -300,40 +359,95 @@ fn new_flows_from_our_own_addresses_and_from_loopback_are_dropped() {
     assert_eq!(world.reasons(), [(Reason::Martian.name(), dropped)]);
 }
 
-/// A flood of what is refused becomes no flood of refusals: beyond the rate packets are dropped in silence.
+/// A flood of what is refused becomes no flood of refusals: beyond the rate packets are dropped in silence. Who is behind the
+/// flood is held back before others are, and UDP leaves TCP its half.
 #[test]
 fn refusals_are_limited() {
-    let options = Options { refusals: 20, ..Options::default() };
-    let Some(mut world) = world("refusals_are_limited", options) else { return };
+    const RATE: u32 = 200;
+    let Some(mut world) = world("refusals_are_limited", Options { refusals: RATE, ..Options::default() }) else {
+        return;
+    };
     // Each CPU has a rate of its own.
-    let mut here = nix::sched::CpuSet::new();
-    here.set(0).unwrap();
-    nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &here).unwrap();
+    let _pinned = Pinned::here();
     let [v4, v6] = casts();
     world.service(7, v4.vip, &[]);
     world.service(8, v6.vip, &[]);
-    let ask = |packets: u32, world: &mut World| {
+    // How many of `clients` by turns are refused, and the most that may be: of a second's worth at once, and what time adds to it.
+    let (mut asked, begun) = (0, Instant::now());
+    let mut ask = |world: &mut World, proto: u8, clients: &[(&Cast, SocketAddr)], packets: usize, per_second: u32| {
         let mut refused = 0;
         for n in 0..packets {
-            let cast = if n % 2 == 0 { &v4 } else { &v6 };
-            match world.run(Hook::Ingress, &Packet::opening(TCP, cast.client, cast.vip).frame()).0 {
+            let (cast, client) = clients[n % clients.len()];
+            match world.run(Hook::Ingress, &Packet::opening(proto, client, cast.vip).frame()).0 {
                 BOUNCE => refused += 1,
                 verdict => assert_eq!(verdict, DROP),
             }
         }
-        refused
+        asked += packets as u64;
+        let most = per_second + 2 + (begun.elapsed().as_secs_f64() * f64::from(RATE / 2)) as u32;
+        assert!((per_second..=most).contains(&refused), "{refused}, not {per_second} to {most}");
+        assert_eq!(world.reason(Reason::Rejected) + world.reason(Reason::RejectLimited), asked, "each counts once");
+        assert_eq!(world.counters(7).refused + world.counters(8).refused, asked);
+        world.reason(Reason::RejectLimited)
     };
-    let started = std::time::Instant::now();
-    let refused = ask(400, &mut world);
-    // A second's worth at once, both families together, and what time adds to it.
-    let most = 20 + 2 + (started.elapsed().as_secs_f64() * 20.0) as u32;
-    assert!((20..=most).contains(&refused), "{refused}, at most {most}");
-    assert_eq!(world.reason(Reason::RejectLimited), u64::from(400 - refused));
-    assert_eq!(world.reason(Reason::Rejected), 400, "what is refused in silence counts as refused as well");
-    std::thread::sleep(std::time::Duration::from_millis(500));
-    let refused = ask(200, &mut world);
-    assert!((8..=15).contains(&refused), "half a second's worth: {refused}");
+    // A noisy one is held back for itself, whatever it asks over.
+    let limited = ask(&mut world, UDP, &[(&v4, v4.client)], 400, RATE / 10);
+    assert_eq!(ask(&mut world, UDP, &[(&v6, v6.client)], 20, 20), limited, "another one is not");
+    // Many are held back together.
+    let many: Vec<_> = (0..64_u8).map(|n| (&v4, SocketAddr::from(([10, 244, 3, n], 5000)))).collect();
+    ask(&mut world, UDP, &many, 800, RATE / 2 - 40);
+    // Over TCP none of that shows.
+    let others: Vec<_> = (0..64_u8).map(|n| (&v4, SocketAddr::from(([10, 244, 4, n], 5000)))).collect();
+    ask(&mut world, TCP, &others, 800, RATE / 2);
+    // Time gives back.
+    let (started, before) = (Instant::now(), world.reason(Reason::Rejected));
+    thread::sleep(Duration::from_millis(300));
+    for n in 0..800 {
+        world.run(Hook::Ingress, &Packet::opening(TCP, others[n % 64].1, v4.vip).frame());
+    }
+    let least = (f64::from(RATE / 2) * 0.3) as u64;
+    let most = 3 + (f64::from(RATE / 2) * started.elapsed().as_secs_f64()) as u64;
+    let refused = world.reason(Reason::Rejected) - before;
+    assert!((least..=most).contains(&refused), "{refused}, not {least} to {most}");
     // What has a backend is not held up.
     world.service(7, v4.vip, &[v4.backend]);
     world.establish(TCP, v4.client, v4.vip);
+}
+
+/// What cannot be answered takes nothing from those who can.
+#[test]
+fn what_is_not_answered_spares_the_rate() {
+    let Some(mut world) = world("what_is_not_answered_spares_the_rate", Options { refusals: 20, ..Options::default() })
+    else {
+        return;
+    };
+    let _pinned = Pinned::here();
+    let [cast, _] = casts();
+    world.service(7, cast.vip, &[]);
+    for n in 0..200_u16 {
+        let nobody = SocketAddr::from(([224, 0, n as u8, 1], 1));
+        assert_eq!(world.run(Hook::Ingress, &Packet::udp(nobody, cast.vip).frame()).0, DROP);
+    }
+    assert_eq!(world.reasons(), [(Reason::RejectFailed.name(), 200)]);
+    assert_eq!(world.run(Hook::Ingress, &Packet::udp(cast.client, cast.vip).frame()).0, BOUNCE);
+}
+
+/// Keeps this thread on the CPU where it is, for a time: the next test may run on this thread.
+struct Pinned(CpuSet);
+
+impl Pinned {
+    fn here() -> Self {
+        let before = sched_getaffinity(Pid::from_raw(0)).unwrap();
+        let first = (0..CpuSet::count()).find(|cpu| before.is_set(*cpu).unwrap()).unwrap();
+        let mut here = CpuSet::new();
+        here.set(first).unwrap();
+        sched_setaffinity(Pid::from_raw(0), &here).unwrap();
+        Self(before)
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        sched_setaffinity(Pid::from_raw(0), &self.0).unwrap();
+    }
 }

@@ -16,7 +16,7 @@ use aya::{
 };
 use proxy_common::{
     Address, Be16, Ipv4Be, Ipv6Be,
-    connection::{ConnectionKey, ConnectionValue, flags, hook, state},
+    connection::{ConnectionKey, ConnectionValue, FragmentKey, FragmentValue, flags, hook, state},
     counters::{Reason, ServiceCounters},
     device::{DeviceValue, role},
     frontend::{origin, verdict},
@@ -403,6 +403,23 @@ impl World {
                 *notes.checked = notes.checked.wrapping_sub(seconds);
             }),
         );
+    }
+
+    /// Makes the first fragments that are remembered older.
+    pub(crate) fn age_fragments(&mut self, seconds: u32) {
+        self.age_fragments_of::<Ipv4Be>("fragments_v4", seconds);
+        self.age_fragments_of::<Ipv6Be>("fragments_v6", seconds);
+    }
+
+    fn age_fragments_of<A>(&mut self, name: &str, seconds: u32)
+    where
+        FragmentKey<A>: aya::Pod,
+    {
+        let mut map: HashMap<&mut MapData, FragmentKey<A>, FragmentValue> =
+            HashMap::try_from(self.datapath.ebpf.map_mut(name).unwrap()).unwrap();
+        for (key, value) in map.iter().map(Result::unwrap).collect::<Vec<_>>() {
+            map.insert(key, FragmentValue { seen: value.seen.wrapping_sub(seconds), ..value }, 0).unwrap();
+        }
     }
 
     pub(crate) fn remove(&mut self, which: impl Fn(&Row) -> bool) -> usize {

@@ -2,6 +2,7 @@
 
 use aya_ebpf::{macros::cgroup_sock_addr, programs::SockAddrContext};
 use proxy_common::{
+    counters::Reason,
     frontend::{FrontendKey, origin},
     proto,
 };
@@ -57,7 +58,10 @@ fn connect<V: View>(view: &V) -> i32 {
         // a TCP one learns at once what it would learn after its retries.
         Choice::Drop { service } if service != 0 => fail(if proto == proto::TCP { ETIMEDOUT } else { EPERM }),
         // The frontend could not be read (service 0), or has nobody to serve it.
-        Choice::Drop { .. } | Choice::Refuse => {
+        choice @ (Choice::Drop { .. } | Choice::Refuse) => {
+            if matches!(choice, Choice::Refuse) {
+                count::reason(Reason::Rejected);
+            }
             log::refused(view.ctx(), proto, (vip.addr, vip.port));
             fail(ECONNREFUSED)
         }

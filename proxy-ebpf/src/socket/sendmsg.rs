@@ -187,7 +187,11 @@ fn pick<V: View>(view: &V, key: &FrontendKey<V::Addr>, origin: usize, cookie: u6
             Choice::Pass => return PASS,
             // As for `connect`: pods meet the drop per packet, the node's own processes see what netfilter's OUTPUT gives.
             Choice::Drop { service } if service != 0 => return if origin == origin::POD { PASS } else { fail(EPERM) },
-            Choice::Drop { .. } | Choice::Refuse => return fail(ECONNREFUSED),
+            Choice::Drop { .. } => return fail(ECONNREFUSED),
+            Choice::Refuse => {
+                count::reason(Reason::Rejected);
+                return fail(ECONNREFUSED);
+            }
         }
     }
     PASS

@@ -7,7 +7,7 @@
 use aya_ebpf::{EbpfContext as _, helpers::generated::bpf_skb_store_bytes, programs::TcContext};
 use proxy_common::{
     Address, Be16, checksum,
-    connection::{ConnectionKey, flags, hook},
+    connection::{ConnectionKey, ConnectionValue, flags, hook},
     proto,
 };
 
@@ -17,7 +17,7 @@ use super::{
     table::{self, Room},
 };
 use crate::{
-    count,
+    count, lookup,
     maps::{Packet, Work},
 };
 
@@ -69,15 +69,43 @@ fn store<T: Copy>(ctx: &TcContext, offset: u32, value: &T) -> Result<(), ()> {
     })
 }
 
-/// Translates an ICMP error, if it is about a flow of ours. `Ok(false)`: it is not.
+/// The error is about no flow of ours.
+pub(crate) const NO_FLOW: u32 = 0;
+pub(crate) const TRANSLATED: u32 = 1;
+/// About no flow of ours, but what it quotes was sent under a VIP: an answer that another proxy translated, which does the same
+/// with this.
+pub(crate) const ABOUT_A_VIP: u32 = 2;
+/// The kernel did not let us.
+pub(crate) const FAILED: u32 = 3;
+
+/// Translates an ICMP error, if it is about a flow of ours. Says what came of it.
 #[inline(never)]
-pub(crate) fn translate<A: Header>(ctx: &TcContext, l3: u32, outer: &Packet<A>, at_hook: u8) -> Result<bool, ()> {
-    let Some(Work { key, found: value, .. }) = Room::Icmp.work::<A>() else { return Ok(false) };
-    let inner_l3 = outer.l4 + 8;
-    let inner_l4 = quoted(ctx, inner_l3, at_hook, key);
-    if inner_l4 == 0 || table::peek(key, value) == 0 || value.flags & flags::PENDING != 0 {
-        return Ok(false);
+pub(crate) fn translate<A: Header>(ctx: &TcContext, l3: u32, outer: &Packet<A>, at_hook: u8) -> u32 {
+    let Some(Work { key, found: value, .. }) = Room::Icmp.work::<A>() else { return NO_FLOW };
+    let inner_l4 = quoted(ctx, outer.l4 + 8, at_hook, key);
+    if inner_l4 == 0 {
+        return NO_FLOW;
     }
+    if table::peek(key, value) == 0 || value.flags & flags::PENDING != 0 {
+        return if lookup::is_guarded(key.dst) { ABOUT_A_VIP } else { NO_FLOW };
+    }
+    match rewrite(ctx, l3, outer, (at_hook, inner_l4), key, value) {
+        Ok(()) => TRANSLATED,
+        Err(()) => FAILED,
+    }
+}
+
+/// Puts into the error and into its quote, whose transport header is at `inner_l4`, what the flow's entry says.
+#[inline(always)]
+fn rewrite<A: Header>(
+    ctx: &TcContext,
+    l3: u32,
+    outer: &Packet<A>,
+    (at_hook, inner_l4): (u8, u32),
+    key: &ConnectionKey<A>,
+    value: &ConnectionValue<A>,
+) -> Result<(), ()> {
+    let inner_l3 = outer.l4 + 8;
     // Which address of the quoted packet changes, and the ports it has then.
     let (old, inner_end, ports) = if at_hook == hook::INGRESS {
         (key.dst, End::Source, (value.port, value.other))
@@ -111,5 +139,5 @@ pub(crate) fn translate<A: Header>(ctx: &TcContext, l3: u32, outer: &Packet<A>, 
     if value.flags & flags::MASQUERADE == 0 {
         count::packet(value.service, ctx.len());
     }
-    Ok(true)
+    Ok(())
 }

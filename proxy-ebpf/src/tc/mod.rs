@@ -104,15 +104,15 @@ fn family<A: Header, const HOOK: u8>(ctx: &TcContext, l3: u32) -> i32 {
     }
     if packet.kind == kind::ICMP_ERROR {
         match icmp::translate(ctx, l3, packet, HOOK) {
-            Ok(true) => return NEXT,
-            Ok(false) => {}
-            Err(()) => {
+            icmp::NO_FLOW => {}
+            icmp::TRANSLATED | icmp::ABOUT_A_VIP => return NEXT,
+            _ => {
                 count::reason(Reason::RewriteFailed);
                 return TC_ACT_SHOT;
             }
         }
     }
-    if HOOK == hook::INGRESS { carry_out(ctx, l3, packet, other(packet)) } else { NEXT }
+    if HOOK == hook::INGRESS { carry_out(ctx, l3, packet, other(packet)) } else { leave(ctx, packet) }
 }
 
 /// Refuses if that is the verdict. Here and not where it is decided: the refusal needs the stack that the decision took.
@@ -130,9 +130,32 @@ fn other<A: Header>(packet: &Packet<A>) -> i32 {
     }
     match lookup::guard(packet.dst, origin::EXTERNAL) {
         Choice::Pass | Choice::Backend { .. } => NEXT,
-        // An error about an error is never sent (RFC 1122, 3.2.2).
-        Choice::Refuse if packet.kind != kind::ICMP_ERROR => REFUSE,
+        Choice::Refuse if is_martian(packet) == 0 => REFUSE,
         Choice::Refuse | Choice::Drop { .. } => TC_ACT_SHOT,
+    }
+}
+
+/// What leaves a device untranslated. Whoever translates in the stack has done so by now: a VIP as its destination would take it to the
+/// default gateway (contract A50). Only a pod may have such an address, for reasons of its own.
+#[inline(never)]
+fn leave<A: Header>(ctx: &TcContext, packet: &Packet<A>) -> i32 {
+    if !lookup::is_guarded(packet.dst) || device(ctx).0 == origin::POD {
+        return NEXT;
+    }
+    count::reason(Reason::Unserved);
+    TC_ACT_SHOT
+}
+
+/// Where what comes in by this device comes from; of a pod's link, one more than the number of its network namespace.
+#[inline(always)]
+fn device(ctx: &TcContext) -> (usize, u32) {
+    let skb = ctx.as_ptr().cast::<__sk_buff>();
+    // SAFETY: the context is live.
+    let ifindex = unsafe { (*skb).ifindex };
+    // SAFETY: copied at once; a byte and an aligned half-word, neither of which needs the other.
+    match unsafe { DEVICES.get(ifindex) } {
+        Some(device) if device.role == role::POD => (origin::POD, device.netns as u32),
+        _ => (origin::EXTERNAL, 0),
     }
 }
 
@@ -174,8 +197,8 @@ fn ingress<A: Header>(
     new_flow(ctx, l3, packet, key)
 }
 
-/// A packet that belongs to no flow of ours and opens none. A fragment towards an address of ours goes where its first one went: that
-/// was refused or dropped, unless it was TCP of somebody else's flow and no SYN.
+/// A packet that belongs to no flow of ours and opens none. TCP may be of a flow that another proxy translates, in pieces, too; any
+/// other fragment towards an address of ours goes where its first one went, which was refused or dropped.
 #[inline(never)]
 fn stray<A: Header>(packet: &Packet<A>) -> i32 {
     if !lookup::is_guarded(packet.dst) {
@@ -185,20 +208,22 @@ fn stray<A: Header>(packet: &Packet<A>) -> i32 {
         count::reason(Reason::NotASyn);
         return NEXT;
     }
-    if packet.kind == kind::LATER_FRAGMENT && packet.proto == proto::TCP {
+    if packet.proto == proto::TCP {
         return NEXT;
     }
     count::reason(Reason::StrayFragment);
     TC_ACT_SHOT
 }
 
-/// Whether a new flow comes from an address that sends none: the loopback network, or one of ours. On a pod's link the latter is always
-/// forged; elsewhere it may be an answer to a client beyond this node, which is no business of ours unless it is for
-/// an address of ours as well. 1: it does.
+/// Whether what asks for an address of ours comes from one that asks nothing: of the loopback network, or one of ours. Counts it then. Only
+/// asked where we would answer or translate: who passes other traffic on under such an address may have reasons to. 1: it does.
 #[inline(never)]
-fn is_martian<A: Header>(packet: &Packet<A>, from: usize) -> u32 {
-    let ours = || lookup::is_guarded(packet.src) && (from == origin::POD || lookup::is_guarded(packet.dst));
-    u32::from(packet.src.is_loopback() || ours())
+fn is_martian<A: Header>(packet: &Packet<A>) -> u32 {
+    if !packet.src.is_loopback() && !lookup::is_guarded(packet.src) {
+        return 0;
+    }
+    count::reason(Reason::Martian);
+    1
 }
 
 /// Whether this packet starts a new flow where an old one has entries.
@@ -222,18 +247,7 @@ fn reopens<A: Header>(
 
 #[inline(never)]
 fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &ConnectionKey<A>) -> i32 {
-    let skb = ctx.as_ptr().cast::<__sk_buff>();
-    // SAFETY: the context is live.
-    let ifindex = unsafe { (*skb).ifindex };
-    // SAFETY: copied at once; a byte and an aligned half-word, neither of which needs the other.
-    let (from, netns) = match unsafe { DEVICES.get(ifindex) } {
-        Some(device) if device.role == role::POD => (origin::POD, device.netns as u32),
-        _ => (origin::EXTERNAL, 0),
-    };
-    if is_martian(packet, from) != 0 {
-        count::reason(Reason::Martian);
-        return TC_ACT_SHOT;
-    }
+    let (from, netns) = device(ctx);
     let Some(Work { value, key: pair_key, found, .. }) = Room::Enter.work::<A>() else { return TC_ACT_SHOT };
     match pick(packet, from, value) {
         PICKED => {
@@ -244,7 +258,8 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
             }
         }
         PICKED_NOTHING => {
-            if !yields(packet, value, pair_key, found) {
+            // Each datagram would be asked about, and of those from off the node hardly one is beside a Service flow.
+            if packet.proto == proto::UDP && from != origin::POD || !yields(packet, value, pair_key, found) {
                 return NEXT;
             }
         }
@@ -266,6 +281,7 @@ const PICKED_DROP: u32 = 3;
 #[inline(never)]
 fn pick<A: Header>(packet: &Packet<A>, from: usize, value: &mut ConnectionValue<A>) -> u32 {
     match lookup::choose(&FrontendKey::new(packet.dst, packet.dport, packet.proto), from, 0) {
+        Choice::Backend { .. } | Choice::Refuse if is_martian(packet) != 0 => PICKED_DROP,
         Choice::Backend { target, service, masquerade, .. } => {
             count::connection(service);
             value.addr = target.addr;
@@ -403,7 +419,7 @@ fn egress<A: Header>(
     key: &ConnectionKey<A>,
     value: &mut ConnectionValue<A>,
 ) -> i32 {
-    let Some(hit) = table::find(key, value) else { return NEXT };
+    let Some(hit) = table::find(key, value) else { return leave(ctx, packet) };
     if value.flags & flags::PENDING != 0 {
         return masquerade(ctx, l3, packet, key, value);
     }

@@ -16,7 +16,7 @@ use proxy_common::{
 };
 
 use crate::{
-    count,
+    clock, count,
     maps::{Family, Packet, kind},
 };
 
@@ -194,11 +194,12 @@ impl Header for Ipv4Be {
         };
         let fragment = header.fragment.to_host();
         if fragment & FRAGMENT_OFFSET != 0 {
-            return later_fragment(packet, header.id.0 as u32, hook);
+            later_fragment(packet, header.id.0 as u32, hook);
+            return Ok(());
         }
         transport(ctx, packet, ihl == 20)?;
         if fragment & MORE_FRAGMENTS != 0 {
-            first_fragment(packet, header.id.0 as u32, hook);
+            first_fragment(packet, header.proto, header.id.0 as u32, hook);
         }
         Ok(())
     }
@@ -246,7 +247,7 @@ impl Header for Ipv6Be {
             transport(ctx, packet, true)?;
             return Ok(());
         }
-        let (mut id, mut first, mut later) = (0, false, false);
+        let (mut id, mut told, mut first, mut later) = (0, 0, false, false);
         let mut seen = 0;
         while seen < MAX_EXTENSIONS && is_extension(packet.proto) {
             seen += 1;
@@ -260,6 +261,7 @@ impl Header for Ipv6Be {
                 first = offset & 1 != 0 && !later;
                 packet.l4 += 8;
                 packet.proto = next;
+                told = next;
                 if later {
                     break;
                 }
@@ -274,14 +276,15 @@ impl Header for Ipv6Be {
             }
         }
         if later {
-            return later_fragment(packet, id, hook);
+            later_fragment(packet, id, hook);
+            return Ok(());
         }
         if is_extension(packet.proto) {
             return Err(unparsed());
         }
         transport(ctx, packet, false)?;
         if first {
-            first_fragment(packet, id, hook);
+            first_fragment(packet, told, id, hook);
         }
         Ok(())
     }
@@ -355,29 +358,41 @@ fn transport<A: Header>(ctx: &TcContext, packet: &mut Packet<A>, direct: bool) -
 }
 
 #[inline(always)]
-fn fragment_key<A: Header>(packet: &Packet<A>, id: u32, hook: u8) -> FragmentKey<A> {
-    FragmentKey { src: packet.src, dst: packet.dst, id, proto: packet.proto, hook, pad: 0 }
+fn fragment_key<A: Header>(packet: &Packet<A>, proto: u8, id: u32, hook: u8) -> FragmentKey<A> {
+    FragmentKey { src: packet.src, dst: packet.dst, id, proto, hook, pad: 0 }
 }
 
+/// Seconds for which a first fragment speaks for later ones: as long as the kernel waits for them. After that the
+/// identification may be another packet's.
+const FRAGMENT_TIME: u32 = 30;
+
+/// Notes the ports for the packet's later fragments. `told`: the protocol that those tell.
 #[inline(always)]
-fn first_fragment<A: Header>(packet: &Packet<A>, id: u32, hook: u8) {
+fn first_fragment<A: Header>(packet: &Packet<A>, told: u8, id: u32, hook: u8) {
     if packet.kind == kind::WHOLE {
-        let ports = FragmentValue { sport: packet.sport, dport: packet.dport };
+        let Packet { sport, dport, proto, .. } = *packet;
+        let ports = FragmentValue { sport, dport, seen: clock::now_secs(), proto, pad: [0; 3] };
         // An insert that fails costs this datagram's later fragments, which are counted when they come.
-        let _ = A::fragments().insert(fragment_key(packet, id, hook), ports, 0);
+        let _ = A::fragments().insert(fragment_key(packet, told, id, hook), ports, 0);
     }
 }
 
 #[inline(always)]
-fn later_fragment<A: Header>(packet: &mut Packet<A>, id: u32, hook: u8) -> Result<(), Left> {
+fn later_fragment<A: Header>(packet: &mut Packet<A>, id: u32, hook: u8) {
+    packet.kind = kind::LOST_FRAGMENT;
+    // Others are not followed (a ping's), with the first seen or not.
+    if packet.proto != proto::TCP && packet.proto != proto::UDP && (A::VERSION == 4 || !is_extension(packet.proto)) {
+        return;
+    }
     // SAFETY: copied at once; a recycled element could at worst give another datagram's ports, as a lost one would none.
-    let Some(ports) = (unsafe { A::fragments().get(fragment_key(packet, id, hook)) }).copied() else {
-        count::reason(Reason::UnknownFragment);
-        packet.kind = kind::LOST_FRAGMENT;
-        return Ok(());
-    };
-    packet.sport = ports.sport;
-    packet.dport = ports.dport;
-    packet.kind = kind::LATER_FRAGMENT;
-    Ok(())
+    let first = unsafe { A::fragments().get(fragment_key(packet, packet.proto, id, hook)) }.copied();
+    match first {
+        Some(first) if clock::now_secs().wrapping_sub(first.seen) <= FRAGMENT_TIME => {
+            packet.sport = first.sport;
+            packet.dport = first.dport;
+            packet.proto = first.proto;
+            packet.kind = kind::LATER_FRAGMENT;
+        }
+        _ => count::reason(Reason::UnknownFragment),
+    }
 }

@@ -19,7 +19,7 @@ use super::{
 };
 use crate::{
     count, globals,
-    maps::{Packet, REFUSALS, kind},
+    maps::{Packet, REFUSALS, kind, refusals},
 };
 
 /// Most that is quoted of the refused packet, from its IP header on.
@@ -27,35 +27,59 @@ const QUOTE_MAX: u32 = 128;
 const ADJ_ROOM_MAC: u32 = 1;
 const SECOND: u64 = 1_000_000_000;
 
-/// Whether this CPU may send one more refusal: the rate is that of the kernel's own ICMP errors, and what was not sent in a second
-/// may be sent at once. A flood of what is refused shall not become a flood of refusals. Another program on this CPU can
+/// Whether this CPU may send one more refusal to this sender. A flood of what is refused shall not become a flood of refusals, and nobody's
+/// flood shall take others' refusals away. So each sender has a rate of its own (those whose addresses have the same digest share
+/// it), and below the ceiling for all, which is in the order of the kernel's own for ICMP errors, half is TCP's: that is where a refusal
+/// spares a time-out. What was not sent in a second may be sent at once. Another program on this CPU can
 /// come in between at worst, and one more goes out.
 #[inline(always)]
-fn is_allowed() -> bool {
-    let Some(busy) = REFUSALS.get_ptr_mut(0) else { return false };
+fn is_allowed<A: Header>(packet: &Packet<A>) -> bool {
+    let (hi, lo) = packet.src.words();
+    let digest = ((hi ^ lo.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u32;
+    let all = u32::from(packet.proto != proto::TCP);
+    let (Some(all), Some(own)) = (REFUSALS.get_ptr_mut(all), REFUSALS.get_ptr_mut(refusals::SENDERS + digest)) else {
+        return false;
+    };
     // SAFETY: no arguments.
     let now = unsafe { bpf_ktime_get_ns() };
-    // SAFETY: a per-CPU element, one aligned word.
-    let until = unsafe { busy.read_volatile() };
-    let until = if until > now { until } else { now };
-    if until - now > SECOND {
+    // SAFETY: per-CPU elements, one aligned word each.
+    let (busy, own_busy) = unsafe { (later(all.read_volatile(), now), later(own.read_volatile(), now)) };
+    if busy - now > SECOND || own_busy - now > SECOND {
         return false;
     }
     let each = SECOND / globals::refusals_per_second() as u64;
     // SAFETY: as above.
-    unsafe { busy.write_volatile(until + each) };
+    unsafe {
+        all.write_volatile(busy + each * 2);
+        own.write_volatile(own_busy + each * refusals::SHARES);
+    }
     true
 }
 
-/// Turns the packet into its refusal. Returns the verdict.
+#[inline(always)]
+const fn later(one: u64, other: u64) -> u64 {
+    if one > other { one } else { other }
+}
+
+/// Nobody to tell, or nothing to quote: later fragments, errors, groups, the unspecified address (RFC 1122, 3.2.2).
+#[inline(always)]
+fn is_answerable<A: Header>(packet: &Packet<A>) -> bool {
+    let kind = packet.kind == kind::WHOLE || packet.kind == kind::OTHER;
+    kind && packet.src != A::UNSPECIFIED && !is_group(packet.src)
+}
+
+/// Turns the packet into its refusal. Returns the verdict, and counts it under one reason.
 #[inline(never)]
 pub(crate) fn reject<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> i32 {
-    if !is_allowed() {
+    if is_answerable(packet) && !is_allowed(packet) {
         count::reason(Reason::RejectLimited);
         return TC_ACT_SHOT;
     }
     match build(ctx, l3, packet) {
-        Some(verdict) => verdict,
+        Some(verdict) => {
+            count::reason(Reason::Rejected);
+            verdict
+        }
         None => {
             count::reason(Reason::RejectFailed);
             TC_ACT_SHOT
@@ -65,8 +89,7 @@ pub(crate) fn reject<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) ->
 
 #[inline(always)]
 fn build<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<i32> {
-    // Nobody to tell, or nothing to quote (RFC 1122, 3.2.2): later fragments, groups, the unspecified address.
-    if packet.kind == kind::LATER_FRAGMENT || packet.src == A::UNSPECIFIED || is_group(packet.src) {
+    if !is_answerable(packet) {
         return None;
     }
     // As much of the transport header as its checksum field needs: where the sender left it to the device, the
