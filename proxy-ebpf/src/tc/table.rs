@@ -53,7 +53,8 @@ pub(crate) fn void(returned: Void) {
 }
 
 /// Room of the slow path, one for each function that needs some: IPv6 entries do not fit the 512 bytes of stack that a chain
-/// of calls shares. Per CPU: tc programs run with bottom halves off and do not interrupt one another.
+/// of calls shares. Per CPU: tc programs run with bottom halves off and do not interrupt one another. (With PREEMPT_RT they may since
+/// 3253cb49cbad; `check` warns of it.)
 #[derive(Clone, Copy)]
 pub(crate) enum Room {
     Over,
@@ -68,7 +69,8 @@ pub(crate) enum Room {
 impl Room {
     #[inline(always)]
     pub(crate) fn work<A: Header>(self) -> Option<&'static mut Work<A>> {
-        // SAFETY: an element of this CPU's own that only the function named by `self` uses, and none of them re-enters itself.
+        // SAFETY: an element of this CPU's own that only the function named by `self` uses, and none of them re-enters itself. Where
+        // programs of one CPU preempt one another (PREEMPT_RT) words may be another packet's; they are plain integers.
         A::work().get_ptr_mut(self as u32).map(|work| unsafe { &mut *work })
     }
 }

@@ -50,6 +50,7 @@ pub fn probe(options: &Options) -> Vec<Check> {
     let mut checks = vec![embedded(options)];
     checks.extend(capabilities());
     checks.push(kernel());
+    checks.push(preemption(&fs::read_to_string(Path::new(PROC_SYS).join("kernel/version")).unwrap_or_default()));
     checks.push(btf());
     checks.push(bpffs(&options.bpffs));
     if options.socket_lb != SocketLb::Off {
@@ -132,6 +133,19 @@ fn kernel() -> Check {
             "use kernel 5.14 or later with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF, and run with the capabilities above",
         )
     }
+}
+
+/// `version`: what was built, and how (`uname -v`). There softirqs of one CPU may preempt one another (3253cb49cbad), unless it was
+/// built with `PREEMPT_RT_NEEDS_BH_LOCK`, which cannot be seen from here. The per-packet programs work in per-CPU maps.
+fn preemption(version: &str) -> Check {
+    Check::of(
+        "preemption",
+        !version.split_whitespace().any(|word| word == "PREEMPT_RT"),
+        "softirqs of one CPU do not preempt one another",
+        "PREEMPT_RT: packets of one CPU may be worked on at once, and mixed up",
+        "boot a kernel without PREEMPT_RT; one built with CONFIG_PREEMPT_RT_NEEDS_BH_LOCK is fine, too",
+    )
+    .optional()
 }
 
 fn btf() -> Check {
@@ -263,4 +277,17 @@ fn forwarding() -> Check {
         "sysctl -w net.ipv4.ip_forward=1 net.ipv6.conf.all.forwarding=1",
     )
     .optional()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_whose_softirqs_preempt_one_another_is_named() {
+        assert!(preemption("#1 SMP PREEMPT_DYNAMIC Debian 6.12.57-1 (2025-11-05)").ok);
+        assert!(preemption("").ok);
+        let Check { ok, optional, remedy, .. } = preemption("#1 SMP PREEMPT_RT Debian 6.12.57-1 (2025-11-05)");
+        assert!(!ok && optional && !remedy.is_empty());
+    }
 }
