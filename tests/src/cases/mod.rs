@@ -4,6 +4,7 @@
 
 pub mod choice;
 pub mod collisions;
+pub mod external;
 pub mod matrix;
 pub mod packets;
 pub mod refusal;

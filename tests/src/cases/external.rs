@@ -1,0 +1,461 @@
+//! What leads to a Service beside its ClusterIP: NodePorts, load balancers' addresses, external IPs, and the policy on them.
+//!
+//! Every Service here has `b1` on node1 and `b2` on node2 behind it, unless it says otherwise, and answers on TCP 80 and UDP 53;
+//! on the nodes on NodePorts of its own.
+
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, Ipv4Addr, SocketAddr},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use super::{Case, Ground};
+use crate::{
+    pod::socket::Transport,
+    suite::Suite,
+    world::{
+        Ask, Family, Place, World, external,
+        objects::{self, Service},
+        vip4, vip6,
+    },
+};
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+enum Ext {
+    /// External policy Cluster
+    Open = 101,
+    /// External policy Local
+    Local,
+    /// External policy Local; `b2` only: none on node1
+    Elsewhere,
+    /// Nobody
+    Empty,
+    /// Internal policy Local, which means nothing here
+    Internal,
+    /// A load balancer, no node ports
+    NoNodePorts,
+    /// External IPs that are addresses of node1: one on the port that its own server has, one on another
+    Own,
+    /// Whoever asks it: `a1`
+    Hairpin,
+}
+
+impl Ext {
+    const ALL: [Self; 8] = [
+        Self::Open,
+        Self::Local,
+        Self::Elsewhere,
+        Self::Empty,
+        Self::Internal,
+        Self::NoNodePorts,
+        Self::Own,
+        Self::Hairpin,
+    ];
+
+    /// 1, 2, …
+    fn number(self) -> u8 {
+        self as u8 - 100
+    }
+
+    fn node_port(self, transport: Transport) -> u16 {
+        30_000 + 10 * u16::from(self.number()) + u16::from(transport != Transport::Tcp)
+    }
+
+    fn port(transport: Transport) -> u16 {
+        if transport == Transport::Tcp { 80 } else { 53 }
+    }
+
+    fn at_node(self, node: &Place, family: Family, transport: Transport) -> SocketAddr {
+        node.at(family, self.node_port(transport))
+    }
+
+    fn at_load_balancer(self, family: Family, transport: Transport) -> SocketAddr {
+        SocketAddr::new(external(family, self.number()), Self::port(transport))
+    }
+
+    fn at_external_ip(self, family: Family, transport: Transport) -> SocketAddr {
+        SocketAddr::new(external(family, 100 + self.number()), Self::port(transport))
+    }
+
+    /// All ways to it from somewhere that node1 serves.
+    fn ways(self, world: &World, family: Family, transport: Transport) -> [SocketAddr; 3] {
+        let node = &world.node(1).place;
+        [
+            self.at_node(node, family, transport),
+            self.at_load_balancer(family, transport),
+            self.at_external_ip(family, transport),
+        ]
+    }
+
+    fn service(self, world: &World) -> Service {
+        let service = objects::service(&format!("ext-{self:?}").to_lowercase())
+            .cluster_ips(&[vip4(self as u8), vip6(self as u8)]);
+        let ips = |n| Family::BOTH.map(|family| external(family, n));
+        let node = &world.node(1).place;
+        match self {
+            Self::Own => service
+                .port("web", "TCP", 8080)
+                .port("dns", "UDP", 8080)
+                .external_ips(&[node.v4.into(), node.v6.into()]),
+            Self::NoNodePorts => {
+                service.port("web", "TCP", 80).port("dns", "UDP", 53).load_balancer(&ips(self.number()))
+            }
+            _ => {
+                let service = service
+                    .port("web", "TCP", 80)
+                    .node_port(self.node_port(Transport::Tcp))
+                    .port("dns", "UDP", 53)
+                    .node_port(self.node_port(Transport::Udp))
+                    .load_balancer(&ips(self.number()))
+                    .external_ips(&ips(100 + self.number()));
+                match self {
+                    Self::Local | Self::Elsewhere => service.external_local(),
+                    Self::Internal => service.local(),
+                    _ => service,
+                }
+            }
+        }
+    }
+
+    fn objects(self, world: &World) -> Vec<Value> {
+        let name = format!("ext-{self:?}").to_lowercase();
+        let slices = Family::BOTH.map(|family| {
+            let slice = objects::slice(&name, family).port("web", "TCP", 8080).port("dns", "UDP", 8080);
+            let slice = match self {
+                Self::Empty => slice,
+                Self::Elsewhere | Self::Own => slice.endpoint(world.pod("b2")),
+                Self::Hairpin => slice.endpoint(world.pod("a1")),
+                _ => slice.endpoint(world.pod("b1")).endpoint(world.pod("b2")),
+            };
+            slice.json()
+        });
+        [self.service(world).json()].into_iter().chain(slices).collect()
+    }
+}
+
+/// Nodes, Services and slices.
+pub fn objects(world: &World) -> Vec<Value> {
+    let nodes = world.nodes.iter().zip(["zone-a", "zone-b"]).map(|(node, zone)| objects::node(&node.place, zone));
+    nodes.chain(Ext::ALL.iter().flat_map(|ext| ext.objects(world))).collect()
+}
+
+const CASES: [Case; 14] = [
+    ("A64 A77: policy Cluster, all endpoints", open),
+    ("A66 A67 A77: policy Local, from pod and node all endpoints", local_inside),
+    ("A65 A77: policy Local, from outside local endpoints with the true source", local_outside),
+    ("A84: policy Local without local endpoints, silence outside, service inside", elsewhere),
+    ("A65: a pod of another node is outside at this node's address", other_node),
+    ("A77: internal policy Local means nothing here", internal),
+    ("A81 A56: no endpoints, refused", empty),
+    ("A70: a pod reaches itself through every address of its Service", hairpin),
+    ("A54: 127.0.0.1 from the node's own processes, nobody else's", localhost),
+    ("A59: a load balancer without node ports", no_node_ports),
+    ("A57: an external IP of the node itself stays the node's, and that is said", own),
+    ("other ports of the node's addresses are the node's own", untouched),
+    ("A127 A52: NodePorts follow the node's addresses", addresses_change),
+    ("sockets see the address they asked", names),
+];
+
+/// Every case, under names that begin with `group`.
+pub fn all(suite: &mut Suite, group: &str, ground: &Ground<'_>) {
+    for (name, case) in CASES {
+        suite.case(&format!("{group}/{name}"), || {
+            ground.world.leaks()?;
+            case(ground)?;
+            let leaks = ground.world.leaks()?;
+            ensure!(leaks.is_empty(), "packets for Services went to the default route: {leaks:?}");
+            let bad = ground.world.bad_checksums()?;
+            ensure!(bad.is_empty(), "wrong checksums: {bad:?}");
+            Ok(())
+        });
+    }
+}
+
+/// Asks often; exactly these must answer, each having seen one of `sources`.
+fn served(
+    ground: &Ground<'_>,
+    from: &Place,
+    (to, transport): (SocketAddr, Transport),
+    backends: &[&str],
+    sources: &BTreeSet<IpAddr>,
+) -> Result<()> {
+    // With 30 tries a backend of two is missed once in 10^9 runs.
+    let count = if backends.len() > 1 { 30 } else { 4 };
+    let what = format!("{} -> {to} {transport}", from.name);
+    let report = ground.answered(from, &Ask::new(to, transport).times(count))?;
+    let seen: BTreeSet<String> = report.backends().into_keys().collect();
+    let expected: BTreeSet<String> = backends.iter().map(|&backend| backend.to_owned()).collect();
+    ensure!(seen == expected, "{what}: answered by {:?}, expected {expected:?}", report.backends());
+    for one in &report.tries {
+        let peer: SocketAddr = one.answer.as_ref().context("no answer")?.peer.parse()?;
+        ensure!(sources.contains(&peer.ip()), "{what}: the backend saw {peer}, expected one of {sources:?}");
+    }
+    Ok(())
+}
+
+/// By every transport and family, on every way to `ext`.
+fn served_everywhere(ground: &Ground<'_>, from: &Place, ext: Ext, backends: &[&str], masqueraded: bool) -> Result<()> {
+    for family in Family::BOTH {
+        let sources = sources(ground, from, family, masqueraded)?;
+        for transport in Transport::ALL {
+            for to in ext.ways(ground.world, family, transport) {
+                served(ground, from, (to, transport), backends, &sources)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What a backend sees of `from`. Who is translated at connect time needs no masquerade: its own address gets there.
+fn sources(ground: &Ground<'_>, from: &Place, family: Family, masqueraded: bool) -> Result<BTreeSet<IpAddr>> {
+    match from.node {
+        Some(number) if from.is_node() => ground.world.node_addresses(number),
+        Some(number) if masqueraded && ground.per_packet(from) => ground.world.node_addresses(number),
+        None if masqueraded => ground.world.node_addresses(1),
+        _ => Ok(BTreeSet::from([from.ip(family)])),
+    }
+}
+
+fn open(ground: &Ground<'_>) -> Result<()> {
+    for from in ground.origins() {
+        served_everywhere(ground, from, Ext::Open, &["b1", "b2"], true)?;
+    }
+    Ok(())
+}
+
+fn local_inside(ground: &Ground<'_>) -> Result<()> {
+    for from in [ground.world.pod("a1"), &ground.world.node(1).place] {
+        served_everywhere(ground, from, Ext::Local, &["b1", "b2"], false)?;
+    }
+    Ok(())
+}
+
+fn local_outside(ground: &Ground<'_>) -> Result<()> {
+    served_everywhere(ground, ground.world.outside(), Ext::Local, &["b1"], false)?;
+    // node2 has another one; nobody else's addresses lead there.
+    let outside = ground.world.outside();
+    for family in Family::BOTH {
+        let to = Ext::Local.at_node(&ground.world.node(2).place, family, Transport::Tcp);
+        served(ground, outside, (to, Transport::Tcp), &["b2"], &BTreeSet::from([outside.ip(family)]))?;
+    }
+    Ok(())
+}
+
+fn elsewhere(ground: &Ground<'_>) -> Result<()> {
+    for from in [ground.world.pod("a1"), &ground.world.node(1).place] {
+        served_everywhere(ground, from, Ext::Elsewhere, &["b2"], false)?;
+    }
+    let outside = ground.world.outside();
+    for family in Family::BOTH {
+        for transport in [Transport::Tcp, Transport::Udp] {
+            for to in Ext::Elsewhere.ways(ground.world, family, transport) {
+                let report = ground.world.ask(outside, &Ask::new(to, transport).timeout(200))?;
+                let errors = report.errors();
+                ensure!(errors.keys().eq(["ETIMEDOUT"]), "outside -> {to} {transport}: expected silence, {report:?}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// By the other node's own NodePort a pod is a pod; by ours it comes from outside (kubernetes#74383).
+fn other_node(ground: &Ground<'_>) -> Result<()> {
+    let (a2, node1, node2) = (ground.world.pod("a2"), &ground.world.node(1).place, &ground.world.node(2).place);
+    // What leaves the pod network is masqueraded there by others, with some CNIs.
+    let as_left = |family| -> Result<BTreeSet<IpAddr>> {
+        let mut sources = ground.world.node_addresses(2)?;
+        sources.insert(a2.ip(family));
+        Ok(sources)
+    };
+    for family in Family::BOTH {
+        for transport in [Transport::Tcp, Transport::Udp] {
+            let to = Ext::Local.at_node(node1, family, transport);
+            served(ground, a2, (to, transport), &["b1"], &as_left(family)?)?;
+            let to = Ext::Open.at_node(node1, family, transport);
+            served(ground, a2, (to, transport), &["b1", "b2"], &ground.world.node_addresses(1)?)?;
+            let to = Ext::Local.at_node(node2, family, transport);
+            served(ground, a2, (to, transport), &["b1", "b2"], &BTreeSet::from([a2.ip(family)]))?;
+            let to = Ext::Local.at_load_balancer(family, transport);
+            served(ground, a2, (to, transport), &["b1", "b2"], &BTreeSet::from([a2.ip(family)]))?;
+        }
+    }
+    Ok(())
+}
+
+fn internal(ground: &Ground<'_>) -> Result<()> {
+    for from in ground.origins() {
+        served_everywhere(ground, from, Ext::Internal, &["b1", "b2"], true)?;
+    }
+    Ok(())
+}
+
+fn empty(ground: &Ground<'_>) -> Result<()> {
+    for from in ground.origins() {
+        for family in Family::BOTH {
+            for transport in [Transport::Tcp, Transport::Udp] {
+                for to in Ext::Empty.ways(ground.world, family, transport) {
+                    let report = ground.world.ask(from, &Ask::new(to, transport).timeout(3000))?;
+                    let errors = report.errors();
+                    ensure!(
+                        errors.keys().eq(["ECONNREFUSED"]),
+                        "{} -> {to} {transport}: expected a refusal, {report:?}",
+                        from.name
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+fn hairpin(ground: &Ground<'_>) -> Result<()> {
+    served_everywhere(ground, ground.world.pod("a1"), Ext::Hairpin, &["a1"], true)
+}
+
+fn localhost(ground: &Ground<'_>) -> Result<()> {
+    let at = |ext: Ext, transport| SocketAddr::new(Ipv4Addr::LOCALHOST.into(), ext.node_port(transport));
+    let node = &ground.world.node(1).place;
+    let own = ground.world.node_addresses(1)?;
+    for transport in Transport::ALL {
+        for ext in [Ext::Open, Ext::Local, Ext::Internal] {
+            served(ground, node, (at(ext, transport), transport), &["b1", "b2"], &own)?;
+        }
+        served(ground, node, (at(Ext::Elsewhere, transport), transport), &["b2"], &own)?;
+    }
+    for transport in [Transport::Tcp, Transport::Udp] {
+        // A pod's 127.0.0.1 is the pod's own, where nobody listens.
+        for (from, ext) in [(ground.world.pod("a1"), Ext::Open), (node, Ext::Empty)] {
+            let report = ground.world.ask(from, &Ask::new(at(ext, transport), transport))?;
+            ensure!(report.errors().keys().eq(["ECONNREFUSED"]), "{} {transport}: {report:?}", from.name);
+        }
+    }
+    // No way in was opened for others.
+    let localnet = node.namespace.output("cat", &["/proc/sys/net/ipv4/conf/all/route_localnet"])?;
+    ensure!(localnet.trim() == "0", "route_localnet is {localnet}");
+    Ok(())
+}
+
+fn no_node_ports(ground: &Ground<'_>) -> Result<()> {
+    for from in ground.origins() {
+        for family in Family::BOTH {
+            let sources = sources(ground, from, family, true)?;
+            for transport in Transport::ALL {
+                let to = Ext::NoNodePorts.at_load_balancer(family, transport);
+                served(ground, from, (to, transport), &["b1", "b2"], &sources)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn own(ground: &Ground<'_>) -> Result<()> {
+    let node = &ground.world.node(1).place;
+    for from in ground.origins() {
+        for family in Family::BOTH {
+            for transport in Transport::ALL {
+                let report = ground.answered(from, &Ask::new(node.at(family, 8080), transport).times(3))?;
+                ensure!(report.backends().keys().eq(["node1"]), "{}: {:?}", from.name, report.backends());
+            }
+        }
+    }
+    let status = ground.world.cli(ground.world.node(1), &["status"])?;
+    for ip in [IpAddr::from(node.v4), node.v6.into()] {
+        let said = format!("externalIP {ip} is an address of this node");
+        ensure!(status.contains(&said), "{said:?} is not in {status}");
+    }
+    // It is no address of node2: there it is served, and b2 is behind it.
+    let a2 = ground.world.pod("a2");
+    let report = ground.answered(a2, &Ask::new(node.at(Family::V4, 8080), Transport::Tcp).times(3))?;
+    ensure!(report.backends().keys().eq(["b2"]), "{:?}", report.backends());
+    Ok(())
+}
+
+/// No guard stands on an address of a node: what no frontend claims there goes where it went.
+fn untouched(ground: &Ground<'_>) -> Result<()> {
+    for from in ground.origins() {
+        for family in Family::BOTH {
+            for transport in Transport::ALL {
+                let to = ground.world.node(1).place.at(family, 9090);
+                let report = ground.answered(from, &Ask::new(to, transport))?;
+                ensure!(report.backends().keys().eq(["node1"]), "{} -> {to}: {report:?}", from.name);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn addresses_change(ground: &Ground<'_>) -> Result<()> {
+    let node = ground.world.node(1);
+    let device = if node.place.namespace.output("ip", &["-o", "addr", "show", "dev", "eth0"])?.contains("inet ") {
+        "eth0"
+    } else {
+        "cni0"
+    };
+    let added = [IpAddr::from([192, 168, 77, 201]), "fd00:77::201".parse()?];
+    let shown = |wanted: bool| -> Result<()> {
+        let deadline = Instant::now() + Duration::from_secs(5);
+        loop {
+            let listed = ground.world.cli(node, &["services", "-o", "json"])?;
+            if added.iter().all(|ip| listed.contains(&format!("\"{ip}\"")) == wanted) {
+                return Ok(());
+            }
+            if Instant::now() > deadline {
+                bail!("the agent does not follow: {added:?} should be there: {wanted}; {}", node.agent_log());
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+    };
+    node.place
+        .namespace
+        .ip(&format!("addr add {}/24 dev {device}\naddr add {}/64 dev {device} nodad\n", added[0], added[1]))?;
+    let outcome = shown(true).and_then(|()| {
+        for (family, ip) in Family::BOTH.into_iter().zip(added) {
+            for from in ground.origins() {
+                let to = SocketAddr::new(ip, Ext::Open.node_port(Transport::Tcp));
+                served(ground, from, (to, Transport::Tcp), &["b1", "b2"], &sources(ground, from, family, true)?)?;
+            }
+        }
+        Ok(())
+    });
+    node.place
+        .namespace
+        .ip(&format!("addr del {}/24 dev {device}\naddr del {}/64 dev {device}\n", added[0], added[1]))?;
+    outcome?;
+    shown(false)
+}
+
+fn names(ground: &Ground<'_>) -> Result<()> {
+    for from in ground.origins() {
+        for family in Family::BOTH {
+            for transport in Transport::ALL {
+                for to in Ext::Open.ways(ground.world, family, transport) {
+                    check_name(ground, from, to, transport)?;
+                }
+            }
+        }
+    }
+    let node = &ground.world.node(1).place;
+    for transport in Transport::ALL {
+        let to = SocketAddr::new(Ipv4Addr::LOCALHOST.into(), Ext::Open.node_port(transport));
+        check_name(ground, node, to, transport)?;
+    }
+    Ok(())
+}
+
+fn check_name(ground: &Ground<'_>, from: &Place, to: SocketAddr, transport: Transport) -> Result<()> {
+    let shown = to.to_string();
+    for one in ground.answered(from, &Ask::new(to, transport).times(3))?.tries {
+        let what = format!("{} -> {to} {transport}", from.name);
+        if transport != Transport::UdpUnconnected {
+            ensure!(one.peer_name.as_deref() == Some(&*shown), "{what}: getpeername says {:?}", one.peer_name);
+        }
+        if transport != Transport::Tcp {
+            ensure!(one.from.as_deref() == Some(&*shown), "{what}: the answer came from {:?}", one.from);
+        }
+    }
+    Ok(())
+}
