@@ -1,7 +1,7 @@
 //! `services`: the frontends in the kernel, and whether each is in force.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io::{self, Write},
 };
 
@@ -51,7 +51,7 @@ impl Row for Service {
         Column::new("SERVICE", |s| s.service.clone()),
         Column::new("TYPE", |s| s.kind.clone()),
         Column::new("FRONTEND", |s| s.frontend.to_string()),
-        Column::new("BACKENDS", |s| s.backends.len().to_string()),
+        Column::new("BACKENDS", |s| in_use(s).to_string()),
         Column::wide("LOCAL", |s| s.local_backends.len().to_string()),
         Column::wide("POD", |s| blank(s.verdicts.map(|v| verdict(v.pod)))),
         Column::wide("NODE", |s| blank(s.verdicts.map(|v| verdict(v.node)))),
@@ -64,6 +64,11 @@ impl Row for Service {
             None => s.state.clone(),
         }),
     ];
+}
+
+/// Backends that some origin is served from: where the policy is Local there are none but the local ones.
+fn in_use(service: &Service) -> usize {
+    service.backends.iter().chain(&service.local_backends).collect::<BTreeSet<_>>().len()
 }
 
 fn verdict(verdict: Verdict) -> String {
@@ -190,5 +195,16 @@ mod tests {
         let row = rows.first().unwrap();
         assert_eq!(row.state, "Degraded");
         assert_eq!(row.backends.len(), first.all.backends.len(), "the backends that serve now");
+    }
+
+    /// A Service whose policy is Local has none but local backends, and is not without any.
+    #[test]
+    fn local_backends_count_and_count_once() {
+        let mut first = frontends().remove(0);
+        first.local.backends = first.all.backends.iter().take(1).copied().collect();
+        let count = |frontend: &Frontend| in_use(merge(vec![frontend.clone()], vec![]).first().unwrap());
+        assert_eq!(count(&first), first.all.backends.len());
+        first.all.backends.clear();
+        assert_eq!(count(&first), 1);
     }
 }
