@@ -249,10 +249,10 @@ pub enum Event {
     /// A complete list replaces all that was known of one kind (first list, relist after 410 …).
     Services(Vec<Arc<Service>>),
     Slices(Vec<Arc<EndpointSlice>>),
-    /// Services, and EndpointSlices by namespace and name, that the next complete list leaves out because they cannot be read
-    /// although they are there: what is known of them stands.
+    /// Services, and EndpointSlices by namespace and name with the Service whose they say they are, that the next complete list
+    /// leaves out because they cannot be read although they are there: what is known of them stands.
     UnreadableServices(BTreeSet<ServiceKey>),
-    UnreadableSlices(BTreeSet<(Arc<str>, Arc<str>)>),
+    UnreadableSlices(BTreeMap<(Arc<str>, Arc<str>), Option<ServiceKey>>),
     /// What is wrong with the source itself, or with objects that it does not hand on: place (a file and line, an object) → what was left out. Replaces what was said before.
     /// It touches no Service; it is for the status table.
     Problems(BTreeMap<String, Vec<String>>),

@@ -50,7 +50,7 @@ pub struct Index {
     heard: Heard,
     /// Left out of the next complete list, and yet not gone.
     unreadable_services: BTreeSet<ServiceKey>,
-    unreadable_slices: BTreeSet<SliceKey>,
+    unreadable_slices: BTreeMap<SliceKey, Option<ServiceKey>>,
     problems: BTreeMap<String, Vec<String>>,
 }
 
@@ -173,7 +173,7 @@ impl Index {
         let gone: BTreeSet<SliceKey> = self
             .owners
             .keys()
-            .filter(|key| !listed.contains(&(&*key.0, &*key.1)) && !unreadable.contains(*key))
+            .filter(|key| !listed.contains(&(&*key.0, &*key.1)) && !unreadable.contains_key(*key))
             .cloned()
             .collect();
         for key in &gone {

@@ -30,6 +30,11 @@ impl Signature {
     }
 }
 
+/// How the file at `path` looks now.
+pub(super) fn signature(path: &Path) -> io::Result<Signature> {
+    fs::metadata(path).map(|metadata| Signature::of(&metadata))
+}
+
 /// One walk over the tree.
 #[derive(PartialEq, Eq, Debug, Default)]
 pub(super) struct Listing {

@@ -1,11 +1,13 @@
-//! A directory of ordinary Service, EndpointSlice and Node files as a source (design.md §7).
+//! A directory of ordinary Service, EndpointSlice and Node files as a source.
 //!
 //! Owns the files' last good state. Files are read again when the tree looks different from the last time; the kernel's
 //! notification makes that prompt, a walk several times a second makes it certain (notifications miss what links lead to, and
-//! networks' file systems). A file's change is taken in once two looks at it agree, so that an editor that truncates, writes and
-//! renames is not caught half-way; one that never rests delays itself alone.
+//! networks' file systems). A file's change is taken in once two looks at it agree and it is the same after it was read, so that an
+//! editor that truncates, writes and renames is not caught half-way; one that never rests delays itself alone, and is taken nevertheless
+//! after a while, but never for less than it held: that may be a file caught half-written.
 //!
 //! - INVARIANT: a file that cannot be read or parsed keeps its last good objects; only a file that is gone takes them along.
+//! - INVARIANT: an object that is there but cannot be read keeps its last good state, whatever file it is in (fault F17).
 //! - INVARIANT: nothing is handed on before every file parsed once: a file that never did has no last good state, and a list
 //!   without its objects would take away what an earlier run left in force.
 //! - The same object in two files: the first file in path order has it, whatever came first in time.
@@ -27,7 +29,7 @@ use tracing::{info, warn};
 
 use self::{
     files::{Listing, Signature},
-    parse::{Line, Parsed},
+    parse::{Line, Object, Parsed},
 };
 use super::{SourceError, convert::Names};
 use crate::model::{EndpointSlice, Event, NodeFacts, Service, ServiceKey, SourceState};
@@ -36,7 +38,7 @@ use crate::model::{EndpointSlice, Event, NodeFacts, Service, ServiceKey, SourceS
 const LOOK: Duration = Duration::from_millis(500);
 /// Two looks this far apart must agree before a change counts.
 const SETTLE: Duration = Duration::from_millis(100);
-/// A file that never rests is taken as it is after so long.
+/// A file that never rests is taken as it is after so long, unless it holds less than before.
 const SETTLE_MOST: Duration = Duration::from_millis(500);
 
 type SliceKey = (Arc<str>, Arc<str>);
@@ -45,6 +47,8 @@ type SliceKey = (Arc<str>, Arc<str>);
 #[derive(Default)]
 struct File {
     signature: Option<Signature>,
+    /// It is to be read again, though it may look the same.
+    again: bool,
     good: Parsed,
     /// It parsed once: `good` is its last good state.
     parsed: bool,
@@ -58,6 +62,9 @@ struct World {
     services: BTreeMap<ServiceKey, Arc<Service>>,
     slices: BTreeMap<SliceKey, Arc<EndpointSlice>>,
     node: NodeFacts,
+    /// There, but unreadable, and nothing is known of them.
+    unknown_services: BTreeSet<ServiceKey>,
+    unknown_slices: BTreeMap<SliceKey, Option<ServiceKey>>,
     problems: BTreeMap<String, Vec<String>>,
 }
 
@@ -197,10 +204,13 @@ impl Directory {
             }
             std::thread::sleep(SETTLE);
             began = Instant::now();
-            listing = self.settled(&listing, files::list(&self.root)?, Instant::now());
+            let overdue;
+            (listing, overdue) = self.settled(&listing, files::list(&self.root)?, Instant::now());
+            self.take_in(listing, &overdue);
+        } else {
+            self.take_in(listing, &BTreeSet::new());
         }
         self.looked = true;
-        self.take_in(listing);
         self.walked += began.elapsed();
         if self.world.is_none() {
             self.missing = self.never_read();
@@ -208,8 +218,8 @@ impl Directory {
                 return Ok(Vec::new());
             }
         }
-        let now = self.unite();
         let before = self.world.take();
+        let now = self.unite(before.as_ref());
         for (place, problems) in &now.problems {
             if before.as_ref().is_none_or(|before| before.problems.get(place) != Some(problems)) {
                 for problem in problems {
@@ -225,45 +235,50 @@ impl Directory {
         Ok(events)
     }
 
-    /// What of two looks agrees; the rest as it is known, unless that has been so for long.
-    fn settled(&mut self, before: &Listing, mut now: Listing, at: Instant) -> Listing {
+    /// What of two looks agrees; the rest as it is known. Names the files of which that has been so for long.
+    fn settled(&mut self, before: &Listing, mut now: Listing, at: Instant) -> (Listing, BTreeSet<PathBuf>) {
         let moved = |path: &&PathBuf| before.files.get(*path) != now.files.get(*path);
         let moving: BTreeSet<PathBuf> = before.files.keys().chain(now.files.keys()).filter(moved).cloned().collect();
         self.restless.retain(|path, _| moving.contains(path));
+        let mut overdue = BTreeSet::new();
         for path in moving {
             let since = *self.restless.entry(path.clone()).or_insert(at);
-            if at.duration_since(since) >= SETTLE_MOST {
-                self.restless.remove(&path);
-                continue;
+            if at.duration_since(since) >= SETTLE_MOST && now.files.contains_key(&path) {
+                overdue.insert(path);
+            } else if !self.files.contains_key(&path) {
+                now.files.remove(&path);
+            } else if let Some(signature) = before.files.get(&path) {
+                now.files.entry(path).or_insert(*signature);
             }
-            match self.files.get(&path).and_then(|known| known.signature) {
-                Some(known) => now.files.insert(path, known),
-                None => now.files.remove(&path),
-            };
         }
-        now
+        (now, overdue)
     }
 
     fn differs(&self, listing: &Listing) -> bool {
         let Listing { files, unreadable } = listing;
         *unreadable != self.unreadable
-            || files
-                .iter()
-                .any(|(path, signature)| self.files.get(path).is_none_or(|known| known.signature != Some(*signature)))
+            || files.iter().any(|(path, signature)| self.files.get(path).is_none_or(|known| known.is_news(*signature)))
             || self.files.keys().any(|path| !files.contains_key(path) && !beneath(path, unreadable))
     }
 
-    fn take_in(&mut self, listing: Listing) {
+    fn take_in(&mut self, listing: Listing, overdue: &BTreeSet<PathBuf>) {
         let Listing { files, unreadable } = listing;
         self.files.retain(|path, _| files.contains_key(path) || beneath(path, &unreadable));
         self.unreadable = unreadable;
         for (path, signature) in files {
-            let file = self.files.entry(path.clone()).or_default();
-            if file.signature == Some(signature) {
+            let is_overdue = overdue.contains(&path);
+            if self.restless.contains_key(&path) && !is_overdue {
                 continue;
             }
-            file.signature = Some(signature);
-            file.read(&path, &mut self.names);
+            let file = self.files.entry(path.clone()).or_default();
+            if !file.is_news(signature) {
+                continue;
+            }
+            if file.read(&path, signature, is_overdue, &mut self.names) {
+                self.restless.remove(&path);
+            } else {
+                self.restless.entry(path.clone()).or_insert_with(Instant::now);
+            }
             for kind in &file.good.ignored {
                 if self.noticed.insert(kind.clone()) {
                     info!(%kind, file = %path.display(), "objects of this kind mean nothing to the proxy and are ignored");
@@ -286,7 +301,7 @@ impl Directory {
         unreadable.chain(broken).collect()
     }
 
-    fn unite(&self) -> World {
+    fn unite(&self, before: Option<&World>) -> World {
         let mut world =
             World { node: NodeFacts { name: Arc::clone(&self.node), ..NodeFacts::default() }, ..World::default() };
         let mut say = |place: String, problem: String| world.problems.entry(place).or_default().push(problem);
@@ -296,7 +311,7 @@ impl Directory {
         let (mut services, mut slices) = (Owners::default(), Owners::default());
         let mut node: Option<String> = None;
         for (path, file) in &self.files {
-            let File { signature: _, good, parsed: _, broken } = file;
+            let File { signature: _, again: _, good, parsed: _, broken } = file;
             if let Some((line, why)) = broken {
                 say(self.place(path, *line), format!("{why}; what the file held before stands"));
             }
@@ -328,6 +343,39 @@ impl Directory {
                 }
             }
         }
+        // What cannot be read stands as it was, unless another file has it.
+        for (path, file) in &self.files {
+            for (line, object, why) in &file.good.unreadable {
+                let place = self.place(path, *line);
+                let stands = match object {
+                    Object::Service(key) => match before.and_then(|before| before.services.get(key)) {
+                        Some(known) => services.claim(key.clone(), Arc::clone(known), &place).is_none(),
+                        None if services.has(key) => false,
+                        None => {
+                            world.unknown_services.insert(key.clone());
+                            true
+                        }
+                    },
+                    Object::Slice(key, service) => match before.and_then(|before| before.slices.get(key)) {
+                        Some(known) => slices.claim(key.clone(), Arc::clone(known), &place).is_none(),
+                        None if slices.has(key) => false,
+                        None => {
+                            world.unknown_slices.insert(key.clone(), service.clone());
+                            true
+                        }
+                    },
+                    Object::Node(name) if *name == self.node && node.is_none() => {
+                        if let Some(before) = before {
+                            world.node = before.node.clone();
+                        }
+                        true
+                    }
+                    Object::Node(_) => false,
+                };
+                let outcome = if stands { "what was known of it before stands" } else { "it is left out" };
+                say(place, format!("{object} {why}; {outcome}"));
+            }
+        }
         world.services = services.objects();
         world.slices = slices.objects();
         world
@@ -345,15 +393,27 @@ fn beneath(path: &Path, places: &BTreeMap<PathBuf, String>) -> bool {
 }
 
 impl File {
-    /// Reads the file anew; what is there stays where that fails.
-    fn read(&mut self, path: &Path, names: &mut Names) {
-        let bytes = match std::fs::read(path) {
+    fn is_news(&self, signature: Signature) -> bool {
+        self.again || self.signature != Some(signature)
+    }
+
+    /// Reads the file anew; what is there stays where that fails. `false`: it was caught being written. `overdue`: it always is.
+    fn read(&mut self, path: &Path, signature: Signature, overdue: bool, names: &mut Names) -> bool {
+        let read = std::fs::read(path);
+        // Of a file that changed since it was looked at nobody knows what was read.
+        if files::signature(path).is_ok_and(|now| now != signature) {
+            if !self.parsed {
+                self.broken = Some((0, "is being written".to_owned()));
+            }
+            return false;
+        }
+        let bytes = match read {
             Ok(bytes) => bytes,
             Err(error) => {
-                // To be tried again, though it may look the same then.
-                self.signature = None;
+                self.signature = Some(signature);
+                self.again = true;
                 self.broken = Some((0, format!("cannot be read: {error}")));
-                return;
+                return true;
             }
         };
         let text = String::from_utf8(bytes).map_err(|error| {
@@ -365,9 +425,18 @@ impl File {
                 .map_err(|broken| (broken.line, format!("does not parse: {}", broken.message)))
         });
         match parsed {
-            Ok(parsed) => *self = Self { signature: self.signature, good: parsed, parsed: true, broken: None },
-            Err(why) => self.broken = Some(why),
+            Ok(parsed) if overdue && parsed.holds_less_than(&self.good) => return false,
+            Ok(parsed) => {
+                *self = Self { signature: Some(signature), again: false, good: parsed, parsed: true, broken: None };
+            }
+            Err(_) if overdue && self.parsed => return false,
+            Err(why) => {
+                self.signature = Some(signature);
+                self.again = false;
+                self.broken = Some(why);
+            }
         }
+        true
     }
 }
 
@@ -392,18 +461,26 @@ impl<K: Ord, T> Owners<K, T> {
         }
     }
 
+    fn has(&self, key: &K) -> bool {
+        self.0.contains_key(key)
+    }
+
     fn objects(self) -> BTreeMap<K, T> {
         self.0.into_iter().map(|(key, (_, object))| (key, object)).collect()
     }
 }
 
 fn first(now: &World) -> Vec<Event> {
-    let World { services, slices, node, problems } = now;
-    let mut events = vec![
-        Event::Node(node.clone()),
-        Event::Slices(slices.values().cloned().collect()),
-        Event::Services(services.values().cloned().collect()),
-    ];
+    let World { services, slices, node, unknown_services, unknown_slices, problems } = now;
+    let mut events = vec![Event::Node(node.clone())];
+    if !unknown_slices.is_empty() {
+        events.push(Event::UnreadableSlices(unknown_slices.clone()));
+    }
+    events.push(Event::Slices(slices.values().cloned().collect()));
+    if !unknown_services.is_empty() {
+        events.push(Event::UnreadableServices(unknown_services.clone()));
+    }
+    events.push(Event::Services(services.values().cloned().collect()));
     if !problems.is_empty() {
         events.push(Event::Problems(problems.clone()));
     }
@@ -421,9 +498,11 @@ fn changes(before: &World, now: &World) -> Vec<Event> {
     events.extend(changed.map(|(_, slice)| Event::Slice(Arc::clone(slice))));
     let changed = now.services.iter().filter(|(key, service)| before.services.get(key) != Some(service));
     events.extend(changed.map(|(_, service)| Event::Service(Arc::clone(service))));
-    let gone = before.services.keys().filter(|key| !now.services.contains_key(key));
+    let gone = before.services.keys().chain(&before.unknown_services);
+    let gone = gone.filter(|key| !now.services.contains_key(key) && !now.unknown_services.contains(*key));
     events.extend(gone.map(|key| Event::ServiceGone(key.clone())));
-    let gone = before.slices.keys().filter(|key| !now.slices.contains_key(key));
+    let gone = before.slices.keys().chain(before.unknown_slices.keys());
+    let gone = gone.filter(|key| !now.slices.contains_key(key) && !now.unknown_slices.contains_key(*key));
     events.extend(
         gone.map(|(namespace, name)| Event::SliceGone { namespace: Arc::clone(namespace), name: Arc::clone(name) }),
     );

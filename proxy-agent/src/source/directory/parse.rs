@@ -1,9 +1,10 @@
 //! One file: text in, model objects and remarks out.
 //!
 //! Two kinds of wrong are told apart. Text that is no YAML (or JSON) leaves nothing to rely on: the whole file is broken, and
-//! its last good state stands. An object that is wrong in a file that reads is left out alone.
+//! its last good state stands. An object that is wrong in a file that reads is left out alone; if it says its name, whoever knew it
+//! before may let that stand.
 
-use std::{collections::BTreeSet, path::Path, sync::Arc};
+use std::{collections::BTreeSet, fmt, path::Path, sync::Arc};
 
 use serde::{
     Deserialize,
@@ -13,7 +14,7 @@ use serde_json::Value;
 use serde_saphyr::{NonFiniteFloatPolicy, Spanned};
 
 use crate::{
-    model::{EndpointSlice, NodeFacts, Service},
+    model::{EndpointSlice, NodeFacts, Service, ServiceKey},
     source::{
         api,
         convert::{self, Names, NotOurs},
@@ -26,10 +27,31 @@ pub(super) struct Parsed {
     pub(super) services: Vec<(Line, Arc<Service>)>,
     pub(super) slices: Vec<(Line, Arc<EndpointSlice>)>,
     pub(super) nodes: Vec<(Line, NodeFacts)>,
+    /// Objects that are there but cannot be read, and why not.
+    pub(super) unreadable: Vec<(Line, Object, String)>,
     /// Objects that were left out, or not wholly understood where the model has no place to say so.
     pub(super) problems: Vec<(Line, String)>,
     /// Kinds that mean nothing here.
     pub(super) ignored: BTreeSet<String>,
+}
+
+/// An object by its name.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Object {
+    Service(ServiceKey),
+    /// And the Service whose it says it is.
+    Slice((Arc<str>, Arc<str>), Option<ServiceKey>),
+    Node(Arc<str>),
+}
+
+impl fmt::Display for Object {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Service(key) => write!(f, "Service {key}"),
+            Self::Slice((namespace, name), _) => write!(f, "EndpointSlice {namespace}/{name}"),
+            Self::Node(name) => write!(f, "Node {name}"),
+        }
+    }
 }
 
 /// Where an object starts, counted from 1; 0 is unknown.
@@ -133,9 +155,46 @@ fn kind_of(document: &Value) -> Option<&str> {
     document.get("kind")?.as_str()
 }
 
+impl Object {
+    /// The name of an object that may hold anything else.
+    fn of(kind: &str, object: &Value) -> Option<Self> {
+        let metadata = object.get("metadata")?;
+        let name = metadata.get("name")?.as_str().filter(|name| !name.is_empty())?;
+        let namespace = match metadata.get("namespace") {
+            None | Some(Value::Null) => "default",
+            Some(namespace) => {
+                namespace.as_str().map(|namespace| if namespace.is_empty() { "default" } else { namespace })?
+            }
+        };
+        match kind {
+            "Service" => Some(Self::Service(ServiceKey::new(namespace, name))),
+            "EndpointSlice" => {
+                let service = metadata.get("labels").and_then(|labels| labels.get(api::SERVICE_NAME_LABEL)?.as_str());
+                let service = service.map(|service| ServiceKey::new(namespace, service));
+                Some(Self::Slice((namespace.into(), name.into()), service))
+            }
+            _ => Some(Self::Node(name.into())),
+        }
+    }
+}
+
 impl Parsed {
     fn say(&mut self, line: Line, problem: impl Into<String>) {
         self.problems.push((line, problem.into()));
+    }
+
+    /// Whether something that `other` holds may be missing here.
+    pub(super) fn holds_less_than(&self, other: &Self) -> bool {
+        let counts = |parsed: &Self| {
+            let Self { services, slices, nodes, unreadable, problems: _, ignored: _ } = parsed;
+            [
+                services.len() + slices.len() + nodes.len() + unreadable.len(),
+                services.iter().map(|(_, service)| service.ports.len()).sum(),
+                slices.iter().map(|(_, slice)| slice.ports.len()).sum(),
+                slices.iter().map(|(_, slice)| slice.endpoints.len()).sum(),
+            ]
+        };
+        counts(self).iter().zip(counts(other)).any(|(here, there)| *here < there)
     }
 
     /// Reads one object. `inherited`: apiVersion and kind that items of a ServiceList … leave out.
@@ -180,9 +239,13 @@ impl Parsed {
         object: Value,
         metadata: impl Fn(&mut T) -> &mut api::Metadata,
     ) -> Option<T> {
+        let named = Object::of(kind, &object);
         match serde_json::from_value::<T>(object) {
             Err(error) => {
-                self.say(line, format!("{kind}: {error}; the object is left out"));
+                match named {
+                    Some(named) => self.unreadable.push((line, named, format!("cannot be read: {error}"))),
+                    None => self.say(line, format!("{kind}: {error}; the object is left out")),
+                }
                 None
             }
             Ok(mut object) => {
@@ -333,10 +396,14 @@ mod tests {
             (6, "metadata.name is missing"),
             (10, "no apiVersion and kind"),
             (12, "no Kubernetes object"),
-            (14, "invalid type: integer"),
             (19, "nobody to allocate one"),
             (23, "kubernetes.io/service-name is missing"),
         ];
+        assert!(
+            matches!(&parsed.unreadable[..], [(14, Object::Service(key), why)] if &*key.name == "c" && why.contains("invalid type: integer")),
+            "{:?}",
+            parsed.unreadable
+        );
         assert_eq!(parsed.problems.len(), expected.len(), "{:?}", parsed.problems);
         for ((line, problem), (expected_line, part)) in parsed.problems.iter().zip(expected) {
             assert_eq!(*line, expected_line, "{problem}");

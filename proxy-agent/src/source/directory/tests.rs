@@ -30,9 +30,11 @@ fn words(events: &[Event]) -> Vec<String> {
             Event::Slices(list) => {
                 format!("slices {}", list.iter().map(|s| s.name.to_string()).collect::<Vec<_>>().join(" "))
             }
-            Event::UnreadableServices(_) | Event::UnreadableSlices(_) | Event::Addresses(_) => {
-                unreachable!("files are read whole or not at all, and know no addresses")
+            Event::UnreadableServices(keys) => {
+                format!("unreadable {}", keys.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
             }
+            Event::UnreadableSlices(keys) => format!("unreadable slices {keys:?}"),
+            Event::Addresses(_) => unreachable!("files know no addresses"),
             Event::Problems(problems) => format!("problems {}", problems.keys().cloned().collect::<Vec<_>>().join(" ")),
         })
         .collect()
@@ -301,6 +303,101 @@ async fn changes_arrive_within_a_second() {
 
     cancel.cancel();
     tokio::time::timeout(Duration::from_secs(2), task).await.unwrap().unwrap().unwrap();
+}
+
+/// A file that is written while it is looked at is there, whatever could be read of it.
+#[test]
+fn a_file_that_could_not_be_read_is_not_gone_while_it_is_written() {
+    let mut tree = Tree::new(&[("a.yaml", &service("a", "10.0.0.1")), ("b.yaml", &service("b", "10.0.0.2"))]);
+    tree.look();
+    // A file that not even root can read from its start.
+    fs::remove_file(tree.path("a.yaml")).unwrap();
+    symlink("/proc/self/mem", tree.path("a.yaml")).unwrap();
+    assert_eq!(tree.look(), ["problems a.yaml"]);
+    let before = files::list(tree.root.path()).unwrap();
+    fs::remove_file(tree.path("a.yaml")).unwrap();
+    fs::write(tree.path("a.yaml"), "").unwrap();
+    let now = files::list(tree.root.path()).unwrap();
+    let (settled, overdue) = tree.directory.settled(&before, now, Instant::now());
+    assert!(overdue.is_empty());
+    tree.directory.take_in(settled, &overdue);
+    assert_eq!(tree.directory.files.len(), 2);
+    let good = &tree.directory.files[&tree.path("a.yaml")].good;
+    assert_eq!(good.services.len(), 1, "restless, so not read");
+    fs::write(tree.path("a.yaml"), service("a", "10.0.0.3")).unwrap();
+    assert_eq!(tree.look(), ["service a@10.0.0.3", "problems "]);
+}
+
+/// Whoever rewrites a file in place, and often, may be met between truncating and writing at every look.
+#[test]
+fn a_file_rewritten_in_place_loses_nothing() {
+    let text = |round: u32| {
+        service("a", &format!("10.1.0.{}", 1 + round % 200))
+            + &slice("a-1", "a", "10.2.0.1")
+            + &service("b", "10.0.0.2")
+    };
+    let mut tree = Tree::new(&[("a.yaml", &text(0))]);
+    tree.look();
+    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let writer = std::thread::spawn({
+        let (stop, path) = (Arc::clone(&stop), tree.path("a.yaml"));
+        move || {
+            for round in 1_u32.. {
+                if stop.load(std::sync::atomic::Ordering::Relaxed) {
+                    return fs::write(path, text(7)).unwrap();
+                }
+                fs::write(&path, "").unwrap();
+                std::thread::sleep(Duration::from_millis(20));
+                // A half, then all of it.
+                fs::write(&path, text(round).split_inclusive("---").take(2).collect::<String>()).unwrap();
+                std::thread::sleep(Duration::from_millis(10));
+                fs::write(&path, text(round)).unwrap();
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+    });
+    let (began, mut said) = (Instant::now(), Vec::new());
+    while began.elapsed() < SETTLE_MOST * 5 {
+        said.extend(tree.look());
+        std::thread::sleep(Duration::from_millis(7));
+    }
+    stop.store(true, std::sync::atomic::Ordering::Relaxed);
+    writer.join().unwrap();
+    assert!(!said.iter().any(|word| word.contains("gone")), "{said:?}");
+    said.extend(tree.look());
+    assert!(said.last().is_some_and(|word| word == "service a@10.1.0.8"), "{said:?}");
+    // At rest, less is less.
+    fs::write(tree.path("a.yaml"), service("b", "10.0.0.2")).unwrap();
+    assert_eq!(tree.look(), ["service-gone a", "slice-gone a-1"]);
+}
+
+/// F17: an object that cannot be read costs itself alone, and keeps its last good state.
+#[test]
+fn an_unreadable_object_stands_as_it_was() {
+    let bad = "---\napiVersion: v1\nkind: Service\nmetadata: {name: a}\nspec: 5\n";
+    let bad_slice = "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata: {name: a-1, labels: \
+                     {kubernetes.io/service-name: a}}\nendpoints: 5\n";
+    let good = service("a", "10.0.0.1") + &slice("a-1", "a", "10.1.0.1");
+    let mut tree = Tree::new(&[("a.yaml", &(good.clone() + &service("b", "10.0.0.2")))]);
+    tree.look();
+    fs::write(tree.path("a.yaml"), bad.to_owned() + bad_slice + &service("b", "10.0.0.3")).unwrap();
+    assert_eq!(tree.look(), ["service b@10.0.0.3", "problems a.yaml:2 a.yaml:7"]);
+    assert!(tree.problems().contains("Service default/a cannot be read: "), "{}", tree.problems());
+    assert!(tree.problems().contains("stands"), "{}", tree.problems());
+    // In another file, too; and still so when something else changes.
+    fs::write(tree.path("a.yaml"), service("b", "10.0.0.4")).unwrap();
+    fs::write(tree.path("z.yaml"), bad.to_owned() + bad_slice).unwrap();
+    assert_eq!(tree.look(), ["service b@10.0.0.4", "problems z.yaml:2 z.yaml:7"]);
+    fs::remove_file(tree.path("z.yaml")).unwrap();
+    assert_eq!(tree.look(), ["service-gone a", "slice-gone a-1", "problems "]);
+
+    // Nothing known of it: an earlier run may have left something in force.
+    let mut tree = Tree::new(&[("a.yaml", &(bad.to_owned() + bad_slice + &service("b", "10.0.0.2")))]);
+    let said = tree.look();
+    assert_eq!(said[2..4], ["slices ", "unreadable default/a"], "{said:?}");
+    assert!(said[1].starts_with("unreadable slices") && said[1].contains("a-1"), "{said:?}");
+    fs::remove_file(tree.path("a.yaml")).unwrap();
+    assert_eq!(tree.look(), ["service-gone b", "service-gone a", "slice-gone a-1", "problems "]);
 }
 
 /// A file that is written all the time delays itself alone, and that not for ever.

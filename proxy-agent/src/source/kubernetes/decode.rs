@@ -8,6 +8,8 @@ use kube::core::{Status, WatchEvent};
 use serde::{Deserialize, de::DeserializeOwned};
 use serde_json::value::RawValue;
 
+use crate::source::api;
+
 /// An object as it came.
 pub(super) enum Object<T> {
     Whole(T),
@@ -19,6 +21,8 @@ pub(super) struct Unreadable {
     pub(super) namespace: String,
     pub(super) name: String,
     pub(super) resource_version: String,
+    /// Of an EndpointSlice: the Service whose it says it is.
+    pub(super) service: Option<String>,
     pub(super) why: String,
 }
 
@@ -73,6 +77,8 @@ struct Name {
     name: String,
     #[serde(default)]
     resource_version: String,
+    #[serde(default)]
+    labels: serde_json::Value,
 }
 
 pub(super) fn page<T: DeserializeOwned>(text: &str) -> Result<Page<T>, serde_json::Error> {
@@ -125,6 +131,8 @@ fn object<T: DeserializeOwned>(raw: &RawValue) -> Option<Object<T>> {
         Ok(object) => return Some(Object::Whole(object)),
         Err(why) => why.to_string(),
     };
-    let Named { metadata: Name { namespace, name, resource_version } } = serde_json::from_str(raw.get()).ok()?;
-    (!name.is_empty()).then_some(Object::Unreadable(Unreadable { namespace, name, resource_version, why }))
+    let Named { metadata: Name { namespace, name, resource_version, labels } } =
+        serde_json::from_str(raw.get()).ok()?;
+    let service = labels.get(api::SERVICE_NAME_LABEL).and_then(|service| service.as_str()).map(str::to_owned);
+    (!name.is_empty()).then_some(Object::Unreadable(Unreadable { namespace, name, resource_version, service, why }))
 }

@@ -277,7 +277,7 @@ async fn watch<K: Kind>(
 
 /// An object that cannot be read moves the watch along like any other, unless it does not say whereto.
 fn advance(version: &mut String, object: &Unreadable) -> Result<(), Trouble> {
-    let Unreadable { namespace, name, resource_version, why } = object;
+    let Unreadable { namespace, name, resource_version, service: _, why } = object;
     if resource_version.is_empty() {
         let why = format!("the object {namespace}/{name} of the API server's stream cannot be read: {why}");
         return Err(Trouble::Failed { why, renew: false, relist: true });

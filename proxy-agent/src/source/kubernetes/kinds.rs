@@ -1,6 +1,10 @@
 //! What is particular to each kind: where it lives, what is asked for, and what becomes of an object.
 
-use std::{collections::BTreeSet, sync::Arc, time::Duration};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+    time::Duration,
+};
 
 use kube::api::WatchParams;
 use serde::de::DeserializeOwned;
@@ -158,7 +162,7 @@ fn unreadable(why: &str) -> String {
 pub(super) struct Slices {
     names: Names,
     list: Vec<Arc<EndpointSlice>>,
-    unreadable: BTreeSet<(Arc<str>, Arc<str>)>,
+    unreadable: BTreeMap<(Arc<str>, Arc<str>), Option<ServiceKey>>,
     remarks: Remarks,
 }
 
@@ -208,9 +212,12 @@ impl Kind for Slices {
     }
 
     fn listed_unreadable(&mut self, object: Unreadable) {
-        let Unreadable { namespace, name, why, .. } = object;
+        let Unreadable { namespace, name, service, why, .. } = object;
         self.remarks.listed(place("EndpointSlice", &namespace, &name), unreadable(&why));
-        self.unreadable.insert((self.names.get(&namespace), self.names.get(&name)));
+        let namespace = self.names.get(&namespace);
+        let service =
+            service.map(|service| ServiceKey { namespace: Arc::clone(&namespace), name: self.names.get(&service) });
+        self.unreadable.insert((namespace, self.names.get(&name)), service);
     }
 
     fn list_lost(&mut self) {
@@ -437,6 +444,7 @@ mod tests {
             namespace: String::new(),
             name: "n1".into(),
             resource_version: "1".into(),
+            service: None,
             why: "no".into(),
         };
         let mut node = OwnNode::new("n1");
