@@ -95,6 +95,8 @@ pub enum Algorithm {
     #[default]
     Random,
     RoundRobin,
+    /// By a hash of the flow, the same on every node.
+    Maglev,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]

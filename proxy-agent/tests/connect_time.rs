@@ -120,7 +120,7 @@ fn serve(at: SocketAddr) {
 }
 
 fn load(cgroup: &fs::File, socket_lb: u8, node_netns_cookie: u64) -> Datapath {
-    let mut datapath = Datapath::load(&Globals { socket_lb, node_netns_cookie }, 1024, 1024);
+    let mut datapath = Datapath::load(&Globals { socket_lb, node_netns_cookie }, 1024, 8192);
     datapath.attach_connect_time(cgroup);
     datapath
 }
@@ -516,6 +516,16 @@ fn backends_get_their_share() {
         nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &cpus).unwrap();
         datapath.frontend(addr(VIP), TCP, &Spec { algorithm: algorithm::ROUND_ROBIN, ..Spec::pick_all(2, &all) });
         assert_eq!(count(300), [100; 3]);
+
+        // Maglev: a connection has no port yet to be told by, so it is one at random; with affinity the pod is.
+        let maglev = Spec { algorithm: algorithm::MAGLEV, ..Spec::pick_all(3, &all) };
+        for tables in [true, false] {
+            datapath.frontend(addr(VIP), TCP, &Spec { tables, ..maglev.clone() });
+            let counts = count(600);
+            assert!(counts.iter().all(|c| (140..260).contains(c)), "Maglev: {counts:?}");
+        }
+        datapath.frontend(addr(VIP), TCP, &Spec { affinity_secs: 60, ..maglev });
+        assert!(count(30).contains(&30));
     });
 }
 

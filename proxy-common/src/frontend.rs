@@ -70,6 +70,8 @@ pub mod algorithm {
     pub const RANDOM: u8 = 0;
     /// Per CPU: each CPU walks the range on its own.
     pub const ROUND_ROBIN: u8 = 1;
+    /// By a hash of the flow, see [`maglev`](crate::maglev).
+    pub const MAGLEV: u8 = 2;
 }
 
 /// [`FrontendValue::flags`].
@@ -80,15 +82,30 @@ pub mod flags {
     pub const NODE_PORT: u16 = 1;
     pub const EXTERNAL_IP: u16 = 2;
     pub const LOAD_BALANCER: u16 = 3;
+
+    /// Which Maglev table stands behind the slots of the *all* range, and of the *local* one.
+    pub const ALL_TABLE_SHIFT: u16 = 4;
+    pub const LOCAL_TABLE_SHIFT: u16 = 8;
+    pub const TABLE_MASK: u16 = 0x000f;
 }
 
-/// A run of slots: `count` of them from `base`, each carrying generation `generation`.
+/// A run of slots: `count` of them from `base`, each carrying generation `generation`, and behind them those of its table.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Range {
     pub base: u32,
     pub count: u16,
     /// A slot of another generation was re-used: the reader looks the frontend up again. 0 is never a generation.
     pub generation: u8,
+    /// Index of its Maglev table's size ([`maglev::size`](crate::maglev::size)); 0: it has none.
+    pub table: u8,
+}
+
+impl Range {
+    /// Slots it takes, those of the table included.
+    #[inline(always)]
+    pub const fn slots(&self) -> u32 {
+        self.count as u32 + crate::maglev::size(self.table)
+    }
 }
 
 /// Value of the frontends map; written by the agent in one update, so ranges and verdicts swap together.
@@ -116,12 +133,22 @@ pub struct FrontendValue {
 impl FrontendValue {
     #[inline(always)]
     pub const fn all(&self) -> Range {
-        Range { base: self.all_base, count: self.all_count, generation: self.all_generation }
+        Range {
+            base: self.all_base,
+            count: self.all_count,
+            generation: self.all_generation,
+            table: ((self.flags >> flags::ALL_TABLE_SHIFT) & flags::TABLE_MASK) as u8,
+        }
     }
 
     #[inline(always)]
     pub const fn local(&self) -> Range {
-        Range { base: self.local_base, count: self.local_count, generation: self.local_generation }
+        Range {
+            base: self.local_base,
+            count: self.local_count,
+            generation: self.local_generation,
+            table: ((self.flags >> flags::LOCAL_TABLE_SHIFT) & flags::TABLE_MASK) as u8,
+        }
     }
 
     /// The verdict for `origin`. Shifted out of a word: an array on the stack indexed by a variable becomes pointer
@@ -195,6 +222,14 @@ mod tests {
         assert_eq!(value.verdict(origin::NODE), verdict::REJECT);
         assert_eq!(value.verdict(origin::EXTERNAL), 0x80);
         assert_eq!(value.verdict(3), verdict::DROP, "no origin");
+    }
+
+    #[test]
+    fn flags_name_the_table_of_each_range() {
+        let value = FrontendValue { flags: 0xf32f, all_count: 5, local_count: 2, ..value() };
+        assert_eq!((value.all().table, value.local().table), (2, 3));
+        assert_eq!((value.all().slots(), value.local().slots()), (5 + 4513, 2 + 16_381));
+        assert_eq!(FrontendValue { flags: 0xf00f, ..value }.all().slots(), 5);
     }
 
     #[test]

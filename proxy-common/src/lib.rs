@@ -15,6 +15,7 @@ pub mod counters;
 pub mod device;
 pub mod frontend;
 pub mod globals;
+pub mod maglev;
 pub mod meta;
 pub mod seal;
 pub mod slot;

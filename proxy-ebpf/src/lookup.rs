@@ -4,6 +4,7 @@ use aya_ebpf::helpers::bpf_get_prandom_u32;
 use proxy_common::{
     counters::Reason,
     frontend::{FrontendKey, FrontendValue, Range, algorithm, verdict},
+    maglev,
     slot::{Slot, Target, sort_key},
 };
 
@@ -98,10 +99,20 @@ fn slot<A: Family>(range: Range, index: u32) -> Option<Target<A>> {
     unsafe { sealed::copy(slot) }.decode(range.generation)
 }
 
+/// From one attempt's position in a Maglev table to the next one's: far apart, and never back to the first.
+const NEXT_POSITION: u32 = 0x9e37_79b9;
+
 /// Picks a backend for a new connection from `origin`. Who takes it counts it ([`count::connection`]); who does not asks again with
-/// the next `attempt`, so that round robin offers another one.
+/// the next `attempt`, so that round robin and Maglev offer another one.
+///
+/// `hash` is what Maglev goes by: of the client alone if it is asked with `true`, of the flow otherwise.
 #[inline(always)]
-pub(crate) fn choose<A: Family>(key: &FrontendKey<A>, origin: usize, attempt: u32) -> Choice<A> {
+pub(crate) fn choose<A: Family>(
+    key: &FrontendKey<A>,
+    origin: usize,
+    attempt: u32,
+    hash: impl Fn(bool) -> u32,
+) -> Choice<A> {
     // A slot re-used under our feet shows in its generation: the frontend has a new range by then, so look once more.
     let mut looks = 0;
     let mut attempt = attempt;
@@ -125,12 +136,19 @@ pub(crate) fn choose<A: Family>(key: &FrontendKey<A>, origin: usize, attempt: u3
         if range.count == 0 {
             return refuse(value.service);
         }
+        // The old range still: its bad slot is not worth another look.
+        if looks > 1 && value.seal == stale {
+            attempt += 1;
+        }
         let index = if value.algorithm == algorithm::ROUND_ROBIN {
-            // The old range still: its bad slot is not worth another look.
-            if looks > 1 && value.seal == stale {
-                attempt += 1;
-            }
             (count::cursor(value.service).wrapping_add(attempt as u64) % range.count as u64) as u32
+        } else if value.algorithm == algorithm::MAGLEV {
+            let hash = hash(value.affinity_secs != 0).wrapping_add(attempt.wrapping_mul(NEXT_POSITION));
+            match maglev::size(range.table) {
+                // So few or so many that there is no table: evenly, and alike on every node.
+                0 => maglev::position(hash, range.count as u32),
+                size => range.count as u32 + maglev::position(hash, size),
+            }
         } else {
             // SAFETY: no arguments.
             let random = unsafe { bpf_get_prandom_u32() };

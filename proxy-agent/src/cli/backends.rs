@@ -10,8 +10,9 @@ use super::{
     list,
     output::{Column, Row},
     pins::{Frontend, Range},
-    shapes::{Endpoint, FrontendAddress},
+    shapes::{self, Endpoint, FrontendAddress},
 };
+use crate::desired::Algorithm;
 
 /// One backend of one frontend.
 #[derive(Clone, PartialEq, Debug, Serialize)]
@@ -26,6 +27,7 @@ pub struct Backend {
     pub local: bool,
     /// Where the frontend's slots are.
     pub slots: Slots,
+    pub algorithm: Algorithm,
     #[serde(skip)]
     pub service: String,
 }
@@ -36,6 +38,8 @@ pub struct Slots {
     pub base: u32,
     pub count: u16,
     pub generation: u8,
+    /// Positions of the Maglev table behind them; absent where there is none.
+    pub maglev_table: Option<u32>,
 }
 
 impl Row for Backend {
@@ -50,6 +54,7 @@ impl Row for Backend {
             format!("{base}-{}", base.saturating_add(u32::from(count.saturating_sub(1))))
         }),
         Column::wide("GENERATION", |b| b.slots.generation.to_string()),
+        Column::wide("ALGORITHM", |b| shapes::algorithm(b.algorithm, [b.slots.maglev_table, None])),
     ];
 }
 
@@ -66,13 +71,13 @@ fn rows(frontends: Vec<Frontend>) -> Vec<Backend> {
 }
 
 fn of_frontend(frontend: &Frontend) -> Vec<Backend> {
-    let Frontend { service, frontend, all, local, .. } = frontend;
+    let Frontend { service, frontend, all, local, algorithm, .. } = frontend;
     let name = ServiceName::parse(service);
     // A backend may be local only: a terminating one, kept for local traffic while others serve the rest.
     let only_local = local.backends.iter().filter(|backend| !all.backends.contains(backend)).map(|b| (b, local));
     let rows = all.backends.iter().map(|b| (b, all)).chain(only_local);
     rows.map(|(backend, range)| {
-        let Range { base, count, generation, backends: _ } = *range;
+        let Range { base, count, generation, table, backends: _ } = *range;
         Backend {
             backend: *backend,
             namespace: name.namespace.to_owned(),
@@ -80,7 +85,8 @@ fn of_frontend(frontend: &Frontend) -> Vec<Backend> {
             port_name: name.port.to_owned(),
             frontend: *frontend,
             local: local.backends.contains(backend),
-            slots: Slots { base, count, generation },
+            slots: Slots { base, count, generation, maglev_table: table },
+            algorithm: *algorithm,
             service: service.clone(),
         }
     })

@@ -47,6 +47,8 @@ pub struct Range {
     pub base: u32,
     pub count: u16,
     pub generation: u8,
+    /// Positions of the Maglev table, if it has one.
+    pub table: Option<u32>,
     pub backends: Vec<Endpoint>,
 }
 
@@ -183,8 +185,9 @@ impl Frontend {
 
 impl Range {
     fn of(range: RangeRow, backends: Vec<std::net::SocketAddr>) -> Self {
-        let RangeRow { base, count, generation } = range;
-        Self { base, count, generation, backends: backends.into_iter().map(Endpoint::from).collect() }
+        let RangeRow { base, count, generation, table } = range;
+        let table = Some(table).filter(|positions| *positions > 0);
+        Self { base, count, generation, table, backends: backends.into_iter().map(Endpoint::from).collect() }
     }
 }
 
@@ -213,12 +216,22 @@ pub(crate) mod tests {
                 service: service.into(),
                 kind: FrontendKind::ClusterIp,
                 verdicts: VerdictRow { pod: near, node: near, external: outside },
-                algorithm: if service_id == 2 { Algorithm::RoundRobin } else { Algorithm::Random },
+                algorithm: match service_id {
+                    1 => Algorithm::Maglev,
+                    2 => Algorithm::RoundRobin,
+                    _ => Algorithm::Random,
+                },
                 affinity_secs: (service_id == 3).then_some(10_800),
                 all: addresses(all),
                 local: addresses(local),
-                all_range: RangeRow { base: service_id * 16, count: all.len() as u16, generation: 7 },
-                local_range: RangeRow { base: service_id * 16 + 8, count: local.len() as u16, generation: 9 },
+                all_range: RangeRow {
+                    base: service_id * 16,
+                    count: all.len() as u16,
+                    generation: 7,
+                    // As the agent does: one backend needs none.
+                    table: if service_id == 1 && all.len() > 1 { 1301 } else { 0 },
+                },
+                local_range: RangeRow { base: service_id * 16 + 8, count: local.len() as u16, generation: 9, table: 0 },
                 torn: false,
             })
         };

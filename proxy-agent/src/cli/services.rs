@@ -13,7 +13,7 @@ use super::{
     list,
     output::{Column, Row},
     pins::{Agent, Frontend},
-    shapes::{Endpoint, FrontendAddress, blank},
+    shapes::{Endpoint, FrontendAddress, algorithm, blank},
 };
 use crate::{
     desired::{Action, Algorithm, Verdict, Verdicts},
@@ -38,6 +38,9 @@ pub struct Service {
     /// Absent where the kernel does not hold the frontend.
     pub verdicts: Option<Verdicts>,
     pub algorithm: Option<Algorithm>,
+    /// Positions of the Maglev tables; absent where the kernel chooses otherwise, or needs no table.
+    pub maglev_table: Option<u32>,
+    pub local_maglev_table: Option<u32>,
     pub affinity_seconds: Option<u32>,
     pub service_id: Option<u32>,
     /// `namespace/name:port`, as columns and filters have it.
@@ -56,7 +59,9 @@ impl Row for Service {
         Column::wide("POD", |s| blank(s.verdicts.map(|v| verdict(v.pod)))),
         Column::wide("NODE", |s| blank(s.verdicts.map(|v| verdict(v.node)))),
         Column::wide("EXTERNAL", |s| blank(s.verdicts.map(|v| verdict(v.external)))),
-        Column::wide("ALGORITHM", |s| blank(s.algorithm.map(algorithm))),
+        Column::wide("ALGORITHM", |s| {
+            blank(s.algorithm.map(|choice| algorithm(choice, [s.maglev_table, s.local_maglev_table])))
+        }),
         Column::wide("AFFINITY", |s| blank(s.affinity_seconds.map(|seconds| format!("{seconds}s")))),
         Column::wide("ID", |s| blank(s.service_id)),
         Column::new("STATE", |s| match &s.reason {
@@ -80,13 +85,6 @@ fn verdict(verdict: Verdict) -> String {
         Action::Pass => "pass",
     };
     if verdict.masquerade { format!("{action},masquerade") } else { action.to_owned() }
-}
-
-fn algorithm(algorithm: Algorithm) -> &'static str {
-    match algorithm {
-        Algorithm::Random => "random",
-        Algorithm::RoundRobin => "round-robin",
-    }
 }
 
 pub fn execute(args: list::Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
@@ -128,6 +126,8 @@ fn programmed(frontend: Frontend) -> Service {
         port_name: name.port.to_owned(),
         kind,
         frontend,
+        maglev_table: all.table,
+        local_maglev_table: local.table,
         backends: all.backends,
         local_backends: local.backends,
         state: "Programmed".to_owned(),
@@ -154,6 +154,8 @@ fn absent(service: String, kind: String, frontend: FrontendAddress) -> Service {
         reason: None,
         verdicts: None,
         algorithm: None,
+        maglev_table: None,
+        local_maglev_table: None,
         affinity_seconds: None,
         service_id: None,
         service,

@@ -8,7 +8,7 @@ use std::{
 use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::{dataplane::ebpf, model::Protocol};
+use crate::{dataplane::ebpf, desired::Algorithm, model::Protocol};
 
 /// An address with a port; IPv6 in brackets.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]
@@ -41,6 +41,18 @@ impl fmt::Display for FrontendAddress {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}/{}", SocketAddr::new(self.address, self.port), self.protocol)
     }
+}
+
+/// How a backend is chosen: by which tables, for Maglev (`maglev:1301`, `maglev:4513,1301` with a local one of another size).
+pub fn algorithm(algorithm: Algorithm, tables: [Option<u32>; 2]) -> String {
+    let name = match algorithm {
+        Algorithm::Random => "random",
+        Algorithm::RoundRobin => "round-robin",
+        Algorithm::Maglev => "maglev",
+    };
+    let mut sizes: Vec<_> = tables.into_iter().flatten().map(|size| size.to_string()).collect();
+    sizes.dedup();
+    if sizes.is_empty() { name.to_owned() } else { format!("{name}:{}", sizes.join(",")) }
 }
 
 /// Blank for none.

@@ -16,6 +16,7 @@ impl fmt::Display for Dump<'_> {
             let algorithm = match algorithm {
                 Algorithm::Random => "random",
                 Algorithm::RoundRobin => "round-robin",
+                Algorithm::Maglev => "maglev",
             };
             write!(f, "{frontend} {kind} {service} {algorithm}")?;
             if let Some(seconds) = affinity_secs {

@@ -300,9 +300,10 @@ fn algorithm(service: &Service, defaults: &Defaults, problems: &mut Vec<String>)
         None => defaults.algorithm,
         Some("random") => Algorithm::Random,
         Some("round-robin") => Algorithm::RoundRobin,
+        Some("maglev") => Algorithm::Maglev,
         Some(unknown) => {
             problems.push(format!(
-                "algorithm {unknown:?} is not known, the default is used; choose \"random\" or \"round-robin\""
+                "algorithm {unknown:?} is not known, the default is used; choose \"random\", \"round-robin\" or \"maglev\""
             ));
             defaults.algorithm
         }

@@ -483,6 +483,7 @@ fn algorithm_by_annotation() {
         (only(&planned).algorithm, planned.problems.len())
     };
     assert_eq!(with("round-robin"), (Algorithm::RoundRobin, 0));
+    assert_eq!(with("maglev"), (Algorithm::Maglev, 0));
     assert_eq!(with("random"), (Algorithm::Random, 0));
     assert_eq!(with("fastest"), (Algorithm::Random, 1));
     let defaults = Defaults { algorithm: Algorithm::RoundRobin, ..Defaults::default() };

@@ -9,6 +9,7 @@ mod direct;
 mod flows;
 mod headers;
 mod icmp;
+mod maglev;
 mod packet;
 mod programs;
 mod refuse;

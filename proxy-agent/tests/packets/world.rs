@@ -165,8 +165,11 @@ impl World {
             true,
         );
         loader.override_global(globals::REFUSALS_PER_SECOND, &refusals, true);
-        for name in ["frontends_v4", "frontends_v6", "slots_v4", "slots_v6", "fragments_v4", "fragments_v6"] {
+        for name in ["frontends_v4", "frontends_v6", "fragments_v4", "fragments_v6"] {
             loader.map_max_entries(name, 1024);
+        }
+        for name in ["slots_v4", "slots_v6"] {
+            loader.map_max_entries(name, 65_536);
         }
         for name in [Ipv4Be::HALF_OPEN, Ipv6Be::HALF_OPEN] {
             loader.map_max_entries(name, half_open);

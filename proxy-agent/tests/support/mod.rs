@@ -14,7 +14,8 @@ use aya::{
 use proxy_common::{
     Address, Be16, Ipv4Be, Ipv6Be,
     counters::Reason,
-    frontend::{FrontendKey, FrontendValue, origin, verdict},
+    frontend::{FrontendKey, FrontendValue, Range, algorithm, flags, origin, verdict},
+    maglev::{self, Walk},
     slot::{Slot, SlotV4, SlotV6, Target, sort_key},
 };
 
@@ -80,6 +81,9 @@ pub(crate) struct Spec {
     pub(crate) local: Vec<SocketAddr>,
     pub(crate) verdicts: [u8; origin::COUNT],
     pub(crate) algorithm: u8,
+    /// As the agent does for Maglev, or not: then a program that asks for one must do without.
+    pub(crate) tables: bool,
+    pub(crate) affinity_secs: u32,
 }
 
 impl Spec {
@@ -90,6 +94,8 @@ impl Spec {
             local: Vec::new(),
             verdicts: [verdict::PICK_ALL; origin::COUNT],
             algorithm: 0,
+            tables: true,
+            affinity_secs: 0,
         }
     }
 }
@@ -188,24 +194,26 @@ impl Datapath {
     }
 
     fn write<A: Maps>(&mut self, port: Option<u16>, vip: IpAddr, proto: u8, spec: &Spec) {
-        let Spec { service, all, local, verdicts, algorithm } = spec;
-        let (all_base, all_count) = self.range::<A>(all);
-        let (local_base, local_count) = self.range::<A>(local);
+        let Spec { service, all, local, verdicts, algorithm, tables, affinity_secs } = spec;
+        let tables = *tables && *algorithm == algorithm::MAGLEV;
+        let (all, local) = (self.range::<A>(all, tables), self.range::<A>(local, tables));
         let addr = A::from_ip(vip).unwrap();
         let key = match port {
             Some(port) => FrontendKey::new(addr, Be16::from_host(port), proto),
             None => FrontendKey::guard(addr),
         };
         let value = FrontendValue {
-            all_base,
-            local_base,
-            all_count,
-            local_count,
+            all_base: all.base,
+            local_base: local.base,
+            all_count: all.count,
+            local_count: local.count,
             service: *service,
             verdicts: *verdicts,
             algorithm: *algorithm,
-            all_generation: 1,
-            local_generation: 1,
+            all_generation: all.generation,
+            local_generation: local.generation,
+            flags: u16::from(all.table) << flags::ALL_TABLE_SHIFT | u16::from(local.table) << flags::LOCAL_TABLE_SHIFT,
+            affinity_secs: *affinity_secs,
             ..Default::default()
         };
         self.frontends::<A>().insert(A::key(key), value.sealed(&key), 0).unwrap();
@@ -216,19 +224,24 @@ impl Datapath {
         HashMap::try_from(self.ebpf.map_mut(A::FRONTENDS).unwrap()).unwrap()
     }
 
-    fn range<A: Maps>(&mut self, backends: &[SocketAddr]) -> (u32, u16) {
-        let base = self.next_slot;
-        self.next_slot += backends.len() as u32;
+    fn range<A: Maps>(&mut self, backends: &[SocketAddr], tables: bool) -> Range {
         let mut targets: Vec<_> = backends
             .iter()
             .map(|b| Target { addr: A::from_ip(b.ip()).unwrap(), port: Be16::from_host(b.port()) })
             .collect();
         targets.sort_by_key(|t| sort_key(*t));
+        let index = if tables { maglev::index_for(targets.len()) } else { 0 };
+        let range = Range { base: self.next_slot, count: targets.len() as u16, generation: 1, table: index };
+        self.next_slot += range.slots();
+        let mut table = vec![0; maglev::size(index) as usize];
+        let mut walks: Vec<_> = targets.iter().map(|t| Walk::new(*t, table.len().max(2) as u32)).collect();
+        maglev::populate(&mut walks, &mut table);
+        let table: Vec<_> = table.into_iter().map(|n| targets[usize::from(n)]).collect();
         let mut slots: Array<_, A::Slot> = Array::try_from(self.ebpf.map_mut(A::SLOTS).unwrap()).unwrap();
-        for (i, target) in targets.into_iter().enumerate() {
-            slots.set(base + i as u32, A::Slot::encode(target, 1), 0).unwrap();
+        for (i, target) in targets.into_iter().chain(table).enumerate() {
+            slots.set(range.base + i as u32, A::Slot::encode(target, range.generation), 0).unwrap();
         }
-        (base, backends.len() as u16)
+        range
     }
 
     /// How often `reason` was counted, on all CPUs.

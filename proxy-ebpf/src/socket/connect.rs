@@ -10,7 +10,7 @@ use proxy_common::{
 use super::{
     PASS,
     errno::{ECONNREFUSED, EPERM, ETIMEDOUT},
-    fail, origin_of,
+    fail, hash, origin_of,
     peer::{Peer, Record},
     view::{Either, V4, View},
 };
@@ -41,7 +41,8 @@ fn connect<V: View>(view: &V) -> i32 {
     };
     let Some(origin) = origin_of(view.ctx()) else { return PASS };
     let vip = view.target();
-    match choose::<V::Addr>(&FrontendKey::new(vip.addr, vip.port, proto), origin, 0) {
+    match choose::<V::Addr>(&FrontendKey::new(vip.addr, vip.port, proto), origin, 0, |client| hash(view.ctx(), client))
+    {
         Choice::Backend { target: backend, service, .. } => {
             count::connection(service);
             log::chosen(view.ctx(), proto, (vip.addr, vip.port), (backend.addr, backend.port));

@@ -29,10 +29,10 @@ mod view;
 
 use aya_ebpf::{
     EbpfContext as _,
-    helpers::generated::{bpf_get_netns_cookie, bpf_set_retval},
+    helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_set_retval},
     programs::SockAddrContext,
 };
-use proxy_common::{frontend::origin, globals::socket_lb};
+use proxy_common::{frontend::origin, globals::socket_lb, maglev};
 
 use crate::globals;
 
@@ -61,6 +61,19 @@ fn origin_of(ctx: &SockAddrContext) -> Option<usize> {
         None
     } else {
         Some(origin::POD)
+    }
+}
+
+/// What Maglev goes by at connect time. A connection has no source port yet, and mostly no source address, so it is one at random; what
+/// sticks to its client is told by the network namespace, which is the client's own.
+#[inline(always)]
+fn hash(ctx: &SockAddrContext, client: bool) -> u32 {
+    if client {
+        // SAFETY: the context this program was called with. Kernel 5.7 (f318903c0bf4).
+        maglev::namespace(unsafe { bpf_get_netns_cookie(ctx.as_ptr()) })
+    } else {
+        // SAFETY: no arguments.
+        unsafe { bpf_get_prandom_u32() }
     }
 }
 

@@ -19,7 +19,7 @@ use proxy_common::{
 use super::{
     PASS,
     errno::{ECONNREFUSED, EPERM},
-    fail, origin_of,
+    fail, hash, origin_of,
     peer::Record,
     view::{Either, V4, View},
 };
@@ -164,7 +164,7 @@ fn pick<V: View>(view: &V, key: &FrontendKey<V::Addr>, origin: usize, cookie: u6
     while picks < PICKS {
         let attempt = picks;
         picks += 1;
-        match choose::<V::Addr>(key, origin, attempt) {
+        match choose::<V::Addr>(key, origin, attempt, |client| hash(view.ctx(), client)) {
             Choice::Backend { target: backend, range, service, .. } => {
                 let reply = DatagramKey::new(cookie, direction::TO_VIP, backend.addr, backend.port);
                 if picks < PICKS

@@ -25,7 +25,8 @@ use proxy_common::{
     counters::Reason,
     device::role,
     frontend::{FrontendKey, origin},
-    proto,
+    maglev, proto,
+    slot::Target,
 };
 
 use self::{
@@ -280,7 +281,15 @@ const PICKED_DROP: u32 = 3;
 /// Chooses a backend and fills the flow's entry with it.
 #[inline(never)]
 fn pick<A: Header>(packet: &Packet<A>, from: usize, value: &mut ConnectionValue<A>) -> u32 {
-    match lookup::choose(&FrontendKey::new(packet.dst, packet.dport, packet.proto), from, 0) {
+    let hash = |client| {
+        if client {
+            maglev::client(packet.src)
+        } else {
+            let src = Target { addr: packet.src, port: packet.sport };
+            maglev::flow(src, Target { addr: packet.dst, port: packet.dport }, packet.proto)
+        }
+    };
+    match lookup::choose(&FrontendKey::new(packet.dst, packet.dport, packet.proto), from, 0, hash) {
         Choice::Backend { .. } | Choice::Refuse if is_martian(packet) != 0 => PICKED_DROP,
         Choice::Backend { target, service, masquerade, .. } => {
             count::connection(service);

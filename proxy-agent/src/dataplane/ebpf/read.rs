@@ -16,6 +16,7 @@ use proxy_common::{
     connection::{ConnectionKey, ConnectionValue},
     counters::{Reason, ServiceCounters},
     frontend::{FrontendKey, FrontendValue, Range, origin},
+    maglev,
     meta::{Meta, ServiceName},
     slot::{Slot, SlotV4, SlotV6, Target},
 };
@@ -57,11 +58,13 @@ pub struct RangeRow {
     pub base: u32,
     pub count: u16,
     pub generation: u8,
+    /// Positions of the Maglev table behind the backends; 0: there is none.
+    pub table: u32,
 }
 
 impl From<Range> for RangeRow {
-    fn from(Range { base, count, generation }: Range) -> Self {
-        Self { base, count, generation }
+    fn from(Range { base, count, generation, table }: Range) -> Self {
+        Self { base, count, generation, table: maglev::size(table) }
     }
 }
 
@@ -309,16 +312,17 @@ impl Pins {
     /// Slots that some frontend points at.
     fn slots_used<A: Family>(&self) -> Result<u64> {
         let map = self.map::<A::Key, FrontendValue>(A::FRONTENDS)?;
-        let mut ranges: Vec<(u32, u16)> = map
+        let mut ranges: Vec<(u32, u32)> = map
             .entries()
             .map_err(self.failed(A::FRONTENDS))?
             .into_iter()
             .flat_map(|(_, value)| [value.all(), value.local()])
-            .map(|range| (range.base, range.count))
+            .filter(|range| range.count > 0)
+            .map(|range| (range.base, range.slots()))
             .collect();
         ranges.sort_unstable();
         ranges.dedup();
-        Ok(ranges.into_iter().map(|(_, count)| u64::from(count)).sum())
+        Ok(ranges.into_iter().map(|(_, slots)| u64::from(slots)).sum())
     }
 
     /// Pinned links that are attached. (Filters of the clsact fallback have no pins; the running agent knows them.)

@@ -51,6 +51,10 @@ const fn kind_flag(kind: FrontendKind) -> u16 {
     }
 }
 
+const fn table_flags(range: Range, shift: u16) -> u16 {
+    (range.table as u16 & flags::TABLE_MASK) << shift
+}
+
 /// The other way, for readers.
 pub(crate) const fn kind_of(value: &FrontendValue) -> FrontendKind {
     match value.flags & flags::KIND_MASK {
@@ -64,6 +68,7 @@ pub(crate) const fn kind_of(value: &FrontendValue) -> FrontendKind {
 pub(crate) const fn algorithm_of(byte: u8) -> Algorithm {
     match byte {
         algorithm::ROUND_ROBIN => Algorithm::RoundRobin,
+        algorithm::MAGLEV => Algorithm::Maglev,
         _ => Algorithm::Random,
     }
 }
@@ -113,8 +118,11 @@ pub(crate) fn value<A: Family>(
         algorithm: match choice {
             Algorithm::Random => algorithm::RANDOM,
             Algorithm::RoundRobin => algorithm::ROUND_ROBIN,
+            Algorithm::Maglev => algorithm::MAGLEV,
         },
-        flags: kind_flag(*kind),
+        flags: kind_flag(*kind)
+            | table_flags(all, flags::ALL_TABLE_SHIFT)
+            | table_flags(local, flags::LOCAL_TABLE_SHIFT),
         affinity_secs: affinity_secs.unwrap_or(0),
         seal: 0,
     }
@@ -163,8 +171,8 @@ mod tests {
         let frontend =
             Frontend { addr: "10.96.0.1".parse().unwrap(), port: 443.try_into().unwrap(), protocol: Protocol::Tcp };
         let at = key::<Ipv4Be>(&frontend).unwrap();
-        let all = Range { base: 7, count: 2, generation: 3 };
-        let local = Range { base: 9, count: 1, generation: 4 };
+        let all = Range { base: 7, count: 2, generation: 3, table: 1 };
+        let local = Range { base: 9, count: 1, generation: 4, table: 3 };
         let value = value(&at, &spec, 5, all, local);
         assert_eq!((value.all(), value.local(), value.service), (all, local, 5));
         assert_eq!(value.verdicts, [0, 0x81, 2]);

@@ -73,6 +73,9 @@ pub(crate) mod memory {
         frontends6: BTreeMap<Vec<u8>, FrontendValue>,
         slots4: Vec<[u64; 3]>,
         slots6: Vec<[u64; 3]>,
+        /// What frontends point at: first slot, and how many.
+        pointed_at4: Vec<(u32, u32)>,
+        pointed_at6: Vec<(u32, u32)>,
         pub(crate) names: BTreeMap<u32, ServiceName>,
         devices: BTreeMap<u32, DeviceValue>,
         pub(crate) frontend_capacity: usize,
@@ -129,6 +132,14 @@ pub(crate) mod memory {
             if A::LEN == 4 { &mut self.frontends4 } else { &mut self.frontends6 }
         }
 
+        /// An entry was written or removed.
+        fn point<A: Family>(&mut self) {
+            let map = if A::LEN == 4 { &self.frontends4 } else { &self.frontends6 };
+            let held = map.values().flat_map(|value| [value.all(), value.local()]).filter(|range| range.count > 0);
+            let held = held.map(|range| (range.base, range.slots())).collect();
+            *(if A::LEN == 4 { &mut self.pointed_at4 } else { &mut self.pointed_at6 }) = held;
+        }
+
         /// Alters an entry behind everybody's back.
         pub(crate) fn tamper<A: Family>(&mut self, key: FrontendKey<A>, to: Option<FrontendValue>) {
             let key = bytes(&A::Key::from(key));
@@ -136,6 +147,7 @@ pub(crate) mod memory {
                 Some(to) => self.frontends_of::<A>().insert(key, to),
                 None => self.frontends_of::<A>().remove(&key),
             };
+            self.point::<A>();
         }
 
         /// Alters a slot behind everybody's back.
@@ -158,12 +170,9 @@ pub(crate) mod memory {
         }
 
         fn write_slot<A: Family>(&mut self, index: u32, slot: A::Slot) -> Result<()> {
-            for (_, value) in self.frontends::<A>()? {
-                for range in [value.all(), value.local()] {
-                    let held = range.base <= index && index - range.base < u32::from(range.count);
-                    assert!(!held || self.tampering, "slot {index} is written while a frontend points at it");
-                }
-            }
+            let pointed_at = if A::LEN == 4 { &self.pointed_at4 } else { &self.pointed_at6 };
+            let held = pointed_at.iter().any(|(base, slots)| *base <= index && index - base < *slots);
+            assert!(!held || self.tampering, "slot {index} is written while a frontend points at it");
             self.write(A::SLOTS)?;
             let mut words = [0; 3];
             for (word, chunk) in words.iter_mut().zip(bytes(&slot).chunks(8)) {
@@ -194,6 +203,7 @@ pub(crate) mod memory {
                     return (done, Some(error));
                 }
                 self.frontends_of::<A>().insert(key, *v);
+                self.point::<A>();
             }
             (entries.len(), None)
         }
@@ -203,6 +213,7 @@ pub(crate) mod memory {
                 self.write(A::FRONTENDS)?;
                 let key = bytes(&A::Key::from(*key));
                 self.frontends_of::<A>().remove(&key);
+                self.point::<A>();
             }
             Ok(())
         }

@@ -11,7 +11,7 @@ use proxy_common::frontend::{FrontendKey, FrontendValue, Range};
 
 use super::{
     Refused,
-    ranges::{Ranges, ranges},
+    ranges::{Ranges, Wanted, ranges},
 };
 use crate::{
     dataplane::{
@@ -83,10 +83,11 @@ impl<A: Family> Half<A> {
     ) -> Result<Option<FrontendValue>, Refused> {
         let old = self.shadow.get(&key).copied().unwrap_or_default();
         let (needs_all, needs_local) = render::needs(&spec.verdicts);
+        let wanted = |set| Wanted { service, set, algorithm: spec.algorithm };
         let all =
-            if needs_all { self.ranges.hold(store, service, &spec.all, old.all(), now)? } else { Range::default() };
+            if needs_all { self.ranges.hold(store, wanted(&spec.all), old.all(), now)? } else { Range::default() };
         let local = if needs_local {
-            match self.ranges.hold(store, service, &spec.local, old.local(), now) {
+            match self.ranges.hold(store, wanted(&spec.local), old.local(), now) {
                 Ok(local) => local,
                 Err(error) => {
                     self.ranges.release(all, now);
