@@ -138,6 +138,10 @@ pub struct Device {
     pub source6: Option<std::net::Ipv6Addr>,
     /// Of a pod's link: the id by which this network namespace knows the pod's.
     pub netns: Option<u32>,
+    /// Of a bridge's port: the bridge's index. Routes lead to it and not to the port.
+    pub bridge: Option<u32>,
+    /// Its packets may have met the programs of another device already: a bridge whose pods' links are hooked.
+    pub behind: bool,
 }
 
 /// By interface index.

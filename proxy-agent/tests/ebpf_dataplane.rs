@@ -167,6 +167,8 @@ fn device_list(devices: &[(u32, &str)]) -> Devices {
                 source4: Some([192, 168, 0, 1].into()),
                 source6: None,
                 netns: None,
+                bridge: None,
+                behind: false,
             };
             (*index, device)
         })

@@ -323,6 +323,8 @@ async fn devices_are_followed_and_failures_tried_again() {
         source4: None,
         source6: None,
         netns: None,
+        bridge: None,
+        behind: false,
     };
     world.devices.send_replace([(7, device("veth0")), (8, device("veth1"))].into());
     let status = world.wait("said", |status| status.failed_devices.contains_key("veth1")).await;
@@ -396,6 +398,8 @@ async fn whatever_call_hangs_livez_says_so() {
                     source4: None,
                     source6: None,
                     netns: None,
+                    bridge: None,
+                    behind: false,
                 };
                 world.devices.send_replace([(7, device)].into());
             }

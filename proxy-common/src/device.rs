@@ -13,6 +13,11 @@ pub mod role {
     pub const OVERLAY: u8 = 3;
 }
 
+pub mod flags {
+    /// Packets may come here from another device's hook, translated already: a bridge whose pods' links have hooks of their own.
+    pub const BEHIND: u8 = 1;
+}
+
 /// Value of the devices map; key: `u32` interface index. Written by the agent.
 ///
 /// The addresses are what a masqueraded packet that leaves by this device gets as its source if no route says otherwise (contract
@@ -24,7 +29,8 @@ pub struct DeviceValue {
     pub source4: Ipv4Be,
     /// [`role`].
     pub role: u8,
-    pub pad: u8,
+    /// [`flags`].
+    pub flags: u8,
     /// Of a pod's link: one more than the id by which this network namespace knows the one of its other end
     /// (`IFLA_LINK_NETNSID`). 0: not known, or an id that has no room here; then nobody looks for sockets there.
     pub netns: u16,

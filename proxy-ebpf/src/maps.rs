@@ -83,6 +83,10 @@ static DATAGRAMS_V6: Datagrams<Ipv6Be> = Datagrams::new();
 #[btf_map(name = "devices")]
 pub(crate) static DEVICES: HashMap<u32, DeviceValue, 16_384, NO_PREALLOC> = HashMap::new();
 
+/// Interface index of a bridge's port → that of the bridge. Writer: agent. Full: packets masqueraded there get the device's address.
+#[btf_map(name = "bridges")]
+pub(crate) static BRIDGES: HashMap<u32, u32, 16_384, NO_PREALLOC> = HashMap::new();
+
 /// Service id → counters. Writer: programs (entry appears with the first connection), agent deletes.
 #[btf_map(name = "service_counters")]
 pub(crate) static SERVICE_COUNTERS: PerCpuHashMap<u32, ServiceCounters, 65_536, NO_PREALLOC> = PerCpuHashMap::new();

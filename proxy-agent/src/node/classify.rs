@@ -9,7 +9,8 @@
 //! Where devices are stacked, one floor is chosen:
 //! - ports of a bond, a team or a bridge with an uplink are left to their master, which has the addresses and the routes;
 //! - a bridge that joins pods (the CNI bridge plugin, Docker), alone or with an uplink, is left out and its ports are taken: there,
-//!   bridged packets between two pods pass too, and with a hook on the bridge as well they would pass two;
+//!   bridged packets between two pods pass too, and with a hook on the bridge as well they would pass two. Not one that filters
+//!   VLANs, beside an uplink: packets of tagged ports lose their tags only on their way up to the bridge;
 //! - ports of a VRF are taken and the VRF device is not: its ports see the packets with their link headers.
 
 use std::{
@@ -51,6 +52,8 @@ pub struct Link {
     pub peer_netns: Option<u32>,
     pub addresses: Vec<Address>,
     pub default_route: bool,
+    /// A bridge that is aware of VLANs.
+    pub vlan_filtering: bool,
 }
 
 /// One of `--devices`: a glob (`*`, `?`), with `!` in front to exclude.
@@ -142,14 +145,21 @@ impl World<'_> {
         Some((index, self.links.get(&index)?))
     }
 
-    /// Whether all that passes this bridge passes a hook on one of its ports: it joins pods and an uplink, and none of them is
-    /// excluded by a pattern.
+    /// Whether all that passes this bridge passes a hook on one of its ports: it joins pods and an uplink, none of them is
+    /// excluded by a pattern, and no port has packets with VLAN tags, which hooks leave alone.
     fn is_joined_at_ports(&self, bridge: u32) -> bool {
-        self.ports.get(&bridge).is_some_and(|ports| {
-            ports.iter().any(|port| self.is_pod(port))
-                && ports.iter().any(|port| !self.is_pod(port))
-                && ports.iter().all(|port| is_wanted(&port.name, self.patterns))
-        })
+        let filtering = self.links.get(&bridge).is_some_and(|bridge| bridge.vlan_filtering);
+        !filtering
+            && self.ports.get(&bridge).is_some_and(|ports| {
+                ports.iter().any(|port| self.is_pod(port))
+                    && ports.iter().any(|port| !self.is_pod(port))
+                    && ports.iter().all(|port| is_wanted(&port.name, self.patterns))
+            })
+    }
+
+    fn has_hooked_pods(&self, bridge: u32) -> bool {
+        let hooked = |port: &&Link| self.is_pod(port) && is_wanted(&port.name, self.patterns);
+        self.ports.get(&bridge).is_some_and(|ports| ports.iter().any(hooked))
     }
 
     fn role(&self, index: u32, link: &Link) -> Option<DeviceRole> {
@@ -246,6 +256,8 @@ pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, patterns: &[Patt
             source4: source(link, master, fallback4, v4),
             source6: source(link, master, fallback6, v6),
             netns: link.peer_netns.filter(|_| role == DeviceRole::Pod),
+            behind: link.kind == "bridge" && world.has_hooked_pods(*index),
+            bridge: link.master.filter(|_| master.is_some_and(|master| master.kind == "bridge")),
         };
         Some((*index, device))
     };
@@ -270,7 +282,7 @@ pub(super) fn route_devices(links: &BTreeMap<u32, Link>) -> BTreeSet<u32> {
 mod tests {
     use super::*;
 
-    /// `name kind [flags…] [addr/prefix…]`; flags: up, lo, l3, peer, default, master=N.
+    /// `name kind [flags…] [addr/prefix…]`; flags: up, lo, l3, peer, default, vlans, master=N.
     fn links(lines: &[&str]) -> BTreeMap<u32, Link> {
         let mut links = BTreeMap::new();
         for (line, index) in lines.iter().zip(1..) {
@@ -289,6 +301,7 @@ mod tests {
                     "l3" => link.ethernet = false,
                     "peer" => link.peer_elsewhere = true,
                     "default" => link.default_route = true,
+                    "vlans" => link.vlan_filtering = true,
                     _ => match word.strip_prefix("master=") {
                         Some(master) => link.master = Some(master.parse().unwrap()),
                         None => {
@@ -322,14 +335,15 @@ mod tests {
         let one = |d: &Device| {
             let l3 = if d.ethernet { "" } else { ":l3" };
             let source = d.source4.map(|s| s.to_string()).unwrap_or_else(|| "none".into());
-            format!("{}:{:?}:{source}{l3}", d.name, d.role)
+            let behind = if d.behind { ":behind" } else { "" };
+            format!("{}:{:?}:{source}{l3}{behind}", d.name, d.role)
         };
         devices.values().map(one).collect::<Vec<_>>().join(" ")
     }
 
     #[test]
     fn roles_by_topology() {
-        let cases: [(&str, &[&str], &[&str], &str); 16] = [
+        let cases: [(&str, &[&str], &[&str], &str); 17] = [
             (
                 "routed pods (Calico): links without addresses",
                 &["lo - lo 127.0.0.1/8", "eth0 - default 192.168.0.1/24", "cali1 veth peer", "cali2 netkit peer"],
@@ -403,6 +417,12 @@ mod tests {
                 "bond0:Outward:192.168.0.1 vnet1:Pod:192.168.0.1 tap1:Overlay:192.168.0.1 eth1:Outward:10.0.0.1",
             ),
             (
+                "such a bridge that filters VLANs: its uplink may be tagged, so itself",
+                &["eth0 - master=2", "br0 bridge vlans default 192.168.0.1/24", "vnet1 veth peer master=2"],
+                &[],
+                "br0:Outward:192.168.0.1:behind vnet1:Pod:192.168.0.1",
+            ),
+            (
                 "pods and a tunnel on one bridge",
                 &[
                     "eth0 - default 192.168.0.1/24",
@@ -463,8 +483,8 @@ mod tests {
         let lines = ["eth0 - master=2", "br0 bridge default 192.168.0.1/24", "vnet1 veth peer master=2"];
         for (patterns, expected) in [
             (&[][..], "eth0:Outward:192.168.0.1 vnet1:Pod:192.168.0.1"),
-            (&["!eth0"], "br0:Outward:192.168.0.1 vnet1:Pod:192.168.0.1"),
-            (&["br0", "vnet*"], "br0:Outward:192.168.0.1 vnet1:Pod:192.168.0.1"),
+            (&["!eth0"], "br0:Outward:192.168.0.1:behind vnet1:Pod:192.168.0.1"),
+            (&["br0", "vnet*"], "br0:Outward:192.168.0.1:behind vnet1:Pod:192.168.0.1"),
         ] {
             assert_eq!(shown(&lines, &[], patterns), expected, "{patterns:?}");
         }

@@ -156,3 +156,19 @@ fn devices_are_followed_as_they_come_and_go() {
         running.await.unwrap().unwrap();
     });
 }
+
+#[test]
+fn a_bridge_says_whether_it_filters_vlans() {
+    for filters in [true, false] {
+        let mut message = LinkMessage::default();
+        message.attributes = vec![
+            LinkAttribute::IfName("br0".into()),
+            LinkAttribute::LinkInfo(vec![
+                LinkInfo::Kind(InfoKind::Bridge),
+                LinkInfo::Data(InfoData::Bridge(vec![InfoBridge::AgeingTime(1), InfoBridge::VlanFiltering(filters)])),
+            ]),
+        ];
+        let link = link_of(message);
+        assert_eq!((link.kind.as_str(), link.vlan_filtering), ("bridge", filters));
+    }
+}

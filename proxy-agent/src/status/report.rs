@@ -241,7 +241,8 @@ impl Unprogrammed {
 
 impl Device {
     fn of(index: u32, device: &crate::desired::Device) -> Self {
-        let crate::desired::Device { name, role, ethernet: _, source4, source6, netns: _ } = device;
+        let crate::desired::Device { name, role, ethernet: _, source4, source6, netns: _, bridge: _, behind: _ } =
+            device;
         let role = match role {
             DeviceRole::Pod => "pod",
             DeviceRole::Outward => "outward",
@@ -351,6 +352,8 @@ pub(crate) mod tests {
                     source4: Some([192, 0, 2, 1].into()),
                     source6: None,
                     netns: None,
+                    bridge: None,
+                    behind: false,
                 },
             )])),
             failed_devices: Arc::new(BTreeMap::from([(

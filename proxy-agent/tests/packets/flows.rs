@@ -119,18 +119,25 @@ fn without_an_address_to_masquerade_with_a_flow_is_dropped() {
     }
 }
 
-/// Two routes on one device, each with a source of its own; and what has no route there gets the device's address (contract A75).
+/// Two routes on one device, each with a source of its own; and what has no route there gets the device's address (contract A75). By a
+/// bridge's port the routes are the bridge's.
 #[test]
 fn the_route_says_the_masquerade_source() {
     let Some(mut world) = world("the_route_says_the_masquerade_source", Options::default()) else { return };
+    // `BPF_FIB_LOOKUP_SRC`, dab4e1f06cab.
+    if kernel() < (6, 7) {
+        return println!("SKIP the_route_says_the_masquerade_source: the kernel has no BPF_FIB_LOOKUP_SRC (6.7)");
+    }
     let sh = |command: &str| {
         let output = std::process::Command::new("sh").args(["-c", command]).output().unwrap();
         assert!(output.status.success(), "{command}: {}", String::from_utf8_lossy(&output.stderr));
     };
     sh("ip link add m0 index 77 type veth peer name m1 && ip link add n0 type veth peer name n1 && \
-        for d in m0 m1 n0 n1; do ip link set $d up; done && \
+        ip link add p0 index 78 type veth peer name p1 && ip link add b0 index 79 type bridge && \
+        ip link set p0 master b0 && for d in m0 m1 n0 n1 p0 p1 b0; do ip link set $d up; done && \
         echo 1 > /proc/sys/net/ipv4/ip_forward && echo 1 > /proc/sys/net/ipv6/conf/all/forwarding");
-    let index = 77;
+    let port = 78;
+    world.bridge(port, 79);
     for cast in casts() {
         let (own, other, elsewhere): (IpAddr, IpAddr, IpAddr) = if cast.v6 {
             ("fd00:7::8".parse().unwrap(), "fd00:7::9".parse().unwrap(), "fd00:8::1".parse().unwrap())
@@ -147,15 +154,24 @@ fn the_route_says_the_masquerade_source() {
         ));
         let off = if cast.v6 { "2001:db8::1" } else { "203.0.113.1" };
         sh(&format!("ip route add {off} dev n0"));
-        world.device_at(index, role::OUTWARD);
+        let (bridged, of_bridge) = if cast.v6 { ("2001:db8::3", "fd00:9::1") } else { ("203.0.113.3", "192.168.9.1") };
+        sh(&format!("ip addr add {of_bridge}/{bits} dev b0 {nodad} && ip route add {bridged} dev b0 src {of_bridge}"));
+        world.device_at(77, role::OUTWARD);
+        world.device_at(port, role::OUTWARD);
         world.device(role::OUTWARD);
         let off = SocketAddr::new(off.parse().unwrap(), 8080);
         let nowhere = SocketAddr::new(if cast.v6 { "2001:db8::2" } else { "203.0.113.2" }.parse().unwrap(), 8080);
-        for (n, (backend, source)) in
-            [(cast.backend, own), (cast.backend2, other), (off, cast.node), (nowhere, cast.node)]
-                .into_iter()
-                .enumerate()
-        {
+        let bridged = SocketAddr::new(bridged.parse().unwrap(), 8080);
+        let cases = [
+            (77, cast.backend, own),
+            (77, cast.backend2, other),
+            (77, off, cast.node),
+            (77, nowhere, cast.node),
+            (77, bridged, cast.node),
+            (port, bridged, of_bridge.parse().unwrap()),
+            (port, off, cast.node),
+        ];
+        for (n, (index, backend, source)) in cases.into_iter().enumerate() {
             world.service(1, cast.vip, &[backend]);
             for proto in PROTOS {
                 let client = at(cast.client, 43_000 + n as u16);
@@ -163,7 +179,7 @@ fn the_route_says_the_masquerade_source() {
                 world.expect(Hook::Ingress, &open, &open.to(backend));
                 // Out by that device: `ifindex` of the program's context.
                 let mut context = [0; 192];
-                context[40..44].copy_from_slice(&index.to_ne_bytes());
+                context[40..44].copy_from_slice(&u32::to_ne_bytes(index));
                 let (verdict, out) =
                     world.run_program("tc_egress_ether", &open.to(backend).frame(), Some(&context)).unwrap();
                 let (seen, to) = ends(&out);
@@ -175,6 +191,13 @@ fn the_route_says_the_masquerade_source() {
         }
     }
     assert_eq!(world.reasons(), []);
+}
+
+/// Version of the kernel: the first two numbers.
+fn kernel() -> (u32, u32) {
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap());
+    (numbers.next().unwrap(), numbers.next().unwrap())
 }
 
 #[test]
@@ -402,4 +425,35 @@ fn a_flow_through_two_devices_still_answers_as_the_vip() {
             }
         }
     }
+}
+
+/// The same with a bridge that is known to be behind its pods' links: packets pass it as they are.
+#[test]
+fn a_flow_through_a_device_behind_another_keeps_its_port() {
+    let Some(mut world) = world("a_flow_through_a_device_behind_another_keeps_its_port", Options::default()) else {
+        return;
+    };
+    for cast in casts() {
+        for (proto, backend) in PROTOS.into_iter().flat_map(|p| [(p, cast.backend), (p, at(cast.client, 8080))]) {
+            world.service(1, cast.vip, &[backend]);
+            let opening = Packet::opening(proto, cast.client, cast.vip);
+            let more = if proto == TCP { Packet::tcp(cast.client, cast.vip, ACK) } else { opening.clone() };
+            let hairpin = backend.ip() == cast.client.ip();
+            for packet in [&opening, &more, &more] {
+                world.device(role::POD);
+                world.expect(Hook::Ingress, packet, &packet.to(backend));
+                world.device_behind();
+                world.untouched(Hook::Ingress, &packet.to(backend).frame());
+                world.device(role::POD);
+                let (seen, _) = world.translate(Hook::Egress, &packet.to(backend));
+                assert_eq!(seen.ip() == cast.node, hairpin);
+            }
+            world.remove(|_| true);
+            // What comes from outside it chooses for.
+            world.device_behind();
+            world.expect(Hook::Ingress, &opening, &opening.to(backend));
+            world.remove(|_| true);
+        }
+    }
+    assert_eq!(world.reasons(), []);
 }

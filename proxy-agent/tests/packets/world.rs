@@ -193,6 +193,21 @@ impl World {
         self.put_device(1, role::POD, (Some(v4), Some(v6)), netns + 1);
     }
 
+    /// Makes the device an outward one behind another that has the programs, too.
+    pub(crate) fn device_behind(&mut self) {
+        self.device(role::OUTWARD);
+        let device = self.devices().get(&1, 0).unwrap();
+        let flags = proxy_common::device::flags::BEHIND;
+        self.devices().insert(1, DeviceValue { flags, ..device }, 0).unwrap();
+    }
+
+    /// Makes the device of index `port` a port of the bridge of index `bridge`.
+    pub(crate) fn bridge(&mut self, port: u32, bridge: u32) {
+        let mut bridges: HashMap<&mut MapData, u32, u32> =
+            HashMap::try_from(self.datapath.ebpf.map_mut("bridges").unwrap()).unwrap();
+        bridges.insert(port, bridge, 0).unwrap();
+    }
+
     /// Makes the device of that index what `role` says, with the node's addresses.
     pub(crate) fn device_at(&mut self, index: u32, role: u8) {
         let [v4, v6] = casts().map(|c| c.node);
@@ -217,7 +232,7 @@ impl World {
     fn put_device(&mut self, index: u32, role: u8, (v4, v6): (Option<IpAddr>, Option<IpAddr>), netns: u16) {
         let source4 = v4.map_or(Ipv4Be::UNSPECIFIED, |ip| Ipv4Be::from_ip(ip).unwrap());
         let source6 = v6.map_or(Ipv6Be::UNSPECIFIED, |ip| Ipv6Be::from_ip(ip).unwrap());
-        self.devices().insert(index, DeviceValue { source6, source4, role, pad: 0, netns }, 0).unwrap();
+        self.devices().insert(index, DeviceValue { source6, source4, role, flags: 0, netns }, 0).unwrap();
     }
 
     fn devices(&mut self) -> HashMap<&mut MapData, u32, DeviceValue> {

@@ -23,7 +23,7 @@ use proxy_common::{
     Be16, Ipv4Be, Ipv6Be,
     connection::{ConnectionKey, ConnectionValue, flags, hook},
     counters::Reason,
-    device::role,
+    device::{self, role},
     frontend::{FrontendKey, origin},
     maglev, proto,
     slot::Target,
@@ -147,16 +147,18 @@ fn leave<A: Header>(ctx: &TcContext, packet: &Packet<A>) -> i32 {
     TC_ACT_SHOT
 }
 
-/// Where what comes in by this device comes from; of a pod's link, one more than the number of its network namespace.
+/// Where what comes in by this device comes from; of a pod's link, one more than the number of its network namespace; whether it may
+/// have met another device's hook.
 #[inline(always)]
-fn device(ctx: &TcContext) -> (usize, u32) {
+fn device(ctx: &TcContext) -> (usize, u32, bool) {
     let skb = ctx.as_ptr().cast::<__sk_buff>();
     // SAFETY: the context is live.
     let ifindex = unsafe { (*skb).ifindex };
     // SAFETY: copied at once; a byte and an aligned half-word, neither of which needs the other.
     match unsafe { DEVICES.get(ifindex) } {
-        Some(device) if device.role == role::POD => (origin::POD, device.netns as u32),
-        _ => (origin::EXTERNAL, 0),
+        Some(device) if device.role == role::POD => (origin::POD, device.netns as u32, false),
+        Some(device) => (origin::EXTERNAL, 0, device.flags & device::flags::BEHIND != 0),
+        None => (origin::EXTERNAL, 0, false),
     }
 }
 
@@ -248,7 +250,7 @@ fn reopens<A: Header>(
 
 #[inline(never)]
 fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &ConnectionKey<A>) -> i32 {
-    let (from, netns) = device(ctx);
+    let (from, netns, behind) = device(ctx);
     let Some(Work { value, key: pair_key, found, .. }) = Room::Enter.work::<A>() else { return TC_ACT_SHOT };
     match pick(packet, from, value) {
         PICKED => {
@@ -259,8 +261,10 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
             }
         }
         PICKED_NOTHING => {
-            // Each datagram would be asked about, and of those from off the node hardly one is beside a Service flow.
-            if packet.proto == proto::UDP && from != origin::POD || !yields(packet, value, pair_key, found) {
+            // Each datagram would be asked about, and of those from off the node hardly one is beside a Service flow. Nor is a packet that is
+            // a Service flow's own, translated by another device's hook.
+            let asked = !behind && (packet.proto != proto::UDP || from == origin::POD);
+            if !asked || !yields(packet, value, pair_key, found) {
                 return NEXT;
             }
         }

@@ -14,7 +14,7 @@ use super::{
     packet::Header,
     table::{VOID, Void},
 };
-use crate::maps::Packet;
+use crate::maps::{BRIDGES, Packet};
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
@@ -38,9 +38,12 @@ struct Route {
 const _: () = assert!(size_of::<Route>() == 64);
 
 /// Writes to `source` what the route of this packet, which is about to leave by `ifindex`, says. Leaves it alone where the kernel
-/// knows no answer (before 6.7), or its answer is about another device: marks and the like led the packet elsewhere.
+/// knows no answer (before 6.7), or its answer is about another device: marks and the like led the packet elsewhere. A bridge's port
+/// has no routes, its bridge has.
 #[inline(never)]
 pub(crate) fn by_route<A: Header>(ctx: &TcContext, packet: &Packet<A>, ifindex: u32, source: &mut A) -> Void {
+    // SAFETY: an aligned word, copied at once.
+    let ifindex = unsafe { BRIDGES.get(ifindex) }.map_or(ifindex, |bridge| *bridge);
     let mut route = Route {
         family: if A::VERSION == 4 { AF_INET } else { AF_INET6 },
         proto: packet.proto,

@@ -279,6 +279,14 @@ impl World {
         self.addresses(&self.node(number).place)
     }
 
+    /// The source that a node's kernel gives to what it sends there itself.
+    pub fn route_source(&self, number: usize, to: IpAddr) -> Result<IpAddr> {
+        let shown = self.node(number).place.namespace.output("ip", &["-j", "route", "get", &to.to_string()])?;
+        let shown: serde_json::Value = serde_json::from_str(&shown).context("ip -j route get")?;
+        let source = shown.pointer("/0/prefsrc").and_then(serde_json::Value::as_str);
+        source.with_context(|| format!("no source in {shown}"))?.parse().context("prefsrc")
+    }
+
     /// Every address that a place has.
     pub fn addresses(&self, place: &Place) -> Result<BTreeSet<IpAddr>> {
         let out = place.namespace.output("ip", &["-o", "addr", "show"])?;

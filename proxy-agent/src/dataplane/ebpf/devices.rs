@@ -1,5 +1,5 @@
-//! The `devices` map: what the programs must know of each device they run on. Nothing is remembered here: the map itself says
-//! what is there.
+//! The maps `devices` and `bridges`: what the programs must know of each device they run on. Nothing is remembered here: the maps
+//! themselves say what is there.
 //!
 //! Entries come before a device's programs are attached, and go once they are gone.
 
@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use proxy_common::{
     Ipv4Be, Ipv6Be,
-    device::{DeviceValue, role},
+    device::{DeviceValue, flags, role},
 };
 
 use super::store::{Store, StoreError};
@@ -19,26 +19,33 @@ use crate::{
 /// Brings the entries that programs need before they are attached; those of other devices stay until [`prune`].
 pub(crate) fn put<S: Store>(store: &mut S, devices: &Devices, report: &mut Report) {
     let before = store.writes();
-    match store.devices() {
-        Ok(present) => {
-            let present: HashMap<u32, DeviceValue> = present.into_iter().collect();
+    let failed = |report: &mut Report, device: &Device, error: &StoreError| {
+        let why = format!("device {}: {error}", device.name);
+        report.failed_devices.insert(device.name.clone(), Failure::Retry(why));
+    };
+    match store.devices().and_then(|present| Ok((present, store.bridges()?))) {
+        Ok((present, bridges)) => {
+            let (present, bridges): (HashMap<_, _>, HashMap<_, _>) =
+                (present.into_iter().collect(), bridges.into_iter().collect());
             for (index, device) in devices {
                 let value = device_value(device);
-                if present.get(index) == Some(&value) {
-                    continue;
-                }
-                if let Err(error) = store.put_device(*index, &value) {
-                    let why = format!("device {}: {error}", device.name);
-                    report.failed_devices.insert(device.name.clone(), Failure::Retry(why));
+                let mut put = || -> Result<(), StoreError> {
+                    match (device.bridge, bridges.get(index)) {
+                        (Some(bridge), has) if has != Some(&bridge) => store.put_bridge(*index, bridge)?,
+                        (None, Some(_)) => store.remove_bridge(*index)?,
+                        _ => {}
+                    }
+                    if present.get(index) != Some(&value) {
+                        store.put_device(*index, &value)?;
+                    }
+                    Ok(())
+                };
+                if let Err(error) = put() {
+                    failed(report, device, &error);
                 }
             }
         }
-        Err(error) => {
-            for device in devices.values() {
-                let why = format!("device {}: {error}", device.name);
-                report.failed_devices.insert(device.name.clone(), Failure::Retry(why));
-            }
-        }
+        Err(error) => devices.values().for_each(|device| failed(report, device, &error)),
     }
     report.writes += store.writes() - before;
 }
@@ -51,12 +58,17 @@ pub(crate) fn prune<S: Store>(store: &mut S, devices: &Devices, report: &mut Rep
             store.remove_device(index)?;
         }
     }
+    for (port, _) in store.bridges()? {
+        if !devices.contains_key(&port) {
+            store.remove_bridge(port)?;
+        }
+    }
     report.writes += store.writes() - before;
     Ok(())
 }
 
 fn device_value(device: &Device) -> DeviceValue {
-    let Device { name: _, role, ethernet: _, source4, source6, netns } = device;
+    let Device { name: _, role, ethernet: _, source4, source6, netns, bridge: _, behind } = device;
     DeviceValue {
         source6: source6.map(|a| Ipv6Be::from_octets(a.octets())).unwrap_or_default(),
         source4: source4.map(|a| Ipv4Be::from_octets(a.octets())).unwrap_or_default(),
@@ -65,7 +77,7 @@ fn device_value(device: &Device) -> DeviceValue {
             DeviceRole::Outward => role::OUTWARD,
             DeviceRole::Overlay => role::OVERLAY,
         },
-        pad: 0,
+        flags: if *behind { flags::BEHIND } else { 0 },
         netns: netns.and_then(|id| u16::try_from(id.checked_add(1)?).ok()).unwrap_or(0),
     }
 }
@@ -84,6 +96,8 @@ mod tests {
             source4: Some([10, 0, 0, 1].into()),
             source6: None,
             netns: Some(6),
+            bridge: None,
+            behind: false,
         };
         let devices: Devices = [(3, device("a")), (4, device("b"))].into();
         let mut store = Memory::new(0, 0);
@@ -96,5 +110,14 @@ mod tests {
         prune(&mut store, &one, &mut report).unwrap();
         assert_eq!(report.writes, 3);
         assert_eq!(store.devices().unwrap().len(), 1);
+        // A port of a bridge, of another, of none; gone.
+        for (n, bridge) in [Some(8), Some(8), Some(9), None, Some(9)].into_iter().enumerate() {
+            let port: Devices = [(4, Device { bridge, ..device("b") })].into();
+            put(&mut store, &port, &mut report);
+            assert_eq!(store.bridges().unwrap(), bridge.map(|bridge| (4, bridge)).into_iter().collect::<Vec<_>>());
+            assert_eq!(report.writes, [4, 4, 5, 6, 7][n]);
+        }
+        prune(&mut store, &Devices::new(), &mut report).unwrap();
+        assert_eq!((report.writes, store.bridges().unwrap().len()), (9, 0));
     }
 }

@@ -76,6 +76,7 @@ maps! {
     DatagramsV4 = "datagrams_v4": LRU_HASH<DatagramKey<Ipv4Be>, DatagramValue<Ipv4Be>>, 0, |s: &Sizes| s.datagrams, "--map-datagrams";
     DatagramsV6 = "datagrams_v6": LRU_HASH<DatagramKey<Ipv6Be>, DatagramValue<Ipv6Be>>, 0, |s: &Sizes| s.datagrams, "--map-datagrams";
     Devices = "devices": HASH<u32, DeviceValue>, map_flag::NO_PREALLOC, |_: &Sizes| 16_384, "";
+    Bridges = "bridges": HASH<u32, u32>, map_flag::NO_PREALLOC, |_: &Sizes| 16_384, "";
     ServiceCounters = "service_counters": PERCPU_HASH<u32, ServiceCounters>, map_flag::NO_PREALLOC, |s: &Sizes| s.services, "--map-services";
     Reasons = "reasons": PERCPU_ARRAY<u32, u64>, 0, |_: &Sizes| Reason::COUNT as u32, "";
     Names = "names": HASH<u32, ServiceName>, map_flag::NO_PREALLOC, |s: &Sizes| s.services, "--map-services";
@@ -92,6 +93,7 @@ impl MapName {
                 | Self::SlotsV4
                 | Self::SlotsV6
                 | Self::Devices
+                | Self::Bridges
                 | Self::Names
                 | Self::Meta
         )

@@ -122,6 +122,7 @@ pub(crate) struct Maps {
     names: Map<u32, ServiceName>,
     counters: OwnedFd,
     devices: Map<u32, DeviceValue>,
+    bridges: Map<u32, u32>,
     meta: Map<u32, Meta>,
     writes: u64,
 }
@@ -144,6 +145,7 @@ impl Maps {
             names: typed(MapName::Names, fd(MapName::Names)?)?,
             counters: fd(MapName::ServiceCounters)?,
             devices: typed(MapName::Devices, fd(MapName::Devices)?)?,
+            bridges: typed(MapName::Bridges, fd(MapName::Bridges)?)?,
             meta: typed(MapName::Meta, fd(MapName::Meta)?)?,
             writes: 0,
         })
@@ -247,6 +249,24 @@ impl Store for Maps {
 
     fn remove_device(&mut self, index: u32) -> Result<()> {
         let removed = self.devices.remove(&index).map_err(|source| StoreError::Io { map: MapName::Devices, source })?;
+        self.writes += u64::from(removed);
+        Ok(())
+    }
+
+    fn bridges(&self) -> Result<Vec<(u32, u32)>> {
+        self.bridges.entries().map_err(|source| StoreError::Io { map: MapName::Bridges, source })
+    }
+
+    fn put_bridge(&mut self, port: u32, bridge: u32) -> Result<()> {
+        self.bridges
+            .put(&port, &bridge, sys::ANY)
+            .map_err(|source| self.refused(MapName::Bridges, self.bridges.fd(), source))?;
+        self.writes += 1;
+        Ok(())
+    }
+
+    fn remove_bridge(&mut self, port: u32) -> Result<()> {
+        let removed = self.bridges.remove(&port).map_err(|source| StoreError::Io { map: MapName::Bridges, source })?;
         self.writes += u64::from(removed);
         Ok(())
     }

@@ -45,6 +45,10 @@ pub(crate) trait Store {
     fn put_device(&mut self, index: u32, value: &DeviceValue) -> Result<()>;
     fn remove_device(&mut self, index: u32) -> Result<()>;
 
+    fn bridges(&self) -> Result<Vec<(u32, u32)>>;
+    fn put_bridge(&mut self, port: u32, bridge: u32) -> Result<()>;
+    fn remove_bridge(&mut self, port: u32) -> Result<()>;
+
     /// Writes so far.
     fn writes(&self) -> u64;
 }
@@ -78,6 +82,7 @@ pub(crate) mod memory {
         pointed_at6: Vec<(u32, u32)>,
         pub(crate) names: BTreeMap<u32, ServiceName>,
         devices: BTreeMap<u32, DeviceValue>,
+        bridges: BTreeMap<u32, u32>,
         pub(crate) frontend_capacity: usize,
         writes: u64,
         pub(crate) fault: Fault,
@@ -251,6 +256,22 @@ pub(crate) mod memory {
         fn remove_device(&mut self, index: u32) -> Result<()> {
             self.write(MapName::Devices)?;
             self.devices.remove(&index);
+            Ok(())
+        }
+
+        fn bridges(&self) -> Result<Vec<(u32, u32)>> {
+            Ok(self.bridges.iter().map(|(k, v)| (*k, *v)).collect())
+        }
+
+        fn put_bridge(&mut self, port: u32, bridge: u32) -> Result<()> {
+            self.write(MapName::Bridges)?;
+            self.bridges.insert(port, bridge);
+            Ok(())
+        }
+
+        fn remove_bridge(&mut self, port: u32) -> Result<()> {
+            self.write(MapName::Bridges)?;
+            self.bridges.remove(&port);
             Ok(())
         }
 

@@ -727,6 +727,15 @@ mod kernel {
         fn remove_device(&mut self, index: u32) -> Result<()> {
             self.maps.remove_device(index)
         }
+        fn bridges(&self) -> Result<Vec<(u32, u32)>> {
+            self.maps.bridges()
+        }
+        fn put_bridge(&mut self, port: u32, bridge: u32) -> Result<()> {
+            self.maps.put_bridge(port, bridge)
+        }
+        fn remove_bridge(&mut self, port: u32) -> Result<()> {
+            self.maps.remove_bridge(port)
+        }
         fn writes(&self) -> u64 {
             self.maps.writes()
         }
