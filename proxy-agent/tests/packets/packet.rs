@@ -10,7 +10,8 @@ pub(crate) const RST: u8 = 0x04;
 pub(crate) const ACK: u8 = 0x10;
 
 pub(crate) const ETHERNET: usize = 14;
-const MACS: [u8; 12] = [2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
+/// The first is that of the loopback device, which test runs have the packet come in by.
+const MACS: [u8; 12] = [0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 2];
 
 #[derive(Clone, Debug)]
 pub(crate) enum Body {

@@ -19,7 +19,7 @@ use proxy_common::{
 use super::{
     packet::{ACK, Packet, SYN, Sums, sums},
     support::Spec,
-    world::{BOUNCE, Cast, DROP, Hook, Options, PROTOS, TCP, UDP, World, at, casts, hex, usual, world},
+    world::{BOUNCE, Cast, DROP, Hook, NEXT, Options, PROTOS, TCP, UDP, World, at, casts, hex, usual, world},
 };
 
 /// What must come back for `refused`: an ICMP port unreachable from the VIP, `quote` bytes of the packet in it.
@@ -218,6 +218,56 @@ fn a_guarded_address_refuses_what_no_frontend_claims() {
         world.untouched(Hook::Ingress, &Packet::icmp(cast.client.ip(), cast.backend.ip(), 8, 0, b"ping").frame());
         world.untouched(Hook::Ingress, &Packet::other(cast.client.ip(), cast.backend.ip(), 132).frame());
         world.untouched(Hook::Egress, &Packet::other(cast.client.ip(), cast.vip.ip(), 132).frame());
+    }
+}
+
+/// A switch floods, an interface listens to everything: their host does with such frames what is to be done.
+#[test]
+fn frames_for_other_hosts_are_neither_translated_nor_refused() {
+    let Some(mut world) = world("frames_for_other_hosts_are_neither_translated_nor_refused", Options::default()) else {
+        return;
+    };
+    let mut sport = 50_000;
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.service(2, cast.vip2, &[]);
+        for vip in [cast.vip, cast.vip2] {
+            world.datapath.guard(vip.ip(), 1);
+        }
+        let mut frames = |mac: [u8; 6]| {
+            sport += 1;
+            let client = at(cast.client, sport);
+            let mut packets: Vec<_> = PROTOS.iter().map(|proto| Packet::opening(*proto, client, cast.vip)).collect();
+            packets.extend(PROTOS.iter().map(|proto| Packet::opening(*proto, client, cast.vip2)));
+            packets.push(Packet::icmp(client.ip(), cast.vip.ip(), if cast.v6 { 128 } else { 8 }, 0, b"ping"));
+            packets.push(Packet::other(client.ip(), cast.vip.ip(), 132).with_payload(&[7; 40]));
+            packets.iter().map(|packet| [&mac[..], &packet.frame()[6..]].concat()).collect::<Vec<_>>()
+        };
+        let others = [2, 0, 0, 0, 0, 1];
+        for (role, bridged, acted) in [
+            (role::OUTWARD, false, false),
+            (role::OVERLAY, false, false),
+            (role::OUTWARD, true, true),
+            // Whatever switch is in the node.
+            (role::POD, false, true),
+        ] {
+            world.device(role);
+            world.bridge_port(bridged);
+            for frame in frames(others) {
+                let (verdict, out) = world.run(Hook::Ingress, &frame);
+                assert_eq!(out != frame, acted, "{role} {bridged} {verdict} {}", hex(&frame));
+                assert!(acted || verdict == NEXT);
+            }
+            for frame in frames([0; 6]) {
+                assert_ne!(world.run(Hook::Ingress, &frame).1, frame);
+            }
+            for mac in [[0xff; 6], [0x33, 0x33, 0, 0, 0, 1], [1, 0, 0x5e, 0, 0, 1]] {
+                for frame in frames(mac) {
+                    world.untouched(Hook::Ingress, &frame);
+                }
+            }
+        }
+        world.bridge_port(false);
     }
 }
 

@@ -208,6 +208,17 @@ impl World {
         bridges.insert(port, bridge, 0).unwrap();
     }
 
+    /// Makes the device a port of some bridge, or of none.
+    pub(crate) fn bridge_port(&mut self, is_one: bool) {
+        let mut bridges: HashMap<&mut MapData, u32, u32> =
+            HashMap::try_from(self.datapath.ebpf.map_mut("bridges").unwrap()).unwrap();
+        if is_one {
+            bridges.insert(1, 9, 0).unwrap();
+        } else {
+            let _ = bridges.remove(&1);
+        }
+    }
+
     /// Makes the device of that index what `role` says, with the node's addresses.
     pub(crate) fn device_at(&mut self, index: u32, role: u8) {
         let [v4, v6] = casts().map(|c| c.node);

@@ -37,7 +37,7 @@ use self::{
 use crate::{
     count, globals, log,
     lookup::{self, Choice},
-    maps::{DEVICES, Packet, Work, kind},
+    maps::{BRIDGES, DEVICES, Packet, Work, kind},
 };
 
 const ETHERNET: u32 = 14;
@@ -47,6 +47,11 @@ const ETH_P_IPV6: u32 = (0x86dd_u16).to_be() as u32;
 const REMAP_TRIES: u32 = 4;
 /// Ports tried for a masqueraded flow before it counts as exhaustion.
 const MASQUERADE_TRIES: u32 = 10;
+
+/// `pkt_type` of a frame that is not addressed to the device.
+const PACKET_BROADCAST: u32 = 1;
+const PACKET_MULTICAST: u32 = 2;
+const PACKET_OTHERHOST: u32 = 3;
 
 /// Leave the packet to whoever comes next.
 const NEXT: i32 = TC_ACT_UNSPEC;
@@ -113,7 +118,7 @@ fn family<A: Header, const HOOK: u8>(ctx: &TcContext, l3: u32) -> i32 {
             }
         }
     }
-    if HOOK == hook::INGRESS { carry_out(ctx, l3, packet, other(packet)) } else { leave(ctx, packet) }
+    if HOOK == hook::INGRESS { carry_out(ctx, l3, packet, other(ctx, l3, packet)) } else { leave(ctx, packet) }
 }
 
 /// Refuses if that is the verdict. Here and not where it is decided: the refusal needs the stack that the decision took.
@@ -125,12 +130,13 @@ fn carry_out<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, verdict: i
 /// What is not translated: another protocol, a fragment that lacks its first. Towards an address of ours it is refused, or
 /// dropped where nobody can be told; never routed on (contract A48, A50).
 #[inline(never)]
-fn other<A: Header>(packet: &Packet<A>) -> i32 {
+fn other<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> i32 {
     if packet.kind == kind::LOST_FRAGMENT {
         return stray(packet);
     }
     match lookup::guard(packet.dst, origin::EXTERNAL) {
         Choice::Pass | Choice::Backend { .. } => NEXT,
+        _ if is_overheard(ctx, l3, device(ctx).0) => NEXT,
         Choice::Refuse if is_martian(packet) == 0 => REFUSE,
         Choice::Refuse | Choice::Drop { .. } => TC_ACT_SHOT,
     }
@@ -159,6 +165,25 @@ fn device(ctx: &TcContext) -> (usize, u32, bool) {
         Some(device) if device.role == role::POD => (origin::POD, device.netns as u32, false),
         Some(device) => (origin::EXTERNAL, 0, device.flags & device::flags::BEHIND != 0),
         None => (origin::EXTERNAL, 0, false),
+    }
+}
+
+/// Whether the frame is for another host, or for all of them: a switch that floods, an interface that listens to everything, a macvlan on
+/// top. The stack forwards none of these, and to refuse them is their host's business. On a pod's link and at a bridge's port frames
+/// are for whoever is behind the switch.
+#[inline(always)]
+fn is_overheard(ctx: &TcContext, l3: u32, from: usize) -> bool {
+    if l3 == 0 {
+        return false;
+    }
+    let skb = ctx.as_ptr().cast::<__sk_buff>();
+    // SAFETY: the context is live; both fields are readable for classifiers.
+    let (kind, ifindex) = unsafe { ((*skb).pkt_type, (*skb).ifindex) };
+    match kind {
+        PACKET_BROADCAST | PACKET_MULTICAST => true,
+        // SAFETY: that there is an element is all that is asked.
+        PACKET_OTHERHOST => from != origin::POD && unsafe { BRIDGES.get(ifindex) }.is_none(),
+        _ => false,
     }
 }
 
@@ -251,6 +276,9 @@ fn reopens<A: Header>(
 #[inline(never)]
 fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &ConnectionKey<A>) -> i32 {
     let (from, netns, behind) = device(ctx);
+    if is_overheard(ctx, l3, from) {
+        return NEXT;
+    }
     let Some(Work { value, key: pair_key, found, .. }) = Room::Enter.work::<A>() else { return TC_ACT_SHOT };
     match pick(packet, from, value) {
         PICKED => {

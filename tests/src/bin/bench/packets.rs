@@ -96,7 +96,8 @@ fn packet(from: SocketAddr, to: SocketAddr, proto: u8, flags: u8) -> Vec<u8> {
     let at = if proto == TCP { 16 } else { 6 };
     l4.splice(at..at + 2, sum);
 
-    let mut frame = vec![2, 0, 0, 0, 0, 1, 2, 0, 0, 0, 0, 2];
+    // The loopback device's address first.
+    let mut frame = vec![0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 2];
     if from.is_ipv4() {
         frame.extend([0x08, 0x00]);
         let mut ip = vec![0x45, 0];
