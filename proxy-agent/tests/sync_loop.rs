@@ -430,6 +430,85 @@ async fn what_the_source_reports_and_what_conflicts_is_published() {
     world.stop().await;
 }
 
+/// F17 across a restart: what the first list says is there but cannot be read keeps what an earlier run left in force.
+#[tokio::test]
+async fn a_restart_takes_nothing_away_that_cannot_be_read() {
+    let endpoints = |service: &str, ip: &str| Event::Slice(Arc::new(slice(service, &format!("{service}-1"), &[ip])));
+    let everything = || {
+        let mut events = three();
+        events.extend([endpoints("a", "10.0.0.1"), endpoints("b", "10.0.0.2"), endpoints("c", "10.0.0.3")]);
+        events
+    };
+    let kernel = Kernel::default();
+    let world = World::started(kernel.clone(), quick(), everything()).await;
+    world.converge().await;
+    world.stop().await;
+    let left = kernel.state().desired.clone();
+    let unreadable = |name: &str, service: Option<&str>| {
+        Event::UnreadableSlices([(("default".into(), name.into()), service.map(key))].into())
+    };
+    let first = |lists: Vec<Event>| {
+        let rest = [Event::Node(node("this", None)), Event::Addresses(Default::default())];
+        rest.into_iter().chain(lists).collect::<Vec<_>>()
+    };
+    let lists = |names: &[(&str, &str)], slices: &[(&str, &str)]| {
+        let services = names.iter().map(|(name, ip)| Arc::new(service(name, &[ip]))).collect();
+        let slices = slices.iter().map(|(name, ip)| Arc::new(slice(name, &format!("{name}-1"), &[ip]))).collect();
+        [Event::Services(services), Event::Slices(slices)]
+    };
+    // Service b and the slice of c cannot be read; a has gone.
+    let restart = async || {
+        let mut world = World::start(kernel.clone(), quick());
+        let [services, slices] = lists(&[("c", "10.96.0.3")], &[("b", "10.0.0.2")]);
+        let b = Event::UnreadableServices([key("b")].into());
+        for event in first(vec![b, services, unreadable("c-1", Some("c")), slices]) {
+            world.send(event).await;
+        }
+        world.devices.send_replace(Devices::new());
+        world.source.send_replace(SourceState::Synced);
+        world.wait("ready", |status| status.ready).await;
+        world
+    };
+    let stands = |name: &str, ip: &str| {
+        let state = kernel.state();
+        assert_eq!(state.desired.frontends.get(&frontend(ip)), left.frontends.get(&frontend(ip)), "{name}");
+        assert!(state.desired.guards.contains(&ip.parse().unwrap()), "guard of {name}");
+    };
+    let mut world = restart().await;
+    stands("b", "10.96.0.2");
+    stands("c", "10.96.0.3");
+    assert!(!kernel.state().desired.frontends.contains_key(&frontend("10.96.0.1")));
+    let degraded = |status: &Status| {
+        let row = status.frontends.get(&frontend("10.96.0.3")).map(|row| &row.state);
+        matches!(row, Some(FrontendState::Degraded(Failure::Unsupported(why))) if why.contains("cannot be read"))
+    };
+    world.wait("said", degraded).await;
+    // Neither a change elsewhere nor a repair ends that.
+    world.send(web("10.96.0.9", "d")).await;
+    kernel.state().desired.frontends.remove(&frontend("10.96.0.9"));
+    tokio::time::sleep(quick().resync_period * 3).await;
+    stands("b", "10.96.0.2");
+    stands("c", "10.96.0.3");
+    // Readable at last, at another address; and the slice gone for good.
+    world.send(web("10.96.0.8", "b")).await;
+    world.send(Event::SliceGone { namespace: "default".into(), name: "c-1".into() }).await;
+    world.converge().await;
+    let programmed = |status: &Status| status.frontends.values().all(|row| row.state == FrontendState::Programmed);
+    world.wait("programmed", programmed).await;
+    world.stop().await;
+
+    // Gone without ever having been read: nothing of it stays.
+    let world = World::started(kernel.clone(), quick(), everything()).await;
+    world.converge().await;
+    world.stop().await;
+    let mut world = restart().await;
+    world.send(Event::ServiceGone(key("b"))).await;
+    world.send(Event::ServiceGone(key("c"))).await;
+    world.converge().await;
+    assert!(kernel.state().desired.frontends.is_empty());
+    world.stop().await;
+}
+
 #[tokio::test]
 async fn a_source_that_ends_ends_the_loop_and_leaves_the_kernel_alone() {
     let kernel = Kernel::default();

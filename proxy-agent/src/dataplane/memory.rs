@@ -5,7 +5,7 @@
 //! next agent as a restart would.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -14,7 +14,7 @@ use std::{
 use super::{Capabilities, Dataplane, DataplaneError, Drift, Failure, Fill, Hook, Report};
 use crate::{
     desired::{Changes, DesiredState, Devices, Frontend},
-    model::Protocol,
+    model::{Protocol, ServiceKey},
 };
 
 /// What goes wrong.
@@ -92,9 +92,16 @@ impl State {
         }
     }
 
-    fn carry_out(&mut self, changes: &Changes) -> Report {
-        let Changes { set, remove, guard, unguard } = changes;
+    fn carry_out(&mut self, changes: &Changes, held: &BTreeSet<ServiceKey>) -> Report {
+        let Changes { mut set, mut remove, guard, mut unguard } = changes.clone();
         let mut report = Report::default();
+        for (frontend, _) in self.desired.frontends.iter().filter(|(_, spec)| held.contains(&spec.service.service)) {
+            if set.remove(frontend).is_some() || remove.remove(frontend) {
+                report.failed.insert(*frontend, super::held(frontend));
+            }
+            unguard.remove(&frontend.addr);
+        }
+        let (set, remove) = (&set, &remove);
         let before = self.writes;
         for frontend in remove {
             if self.desired.frontends.contains_key(frontend) {
@@ -113,7 +120,7 @@ impl State {
                 }
             }
         }
-        for (addrs, wanted) in [(guard, true), (unguard, false)] {
+        for (addrs, wanted) in [(&guard, true), (&unguard, false)] {
             for addr in
                 addrs.iter().filter(|addr| self.desired.guards.contains(*addr) != wanted).copied().collect::<Vec<_>>()
             {
@@ -141,11 +148,12 @@ pub struct Memory {
     kernel: Kernel,
     /// What this agent believes it programmed; `observe` compares the kernel with it.
     believed: DesiredState,
+    held: BTreeSet<ServiceKey>,
 }
 
 impl Memory {
     pub fn new(kernel: Kernel) -> Self {
-        Self { kernel, believed: DesiredState::default() }
+        Self { kernel, believed: DesiredState::default(), held: BTreeSet::new() }
     }
 
     /// Takes as long as `name` is to take.
@@ -172,16 +180,20 @@ impl Dataplane for Memory {
     fn resync(&mut self, desired: &DesiredState) -> Report {
         let mut state = self.call("resync");
         let changes = state.desired.diff(desired);
-        let report = state.carry_out(&changes);
+        let report = state.carry_out(&changes, &self.held);
         let believed = state.desired.clone();
         drop(state);
         self.believed = believed;
         report
     }
 
+    fn hold(&mut self, services: &BTreeSet<ServiceKey>) {
+        self.held.clone_from(services);
+    }
+
     fn apply(&mut self, changes: &Changes) -> Report {
         let mut state = self.call("apply");
-        let report = state.carry_out(changes);
+        let report = state.carry_out(changes, &self.held);
         drop(state);
         let Report { failed, failed_guards, failed_devices: _, writes: _ } = &report;
         let mut done = changes.clone();

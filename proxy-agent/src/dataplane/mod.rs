@@ -2,13 +2,16 @@
 //!
 //! A dataplane executes verdicts; it never sees a Service. It is driven from one thread that owns it.
 
-use std::{collections::BTreeMap, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+};
 
 use serde::Serialize;
 
 use crate::{
     desired::{Changes, Devices, Frontend},
-    model::Protocol,
+    model::{Protocol, ServiceKey},
 };
 
 pub mod ebpf;
@@ -31,6 +34,14 @@ pub enum Failure {
     /// Only a change of the Service or of the configuration helps.
     #[error("{0}")]
     Unsupported(String),
+}
+
+/// Of a frontend that [`Dataplane::hold`] keeps as it is.
+pub fn held(frontend: &Frontend) -> Failure {
+    Failure::Unsupported(format!(
+        "frontend {frontend}: its Service or an EndpointSlice of it cannot be read (see the problems in `status`); until it can be, \
+         or is gone, what an earlier run left in force stands"
+    ))
 }
 
 /// Outcome of one `apply`: what is not named here is in force as desired.
@@ -94,6 +105,10 @@ pub trait Dataplane: Send {
     /// Brings the kernel from whatever it holds to `desired`: adopts what is right, sets what is not, removes the rest.
     /// Called once after the first complete list, and again by the periodic resync. Writes nothing when nothing differs.
     fn resync(&mut self, desired: &crate::desired::DesiredState) -> Report;
+
+    /// From now on what is in force of these Services is left as it stands, by `resync` and `apply` alike: not all is known of them.
+    /// What is asked for there is reported as failed (see [`held`]). Writes nothing.
+    fn hold(&mut self, services: &BTreeSet<ServiceKey>);
 
     /// Carries out one change. Applying twice is a no-op; a failure of one frontend leaves the others in force.
     fn apply(&mut self, changes: &Changes) -> Report;

@@ -51,6 +51,9 @@ pub struct Index {
     /// Left out of the next complete list, and yet not gone.
     unreadable_services: BTreeSet<ServiceKey>,
     unreadable_slices: BTreeMap<SliceKey, Option<ServiceKey>>,
+    /// There, but unreadable for as long as this source has been heard: nothing is known of them.
+    unknown_services: BTreeSet<ServiceKey>,
+    unknown_slices: BTreeMap<SliceKey, Option<ServiceKey>>,
     problems: BTreeMap<String, Vec<String>>,
 }
 
@@ -67,6 +70,14 @@ impl Index {
     /// What the source could not read at all: object or file → what was wrong.
     pub fn problems(&self) -> &BTreeMap<String, Vec<String>> {
         &self.problems
+    }
+
+    /// Services of which not all is known, as they or slices of theirs cannot be read and never could. What an earlier run left in
+    /// force of them is the best there is.
+    pub fn unknown(&self) -> BTreeSet<ServiceKey> {
+        let of_slices = self.unknown_slices.values().flatten();
+        let of_slices = of_slices.filter(|service| self.snapshot.services.contains_key(service));
+        self.unknown_services.iter().chain(of_slices).cloned().collect()
     }
 
     /// Complete lists of Services and EndpointSlices, the own Node and its addresses have come in; before that nothing may
@@ -95,6 +106,7 @@ impl Index {
 
     fn set_service(&mut self, service: Arc<Service>, touched: &mut Touched) {
         let key = service.key.clone();
+        self.unknown_services.remove(&key);
         if self.snapshot.services.get(&key) != Some(&service) {
             self.snapshot.services.insert(key.clone(), service);
             touched.service_changes += 1;
@@ -103,6 +115,7 @@ impl Index {
     }
 
     fn remove_service(&mut self, key: &ServiceKey, touched: &mut Touched) {
+        self.unknown_services.remove(key);
         if self.snapshot.services.remove(key).is_some() {
             touched.service_changes += 1;
             touched.services.insert(key.clone());
@@ -121,10 +134,13 @@ impl Index {
         for service in list {
             self.set_service(service, touched);
         }
+        self.unknown_services = unreadable;
+        self.unknown_services.retain(|key| !self.snapshot.services.contains_key(key));
     }
 
     fn set_slice(&mut self, slice: Arc<EndpointSlice>, touched: &mut Touched) {
         let key = (Arc::clone(&slice.namespace), Arc::clone(&slice.name));
+        self.unknown_slices.remove(&key);
         if self.owners.get(&key).is_some_and(|owner| *owner != slice.service) {
             self.remove_slice(&key, touched);
         }
@@ -153,6 +169,7 @@ impl Index {
     }
 
     fn remove_slice(&mut self, key: &SliceKey, touched: &mut Touched) {
+        self.unknown_slices.remove(key);
         let Some(service) = self.owners.remove(key) else { return };
         if let Some(slices) = self.snapshot.slices.get_mut(&service) {
             if let Some(slice) = slices.remove(&key.1) {
@@ -182,6 +199,8 @@ impl Index {
         for slice in list {
             self.set_slice(slice, touched);
         }
+        self.unknown_slices = unreadable;
+        self.unknown_slices.retain(|key, _| !self.owners.contains_key(key));
     }
 
     /// Only what planning reads touches anything: the node's name and zone (contract A41), and its addresses (A127).

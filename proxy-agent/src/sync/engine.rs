@@ -47,6 +47,8 @@ pub(super) struct Engine {
     devices_open: bool,
     source_open: bool,
     active: bool,
+    /// Services that were unknown when the gate opened, and still are: what an earlier run left in force of them stands.
+    held: BTreeSet<ServiceKey>,
     /// Since when the oldest change that is not in force waits.
     queued: Option<Instant>,
     /// Trigger times (nanoseconds since the epoch) of changes that are not in force, the oldest for each Service.
@@ -106,6 +108,7 @@ impl Engine {
             devices_open: true,
             source_open: true,
             active: false,
+            held: BTreeSet::new(),
             queued: None,
             triggers: BTreeMap::new(),
             complaints: BTreeMap::new(),
@@ -217,6 +220,11 @@ impl Engine {
             self.sync();
         }
         if self.running {
+            if self.touched.services.is_empty() && self.let_go() {
+                self.resync();
+                self.retry.schedule(Instant::now(), true);
+                self.tick();
+            }
             if self.devices_changed {
                 self.set_devices();
                 self.retry.schedule(Instant::now(), false);
@@ -252,9 +260,13 @@ impl Engine {
         }
         self.table.announce(self.queued);
         self.publish();
-        let report =
-            self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.resync(self.planner.state()));
-        self.settle_full(&report);
+        self.held = self.index.unknown();
+        if !self.held.is_empty() {
+            let services: Vec<_> = self.held.iter().map(ToString::to_string).collect();
+            tracing::warn!(?services, "cannot be read wholly; what is in force of them stands");
+            self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.hold(&self.held));
+        }
+        let report = self.resync();
         self.running = true;
         if self.devices_known {
             self.set_devices();
@@ -274,12 +286,39 @@ impl Engine {
         self.publish();
     }
 
+    /// Brings the kernel to all that is planned, whatever it holds.
+    fn resync(&mut self) -> Report {
+        let report =
+            self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.resync(self.planner.state()));
+        self.settle_full(&report);
+        report
+    }
+
+    /// Ends the holding of Services of which all is known by now, or which are gone. What they left is up to a resync, which must
+    /// not come before they are planned.
+    fn let_go(&mut self) -> bool {
+        if self.held.is_empty() {
+            return false;
+        }
+        let unknown = self.index.unknown();
+        let before = self.held.len();
+        self.held.retain(|service| unknown.contains(service));
+        let changed = self.held.len() != before;
+        if changed {
+            self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.hold(&self.held));
+        }
+        changed
+    }
+
     /// Plans what was touched and carries it out.
     fn sync(&mut self) {
         let start = Instant::now();
         let services = self.take_touched();
         let changes = self.planner.update(self.index.snapshot(), &services);
-        if !changes.is_empty() {
+        if self.let_go() {
+            self.resync();
+            self.retry.schedule(Instant::now(), true);
+        } else if !changes.is_empty() {
             self.table.announce(self.queued);
             let report = self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.apply(&changes));
             self.settle(&changes, &report);
@@ -468,9 +507,7 @@ impl Engine {
             );
             let repaired = frontends.len() + guards.len() + hooks.len();
             self.table.edit().drift_repaired += u64::try_from(repaired).unwrap_or(u64::MAX);
-            let report =
-                self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.resync(self.planner.state()));
-            self.settle_full(&report);
+            self.resync();
             if self.devices_known {
                 self.set_devices();
             }

@@ -14,6 +14,7 @@
 //! nothing changed loads nothing and writes nothing.
 
 use std::{
+    collections::BTreeSet,
     fs, io,
     os::fd::AsFd,
     path::PathBuf,
@@ -25,7 +26,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     dataplane::{Capabilities, Dataplane, DataplaneError, Drift, Failure, Fill, Hook, Report},
     desired::{Changes, DesiredState, Devices},
-    model::Protocol,
+    model::{Protocol, ServiceKey},
 };
 
 mod alloc;
@@ -254,6 +255,10 @@ impl Dataplane for Ebpf {
     fn resync(&mut self, desired: &DesiredState) -> Report {
         let now = self.now();
         self.table.resync(desired, now)
+    }
+
+    fn hold(&mut self, services: &BTreeSet<ServiceKey>) {
+        self.table.hold(services);
     }
 
     fn apply(&mut self, changes: &Changes) -> Report {

@@ -126,6 +126,10 @@ impl Services {
         self.idle.iter().copied().collect()
     }
 
+    pub(crate) fn name(&self, id: u32) -> Option<&Name> {
+        self.by_id.get(&id).map(|service| &service.name)
+    }
+
     pub(crate) fn contains(&self, id: u32) -> bool {
         self.by_id.contains_key(&id)
     }

@@ -37,9 +37,9 @@ use super::{
     store::{Store, StoreError},
 };
 use crate::{
-    dataplane::{Drift, Failure, Report},
+    dataplane::{self, Drift, Failure, Report},
     desired::{Changes, DesiredState, Frontend, FrontendSpec},
-    model::Protocol,
+    model::{Protocol, ServiceKey},
 };
 
 mod half;
@@ -76,6 +76,8 @@ pub(crate) struct Table<S> {
     v4: Half<Ipv4Be>,
     v6: Half<Ipv6Be>,
     adopted: bool,
+    /// Services (`namespace/name`) whose frontends stay as they are.
+    held: BTreeSet<String>,
 }
 
 /// Keys to delete beyond those that `Changes` name.
@@ -90,7 +92,7 @@ struct Strays {
 impl<S: Store> Table<S> {
     pub(crate) fn new(store: S, rest: Duration) -> Self {
         let (v4, v6) = (Half::new(store.slots::<Ipv4Be>(), rest), Half::new(store.slots::<Ipv6Be>(), rest));
-        Self { store, rest, services: Services::new(rest), v4, v6, adopted: false }
+        Self { store, rest, services: Services::new(rest), v4, v6, adopted: false, held: BTreeSet::new() }
     }
 
     #[cfg(test)]
@@ -142,6 +144,31 @@ impl<S: Store> Table<S> {
         report
     }
 
+    /// See [`dataplane::Dataplane::hold`].
+    pub(crate) fn hold(&mut self, services: &BTreeSet<ServiceKey>) {
+        self.held = services.iter().map(ToString::to_string).collect();
+    }
+
+    /// Strikes what is held from `changes`.
+    fn spare(&self, changes: &mut Changes, report: &mut Report) {
+        let mut spare = |service: u32, frontend: Option<Frontend>| {
+            let name = self.services.name(service).and_then(|name| name.name.split(':').next());
+            let (Some(frontend), Some(name)) = (frontend, name) else { return };
+            if self.held.contains(name) {
+                if changes.set.remove(&frontend).is_some() || changes.remove.remove(&frontend) {
+                    report.failed.insert(frontend, dataplane::held(&frontend));
+                }
+                changes.unguard.remove(&frontend.addr);
+            }
+        };
+        for (key, value) in &self.v4.shadow {
+            spare(value.service, frontend_of(key));
+        }
+        for (key, value) in &self.v6.shadow {
+            spare(value.service, frontend_of(key));
+        }
+    }
+
     /// Everything desired, and the removal of everything else the shadow holds.
     fn towards(&self, desired: &DesiredState) -> Changes {
         let DesiredState { frontends, guards } = desired;
@@ -165,8 +192,12 @@ impl<S: Store> Table<S> {
     }
 
     fn carry_out(&mut self, changes: &Changes, strays: Strays, now: Duration) -> Report {
-        let Changes { set, remove, guard, unguard } = changes;
         let mut report = Report::default();
+        let mut changes = std::borrow::Cow::Borrowed(changes);
+        if !self.held.is_empty() {
+            self.spare(changes.to_mut(), &mut report);
+        }
+        let Changes { set, remove, guard, unguard } = &*changes;
         // INVARIANT: slots, then frontends, then removals (see the head of this file).
         self.set::<Ipv4Be>(set, guard, &mut report, now);
         self.set::<Ipv6Be>(set, guard, &mut report, now);

@@ -815,3 +815,31 @@ mod kernel {
         assert!(crashes > 15, "the example takes more than {crashes} writes");
     }
 }
+
+/// What is held survives adoption by another process, whatever is desired; let go, it follows.
+#[test]
+fn what_is_held_stays_as_it_is() {
+    let model = |services: &[u8]| Model {
+        frontends: services.iter().map(|s| ((*s, *s == 2, false), (vec![1, 2], vec![], false))).collect(),
+        guards: services.iter().copied().collect(),
+    };
+    let mut table = Table::new(Memory::new(256, 64), REST);
+    assert!(table.resync(&desired(&model(&[1, 2, 3])), NOW).is_clean());
+    let before = seen(table.store());
+
+    let mut table = Table::new(table.store().clone(), REST);
+    table.hold(&[ServiceKey::new("ns", "1"), ServiceKey::new("ns", "2")].into());
+    // 1 is not known at all, 2 seems to have lost its backends.
+    let mut less = model(&[2, 3]);
+    less.frontends.get_mut(&(2, true, false)).unwrap().0.clear();
+    let report = table.resync(&desired(&less), NOW);
+    assert_eq!(report.failed.len(), 2, "{report:?}");
+    assert!(report.failed.values().all(|failure| matches!(failure, Failure::Unsupported(_))), "{report:?}");
+    assert_eq!((seen(table.store()), report.writes), (before, 0));
+    table.hold(&BTreeSet::new());
+    assert!(table.resync(&desired(&less), NOW).is_clean());
+    let after = seen(table.store());
+    let mut fresh = Table::new(Memory::new(256, 64), REST);
+    fresh.resync(&desired(&less), NOW);
+    assert_eq!(after, seen(fresh.store()));
+}
