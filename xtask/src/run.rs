@@ -263,6 +263,8 @@ Running until Ctrl-C. In another terminal, as root:
   ask as a pod       {}
                      {}
   ask from outside   {}
+                     {}
+                     {}
   change something   edit {source}/web.yaml, then ask again
   what is in force   {}
                      {}
@@ -273,6 +275,8 @@ Running until Ctrl-C. In another terminal, as root:
         pod(&format!("{testpod} probe 10.96.0.10:80 --count 4")),
         pod("curl -s http://10.96.0.10/"),
         world.outside().by_hand(&format!("{testpod} probe [fd00:96::53]:53 --transport udp --count 4")),
+        world.outside().by_hand(&format!("{testpod} probe {}:30080 --count 4", node.place.v4)),
+        world.outside().by_hand("curl -s http://203.0.113.70/"),
         inside(&format!("{agent} services --bpffs {bpffs}")),
         inside(&format!("{agent} backends --bpffs {bpffs}")),
         inside(&format!("{agent} status --bpffs {bpffs}")),

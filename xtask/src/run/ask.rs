@@ -14,7 +14,7 @@ use proxy_tests::{
 };
 use serde::Serialize;
 
-use super::expected::Frontend;
+use super::expected::{ASKED, Frontend, Kind};
 
 /// The JSON of `run -o json`.
 #[derive(Debug, Serialize)]
@@ -32,6 +32,8 @@ pub struct Report {
 #[serde(rename_all = "camelCase")]
 pub struct Asked {
     pub service: String,
+    #[serde(rename = "type")]
+    pub kind: Kind,
     pub address: String,
     pub port: u16,
     pub protocol: &'static str,
@@ -64,7 +66,9 @@ pub fn all(world: &World, frontends: &[Frontend], tries: u32) -> Result<Report> 
     let origins = [("pod", world.pod("client")), ("node", &world.node(1).place), ("outside", world.outside())];
     let mut asked = Vec::new();
     for frontend in frontends {
-        for (from, place) in origins {
+        // 127.0.0.1 is somebody else wherever else it is asked.
+        for (from, place) in origins.into_iter().filter(|(from, _)| !frontend.address.is_loopback() || *from == "node")
+        {
             asked.push(one(world, frontend, from, place, tries)?);
         }
     }
@@ -73,8 +77,10 @@ pub fn all(world: &World, frontends: &[Frontend], tries: u32) -> Result<Report> 
     Ok(Report { ok, topology: world.topology.name(), leaks, frontends: asked })
 }
 
-fn expect(world: &World, frontend: &Frontend) -> Expected {
-    let usable = |node: &str| !frontend.local || node == "node1";
+fn expect(world: &World, frontend: &Frontend, from: &str) -> Expected {
+    // By an address from outside policy Local is for who comes from there: pods and the node may use any endpoint.
+    let local = frontend.local && (frontend.kind == Kind::ClusterIp || from == "outside");
+    let usable = |node: &str| !local || node == ASKED;
     let name = |address: &std::net::IpAddr| {
         let places = world.pods().chain(world.nodes.iter().map(|node| &node.place));
         let place = places.into_iter().find(|place| [place.v4.into(), place.v6.into()].contains(address));
@@ -90,7 +96,7 @@ fn expect(world: &World, frontend: &Frontend) -> Expected {
 }
 
 fn one(world: &World, frontend: &Frontend, from: &'static str, place: &Place, tries: u32) -> Result<Asked> {
-    let expected = expect(world, frontend);
+    let expected = expect(world, frontend, from);
     let (tries, timeout) = match &expected {
         Expected::Backends(backends) => (tries * u32::try_from(backends.len()).unwrap_or(1), 1000),
         // Over IPv6 a refusal per packet may take the client's second SYN.
@@ -111,6 +117,7 @@ fn one(world: &World, frontend: &Frontend, from: &'static str, place: &Place, tr
     };
     Ok(Asked {
         service: frontend.service.clone(),
+        kind: frontend.kind,
         address: frontend.address.to_string(),
         port: frontend.port,
         protocol: if frontend.transport == Transport::Tcp { "TCP" } else { "UDP" },

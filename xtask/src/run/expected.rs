@@ -1,25 +1,45 @@
 //! What the objects promise: read from the YAML itself, not from the product, which is the one to be judged.
 
-use std::{collections::BTreeSet, fs, net::IpAddr, path::Path};
+use std::{
+    collections::BTreeSet,
+    fs,
+    net::{IpAddr, Ipv4Addr},
+    path::Path,
+};
 
 use anyhow::{Context as _, Result, ensure};
 use proxy_tests::pod::socket::Transport;
+use serde::Serialize;
 use serde_json::Value;
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+pub enum Kind {
+    #[serde(rename = "ClusterIP")]
+    ClusterIp,
+    NodePort,
+    LoadBalancer,
+    #[serde(rename = "ExternalIP")]
+    ExternalIp,
+}
 
 #[derive(Clone, Debug)]
 pub struct Frontend {
     /// `namespace/name:port`
     pub service: String,
+    pub kind: Kind,
     pub address: IpAddr,
     pub port: u16,
     pub transport: Transport,
     /// Ready endpoints: address, and the node they are on.
     pub endpoints: Vec<(IpAddr, String)>,
-    /// Internal policy Local: only endpoints of the asking node.
+    /// Policy Local: only endpoints of the node that is asked; by an address from outside, only for who comes from there.
     pub local: bool,
 }
 
-/// Every ClusterIP frontend of the objects below `dir`.
+/// The node that is asked.
+pub const ASKED: &str = "node1";
+
+/// Every frontend of the objects below `dir`, with the NodePorts of the node that is asked.
 pub fn read(dir: &Path) -> Result<Vec<Frontend>> {
     let mut objects = Vec::new();
     let mut files: Vec<_> = fs::read_dir(dir)?.filter_map(|entry| Some(entry.ok()?.path())).collect();
@@ -32,18 +52,54 @@ pub fn read(dir: &Path) -> Result<Vec<Frontend>> {
     }
     let mut frontends = Vec::new();
     for service in objects.iter().filter(|object| text(object, "/kind") == "Service") {
-        for address in items(service, "/spec/clusterIPs") {
-            let address: IpAddr = address.as_str().unwrap_or_default().parse().context("spec.clusterIPs")?;
-            for port in items(service, "/spec/ports") {
-                frontends.push(frontend(service, address, port, &objects)?);
+        for port in items(service, "/spec/ports") {
+            let number = number(port, "port")?.context("spec.ports.port")?;
+            let of = |kind, pointer: &str| addresses(service, pointer).map(move |found| (kind, found, number));
+            let mut claims = vec![
+                of(Kind::ClusterIp, "/spec/clusterIPs")?,
+                of(Kind::LoadBalancer, "/status/loadBalancer/ingress")?,
+                of(Kind::ExternalIp, "/spec/externalIPs")?,
+            ];
+            if let Some(node_port) = self::number(port, "nodePort")? {
+                let node = objects.iter().find(|o| text(o, "/kind") == "Node" && text(o, "/metadata/name") == ASKED);
+                let mut own = node.map_or_else(|| Ok(Vec::new()), |node| addresses(node, "/status/addresses"))?;
+                own.push(Ipv4Addr::LOCALHOST.into());
+                claims.push((Kind::NodePort, own, node_port));
+            }
+            for (kind, addresses, number) in claims {
+                for address in addresses {
+                    frontends.push(frontend(service, kind, address, (port, number), &objects)?);
+                }
             }
         }
     }
-    ensure!(!frontends.is_empty(), "no ClusterIP Service in {}", dir.display());
+    ensure!(!frontends.is_empty(), "no Service in {}", dir.display());
     Ok(frontends)
 }
 
-fn frontend(service: &Value, address: IpAddr, port: &Value, objects: &[Value]) -> Result<Frontend> {
+/// The addresses of a list of texts, or of objects that name theirs.
+fn addresses(object: &Value, pointer: &str) -> Result<Vec<IpAddr>> {
+    let text_of = |item: &Value| {
+        let named = ["ip", "address"].iter().find_map(|field| item.get(field)?.as_str().map(str::to_owned));
+        named.or_else(|| item.as_str().map(str::to_owned)).unwrap_or_default()
+    };
+    items(object, pointer)
+        .filter(|item| text(item, "/ipMode") != "Proxy")
+        .map(|item| text_of(item).parse().with_context(|| pointer.to_owned()))
+        .collect()
+}
+
+fn number(port: &Value, field: &str) -> Result<Option<u16>> {
+    port.get(field).and_then(Value::as_u64).map(|number| number.try_into().context("a port's number")).transpose()
+}
+
+fn frontend(
+    service: &Value,
+    kind: Kind,
+    address: IpAddr,
+    (port, number): (&Value, u16),
+    objects: &[Value],
+) -> Result<Frontend> {
     let (namespace, name) = (text(service, "/metadata/namespace"), text(service, "/metadata/name"));
     let (port_name, protocol) = (text(port, "/name"), text(port, "/protocol"));
     let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
@@ -61,17 +117,18 @@ fn frontend(service: &Value, address: IpAddr, port: &Value, objects: &[Value]) -
             endpoints.insert((address, text(endpoint, "/nodeName").to_owned()));
         }
     }
+    let policy = match kind {
+        Kind::ClusterIp => "/spec/internalTrafficPolicy",
+        _ => "/spec/externalTrafficPolicy",
+    };
     Ok(Frontend {
         service: format!("{namespace}/{name}:{port_name}"),
+        kind,
         address,
-        port: port
-            .pointer("/port")
-            .and_then(Value::as_u64)
-            .and_then(|p| p.try_into().ok())
-            .context("spec.ports.port")?,
+        port: number,
         transport: if protocol == "UDP" { Transport::Udp } else { Transport::Tcp },
         endpoints: endpoints.into_iter().collect(),
-        local: text(service, "/spec/internalTrafficPolicy") == "Local",
+        local: text(service, policy) == "Local",
     })
 }
 
