@@ -318,6 +318,13 @@ impl ApiServer {
         self.kubectl(&["apply", "--validate=false", "-f", "-"], yaml).map(drop)
     }
 
+    /// Changes the statuses of the objects of a YAML stream, which nothing else may: here there is no controller to do it.
+    pub fn apply_status(&self, yaml: &str) -> Result<()> {
+        let args =
+            ["apply", "--validate=false", "--server-side", "--force-conflicts", "--subresource=status", "-f", "-"];
+        self.kubectl(&args, yaml).map(drop)
+    }
+
     pub fn delete(&self, kind: &str, name: &str) -> Result<()> {
         self.kubectl(&["delete", kind, name, "--wait=false"], "").map(drop)
     }

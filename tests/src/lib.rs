@@ -4,11 +4,13 @@
 //! - [`pod`] is what runs inside: a server that says who it is, and clients that say what they saw.
 //! - [`cases`] are the questions, each with the number of the contract that answers it.
 //! - [`apiserver`] is a real etcd and kube-apiserver.
+//! - [`conformance`] puts one table of cases to our dataplanes and to kube-proxy.
 //! - [`feed`] is a made-up API server for more changes than a real one takes.
 //! - [`suite`] runs cases and counts what passed, failed and was skipped.
 
 pub mod apiserver;
 pub mod cases;
+pub mod conformance;
 pub mod feed;
 pub mod pod;
 pub mod suite;

@@ -279,12 +279,13 @@ fn cargo_install(program: &str, version: &str, args: &[&str], why: &str) -> Resu
     Ok(())
 }
 
-/// What the API server suite runs: kubectl, and etcd and kube-apiserver out of KUBEBUILDER_ASSETS; else etcd from the distribution,
+/// What the API server suite and the conformance suite run: kubectl, conntrack, kube-proxy, and etcd and kube-apiserver out of KUBEBUILDER_ASSETS; else etcd from the distribution,
 /// and kube-apiserver built with Go, here and not within the suite's time limit.
 ///
 /// Go itself is only asked for, never installed: where there is none, the suite skips and says so.
 pub fn api_server() -> Result<()> {
     tools(&[KUBECTL])?;
+    tools(&NETNS_SUITES)?;
     if std::env::var_os("KUBEBUILDER_ASSETS").is_none() {
         tools(&[ETCD])?;
     }
@@ -293,6 +294,8 @@ pub fn api_server() -> Result<()> {
             "setup: no API server to test against: {error:#}; install Go (https://go.dev/dl), or point KUBEBUILDER_ASSETS at a \
              directory with etcd and kube-apiserver"
         );
+    } else if let Err(error) = proxy_tests::conformance::subject::kube_proxy() {
+        eprintln!("setup: no kube-proxy to compare with: {error:#}; install Go, or name one with KUBE_PROXY_BIN");
     }
     Ok(())
 }

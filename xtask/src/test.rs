@@ -63,14 +63,14 @@ enum Suite {
 impl Suite {
     const ALL: [Self; 4] = [Self::Unit, Self::Prog, Self::Netns, Self::Api];
 
-    /// By crate and name: below `tests/` are worlds, `api*` among them with an API server; the agent's own integration tests
+    /// By crate and name: below `tests/` are worlds, `api*` and `conformance` among them with an API server; the agent's own integration tests
     /// load programs, unless they begin with a room that never touches the kernel; what is left is unit.
     fn of(target: &Target, package: &str) -> Self {
         if !target.kind.iter().any(|kind| kind == "test") {
             return Self::Unit;
         }
         match (package, target.name.as_str()) {
-            ("tests", name) if name.starts_with("api") => Self::Api,
+            ("tests", name) if name.starts_with("api") || name == "conformance" => Self::Api,
             ("tests", _) => Self::Netns,
             ("proxy-agent", name) if PURE.iter().any(|room| name.starts_with(room)) => Self::Unit,
             ("proxy-agent", _) => Self::Prog,

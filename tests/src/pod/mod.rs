@@ -10,6 +10,7 @@ pub mod probe;
 pub mod serve;
 pub mod socket;
 pub mod storm;
+pub mod survey;
 pub mod wire;
 
 use std::process::ExitCode;
@@ -23,6 +24,8 @@ enum Command {
     Serve(serve::Args),
     /// Ask a few times and print what happened each time
     Probe(probe::Args),
+    /// Ask what a list on stdin says, all at one time, and print what happened
+    Survey(survey::Args),
     /// Keep connections open and in use until stdin closes; print what broke
     Hold(hold::Args),
     /// Send and receive megabytes over one TCP connection and compare every byte
@@ -37,6 +40,7 @@ pub fn main() -> ExitCode {
     let done = match Command::parse() {
         Command::Serve(args) => serve::run(&args),
         Command::Probe(args) => probe::run(&args).and_then(|report| print(&report)),
+        Command::Survey(args) => survey::run(&args).and_then(|reports| print(&reports)),
         Command::Hold(args) => hold::run(&args).and_then(|report| print(&report)),
         Command::Bulk(args) => bulk::run(&args).and_then(|report| print(&report)),
         Command::Frame(args) => frame::run(&args).and_then(|report| print(&report)),

@@ -1,0 +1,13 @@
+//! One table of cases for every dataplane that claims to do what a Service means: ours, and kube-proxy's own.
+//!
+//! - [`services`] are the Services, one line each; [`table`] are the questions and their answers, one line each.
+//! - [`lab`] is the cluster: nodes and pods, a real API server, and the [`subject`] whose turn it is.
+//! - [`judge`] knows what may differ: `docs/conformance.md` lists it, with the reason.
+//!
+//! kube-proxy passing a case is what proves the case.
+
+pub mod judge;
+pub mod lab;
+pub mod services;
+pub mod subject;
+pub mod table;

@@ -1,0 +1,362 @@
+//! The Services of the table.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use crate::{
+    pod::socket::Transport,
+    world::{Family, World, vip},
+};
+
+/// `name | what | endpoints`. Every Service is dual-stack, has TCP 80 and UDP 53, and its endpoints answer on 8080, unless it
+/// says otherwise.
+///
+/// - `LoadBalancer`, `NodePort`, `ClusterIP`: the type. A LoadBalancer has an ingress address of each family, and node ports.
+/// - `external`: an external IP of each family.
+/// - `eTP`, `iTP`: external and internal traffic policy Local.
+/// - `ingress=proxy`: `ipMode: Proxy`; `ingress=none`: no load balancer has taken it on yet.
+/// - `ranges=A,B`: `loadBalancerSourceRanges`.
+/// - `affinity=N`: ClientIP affinity for N seconds.
+/// - `v4`, `v6`: this family only.
+/// - `no-node-ports`: `allocateLoadBalancerNodePorts: false`.
+/// - `foreign`: labelled as another proxy's; `headless-slices`: its slices are labelled as a headless Service's.
+///
+/// An endpoint is a place, `:unready`, `:terminating` (and still serving) or `:bare` (no conditions at all), `@zone-a`, `@node1`
+/// (hints).
+pub const SERVICES: &str = "
+    lb                | LoadBalancer external                                   | b1 b2
+    ext-local         | LoadBalancer external eTP                               | b1 b2
+    int-local         | LoadBalancer external iTP                               | b1 b2
+    host              | LoadBalancer                                            | node1 node2
+    self              | LoadBalancer external                                   | a1
+    pending           | LoadBalancer ingress=none                               | b1 b2
+    proxied           | LoadBalancer ingress=proxy                              | b1 b2
+    no-node-ports     | LoadBalancer no-node-ports                              | b1 b2
+    plain             | ClusterIP                                               | b1 b2
+    ports             | NodePort                                                | b1 b2
+    empty             | LoadBalancer external                                   |
+    empty-ext         | LoadBalancer external eTP                               |
+    empty-int         | LoadBalancer external iTP                               |
+    far-ext           | LoadBalancer external eTP                               | b2
+    far-int           | LoadBalancer external iTP                               | b2
+    unready           | LoadBalancer                                            | b1:unready
+    one-ready         | LoadBalancer                                            | b1 c1:unready c2:terminating
+    terminating       | LoadBalancer                                            | c1:terminating b2:unready
+    local-terminating | LoadBalancer external eTP                               | b1:terminating b2
+    bare              | ClusterIP                                               | b1:bare b2:bare
+    zones             | LoadBalancer                                            | b1@zone-a b2@zone-b
+    half-hinted       | LoadBalancer                                            | b1@zone-a b2
+    zone-local        | LoadBalancer iTP                                        | b1@zone-b b2@zone-b
+    nodes             | LoadBalancer                                            | b1@node1 b2@node2
+    foreign           | NodePort foreign                                        | b1 b2
+    headless-slices   | ClusterIP headless-slices                               | b1 b2
+    only-v4           | LoadBalancer external v4                                | b1 b2
+    only-v6           | LoadBalancer external v6                                | b1 b2
+    ranged            | LoadBalancer external ranges=192.168.77.100/32,fd00:77::100/128 | b1 b2
+    ranged-out        | LoadBalancer external ranges=10.99.0.0/16,fd00:99::/64  | b1 b2
+    ranged-v4         | LoadBalancer external ranges=10.99.0.0/16               | b1 b2
+    ranged-all        | LoadBalancer ranges=0.0.0.0/0,::/0                      | b1 b2
+    ranged-nodes      | LoadBalancer ranges=192.168.77.0/24,fd00:77::/64        | b1 b2
+    ranged-local      | LoadBalancer eTP ranges=192.168.77.100/32,fd00:77::100/128 | b1 b2
+    ranged-empty      | LoadBalancer ranges=10.99.0.0/16,fd00:99::/64           |
+    sticky            | LoadBalancer affinity=10800                             | b1 b2
+    sticky-local      | LoadBalancer affinity=10800 eTP                         | b1 c1 b2
+";
+
+/// Number of the first one: the API server has taken lower addresses for itself.
+pub const FIRST: u8 = 20;
+
+/// Where a Service is asked.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Via {
+    ClusterIp,
+    /// Another port of the cluster IP, which the Service does not have.
+    ClusterIpPort(u16),
+    NodePort(At),
+    LoadBalancer,
+    ExternalIp,
+}
+
+/// Whose address a node port is asked at.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum At {
+    Node1,
+    Node2,
+    Localhost,
+    /// A second address of node1.
+    Second,
+}
+
+impl Via {
+    pub fn parse(text: &str) -> Result<Self> {
+        Ok(match text {
+            "cluster-ip" => Self::ClusterIp,
+            "node-port" => Self::NodePort(At::Node1),
+            "node-port@node2" => Self::NodePort(At::Node2),
+            "node-port@localhost" => Self::NodePort(At::Localhost),
+            "node-port@second" => Self::NodePort(At::Second),
+            "lb" => Self::LoadBalancer,
+            "external-ip" => Self::ExternalIp,
+            other => match other.strip_prefix("cluster-ip:") {
+                Some(port) => Self::ClusterIpPort(port.parse()?),
+                None => bail!("no way to a Service is called {other}"),
+            },
+        })
+    }
+}
+
+/// The second address of node1.
+pub fn second(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::new(192, 168, 77, 51).into(),
+        Family::V6 => Ipv6Addr::new(0xfd00, 0x77, 0, 0, 0, 0, 0, 0x51).into(),
+    }
+}
+
+/// Networks that lead to node1 from outside: of load balancers, of external IPs.
+pub const OUTER_NETWORKS: [&str; 4] = ["203.0.113.0/24", "198.51.100.0/24", "fd00:1b::/112", "fd00:e::/112"];
+
+/// One endpoint of a slice.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Endpoint {
+    pub place: String,
+    /// `unready`, `terminating`, `bare`.
+    pub condition: Option<String>,
+    pub hint: Option<String>,
+}
+
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Service {
+    pub name: String,
+    /// Last part of its addresses; its node ports count from it, too.
+    pub number: u8,
+    pub kind: String,
+    pub external: bool,
+    pub external_local: bool,
+    pub internal_local: bool,
+    /// `proxy`, `none`.
+    pub ingress: Option<String>,
+    pub ranges: Vec<String>,
+    pub affinity: Option<u32>,
+    pub families: Vec<Family>,
+    pub node_ports: bool,
+    pub foreign: bool,
+    pub headless_slices: bool,
+    pub endpoints: Vec<Endpoint>,
+}
+
+/// Every Service of a table; numbered from `first`.
+pub fn parse(table: &str, first: u8) -> Result<Vec<Service>> {
+    let lines = table.lines().map(str::trim).filter(|line| !line.is_empty());
+    (first..=u8::MAX).zip(lines).map(|(number, line)| Service::parse(number, line)).collect()
+}
+
+impl Service {
+    pub fn parse(number: u8, line: &str) -> Result<Self> {
+        let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+        let [name, what, endpoints] = cells[..] else { bail!("{line}: not three cells") };
+        let mut service = Self {
+            name: name.to_owned(),
+            number,
+            kind: "ClusterIP".to_owned(),
+            external: false,
+            external_local: false,
+            internal_local: false,
+            ingress: None,
+            ranges: Vec::new(),
+            affinity: None,
+            families: Family::BOTH.to_vec(),
+            node_ports: true,
+            foreign: false,
+            headless_slices: false,
+            endpoints: endpoints.split_whitespace().map(endpoint).collect(),
+        };
+        for word in what.split_whitespace() {
+            let (key, value) = word.split_once('=').unwrap_or((word, ""));
+            match key {
+                "LoadBalancer" | "NodePort" | "ClusterIP" => service.kind = key.to_owned(),
+                "external" => service.external = true,
+                "eTP" => service.external_local = true,
+                "iTP" => service.internal_local = true,
+                "ingress" => service.ingress = Some(value.to_owned()),
+                "ranges" => service.ranges = value.split(',').map(str::to_owned).collect(),
+                "affinity" => service.affinity = Some(value.parse()?),
+                "v4" => service.families = vec![Family::V4],
+                "v6" => service.families = vec![Family::V6],
+                "no-node-ports" => service.node_ports = false,
+                "foreign" => service.foreign = true,
+                "headless-slices" => service.headless_slices = true,
+                other => bail!("{line}: no Service is {other}"),
+            }
+        }
+        Ok(service)
+    }
+
+    pub fn node_port(&self, transport: Transport) -> u16 {
+        30_000 + 10 * u16::from(self.number) + u16::from(transport != Transport::Tcp)
+    }
+
+    /// Where `/healthz` says how many endpoints are local.
+    pub fn health_port(&self) -> u16 {
+        30_005 + 10 * u16::from(self.number)
+    }
+
+    pub fn lb_ip(&self, family: Family) -> IpAddr {
+        match family {
+            Family::V4 => Ipv4Addr::new(203, 0, 113, self.number).into(),
+            Family::V6 => Ipv6Addr::new(0xfd00, 0x1b, 0, 0, 0, 0, 0, self.number.into()).into(),
+        }
+    }
+
+    pub fn external_ip(&self, family: Family) -> IpAddr {
+        match family {
+            Family::V4 => Ipv4Addr::new(198, 51, 100, self.number).into(),
+            Family::V6 => Ipv6Addr::new(0xfd00, 0xe, 0, 0, 0, 0, 0, self.number.into()).into(),
+        }
+    }
+
+    pub fn address(&self, world: &World, via: Via, family: Family, transport: Transport) -> SocketAddr {
+        let port = if transport == Transport::Tcp { 80 } else { 53 };
+        match via {
+            Via::ClusterIp => SocketAddr::new(vip(family, self.number), port),
+            Via::ClusterIpPort(port) => SocketAddr::new(vip(family, self.number), port),
+            Via::LoadBalancer => SocketAddr::new(self.lb_ip(family), port),
+            Via::ExternalIp => SocketAddr::new(self.external_ip(family), port),
+            Via::NodePort(at) => {
+                let ip = match (at, family) {
+                    (At::Node1, _) => world.node(1).place.ip(family),
+                    (At::Node2, _) => world.node(2).place.ip(family),
+                    (At::Localhost, Family::V4) => Ipv4Addr::LOCALHOST.into(),
+                    (At::Localhost, Family::V6) => Ipv6Addr::LOCALHOST.into(),
+                    (At::Second, _) => second(family),
+                };
+                SocketAddr::new(ip, self.node_port(transport))
+            }
+        }
+    }
+
+    /// The Service and its slices; the status is written on its own.
+    pub fn objects(&self, world: &World) -> Result<Vec<Value>> {
+        let mut objects = vec![self.json()];
+        for &family in &self.families {
+            objects.push(self.slice(world, family)?);
+        }
+        Ok(objects)
+    }
+
+    pub fn json(&self) -> Value {
+        let Self { name, kind, affinity, .. } = self;
+        let addresses: Vec<IpAddr> = self.families.iter().map(|&family| vip(family, self.number)).collect();
+        let names: Vec<&str> = self.families.iter().map(|&family| family_name(family)).collect();
+        let ports = [("web", "TCP", 80, Transport::Tcp), ("dns", "UDP", 53, Transport::Udp)].map(
+            |(name, protocol, port, transport)| {
+                let mut port = json!({"name": name, "protocol": protocol, "port": port, "targetPort": 8080});
+                if kind != "ClusterIP" && self.node_ports {
+                    port["nodePort"] = self.node_port(transport).into();
+                }
+                port
+            },
+        );
+        let mut spec = json!({
+            "type": kind,
+            "clusterIP": addresses.first(),
+            "clusterIPs": addresses,
+            "ipFamilies": names,
+            "ipFamilyPolicy": if names.len() == 2 { "RequireDualStack" } else { "SingleStack" },
+            "ports": ports,
+            "internalTrafficPolicy": if self.internal_local { "Local" } else { "Cluster" },
+            "sessionAffinity": if affinity.is_some() { "ClientIP" } else { "None" },
+        });
+        if let Some(seconds) = affinity {
+            spec["sessionAffinityConfig"] = json!({"clientIP": {"timeoutSeconds": seconds}});
+        }
+        if self.external {
+            spec["externalIPs"] =
+                self.families.iter().map(|&family| self.external_ip(family).to_string()).collect::<Vec<_>>().into();
+        }
+        if kind != "ClusterIP" {
+            spec["externalTrafficPolicy"] = if self.external_local { "Local" } else { "Cluster" }.into();
+        }
+        if kind == "LoadBalancer" {
+            spec["allocateLoadBalancerNodePorts"] = self.node_ports.into();
+            if self.external_local {
+                spec["healthCheckNodePort"] = self.health_port().into();
+            }
+            if !self.ranges.is_empty() {
+                spec["loadBalancerSourceRanges"] = self.ranges.clone().into();
+            }
+        }
+        let labels =
+            if self.foreign { json!({"service.kubernetes.io/service-proxy-name": "other"}) } else { json!({}) };
+        json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"namespace": "default", "name": name, "labels": labels},
+            "spec": spec,
+        })
+    }
+
+    /// Where its load balancer answers, if it has one.
+    pub fn status(&self) -> Option<Value> {
+        if self.kind != "LoadBalancer" || self.ingress.as_deref() == Some("none") {
+            return None;
+        }
+        let mode = if self.ingress.as_deref() == Some("proxy") { "Proxy" } else { "VIP" };
+        let ingress: Vec<Value> =
+            self.families.iter().map(|&family| json!({"ip": self.lb_ip(family), "ipMode": mode})).collect();
+        Some(json!({
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": {"namespace": "default", "name": self.name},
+            "status": {"loadBalancer": {"ingress": ingress}},
+        }))
+    }
+
+    pub fn slice(&self, world: &World, family: Family) -> Result<Value> {
+        let mut labels = json!({"kubernetes.io/service-name": self.name});
+        if self.headless_slices {
+            labels["service.kubernetes.io/headless"] = "".into();
+        }
+        let endpoints = self.endpoints.iter().map(|endpoint| {
+            let place = world.place(&endpoint.place).with_context(|| format!("no place {}", endpoint.place))?;
+            let mut one = json!({
+                "addresses": [place.ip(family)],
+                "nodeName": format!("node{}", place.node.unwrap_or_default()),
+            });
+            one["conditions"] = match endpoint.condition.as_deref() {
+                None => json!({"ready": true, "serving": true, "terminating": false}),
+                Some("bare") => json!({}),
+                Some("unready") => json!({"ready": false, "serving": false, "terminating": false}),
+                Some("terminating") => json!({"ready": false, "serving": true, "terminating": true}),
+                Some(other) => bail!("no endpoint is {other}"),
+            };
+            match endpoint.hint.as_deref() {
+                Some(hint) if hint.starts_with("zone") => one["hints"] = json!({"forZones": [{"name": hint}]}),
+                Some(hint) => one["hints"] = json!({"forNodes": [{"name": hint}]}),
+                None => {}
+            }
+            Ok(one)
+        });
+        Ok(json!({
+            "apiVersion": "discovery.k8s.io/v1",
+            "kind": "EndpointSlice",
+            "metadata": {"namespace": "default", "name": format!("{}-{family}", self.name), "labels": labels},
+            "addressType": family_name(family),
+            "ports": [{"name": "web", "protocol": "TCP", "port": 8080}, {"name": "dns", "protocol": "UDP", "port": 8080}],
+            "endpoints": endpoints.collect::<Result<Vec<Value>>>()?,
+        }))
+    }
+}
+
+fn family_name(family: Family) -> &'static str {
+    if family == Family::V4 { "IPv4" } else { "IPv6" }
+}
+
+pub fn endpoint(text: &str) -> Endpoint {
+    let (rest, hint) = text.split_once('@').map_or((text, None), |(rest, hint)| (rest, Some(hint.to_owned())));
+    let (place, condition) =
+        rest.split_once(':').map_or((rest, None), |(place, condition)| (place, Some(condition.to_owned())));
+    Endpoint { place: place.to_owned(), condition, hint }
+}
