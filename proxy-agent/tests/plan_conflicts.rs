@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use common::{key, node, service, slice};
 use proxy_agent::{
-    desired::Frontend,
+    desired::{Action, Frontend},
     model::{
-        Event, Protocol, Service,
+        Event, NodeFacts, Protocol, Service,
         index::{Index, Touched},
     },
     plan::{Defaults, Planner},
@@ -216,4 +216,31 @@ fn kinds_come_before_age_f15() {
     }
     world.take(Event::ServiceGone(key("dns")));
     assert_eq!(world.owner().as_deref(), Some("default/balanced:http"));
+}
+
+/// A92, A127: what the node itself may ask of a load balancer with source ranges follows the Node's InternalIPs, and the addresses
+/// it has where it names none.
+#[test]
+fn source_ranges_follow_the_nodes_addresses() {
+    let mut world = World::new();
+    let balanced = Service {
+        load_balancer_ips: vec!["203.0.113.1".parse().unwrap()],
+        source_ranges: vec!["192.0.2.0/28".parse().unwrap()],
+        ..service("web", &["10.96.0.2"])
+    };
+    world.take(Event::Service(Arc::new(balanced)));
+    world.take(Event::Slice(Arc::new(slice("web", "web-1", &["10.0.0.1"]))));
+    let action = |world: &World| {
+        let (_, spec) =
+            world.planner.state().frontends.iter().find(|(f, _)| f.addr.to_string() == "203.0.113.1").unwrap();
+        spec.verdicts.node.action
+    };
+    assert_eq!(action(&world), Action::Drop);
+    assert_eq!(addresses(&mut world, &["192.0.2.1"]), (1, 0));
+    assert_eq!(action(&world), Action::PickAll);
+    for (internal, expected) in [("198.51.100.1", Action::Drop), ("192.0.2.2", Action::PickAll)] {
+        let facts = NodeFacts { internal_ips: vec![internal.parse().unwrap()], ..node("this", None) };
+        assert_eq!(world.take(Event::Node(facts)), (1, 0));
+        assert_eq!(action(&world), expected);
+    }
 }

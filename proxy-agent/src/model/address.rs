@@ -118,13 +118,13 @@ mod tests {
         let addresses = "10.244.1.1 127.0.0.1 169.254.20.10 192.0.2.1 198.51.100.7 ::1 fd00::1 fe80::1";
         let addresses: BTreeSet<IpAddr> = addresses.split(' ').map(|ip| ip.parse().unwrap()).collect();
         let node = NodeFacts {
-            internal_ips: vec!["192.0.2.1".parse().unwrap(), "192.0.2.99".parse().unwrap()],
+            internal_ips: ["192.0.2.1", "192.0.2.99", "fe80::1"].map(|ip| ip.parse().unwrap()).to_vec(),
             ..NodeFacts::default()
         };
         let cidrs = |text: &str| NodePortAddresses::Cidrs(text.split(' ').map(|cidr| cidr.parse().unwrap()).collect());
         for (which, expected, localhost) in [
             (NodePortAddresses::All, "10.244.1.1 192.0.2.1 198.51.100.7 fd00::1", true),
-            // What the Node object says and the node does not have, it cannot answer for.
+            // What the Node object says and the node does not have, it cannot answer for; nor for what is no address to ask.
             (NodePortAddresses::Primary, "192.0.2.1", false),
             (cidrs("192.0.2.0/24"), "192.0.2.1 fd00::1", false),
             (cidrs("192.0.2.0/24 127.0.0.0/8"), "192.0.2.1 fd00::1", true),

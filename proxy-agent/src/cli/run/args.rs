@@ -67,7 +67,7 @@ pub struct Args {
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "true",
-        env = "PROXY_AGENT_LOCALHOST_NODEPORTS"
+        env = "PROXY_AGENT_IPTABLES_LOCALHOST_NODEPORTS"
     )]
     pub iptables_localhost_nodeports: bool,
     /// Serve the external IPs of Services
