@@ -3,7 +3,7 @@
 //! Each test has its own network namespace (its thread's), cgroup and pin directory, and removes them.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     env, fs,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -634,6 +634,14 @@ fn a_link_that_could_not_be_moved_keeps_the_start_unsettled() {
     let (state, devices) = (state(1), devices());
     start(&mut world.open(), &state, &devices);
     world.options.sizes.connections = 512;
+    world.options.sizes.datagrams = 512;
+    let old = world.options.bpffs.join("v1/maps/datagrams_v4");
+    let datagrams = |path: &Path| -> aya::maps::HashMap<_, [u8; DATAGRAM_KEY], [u8; DATAGRAM_VALUE]> {
+        aya::maps::Map::LruHashMap(aya::maps::MapData::from_pin(path).unwrap()).try_into().unwrap()
+    };
+    const DATAGRAM_KEY: usize = size_of::<proxy_common::socket::DatagramKey<proxy_common::Ipv4Be>>();
+    const DATAGRAM_VALUE: usize = size_of::<proxy_common::socket::DatagramValue<proxy_common::Ipv4Be>>();
+    datagrams(&old).insert([1; DATAGRAM_KEY], [1; DATAGRAM_VALUE], 0).unwrap();
     let mut ebpf = world.open();
     assert!(ebpf.resync(&state).is_clean());
     ebpf.activate().unwrap();
@@ -646,11 +654,52 @@ fn a_link_that_could_not_be_moved_keeps_the_start_unsettled() {
     assert_eq!(report.failed_devices.len(), 1, "{report:?}");
     let waiting = world.options.bpffs.join("v1/maps/established_v4-resized");
     assert!(waiting.exists(), "the old map stays in place for the link that still uses it");
+    // Its packets meet the frontends as they were: nothing that is asked for now is in force everywhere.
+    assert_eq!(report.failed.len(), state.frontends.len(), "{report:?}");
+    let Some(Failure::Retry(why)) = report.failed.get(&frontend(1, false)) else { panic!("{report:?}") };
+    assert!(why.contains("tcx-702-egress"), "{why}");
+    assert_eq!(ebpf.resync(&state).failed.len(), state.frontends.len());
+    // What was deleted since does not come back with every change of devices.
+    let mut new = datagrams(&world.options.bpffs.join("v1/maps/datagrams_v4-resized"));
+    new.remove(&[1; DATAGRAM_KEY]).unwrap();
+    assert_eq!(ebpf.set_devices(&devices).failed_devices.len(), 1);
+    assert!(new.get(&[1; DATAGRAM_KEY], 0).is_err());
     fs::remove_dir(&pin).unwrap();
     fs::rename(&aside, &pin).unwrap();
     assert!(ebpf.set_devices(&devices).is_clean());
+    assert!(ebpf.resync(&state).is_clean());
     assert!(!waiting.exists());
     assert_whole(&world);
+}
+
+/// Whoever gets the id of a Service that was removed while maps change their size starts to count from nothing.
+#[test]
+fn counters_of_a_removed_service_stay_behind_a_change_of_sizes() {
+    let Some(mut world) = World::new("counters") else { return };
+    let devices = devices();
+    start(&mut world.open(), &state(3), &devices);
+    let pin = |world: &World| {
+        let data = aya::maps::MapData::from_pin(world.options.bpffs.join("v1/maps/service_counters")).unwrap();
+        let counters: aya::maps::PerCpuHashMap<
+            _,
+            u32,
+            [u64; size_of::<proxy_common::counters::ServiceCounters>() / 8],
+        > = aya::maps::Map::PerCpuHashMap(data).try_into().unwrap();
+        counters
+    };
+    let names = world.pins().names().unwrap();
+    let mut counters = pin(&world);
+    let cpus = aya::util::nr_cpus().unwrap();
+    for id in names.keys() {
+        let one = vec![[1; size_of::<proxy_common::counters::ServiceCounters>() / 8]; cpus];
+        counters.insert(id, aya::maps::PerCpuValues::try_from(one).unwrap(), 0).unwrap();
+    }
+    world.options.sizes.services = 128;
+    start(&mut world.open(), &state(1), &devices);
+    let left = world.pins().names().unwrap();
+    assert!(left.len() < names.len());
+    let counted: BTreeSet<u32> = pin(&world).keys().map(Result::unwrap).collect();
+    assert_eq!(counted, left.into_keys().collect());
 }
 
 #[test]

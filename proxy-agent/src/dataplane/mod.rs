@@ -113,7 +113,7 @@ pub trait Dataplane: Send {
     /// Carries out one change. Applying twice is a no-op; a failure of one frontend leaves the others in force.
     fn apply(&mut self, changes: &Changes) -> Report;
 
-    /// Attaches to exactly these devices. Called at start and whenever they change.
+    /// Attaches to exactly these devices. Called at start and whenever they change. Frontends that fail by that are reported, too.
     fn set_devices(&mut self, devices: &Devices) -> Report;
 
     /// Attaches what makes the state effective (hooks). Called once the first full state is in force; a no-op if they hold.

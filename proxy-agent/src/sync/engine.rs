@@ -433,7 +433,14 @@ impl Engine {
             let report = dataplane.set_devices(&devices);
             (report, dataplane.hooks())
         });
-        let Report { failed_devices, .. } = report;
+        let Report { failed, failed_guards: _, failed_devices, writes: _ } = report;
+        let now = SystemTime::now();
+        for (frontend, failure) in failed {
+            if let Some(spec) = self.planner.state().frontends.get(&frontend) {
+                self.retry.frontend(frontend, Some(&failure));
+                self.table.set(frontend, spec, FrontendState::Degraded(failure), now);
+            }
+        }
         for (device, failure) in &failed_devices {
             tracing::warn!(%device, %failure, "not attached");
         }

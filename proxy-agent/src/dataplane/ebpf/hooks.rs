@@ -345,20 +345,29 @@ impl Hooks {
     /// Whether nothing runs on what came before: each link and each filter that exists holds a program of ours. One that could
     /// not be made is no obstacle.
     pub(crate) fn is_settled(&self) -> bool {
+        self.activated && self.devices.is_some() && self.lagging().is_empty()
+    }
+
+    /// What runs on what came before although it should have moved.
+    pub(crate) fn lagging(&self) -> Vec<String> {
         let ours = |id: u32| self.programs.iter().any(|program| program.id == id);
-        // A link without a target is dead: its device is gone.
+        // A link without a target is dead: its device is gone. A connect-time one is not to move before it is activated.
+        let is_due = |name: &String| if name.starts_with("tcx-") { self.devices.is_some() } else { self.activated };
         let link = |name: &String| {
             sys::open(&self.layout.links.join(name))
                 .and_then(|link| sys::link_info(link.as_fd()))
                 .is_ok_and(|info| info.target == 0 || ours(info.program_id))
         };
         let filter = |index: u32, direction| clsact::program(index, direction).ok().flatten().is_none_or(ours);
-        let filters = |devices: &Devices| {
-            self.tcx || devices.keys().all(|index| Direction::BOTH.into_iter().all(|d| filter(*index, d)))
+        let mut lagging = match list(&self.layout.links) {
+            Ok(names) => names.into_iter().filter(|name| is_due(name) && !link(name)).collect(),
+            Err(error) => vec![format!("{}: {error}", self.layout.links.display())],
         };
-        self.activated
-            && self.devices.as_ref().is_some_and(filters)
-            && list(&self.layout.links).is_ok_and(|names| names.iter().all(link))
+        for (index, device) in self.devices.iter().flatten().filter(|_| !self.tcx) {
+            let held = Direction::BOTH.into_iter().filter(|direction| !filter(*index, *direction));
+            lagging.extend(held.map(|direction| format!("{}/{}", device.name, direction.as_str())));
+        }
+        lagging
     }
 
     fn attach_devices(&self, devices: &Devices, report: &mut Report) {

@@ -276,21 +276,35 @@ impl Store for Maps {
     }
 }
 
-/// Copies every entry of a hash map into another that no one else writes yet; for a change of size. What does not fit is left
-/// out where the map may forget anyway (LRU), and an error elsewhere. `flags`: [`sys::NOEXIST`] keeps what is there already.
-pub(crate) fn copy_entries(from: &Path, to: &Path, value_size: usize, flags: u64, may_forget: bool) -> io::Result<()> {
+/// Copies the entries of a hash map that are `wanted` into another; for a change of size. What does not fit is left out, and counted,
+/// where the map may forget anyway (those that programs write), and an error elsewhere; any other error is one everywhere. `flags`:
+/// [`sys::NOEXIST`] keeps what is there already.
+pub(crate) fn copy_entries(
+    map: MapName,
+    from: &Path,
+    to: &Path,
+    flags: u64,
+    wanted: &dyn Fn(&[u8]) -> bool,
+) -> io::Result<()> {
     let from = sys::open_read_only(from)?;
     let to = sys::open(to)?;
     let info = sys::map_info(from.as_fd())?;
-    let mut failed = None;
-    sys::dump(from.as_fd(), info.key as usize, value_size, |key, value| {
-        if let Err(error) = sys::put_bytes(to.as_fd(), key, value, flags) {
-            let there = error.raw_os_error() == Some(libc::EEXIST);
-            if !there && !may_forget {
-                failed = Some(error);
-            }
+    let (mut failed, mut forgotten) = (None, 0_u64);
+    sys::dump(from.as_fd(), info.key as usize, value_size(map)?, |key, value| {
+        if !wanted(key) {
+            return;
+        }
+        let Err(error) = sys::put_bytes(to.as_fd(), key, value, flags) else { return };
+        match error.raw_os_error() {
+            Some(libc::EEXIST) => {}
+            // ENOMEM is how a full LRU map says so.
+            Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM) if map.is_programs() => forgotten += 1,
+            _ => failed = Some(error),
         }
     })?;
+    if forgotten > 0 {
+        tracing::warn!(map = map.as_str(), forgotten, "entries did not fit into the map of the new size");
+    }
     failed.map_or(Ok(()), Err)
 }
 

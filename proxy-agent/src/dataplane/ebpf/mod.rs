@@ -25,7 +25,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{
     dataplane::{Capabilities, Dataplane, DataplaneError, Drift, Failure, Fill, Hook, Report},
-    desired::{Changes, DesiredState, Devices},
+    desired::{Changes, DesiredState, Devices, Frontend},
     model::{Protocol, ServiceKey},
 };
 
@@ -136,6 +136,8 @@ pub struct Ebpf {
     resized: Vec<MapName>,
     /// Links began to move to programs that use those.
     moving: bool,
+    /// Links that could not be moved: they go on with the old maps, which nobody writes to any more.
+    lagging: Vec<String>,
     steps: Steps,
     started: Instant,
 }
@@ -174,6 +176,7 @@ impl Ebpf {
             sizes: options.sizes,
             resized,
             moving,
+            lagging: Vec::new(),
             steps,
             started: Instant::now(),
             pinned,
@@ -210,9 +213,14 @@ impl Ebpf {
     /// Before links move: brings what the programs wrote to maps of another size, all of it the first time. From then on the new
     /// maps are written to as well, and what is in them stands, also for a process that comes after this one.
     fn before_links_move(&mut self) -> Result<(), DataplaneError> {
-        if self.resized.is_empty() {
+        // Where nothing moves but what could not, nothing is brought along: that would revive what was deleted since.
+        if self.resized.is_empty() || (!self.lagging.is_empty() && self.hooks.lagging() == self.lagging) {
             return Ok(());
         }
+        self.copy_what_programs_wrote()
+    }
+
+    fn copy_what_programs_wrote(&mut self) -> Result<(), DataplaneError> {
         let flags = if self.moving { sys::NOEXIST } else { sys::ANY };
         let Self { pinned: Pinned { layout, .. }, resized, steps, .. } = self;
         resize::copy(
@@ -229,14 +237,30 @@ impl Ebpf {
         Ok(())
     }
 
+    /// What is asked of `frontends` does not reach links that lag behind.
+    fn degrade(&self, report: &mut Report, frontends: impl IntoIterator<Item = Frontend>) {
+        if self.lagging.is_empty() {
+            return;
+        }
+        let why = format!(
+            "{} could not be moved to the maps of another size and serves what was in force before; what is in the way of it stands with the \
+             failed devices and hooks",
+            self.lagging.join(", ")
+        );
+        for frontend in frontends {
+            report.failed.entry(frontend).or_insert_with(|| Failure::Retry(format!("frontend {frontend}: {why}")));
+        }
+    }
+
     /// Once every link holds our programs: maps of a new size take the place of the old ones, and `meta` says what runs.
     fn settle(&mut self) -> Result<(), DataplaneError> {
+        self.lagging = if self.moving { self.hooks.lagging() } else { Vec::new() };
         if !self.hooks.is_settled() {
             return Ok(());
         }
         if !self.resized.is_empty() {
             // What the old programs wrote meanwhile comes along.
-            self.before_links_move()?;
+            self.copy_what_programs_wrote()?;
             resize::put_in_place(&self.pinned.layout, &self.resized, &mut self.steps)?;
             self.resized.clear();
             self.moving = false;
@@ -254,7 +278,9 @@ impl Dataplane for Ebpf {
 
     fn resync(&mut self, desired: &DesiredState) -> Report {
         let now = self.now();
-        self.table.resync(desired, now)
+        let mut report = self.table.resync(desired, now);
+        self.degrade(&mut report, desired.frontends.keys().copied());
+        report
     }
 
     fn hold(&mut self, services: &BTreeSet<ServiceKey>) {
@@ -263,7 +289,9 @@ impl Dataplane for Ebpf {
 
     fn apply(&mut self, changes: &Changes) -> Report {
         let now = self.now();
-        self.table.apply(changes, now)
+        let mut report = self.table.apply(changes, now);
+        self.degrade(&mut report, changes.set.keys().chain(&changes.remove).copied());
+        report
     }
 
     fn set_devices(&mut self, devices: &Devices) -> Report {
@@ -281,6 +309,7 @@ impl Dataplane for Ebpf {
         if let Err(error) = self.settle() {
             tracing::warn!(%error, "the next start will load the programs again");
         }
+        self.degrade(&mut report, self.table.frontends());
         report
     }
 

@@ -10,7 +10,7 @@
 //! process finds what either kind of programs wrote. Without `moving` no link has moved: what waits is nothing and goes. With it
 //! what waits is as good as in place, and newer: it is gone on with, or put in place first where yet other sizes are wanted.
 
-use std::{fs, io, os::fd::AsFd};
+use std::{collections::HashSet, fs, io, os::fd::AsFd};
 
 use super::{
     kernel,
@@ -126,8 +126,10 @@ pub(super) fn check(layout: &Layout, sizes: &Sizes, moving: bool) -> Result<Vec<
         } else if have.max_entries != want.max_entries {
             let used = used_entries(map, fd.as_fd()).map_err(kernel(format!("pinned map {map}")))?;
             if used > u64::from(want.max_entries) {
+                // Slots stay where they are: what counts is the highest that was ever used.
                 return Err(DataplaneError::Unavailable(format!(
-                    "pinned map {map} needs {used} entries, {} {} leaves it {}: raise it",
+                    "pinned map {map} needs {used} entries, {} {} leaves it {}: raise it, or run `proxy-agent cleanup` before the next \
+                     start, which interrupts what is served",
                     map.option(),
                     want.max_entries,
                     want.max_entries
@@ -161,6 +163,14 @@ fn used_entries(map: MapName, fd: std::os::fd::BorrowedFd<'_>) -> io::Result<u64
     }
 }
 
+/// Ids that have a name. The counters of others are of Services that are gone, and would be the next one's that gets the id.
+fn counted(layout: &Layout) -> io::Result<HashSet<u32>> {
+    let resized = layout.resized(MapName::Names);
+    let path = if resized.exists() { resized } else { layout.map(MapName::Names) };
+    let names = sys::Map::<u32, proxy_common::meta::ServiceName>::new(sys::open_read_only(&path)?)?;
+    Ok(names.entries()?.into_iter().map(|(id, _)| id).collect())
+}
+
 /// Brings what is in the maps to those that wait.
 pub(super) fn copy(
     layout: &Layout,
@@ -180,9 +190,11 @@ pub(super) fn copy(
         let copied = match map {
             MapName::SlotsV4 => slots::<SlotV4>(&from, &to),
             MapName::SlotsV6 => slots::<SlotV6>(&from, &to),
-            _ => {
-                maps::value_size(map).and_then(|value| maps::copy_entries(&from, &to, value, flags, map.is_programs()))
-            }
+            MapName::ServiceCounters => counted(layout).and_then(|ids| {
+                let is_counted = |key: &[u8]| key.try_into().is_ok_and(|id| ids.contains(&u32::from_ne_bytes(id)));
+                maps::copy_entries(map, &from, &to, flags, &is_counted)
+            }),
+            _ => maps::copy_entries(map, &from, &to, flags, &|_| true),
         };
         copied.map_err(kernel(format!("copy map {map}")))?;
     }

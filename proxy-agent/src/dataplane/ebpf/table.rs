@@ -396,6 +396,11 @@ impl<S: Store> Table<S> {
         [self.v4.ranges.settle(now), self.v6.ranges.settle(now), self.services.settle(now)].into_iter().flatten().min()
     }
 
+    /// What is in force.
+    pub(crate) fn frontends(&self) -> impl Iterator<Item = Frontend> {
+        self.v4.shadow.keys().filter_map(frontend_of).chain(self.v6.shadow.keys().filter_map(frontend_of))
+    }
+
     /// Entries in (frontends v4, frontends v6, slots v4, slots v6, names).
     pub(crate) fn used(&self) -> [u64; 5] {
         [
