@@ -729,7 +729,7 @@ fn a_map_of_another_layout_is_refused() {
 fn every_check_names_its_remedy() {
     let Some(world) = World::new("probe") else { return };
     let checks = probe(&world.options);
-    for name in ["programs", "CAP_BPF", "kernel", "cgroup v2", "load", "tc", "INET_DIAG_DESTROY", "forwarding"] {
+    for name in ["programs", "CAP_BPF", "kernel", "cgroup v2", "load", "tc", "socket destroy", "forwarding"] {
         let check = checks.iter().find(|c| c.name == name).unwrap_or_else(|| panic!("no check {name}: {checks:#?}"));
         assert!(check.ok || !check.remedy.is_empty(), "{check:?}");
         assert!(check.ok || check.optional, "{check:?}");

@@ -66,6 +66,8 @@ pub mod flags {
     pub const NEEDS_MASQUERADE: u8 = 4;
     /// A direct connection to a backend that had to yield its source port to a Service flow: only the port changes.
     pub const DIRECT: u8 = 8;
+    /// Way there of a TCP flow whose backend was deleted, of a Service that wants its clients told: answered with a reset.
+    pub const RESET: u8 = 16;
 }
 
 /// What packets seen on this entry told; each direction has its own entry, hence its own byte.

@@ -11,6 +11,15 @@ pub const MASQUERADE_PORT_MIN: &str = "MASQUERADE_PORT_MIN";
 pub const MASQUERADE_PORT_MAX: &str = "MASQUERADE_PORT_MAX";
 /// `u32`, not 0: ICMP errors that refuse a packet, for each CPU; beyond that packets are dropped in silence. The agent leaves it at 1000.
 pub const REFUSALS_PER_SECOND: &str = "REFUSALS_PER_SECOND";
+/// `u32`: seconds of silence after which a flow's entries may be taken over. TCP that both sides spoke on, TCP that one side closed,
+/// UDP without an answer, UDP with one.
+pub const TCP_ESTABLISHED_SECS: &str = "TCP_ESTABLISHED_SECS";
+pub const TCP_CLOSE_WAIT_SECS: &str = "TCP_CLOSE_WAIT_SECS";
+pub const UDP_SECS: &str = "UDP_SECS";
+pub const UDP_STREAM_SECS: &str = "UDP_STREAM_SECS";
+/// `u8`: connected UDP sockets of pods are translated at connect time; 0 where the agent could not destroy them once their
+/// backend is gone.
+pub const CONNECTED_UDP: &str = "CONNECTED_UDP";
 /// `u8`: the kernel has `bpf_set_retval` (5.18); without it a refused connect gets EPERM.
 pub const HAVE_SET_RETVAL: &str = "HAVE_SET_RETVAL";
 /// `u8`: the kernel has `bpf_ktime_get_coarse_ns` (5.11); without it the exact clock is read.

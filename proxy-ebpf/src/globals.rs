@@ -24,6 +24,11 @@ globals! {
     MASQUERADE_PORT_MIN, masquerade_port_min: u16 = 1024;
     MASQUERADE_PORT_MAX, masquerade_port_max: u16 = 29_999;
     REFUSALS_PER_SECOND, refusals_per_second: u32 = 1000;
+    TCP_ESTABLISHED_SECS, tcp_established_secs: u32 = 86_400;
+    TCP_CLOSE_WAIT_SECS, tcp_close_wait_secs: u32 = 3_600;
+    UDP_SECS, udp_secs: u32 = 30;
+    UDP_STREAM_SECS, udp_stream_secs: u32 = 120;
+    CONNECTED_UDP, connected_udp: u8 = 1;
     HAVE_SET_RETVAL, have_set_retval: u8 = 1;
     HAVE_COARSE_CLOCK, have_coarse_clock: u8 = 1;
 }

@@ -29,6 +29,8 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 pub struct Readings {
     pub events: Vec<Event>,
     pub fill: Vec<Fill>,
+    /// What was ended because its backend is gone.
+    pub ended: Vec<(&'static str, u64)>,
 }
 
 /// Something that the programs counted.
@@ -182,7 +184,7 @@ impl Scrape {
 
 /// `own`: the fill of the agent's own maps, which it knows without counting.
 fn encode_kernel(readings: &Readings, own: &[Fill], to: &mut Encoder<'_>) -> fmt::Result {
-    let Readings { events, fill } = readings;
+    let Readings { events, fill, ended } = readings;
     let fill: Vec<&Fill> = fill.iter().map(|fill| own.iter().find(|own| own.map == fill.map).unwrap_or(fill)).collect();
     to.gauges(
         "proxy_agent_bpf_map_entries",
@@ -200,6 +202,11 @@ fn encode_kernel(readings: &Readings, own: &[Fill], to: &mut Encoder<'_>) -> fmt
         events.iter().map(|event| {
             ([("reason", event.reason), ("drop", if event.drop { "true" } else { "false" })], event.count)
         }),
+    )?;
+    to.counters(
+        "proxy_agent_ended",
+        "Flows and sockets ended because their backend is gone, since the agent started",
+        ended.iter().map(|(object, count)| ([("object", *object)], *count)),
     )
 }
 
@@ -256,6 +263,7 @@ mod tests {
                 Event { reason: "torn_read", drop: false, count: 0 },
             ],
             fill: busy().fill.to_vec(),
+            ended: vec![("udp_flow", 7), ("socket", 1)],
         }
     }
 

@@ -15,7 +15,7 @@ use super::{
     view::{Either, V4, View},
 };
 use crate::{
-    count, log,
+    count, globals, log,
     lookup::{Choice, choose},
 };
 
@@ -40,6 +40,10 @@ fn connect<V: View>(view: &V) -> i32 {
         _ => return PASS,
     };
     let Some(origin) = origin_of(view.ctx()) else { return PASS };
+    // Nothing could move it once its backend is gone: per packet each datagram is looked at. The node's own sockets have no such way.
+    if proto == proto::UDP && origin == origin::POD && globals::connected_udp() == 0 {
+        return untranslated(view);
+    }
     let vip = view.target();
     match choose::<V::Addr>(&FrontendKey::new(vip.addr, vip.port, proto), origin, 0, |client| hash(view.ctx(), client))
     {

@@ -17,16 +17,13 @@ use proxy_common::{
 
 use super::packet::{Header, load, tcp_flags};
 use crate::{
-    clock, count,
+    clock, count, globals,
     maps::{Packet, Work, kind},
     sealed,
 };
 
-/// Seconds without a packet after which a flow's entries may be taken over.
+/// Seconds without a packet after which a half-open TCP flow's entries may be taken over; the others are options.
 const TCP_HALF_OPEN: u32 = 60;
-const TCP_ESTABLISHED: u32 = 86_400;
-const UDP_HALF_OPEN: u32 = 30;
-const UDP_ESTABLISHED: u32 = 120;
 
 /// What a peer may have sent behind its SYN-ACK (TCP Fast Open) before the first acknowledgement that gets through to us. A
 /// forged one is in it once in 4096 tries.
@@ -416,7 +413,7 @@ pub(crate) fn freshen<A: Header>(key: &ConnectionKey<A>, value: &mut ConnectionV
 /// Whether the entry alone has been idle long enough for [`is_over`] to be worth asking.
 #[inline(always)]
 pub(crate) fn may_be_idle<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> bool {
-    let shortest = if key.proto == proto::TCP { TCP_HALF_OPEN } else { UDP_HALF_OPEN };
+    let shortest = if key.proto == proto::TCP { TCP_HALF_OPEN } else { globals::udp_secs() };
     clock::now_secs().wrapping_sub(value.seen) > shortest
 }
 
@@ -435,9 +432,14 @@ pub(crate) fn is_over<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue
         if (value.state | other_state) & state::RST != 0 || value.state & other_state & state::FIN != 0 {
             return true;
         }
-        return idle > if established { TCP_ESTABLISHED } else { TCP_HALF_OPEN };
+        let established_secs = if (value.state | other_state) & state::FIN != 0 {
+            globals::tcp_close_wait_secs()
+        } else {
+            globals::tcp_established_secs()
+        };
+        return idle > if established { established_secs } else { TCP_HALF_OPEN };
     }
-    idle > if established { UDP_ESTABLISHED } else { UDP_HALF_OPEN }
+    idle > if established { globals::udp_stream_secs() } else { globals::udp_secs() }
 }
 
 /// Notes in the main pair of the flow that `key` (egress) masquerades which port it was given. `pair_key`, `other_key` and `found` are

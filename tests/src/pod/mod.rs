@@ -11,6 +11,7 @@ pub mod serve;
 pub mod socket;
 pub mod storm;
 pub mod survey;
+pub mod talk;
 pub mod wire;
 
 use std::process::ExitCode;
@@ -34,6 +35,8 @@ enum Command {
     Frame(frame::Args),
     /// Connect at a steady rate until stdin closes; print failures and who answered
     Storm(storm::Args),
+    /// Talk from one port until stdin closes; print who answered when
+    Talk(talk::Args),
 }
 
 pub fn main() -> ExitCode {
@@ -45,6 +48,7 @@ pub fn main() -> ExitCode {
         Command::Bulk(args) => bulk::run(&args).and_then(|report| print(&report)),
         Command::Frame(args) => frame::run(&args).and_then(|report| print(&report)),
         Command::Storm(args) => storm::run(&args).and_then(|report| print(&report)),
+        Command::Talk(args) => talk::run(&args).and_then(|report| print(&report)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -118,6 +118,8 @@ pub struct Args {
     pub bind_address_hard_fail: bool,
 
     #[command(flatten)]
+    pub conntrack: Conntrack,
+    #[command(flatten)]
     pub maps: Maps,
 
     /// How log lines look
@@ -129,6 +131,25 @@ pub struct Args {
     /// What the eBPF programs log; it costs them time
     #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_EBPF_LOG_LEVEL", help_heading = "Logging")]
     pub ebpf_log_level: EbpfLogLevel,
+}
+
+/// How long a flow may be silent before another may take its place. They are of this agent's own table; the kernel's conntrack has
+/// its own, which this agent leaves alone.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ClapArgs)]
+#[command(next_help_heading = "Time-outs of the per-packet path's flows")]
+pub struct Conntrack {
+    /// TCP, both sides have spoken
+    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = period)]
+    pub conntrack_tcp_timeout_established: Duration,
+    /// TCP, one side has closed
+    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = period)]
+    pub conntrack_tcp_timeout_close_wait: Duration,
+    /// UDP, not answered yet
+    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = period)]
+    pub conntrack_udp_timeout: Duration,
+    /// UDP, answered
+    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = period)]
+    pub conntrack_udp_timeout_stream: Duration,
 }
 
 /// Entries of the maps; each counts for one address family.

@@ -37,7 +37,7 @@ mod privileges;
 mod tasks;
 
 pub use args::Args;
-use args::Maps;
+use args::{Conntrack, Maps};
 use tasks::Tasks;
 
 /// Events a source may be ahead of the loop.
@@ -93,11 +93,13 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         healthz_bind_address,
         metrics_bind_address,
         bind_address_hard_fail,
+        conntrack,
         maps,
         log_format: _,
         log_level: _,
         ebpf_log_level,
     } = args;
+    let ended = Arc::<ebpf::Ended>::default();
     let node = source::node_name(hostname_override.as_deref())?;
     let input = match directory {
         Some(directory) => source::Input::Directory(directory),
@@ -129,7 +131,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             sync_period,
             socket_lb: socket_lb.name(),
             bpffs: bpffs.clone(),
-            probe: probe(&bpffs),
+            probe: probe(&bpffs, Arc::clone(&ended)),
         },
         dataplane: ebpf::Options {
             bpffs,
@@ -137,10 +139,28 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             socket_lb: socket_lb.into(),
             sizes: sizes(maps),
             masquerade_ports: (min, max),
+            timeouts: timeouts(conntrack),
+            ended,
             log_level: ebpf_log_level.number(),
             ..Default::default()
         },
     })
+}
+
+fn timeouts(conntrack: Conntrack) -> ebpf::Timeouts {
+    let Conntrack {
+        conntrack_tcp_timeout_established,
+        conntrack_tcp_timeout_close_wait,
+        conntrack_udp_timeout,
+        conntrack_udp_timeout_stream,
+    } = conntrack;
+    let seconds = |timeout: Duration| u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX).max(1);
+    ebpf::Timeouts {
+        tcp_established: seconds(conntrack_tcp_timeout_established),
+        tcp_close_wait: seconds(conntrack_tcp_timeout_close_wait),
+        udp: seconds(conntrack_udp_timeout),
+        udp_stream: seconds(conntrack_udp_timeout_stream),
+    }
 }
 
 fn sizes(maps: Maps) -> ebpf::Sizes {
@@ -235,7 +255,7 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = &'static str>> {
 const FILL_IS_GOOD_FOR: Duration = Duration::from_secs(60);
 
 /// What metrics read from the kernel: events at every scrape, the maps' fill once a minute.
-fn probe(bpffs: &Path) -> serve::Probe {
+fn probe(bpffs: &Path, ended: Arc<ebpf::Ended>) -> serve::Probe {
     let bpffs = bpffs.to_owned();
     let counted: Mutex<Option<(Instant, Vec<Fill>)>> = Mutex::new(None);
     Arc::new(move || {
@@ -252,7 +272,11 @@ fn probe(bpffs: &Path) -> serve::Probe {
                     fill
                 }
             };
-            Ok(serve::Readings { events: pins.reasons()?.into_iter().map(event).collect(), fill })
+            Ok(serve::Readings {
+                events: pins.reasons()?.into_iter().map(event).collect(),
+                fill,
+                ended: ended.counts().into(),
+            })
         };
         read().map_err(|error| error.to_string())
     })

@@ -27,8 +27,9 @@ use aya::{
 use proxy_common::{LAYOUT_VERSION, globals, meta::Meta};
 
 use super::{
-    Options, SocketLb, Tc, cgroup,
+    Options, SocketLb, Tc, Timeouts, cgroup,
     clsact::{self, Direction},
+    hygiene,
     layout::MapName,
     object::Digest,
     pins::Layout,
@@ -79,6 +80,8 @@ pub(crate) struct Globals {
     socket_lb: u8,
     node_netns_cookie: u64,
     masquerade_ports: (u16, u16),
+    timeouts: Timeouts,
+    connected_udp: u8,
     have_set_retval: u8,
     have_coarse_clock: u8,
     log_level: u8,
@@ -104,6 +107,8 @@ impl Globals {
             node_netns_cookie: netns_cookie()
                 .map_err(|source| DataplaneError::Kernel { what: "SO_NETNS_COOKIE (kernel 5.14)".into(), source })?,
             masquerade_ports: options.masquerade_ports,
+            timeouts: options.timeouts,
+            connected_udp: u8::from(hygiene::reaches_sockets().is_ok()),
             have_set_retval: helper(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval)?,
             have_coarse_clock: helper(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_ktime_get_coarse_ns)?,
             log_level: options.log_level,
@@ -117,6 +122,8 @@ impl Globals {
             socket_lb,
             node_netns_cookie,
             masquerade_ports: (low, high),
+            timeouts: Timeouts { tcp_established, tcp_close_wait, udp, udp_stream },
+            connected_udp,
             have_set_retval,
             have_coarse_clock,
             log_level,
@@ -127,20 +134,37 @@ impl Globals {
             .override_global(globals::NODE_NETNS_COOKIE, node_netns_cookie, true)
             .override_global(globals::MASQUERADE_PORT_MIN, low, true)
             .override_global(globals::MASQUERADE_PORT_MAX, high, true)
+            .override_global(globals::TCP_ESTABLISHED_SECS, tcp_established, true)
+            .override_global(globals::TCP_CLOSE_WAIT_SECS, tcp_close_wait, true)
+            .override_global(globals::UDP_SECS, udp, true)
+            .override_global(globals::UDP_STREAM_SECS, udp_stream, true)
+            .override_global(globals::CONNECTED_UDP, connected_udp, true)
             .override_global(globals::HAVE_SET_RETVAL, have_set_retval, true)
             .override_global(globals::HAVE_COARSE_CLOCK, have_coarse_clock, true)
             .override_global(globals::LOG_LEVEL, log_level, true);
     }
 
     fn digest(&self, object: &[u8], programs: &[&str], maps: &[(MapName, u32)]) -> u64 {
-        let Self { socket_lb, node_netns_cookie, masquerade_ports, have_set_retval, have_coarse_clock, log_level, tc } =
-            self;
+        let Self {
+            socket_lb,
+            node_netns_cookie,
+            masquerade_ports,
+            timeouts: Timeouts { tcp_established, tcp_close_wait, udp, udp_stream },
+            connected_udp,
+            have_set_retval,
+            have_coarse_clock,
+            log_level,
+            tc,
+        } = self;
         let mut digest = Digest::new()
             .bytes(object)
-            .bytes(&[*socket_lb, *have_set_retval, *have_coarse_clock, *log_level, *tc as u8])
+            .bytes(&[*socket_lb, *connected_udp, *have_set_retval, *have_coarse_clock, *log_level, *tc as u8])
             .bytes(&node_netns_cookie.to_le_bytes())
             .bytes(&masquerade_ports.0.to_le_bytes())
             .bytes(&masquerade_ports.1.to_le_bytes());
+        for seconds in [tcp_established, tcp_close_wait, udp, udp_stream] {
+            digest = digest.bytes(&seconds.to_le_bytes());
+        }
         for program in programs {
             digest = digest.bytes(program.as_bytes());
         }

@@ -18,6 +18,7 @@ use std::{
     fs, io,
     os::fd::AsFd,
     path::PathBuf,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
@@ -36,6 +37,7 @@ mod devices;
 mod diag;
 mod family;
 mod hooks;
+mod hygiene;
 mod layout;
 mod log;
 mod maps;
@@ -50,10 +52,12 @@ mod store;
 mod sys;
 mod table;
 
+pub use hygiene::Ended;
 pub use layout::Sizes;
 pub use pins::PinError;
 
 use hooks::Hooks;
+use hygiene::Hygiene;
 use layout::MapName;
 use maps::Maps;
 use pins::{Layout, Pinned};
@@ -99,6 +103,9 @@ pub struct Options {
     pub log_level: u8,
     /// Programs to run instead of the embedded ones.
     pub object: Option<&'static [u8]>,
+    pub timeouts: Timeouts,
+    /// Counts what is ended because its backend is gone.
+    pub ended: Arc<Ended>,
     /// Ends a change of map sizes after so many steps, as if the process had died there. For tests.
     pub crash_after: Option<u32>,
 }
@@ -114,8 +121,30 @@ impl Default for Options {
             masquerade_ports: (1024, 29_999),
             log_level: 0,
             object: None,
+            timeouts: Timeouts::default(),
+            ended: Arc::default(),
             crash_after: None,
         }
+    }
+}
+
+/// How long a flow of the per-packet path may be silent, in seconds, before its entries may be taken over. Names and defaults are
+/// kube-proxy's and the kernel's conntrack.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Timeouts {
+    /// TCP, both sides have spoken.
+    pub tcp_established: u32,
+    /// TCP, one side has closed.
+    pub tcp_close_wait: u32,
+    /// UDP, no answer yet.
+    pub udp: u32,
+    /// UDP, answered.
+    pub udp_stream: u32,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        Self { tcp_established: 86_400, tcp_close_wait: 3_600, udp: 30, udp_stream: 120 }
     }
 }
 
@@ -139,6 +168,7 @@ pub struct Ebpf {
     /// Links that could not be moved: they go on with the old maps, which nobody writes to any more.
     lagging: Vec<String>,
     steps: Steps,
+    hygiene: Hygiene,
     started: Instant,
 }
 
@@ -170,7 +200,10 @@ impl Ebpf {
             resize::copy(layout, agents, sys::ANY, &mut steps)?;
         }
         let maps = Maps::open(path).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
+        let hygiene = Hygiene::start(layout.clone(), options.socket_lb != SocketLb::Off, Arc::clone(&options.ended))
+            .map_err(kernel("start the thread that ends stale flows"))?;
         Ok(Self {
+            hygiene,
             table: Table::new(maps, alloc::REST),
             hooks,
             sizes: options.sizes,
@@ -264,6 +297,7 @@ impl Ebpf {
             resize::put_in_place(&self.pinned.layout, &self.resized, &mut self.steps)?;
             self.resized.clear();
             self.moving = false;
+            self.hygiene.look();
         }
         self.steps.next()?;
         let meta = *self.hooks.meta();
@@ -280,6 +314,7 @@ impl Dataplane for Ebpf {
         let now = self.now();
         let mut report = self.table.resync(desired, now);
         self.degrade(&mut report, desired.frontends.keys().copied());
+        self.hygiene.all(desired, &report);
         report
     }
 
@@ -291,6 +326,7 @@ impl Dataplane for Ebpf {
         let now = self.now();
         let mut report = self.table.apply(changes, now);
         self.degrade(&mut report, changes.set.keys().chain(&changes.remove).copied());
+        self.hygiene.changed(changes, &report);
         report
     }
 

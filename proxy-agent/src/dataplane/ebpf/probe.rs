@@ -11,7 +11,7 @@ use aya::{
 use rustix::thread::CapabilitySet;
 use serde::Serialize;
 
-use super::{Options, SocketLb, cgroup as cgroups, hooks, pins};
+use super::{Options, SocketLb, cgroup as cgroups, hooks, hygiene, pins};
 
 pub const PROC_SYS: &str = "/proc/sys";
 
@@ -71,7 +71,9 @@ pub fn probe(options: &Options) -> Vec<Check> {
         "5.11",
     ));
     checks.extend(programs(options));
-    checks.push(inet_diag_destroy());
+    if options.socket_lb != SocketLb::Off {
+        checks.push(socket_destroy());
+    }
     checks.push(forwarding());
     checks
 }
@@ -242,14 +244,14 @@ fn programs(options: &Options) -> Vec<Check> {
     vec![Check::good("load", format!("{loaded} programs pass the verifier")), Check::good("tc", attach)]
 }
 
-/// Asks the socket-diagnostics interface to destroy a socket that does not exist: a kernel without the operation says so.
-fn inet_diag_destroy() -> Check {
-    let without = "sockets still aimed at a removed UDP backend cannot be destroyed; connected UDP clients keep it until they give up";
-    let remedy = "use a kernel with CONFIG_INET_DIAG_DESTROY and run with CAP_NET_ADMIN";
-    match super::diag::can_destroy() {
-        Ok(true) => Check::good("INET_DIAG_DESTROY", "supported"),
-        Ok(false) => Check::bad("INET_DIAG_DESTROY", without, remedy).optional(),
-        Err(error) => Check::bad("INET_DIAG_DESTROY", format!("{without} ({error})"), remedy).optional(),
+/// Whether connected UDP sockets can be taken off a backend that is gone; where not, pods' are served per packet.
+fn socket_destroy() -> Check {
+    match hygiene::reaches_sockets() {
+        Ok(()) => Check::good("socket destroy", "supported"),
+        Err(hygiene::Unreachable { why, remedy }) => {
+            let without = "connected UDP of pods is served per packet, the node's own stays on a removed backend until it gives up";
+            Check::bad("socket destroy", format!("{why}: {without}"), remedy).optional()
+        }
     }
 }
 

@@ -24,6 +24,7 @@ mod cmd {
     pub(super) const MAP_UPDATE: i64 = 2;
     pub(super) const MAP_DELETE: i64 = 3;
     pub(super) const MAP_NEXT_KEY: i64 = 4;
+    pub(super) const PROG_LOAD: i64 = 5;
     pub(super) const OBJ_PIN: i64 = 6;
     pub(super) const OBJ_GET: i64 = 7;
     pub(super) const OBJ_INFO: i64 = 15;
@@ -32,6 +33,7 @@ mod cmd {
     pub(super) const DELETE_BATCH: i64 = 27;
     pub(super) const LINK_CREATE: i64 = 28;
     pub(super) const LINK_UPDATE: i64 = 29;
+    pub(super) const ITER_CREATE: i64 = 33;
     pub(super) const LINK_DETACH: i64 = 34;
 }
 
@@ -239,6 +241,77 @@ pub(crate) fn link_create(program: BorrowedFd<'_>, target: Target<'_>, attach_ty
     bpf_fd(cmd::LINK_CREATE, &mut LinkCreateAttr { program: raw(program), target, attach_type, ..Default::default() })
 }
 
+/// `expected_attach_type` and `attach_btf_id` stand where the kernel has them; what lies between is zero.
+#[repr(C)]
+#[derive(Default)]
+struct ProgramAttr {
+    kind: u32,
+    instructions: u32,
+    code: u64,
+    license: u64,
+    log: [u32; 4],
+    kernel_version: u32,
+    flags: u32,
+    name: [u8; 16],
+    interface: u32,
+    attach_type: u32,
+    types: [u32; 2],
+    functions: u64,
+    function_count: u32,
+    line_size: u32,
+    lines: u64,
+    line_count: u32,
+    attach_btf_id: u32,
+}
+
+const _: () = assert!(size_of::<ProgramAttr>() == 112);
+
+const BPF_PROG_TYPE_TRACING: u32 = 26;
+const BPF_TRACE_ITER: u32 = 28;
+
+/// Loads an iterator's program for the kernel function of that type id.
+pub(crate) fn load_iterator(code: &[u8], hook: u32) -> io::Result<OwnedFd> {
+    let attr = &mut ProgramAttr {
+        kind: BPF_PROG_TYPE_TRACING,
+        instructions: (code.len() / 8) as u32,
+        code: address(code.as_ptr()),
+        license: address(c"GPL".as_ptr()),
+        name: *b"proxy_notes\0\0\0\0\0",
+        attach_type: BPF_TRACE_ITER,
+        attach_btf_id: hook,
+        ..Default::default()
+    };
+    bpf_fd(cmd::PROG_LOAD, attr)
+}
+
+#[repr(C)]
+struct IteratorLinkAttr {
+    program: u32,
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    about: u64,
+    about_len: u32,
+    pad: u32,
+}
+
+/// A file that holds what the program writes of each element of `map`, once.
+pub(crate) fn iterate(program: BorrowedFd<'_>, map: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    let about = raw(map);
+    let attr = &mut IteratorLinkAttr {
+        program: raw(program),
+        target: 0,
+        attach_type: BPF_TRACE_ITER,
+        flags: 0,
+        about: address(&raw const about),
+        about_len: size_of::<u32>() as u32,
+        pad: 0,
+    };
+    let link = bpf_fd(cmd::LINK_CREATE, attr)?;
+    // Link, flags. The file keeps the link.
+    bpf_fd(cmd::ITER_CREATE, &mut [raw(link.as_fd()), 0])
+}
+
 #[repr(C)]
 struct LinkUpdateAttr {
     link: u32,
@@ -417,11 +490,19 @@ impl<K: Pod, V: Pod> Map<K, V> {
     /// Every entry. With writers about, an entry that changes meanwhile may show its old or its new value.
     pub(crate) fn entries(&self) -> io::Result<Vec<(K, V)>> {
         let mut out = Vec::new();
-        dump(self.fd(), size_of::<K>(), size_of::<V>(), |key, value| {
-            // SAFETY: both are as long as the types (checked in `new`), read unaligned; `Pod`: every bit pattern is valid.
-            out.push(unsafe { (ptr::read_unaligned(key.as_ptr().cast()), ptr::read_unaligned(value.as_ptr().cast())) });
-        })?;
+        self.each(|key, value| out.push((key, value)))?;
         Ok(out)
+    }
+
+    /// Calls `each` with every entry, as [`Self::entries`] finds them.
+    pub(crate) fn each(&self, mut each: impl FnMut(K, V)) -> io::Result<()> {
+        dump(self.fd(), size_of::<K>(), size_of::<V>(), |key, value| {
+            // SAFETY: as long as the type (checked in `new`), read unaligned; `Pod`: every bit pattern is valid.
+            let key = unsafe { ptr::read_unaligned(key.as_ptr().cast()) };
+            // SAFETY: as above.
+            let value = unsafe { ptr::read_unaligned(value.as_ptr().cast()) };
+            each(key, value);
+        })
     }
 }
 
