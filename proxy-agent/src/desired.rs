@@ -81,7 +81,7 @@ pub struct Verdict {
     pub masquerade: bool,
 }
 
-/// A verdict for each origin of a packet (design.md §2).
+/// A verdict for each origin of a packet.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
 pub struct Verdicts {
     pub pod: Verdict,
@@ -117,7 +117,7 @@ pub struct FrontendSpec {
     pub alive: Option<BackendSet>,
 }
 
-/// Role of a device (design.md §3).
+/// Role of a device.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DeviceRole {

@@ -1,4 +1,4 @@
-//! Links, addresses and routes of the four shapes.
+//! Links, addresses and routes of every shape.
 //!
 //! | network | IPv4 | IPv6 |
 //! |---|---|---|

@@ -246,24 +246,24 @@ async fn watch<K: Kind>(
         };
         let event = match heard {
             Told::Applied(Object::Whole(object)) => {
-                version.clone_from(&K::metadata(&object).resource_version);
+                advance(version, K::metadata(&object))?;
                 kind.applied(object)
             }
             Told::Deleted(Object::Whole(object)) => {
-                version.clone_from(&K::metadata(&object).resource_version);
+                advance(version, K::metadata(&object))?;
                 kind.deleted(K::metadata(&object))
             }
             Told::Applied(Object::Unreadable(object)) => {
-                advance(version, &object)?;
+                advance(version, &named(&object))?;
                 kind.applied_unreadable(object)
             }
             Told::Deleted(Object::Unreadable(object)) => {
-                advance(version, &object)?;
-                let Unreadable { namespace, name, .. } = object;
-                kind.deleted(&api::Metadata { namespace, name, ..api::Metadata::default() })
+                let metadata = named(&object);
+                advance(version, &metadata)?;
+                kind.deleted(&metadata)
             }
             Told::Bookmark(bookmark) => {
-                *version = bookmark;
+                advance(version, &api::Metadata { resource_version: bookmark, ..api::Metadata::default() })?;
                 None
             }
             Told::Error(status) => return Err(trouble(&kube::Error::Api(status)).in_stream()),
@@ -275,15 +275,25 @@ async fn watch<K: Kind>(
     }
 }
 
-/// An object that cannot be read moves the watch along like any other, unless it does not say whereto.
-fn advance(version: &mut String, object: &Unreadable) -> Result<(), Trouble> {
-    let Unreadable { namespace, name, resource_version, service: _, why } = object;
+/// Every line moves the watch along, whether its object can be read or not, unless it does not say whereto.
+fn advance(version: &mut String, metadata: &api::Metadata) -> Result<(), Trouble> {
+    let api::Metadata { namespace, name, resource_version, .. } = metadata;
     if resource_version.is_empty() {
-        let why = format!("the object {namespace}/{name} of the API server's stream cannot be read: {why}");
+        let why = format!("the object {namespace}/{name} of the API server's stream carries no version");
         return Err(Trouble::Failed { why, renew: false, relist: true });
     }
     version.clone_from(resource_version);
     Ok(())
+}
+
+fn named(object: &Unreadable) -> api::Metadata {
+    let Unreadable { namespace, name, resource_version, service: _, why: _ } = object;
+    api::Metadata {
+        namespace: namespace.clone(),
+        name: name.clone(),
+        resource_version: resource_version.clone(),
+        ..api::Metadata::default()
+    }
 }
 
 impl Follower {

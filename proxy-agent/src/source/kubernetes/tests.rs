@@ -241,11 +241,18 @@ async fn endless_410_backs_off() {
 /// F17: an object that cannot be read is not skipped silently.
 #[tokio::test]
 async fn what_cannot_be_read_means_a_new_list() {
-    for garbage in ["{\"type\":\"ADDED\",\"object\":{\"metadata\":7}}\n", "nonsense\n"] {
+    for garbage in [
+        "{\"type\":\"ADDED\",\"object\":{\"metadata\":7}}\n".to_owned(),
+        "nonsense\n".to_owned(),
+        // Lines that do not say how far the watch has come.
+        event("ADDED", &service("x", "")),
+        bookmark(""),
+    ] {
+        let line = garbage.clone();
         let mut server = Server::start(move |asked, before| match (&asked.watch, before) {
             (None, 0) => list("10", "", json!([service("a", "5")])),
             (None, _) => list("12", "", json!([service("a", "5"), service("b", "11")])),
-            (Some(_), 0) => hang(&[garbage.to_owned()]),
+            (Some(_), 0) => hang(&[line.clone()]),
             (Some(_), _) => hang(&[event("ADDED", &service("c", "13"))]),
         })
         .await;
