@@ -42,10 +42,12 @@ enum Ext {
     Own,
     /// Whoever asks it: `a1`
     Hairpin,
+    /// `node1`, `node2`: host-network endpoints; external policy Local
+    Host,
 }
 
 impl Ext {
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Open,
         Self::Local,
         Self::Elsewhere,
@@ -54,6 +56,7 @@ impl Ext {
         Self::NoNodePorts,
         Self::Own,
         Self::Hairpin,
+        Self::Host,
     ];
 
     /// 1, 2, …
@@ -113,7 +116,7 @@ impl Ext {
                     .load_balancer(&ips(self.number()))
                     .external_ips(&ips(100 + self.number()));
                 match self {
-                    Self::Local | Self::Elsewhere => service.external_local(),
+                    Self::Local | Self::Elsewhere | Self::Host => service.external_local(),
                     Self::Internal => service.local(),
                     _ => service,
                 }
@@ -129,6 +132,7 @@ impl Ext {
                 Self::Empty => slice,
                 Self::Elsewhere | Self::Own => slice.endpoint(world.pod("b2")),
                 Self::Hairpin => slice.endpoint(world.pod("a1")),
+                Self::Host => slice.endpoint(&world.node(1).place).endpoint(&world.node(2).place),
                 _ => slice.endpoint(world.pod("b1")).endpoint(world.pod("b2")),
             };
             slice.json()
@@ -143,7 +147,7 @@ pub fn objects(world: &World) -> Vec<Value> {
     nodes.chain(Ext::ALL.iter().flat_map(|ext| ext.objects(world))).collect()
 }
 
-const CASES: [Case; 14] = [
+const CASES: [Case; 16] = [
     ("A64 A77: policy Cluster, all endpoints", open),
     ("A66 A67 A77: policy Local, from pod and node all endpoints", local_inside),
     ("A65 A77: policy Local, from outside local endpoints with the true source", local_outside),
@@ -156,6 +160,8 @@ const CASES: [Case; 14] = [
     ("A59: a load balancer without node ports", no_node_ports),
     ("A57: an external IP of the node itself stays the node's, and that is said", own),
     ("other ports of the node's addresses are the node's own", untouched),
+    ("A51 A65: host-network endpoints", host_network),
+    ("A62: fragmented datagrams", fragments),
     ("A127 A52: NodePorts follow the node's addresses", addresses_change),
     ("sockets see the address they asked", names),
 ];
@@ -382,6 +388,38 @@ fn untouched(ground: &Ground<'_>) -> Result<()> {
                 let to = ground.world.node(1).place.at(family, 9090);
                 let report = ground.answered(from, &Ask::new(to, transport))?;
                 ensure!(report.backends().keys().eq(["node1"]), "{} -> {to}: {report:?}", from.name);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn host_network(ground: &Ground<'_>) -> Result<()> {
+    let (outside, pod) = (ground.world.outside(), ground.world.pod("a1"));
+    for family in Family::BOTH {
+        for transport in [Transport::Tcp, Transport::Udp] {
+            for to in Ext::Host.ways(ground.world, family, transport) {
+                served(ground, outside, (to, transport), &["node1"], &ground.world.addresses(outside)?)?;
+                // What leaves the pod network for another node is masqueraded there by others, with some CNIs.
+                let mut sources = ground.world.node_addresses(1)?;
+                sources.insert(pod.ip(family));
+                served(ground, pod, (to, transport), &["node1", "node2"], &sources)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn fragments(ground: &Ground<'_>) -> Result<()> {
+    for from in ground.origins() {
+        for family in Family::BOTH {
+            for ext in [Ext::Open, Ext::Local] {
+                for to in ext.ways(ground.world, family, Transport::Udp) {
+                    let ask = Ask::new(to, Transport::Udp).times(8).with("--size=4000").with("--reply=4000");
+                    // The first one may be what tells an IPv6 sender of a smaller MTU on the way to either backend.
+                    ground.world.ask(from, &ask.clone().timeout(300))?;
+                    ground.answered(from, &ask)?;
+                }
             }
         }
     }
