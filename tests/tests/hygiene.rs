@@ -51,6 +51,9 @@ fn main() -> ExitCode {
         });
         let options = AgentOptions::new(socket_lb);
         suite.case(&format!("{group}/what changed while no agent ran"), || meanwhile(&mut world, &options));
+        suite.case(&format!("{group}/A104: TCP is reset on demand, once its endpoint is deleted"), || {
+            resets(&mut world)
+        });
     }
     suite.finish()
 }
@@ -349,4 +352,51 @@ fn meanwhile(world: &mut World, options: &AgentOptions) -> Result<()> {
         ensure!(broken.is_none(), "{what}: {broken:?} although nothing had changed");
     }
     found_its_way(&reports, changed, state)
+}
+
+fn resets(world: &mut World) -> Result<()> {
+    let service = |name: &str, number: u8| {
+        objects::service(name).cluster_ips(&Family::BOTH.map(|family| vip(family, number))).port("dns", "TCP", 53)
+    };
+    let (plain, resetting) = (200, 201);
+    world.write(&service("plain", plain).json())?;
+    world.write(&service("resetting", resetting).annotation("proxy-agent/reset-deleted", "true").json())?;
+    let state =
+        |world: &World, state: State| ["plain", "resetting"].map(|name| slices(world, name, "TCP", state)).concat();
+    let objects = state(world, (&[("s1", ""), ("s3", "")], 8080));
+    world.apply(&objects)?;
+    let mut talks = Talks(Vec::new());
+    for from in [world.pod("client"), &world.node(1).place, world.outside()] {
+        for family in Family::BOTH {
+            for number in [plain, resetting] {
+                talks.add(world, from, family, number, Transport::Tcp, &[])?;
+            }
+        }
+    }
+    talks.ready()?;
+    pause(300);
+    // Unready, terminating, not serving: no reason for a reset as long as they are listed.
+    let objects = state(world, (&[("s1", "dead"), ("s3", "unready"), ("s4", "")], 8080));
+    world.apply(&objects)?;
+    let listed = talk::now();
+    pause(4_000);
+    let objects = state(world, (&[("s4", "")], 8080));
+    world.apply(&objects)?;
+    let gone = talk::now();
+    pause(5_000);
+    for (what, report) in talks.finish()? {
+        let early = report.turns.iter().find(|turn| turn.at < gone + 2_000 && turn.error.is_some());
+        ensure!(
+            early.is_none(),
+            "{what}: {early:?} ({} ms after the endpoints were unready)",
+            early.map_or(0, |turn| turn.at - listed)
+        );
+        let last = report.backends(gone + 4_500, u64::MAX);
+        if what.contains("201") || what.contains("c9]") {
+            ensure!(last == ["s4:8080"] && report.sockets == 2, "{what}: {last:?}, {:?}", report.errors());
+        } else {
+            ensure!(last != ["s4:8080"] && report.errors().is_empty(), "{what}: {last:?}, {:?}", report.errors());
+        }
+    }
+    Ok(())
 }

@@ -6,6 +6,7 @@ mod support;
 
 mod choice;
 mod direct;
+mod ended;
 mod flows;
 mod headers;
 mod icmp;

@@ -423,6 +423,27 @@ impl World {
         edited
     }
 
+    /// Adds flags to the way there of every established TCP flow, as the agent does.
+    pub(crate) fn mark(&mut self, flags: u8) {
+        self.mark_of::<Ipv4Be>(flags);
+        self.mark_of::<Ipv6Be>(flags);
+    }
+
+    fn mark_of<A: Table>(&mut self, flags: u8)
+    where
+        ConnectionKey<A>: aya::Pod,
+        ConnectionValue<A>: aya::Pod,
+    {
+        let mut map: HashMap<&mut MapData, ConnectionKey<A>, ConnectionValue<A>> =
+            HashMap::try_from(self.datapath.ebpf.map_mut(A::ESTABLISHED).unwrap()).unwrap();
+        for (key, value) in
+            map.iter().map(Result::unwrap).filter(|(key, _)| key.hook == hook::INGRESS).collect::<Vec<_>>()
+        {
+            let value = ConnectionValue { flags: value.flags | flags, ..value }.sealed(&key);
+            map.insert(key, value, 0).unwrap();
+        }
+    }
+
     /// Makes every entry's last packet `seconds` older, and the look for its pair.
     pub(crate) fn age(&mut self, seconds: u32) {
         self.edit(

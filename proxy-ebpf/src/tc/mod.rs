@@ -8,6 +8,7 @@ mod direct;
 mod icmp;
 mod packet;
 mod reject;
+mod reset;
 mod rewrite;
 mod source;
 mod table;
@@ -57,6 +58,8 @@ const PACKET_OTHERHOST: u32 = 3;
 const NEXT: i32 = TC_ACT_UNSPEC;
 /// Not a verdict of the kernel's: send a refusal back.
 const REFUSE: i32 = i32::MIN;
+/// Nor this: send a reset back.
+const RESET: i32 = i32::MIN + 1;
 
 #[classifier]
 pub(crate) fn tc_ingress_ether(ctx: TcContext) -> i32 {
@@ -124,7 +127,11 @@ fn family<A: Header, const HOOK: u8>(ctx: &TcContext, l3: u32) -> i32 {
 /// Refuses if that is the verdict. Here and not where it is decided: the refusal needs the stack that the decision took.
 #[inline(always)]
 fn carry_out<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, verdict: i32) -> i32 {
-    if verdict == REFUSE { reject::reject(ctx, l3, packet) } else { verdict }
+    match verdict {
+        REFUSE => reject::reject(ctx, l3, packet),
+        RESET => reset::reset(ctx, l3, packet),
+        verdict => verdict,
+    }
 }
 
 /// What is not translated: another protocol, a fragment that lacks its first. Towards an address of ours it is refused, or
@@ -212,7 +219,11 @@ fn ingress<A: Header>(
 ) -> i32 {
     let may_open = packet.kind == kind::WHOLE && packet.may_open();
     if let Some(hit) = table::find(key, value) {
-        if !may_open || !reopens(key, packet, value, hit.established) {
+        let reset = value.flags & flags::RESET != 0;
+        if reset && !may_open {
+            return RESET;
+        }
+        if !reset && (!may_open || !reopens(key, packet, value, hit.established)) {
             hit.note(ctx, key, value, packet);
             return apply(ctx, l3, packet, End::Destination, value);
         }

@@ -155,7 +155,7 @@ const fn checksum_field(protocol: u8) -> u32 {
 /// Whether the sender left the transport checksum to the device (`CHECKSUM_PARTIAL`), as pods and neighbours on virtio do: the field
 /// holds the sum of the pseudo-header then. Nothing where the packet is too short to say.
 #[inline(always)]
-fn is_unfinished<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<bool> {
+pub(crate) fn is_unfinished<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<bool> {
     if packet.kind != kind::WHOLE || (packet.proto != proto::TCP && packet.proto != proto::UDP) {
         return Some(false);
     }

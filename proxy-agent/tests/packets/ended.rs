@@ -1,0 +1,148 @@
+//! What is ended, and what nothing ends: resets for deleted backends, floods, full tables.
+
+use std::{net::SocketAddr, time::Instant};
+
+use proxy_common::{connection::flags, counters::Reason};
+
+use super::{
+    packet::{ACK, FIN, Packet, RST, SYN, Sums, ends, payload_at, sums},
+    world::{BOUNCE, DROP, Hook, NEXT, Options, TCP, UDP, at, casts, world},
+};
+
+/// A pseudo-random number, the same ones in every run.
+fn next(state: &mut u64) -> u64 {
+    *state ^= *state << 13;
+    *state ^= *state >> 7;
+    *state ^= *state << 17;
+    *state
+}
+
+/// The agent has marked the flow: the client hears of it with its next packet, and again if that was lost; a SYN is chosen for anew.
+#[test]
+fn a_marked_flow_is_reset() {
+    let Some(mut world) = world("a_marked_flow_is_reset", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.establish(TCP, cast.client, cast.vip);
+        world.service(1, cast.vip, &[cast.backend2]);
+        world.mark(flags::RESET);
+        let acknowledged = [1, 2, 3, 4];
+        for payload in [b"".as_slice(), b"anybody there?", &[7; 1200]] {
+            let mut packet = Packet::tcp(cast.client, cast.vip, ACK).with_payload(payload).frame();
+            let tcp = payload_at(&packet);
+            packet[tcp + 8..tcp + 12].copy_from_slice(&acknowledged);
+            let (verdict, out) = world.run(Hook::Ingress, &packet);
+            assert_eq!(verdict, BOUNCE);
+            assert_eq!((out.len(), ends(&out), sums(&out)), (tcp + 20, (cast.vip, cast.client), Sums::Right));
+            assert_eq!((&out[tcp + 4..tcp + 8], out[tcp + 13]), (acknowledged.as_slice(), RST));
+            assert_eq!((&out[..6], &out[6..12]), (&packet[6..12], &packet[..6]));
+        }
+        for flags in [RST, RST | ACK, 0] {
+            let (verdict, _) = world.run(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, flags).frame());
+            assert_eq!(verdict, DROP, "nobody answers a reset, nor what acknowledges nothing: {flags}");
+        }
+        assert_eq!(world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, SYN)).1, cast.backend2);
+        world.remove(|_| true);
+    }
+}
+
+/// Contract F46: a million SYNs from everywhere. Whoever talks meanwhile talks on, and opens new connections.
+#[test]
+fn a_million_syns_cut_nobody() {
+    let options = Options { half_open: 65_536, established: 4_096, ..Options::default() };
+    let Some(mut world) = world("a_million_syns_cut_nobody", options) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let clients: Vec<SocketAddr> = (1..=100).map(|n| at(cast.client, 50_000 + n)).collect();
+        for client in &clients {
+            world.establish(if client.port() % 2 == 0 { TCP } else { UDP }, *client, cast.vip);
+        }
+        let mut frame = Packet::tcp(cast.client, cast.vip, SYN).frame();
+        let (last, port) = (if cast.v6 { 14 + 23 } else { 14 + 15 }, payload_at(&frame));
+        let (mut dice, started) = (0x2545_f491_4f6c_dd1d, Instant::now());
+        for n in 0..1_000_000_u32 {
+            // The low three bytes of the address, and a port that no client has.
+            let random = next(&mut dice).to_be_bytes();
+            frame[last - 2..=last].copy_from_slice(&random[..3]);
+            frame[port..port + 2]
+                .copy_from_slice(&(1024 + u16::from_be_bytes([random[3], random[4]]) % 40_000).to_be_bytes());
+            let (verdict, _) = world.run(Hook::Ingress, &frame);
+            assert_eq!(verdict, NEXT);
+            if n % 100_000 == 99_999 {
+                for client in &clients {
+                    let proto = if client.port() % 2 == 0 { TCP } else { UDP };
+                    let more =
+                        if proto == TCP { Packet::tcp(*client, cast.vip, ACK) } else { Packet::udp(*client, cast.vip) };
+                    world.expect(Hook::Ingress, &more, &more.to(cast.backend));
+                    let answer = more.between(cast.backend, *client);
+                    world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+                }
+                let fresh = at(cast.client, 45_000 + (n / 100_000) as u16);
+                assert_eq!(world.establish(TCP, fresh, cast.vip), cast.backend);
+            }
+        }
+        println!(
+            "a million SYNs in {:?}, {:?} each with the call around it",
+            started.elapsed(),
+            started.elapsed() / 1_000_000
+        );
+        let half_open = world.rows().iter().filter(|row| !row.established).count();
+        assert!((10_000..=65_536).contains(&half_open), "{half_open}");
+        world.remove(|_| true);
+    }
+    assert_eq!(world.reason(Reason::InsertFailed), 0);
+}
+
+/// Contract F24: ten times as many connections as the table holds are established and ended, and whoever says something while half a
+/// table's worth of others come up keeps its backend, which is not even chosen any more.
+#[test]
+fn a_full_table_cuts_nobody_who_talks() {
+    const ENTRIES: u32 = 4_096;
+    let options = Options { established: ENTRIES, ..Options::default() };
+    let Some(mut world) = world("a_full_table_cuts_nobody_who_talks", options) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let clients: Vec<SocketAddr> = (1..=50).map(|n| at(cast.client, 60_000 + n)).collect();
+        for client in &clients {
+            world.establish(TCP, *client, cast.vip);
+        }
+        world.service(1, cast.vip, &[cast.backend2]);
+        for n in 0..10 * ENTRIES / 2 {
+            let client = at(cast.client, (2_000 + n) as u16);
+            world.establish(TCP, client, cast.vip);
+            if n % (ENTRIES / 4) == 0 {
+                for client in &clients {
+                    let more = Packet::tcp(*client, cast.vip, ACK);
+                    world.expect(Hook::Ingress, &more, &more.to(cast.backend));
+                    let answer = more.between(cast.backend, *client);
+                    world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+                }
+            }
+        }
+        let established = world.rows().iter().filter(|row| row.established).count() as u32;
+        assert!((ENTRIES / 2..=ENTRIES).contains(&established), "{established}: the table was full");
+        world.remove(|_| true);
+    }
+}
+
+/// `--conntrack-tcp-timeout-close-wait`: an hour, not the day of a connection that nobody closed.
+#[test]
+fn a_connection_that_one_side_closed_is_over_sooner() {
+    let Some(mut world) = world("a_connection_that_one_side_closed_is_over_sooner", Options::default()) else { return };
+    for cast in casts() {
+        let fin = Packet::tcp(cast.client, cast.vip, FIN | ACK);
+        let answer = fin.between(cast.backend, cast.client);
+        for (hook, packet) in [(Hook::Ingress, &fin), (Hook::Egress, &answer)] {
+            for (idle, to) in [(3_590, cast.backend), (3_602, cast.backend2)] {
+                world.service(1, cast.vip, &[cast.backend]);
+                world.establish(TCP, cast.client, cast.vip);
+                world.translate(hook, packet);
+                world.service(1, cast.vip, &[cast.backend2]);
+                world.age(idle);
+                let syn = Packet::tcp(cast.client, cast.vip, SYN);
+                assert_eq!(world.translate(Hook::Ingress, &syn).1, to, "{hook:?} {idle}");
+                world.remove(|_| true);
+            }
+        }
+    }
+}
