@@ -14,7 +14,7 @@ pub struct Args {
     /// A quarter of an hour: what docs/bench.md quotes (the default)
     #[arg(long)]
     full: bool,
-    /// Only these (d1, d2, d3, d5, d6, c3)
+    /// Only these (d1, d2, d3, d5, d6, d9, c3)
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
 }

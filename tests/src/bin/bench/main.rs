@@ -15,6 +15,7 @@
 
 mod c3;
 mod connect_cost;
+mod maglev;
 mod packets;
 mod report;
 mod rules;
@@ -55,7 +56,7 @@ struct Args {
     /// A quarter of an hour: what docs/bench.md quotes (the default)
     #[arg(long)]
     full: bool,
-    /// Only these (d1, d2, d3, d5, d6, c3)
+    /// Only these (d1, d2, d3, d5, d6, d9, c3)
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
     /// Where the JSON and the table go
@@ -173,8 +174,14 @@ fn measure(args: &Args, cgroup: &Path) -> Result<ExitCode> {
         packets::measure(&scale, &mut report).context("D6")?;
     }
 
+    if wants("d9") {
+        maglev::measure(&mut report);
+    }
+
     if wants("c3") {
-        c3::measure(&scale, args.agent.as_deref(), &cgroups, &mut report).context("C3")?;
+        for shape in [c3::Shape::plain(&scale), c3::Shape::MAGLEV] {
+            c3::measure(&scale, &shape, args.agent.as_deref(), &cgroups, &mut report).context("C3")?;
+        }
     }
 
     report.write(&args.out)?;

@@ -6,6 +6,7 @@ use proxy_common::{
     device::DeviceValue,
     frontend::{Range, algorithm, verdict},
     maglev,
+    slot::Slot,
 };
 
 use super::{ranges::Ranges, *};
@@ -294,20 +295,34 @@ fn a_table_that_was_altered_is_not_adopted() {
     }
 }
 
-/// A table of another size than this version makes is as good as none.
+/// A table of another size than this version makes of so many backends is as good as none, were it right otherwise.
 #[test]
 fn a_table_of_an_unknown_size_is_not_adopted() {
+    const ELSEWHERE: u32 = 50_000;
     let state = sharing();
     for index in [2, 3, 4, 15] {
         let mut table = fresh();
         table.resync(&state, NOW);
         let entries = table.store().frontends::<Ipv4Be>().unwrap();
         let (key, mut value) = entries.into_iter().find(|(_, value)| value.all().table != 0).unwrap();
+        let generation = value.all_generation;
+        let targets: Vec<_> = (value.all_base..value.all_base + 3)
+            .map(|slot| table.store().slot::<Ipv4Be>(slot).decode(generation).unwrap())
+            .collect();
+        let size = maglev::size(index as u8);
+        let mut positions = vec![0; size as usize];
+        let mut walks: Vec<_> = targets.iter().map(|target| maglev::Walk::new(*target, size.max(2))).collect();
+        maglev::populate(&mut walks, &mut positions);
+        let slots = targets.iter().copied().chain(positions.into_iter().map(|n| targets[usize::from(n)]));
+        for (at, target) in (ELSEWHERE..).zip(slots.clone()) {
+            table.store_mut().tamper_slot::<Ipv4Be>(at, Slot::encode(target, generation));
+        }
+        (value.all_base, value.local_base) = (ELSEWHERE, ELSEWHERE);
         value.flags = value.flags & 0xf00f | index << 4 | index << 8;
         table.store_mut().tamper(key, Some(value.sealed(&key)));
         let mut restarted = reopen(&table);
         let report = restarted.resync(&state, NOW);
-        // Its own place is not free before the entry that points there is overwritten; the other Service's table is there to share.
+        // The entry alone is written: the other Service's table is there to share.
         assert!(report.is_clean() && report.writes > 0, "{report:?}");
         assert!(restarted.observe().unwrap().is_empty());
         assert_eq!(reopen(&restarted).resync(&state, NOW).writes, 0);
