@@ -772,6 +772,7 @@ mod kernel {
                 MapName::Names,
                 MapName::ServiceCounters,
                 MapName::Devices,
+                MapName::Bridges,
                 MapName::Meta,
             ] {
                 let fd = sys::create(map.as_str(), map.info(&sizes)).unwrap();
