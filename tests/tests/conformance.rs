@@ -8,8 +8,10 @@ use anyhow::{Result, bail};
 use proxy_tests::{
     apiserver,
     conformance::{
+        changes::CHANGES,
         judge::{self, Judge, Sum, Verdict},
         lab::Lab,
+        random::{self, Answers},
         services::{self, FIRST, SERVICES, Service},
         subject::{self, Subject},
         table::{self, Configuration, MATRICES},
@@ -39,22 +41,31 @@ fn main() -> ExitCode {
     suite.finish()
 }
 
+/// What everybody is asked.
+struct Questions {
+    services: Vec<Service>,
+    made_up: Vec<Service>,
+    judge: Judge,
+}
+
 fn examine_all(suite: &mut Suite, lab: &mut Lab) -> Result<()> {
     let judge = judge::judge()?;
-    let services = services::parse(SERVICES, FIRST)?;
-    lab.install(&services)?;
+    let questions = Questions { services: services::parse(SERVICES, FIRST)?, made_up: random::services()?, judge };
+    lab.install(questions.services.iter().chain(&questions.made_up))?;
     let chosen = std::env::var("PROXY_CONFORMANCE_SUBJECTS").unwrap_or_default();
     let mut sums = Vec::new();
+    let mut answers = Vec::new();
     for subject in Subject::ALL {
         if !chosen.split(',').any(|part| subject.name().contains(part)) {
             continue;
         }
         let started = Instant::now();
-        let mut sum = Sum::default();
-        if let Err(error) = examine(suite, lab, &judge, subject, &services, &mut sum) {
-            suite.fail(subject.name(), &error.context(lab.logs()));
-            sum.failed += 1;
+        let mut exam = Exam { suite, subject, sum: Sum::default(), not_yet: BTreeMap::new() };
+        match exam.all(lab, &questions, &answers) {
+            Ok(heard) => answers.push((subject, heard)),
+            Err(error) => exam.failed(&error.context(lab.logs())),
         }
+        let sum = exam.finish();
         lab.stop()?;
         sums.push((subject, sum, started.elapsed()));
     }
@@ -67,38 +78,85 @@ fn examine_all(suite: &mut Suite, lab: &mut Lab) -> Result<()> {
     Ok(())
 }
 
-fn examine(
-    suite: &mut Suite,
-    lab: &mut Lab,
-    judge: &Judge,
+/// The turn of one subject.
+struct Exam<'a> {
+    suite: &'a mut Suite,
     subject: Subject,
-    services: &[Service],
-    sum: &mut Sum,
-) -> Result<()> {
-    let mut not_yet: BTreeMap<&str, usize> = BTreeMap::new();
-    for matrix in &MATRICES {
-        let configuration = matrix.configuration;
-        lab.start(subject, configuration)?;
-        let mut cases = matrix.cases()?;
-        if configuration == Configuration::BASE {
-            cases.extend(table::cases(services)?);
-        }
-        for (case, seen) in cases.iter().zip(lab.ask_all(&cases, services)?) {
-            let verdict = judge.verdict(subject, &case.name, &seen);
-            sum.add(&verdict);
-            let name = format!("conformance/{}/{}", subject.name(), case.name);
-            match verdict {
-                Verdict::Passed | Verdict::Deviates => suite.case(&name, || Ok(())),
-                Verdict::NotYet(reason) => *not_yet.entry(reason).or_default() += 1,
-                Verdict::Failed(why) => {
-                    suite.case(&name, || bail!("expected {}, but {why}", case.expected.text()));
+    sum: Sum,
+    not_yet: BTreeMap<&'static str, usize>,
+}
+
+impl Exam<'_> {
+    /// Returns what it answered about Services that are made up.
+    fn all(&mut self, lab: &mut Lab, questions: &Questions, others: &[(Subject, Answers)]) -> Result<Answers> {
+        let Questions { services, made_up, judge } = questions;
+        let mut answers = Answers::new();
+        for matrix in &MATRICES {
+            let base = matrix.configuration == Configuration::BASE;
+            lab.start(self.subject, matrix.configuration)?;
+            let mut cases = matrix.cases()?;
+            if base {
+                cases.extend(table::cases(services)?);
+            }
+            for (case, seen) in cases.iter().zip(lab.ask_all(&cases, services)?) {
+                let wanted = format!("expected {}, but ", case.expected.text());
+                self.note(&case.name, &wanted, judge.verdict(self.subject, &case.name, &seen));
+            }
+            if base {
+                answers = self.made_up(lab, judge, made_up, others)?;
+                for (name, change) in CHANGES {
+                    let seen: Vec<String> = change(lab).err().map(|error| format!("{error:#}")).into_iter().collect();
+                    self.note(name, "", judge.verdict(self.subject, name, &seen));
                 }
             }
+            lab.stop()?;
         }
-        lab.stop()?;
+        Ok(answers)
     }
-    for (reason, count) in not_yet {
-        suite.skip("not yet", &format!("{}: {reason}: {count} cases", subject.name()));
+
+    fn made_up(
+        &mut self,
+        lab: &Lab,
+        judge: &Judge,
+        services: &[Service],
+        others: &[(Subject, Answers)],
+    ) -> Result<Answers> {
+        let answers = random::ask(lab, services)?;
+        let agreed = random::agreed(others);
+        if matches!(self.subject, Subject::Ebpf(_)) {
+            if agreed.is_empty() {
+                self.suite.skip("made-up Services", "kube-proxy was not asked, so there is nothing to compare with");
+            }
+            let differences: BTreeMap<_, _> =
+                random::differences(self.subject, &answers, &agreed, services).into_iter().collect();
+            for key in agreed.keys() {
+                let seen: Vec<String> = differences.get(key).cloned().into_iter().collect();
+                self.note(key, "", judge.verdict(self.subject, key, &seen));
+            }
+        }
+        Ok(answers)
     }
-    Ok(())
+
+    fn note(&mut self, case: &str, wanted: &str, verdict: Verdict) {
+        self.sum.add(&verdict);
+        let name = format!("conformance/{}/{case}", self.subject.name());
+        match verdict {
+            Verdict::Passed | Verdict::Deviates => self.suite.case(&name, || Ok(())),
+            Verdict::NotYet(reason) => *self.not_yet.entry(reason).or_default() += 1,
+            Verdict::Failed(why) => self.suite.case(&name, || bail!("{wanted}{why}")),
+        }
+    }
+
+    fn failed(&mut self, error: &anyhow::Error) {
+        self.suite.fail(&format!("conformance/{}", self.subject.name()), error);
+        self.sum.failed += 1;
+    }
+
+    fn finish(self) -> Sum {
+        let Self { suite, subject, sum, not_yet } = self;
+        for (reason, count) in not_yet {
+            suite.skip("not yet", &format!("{}: {reason}: {count} cases", subject.name()));
+        }
+        sum
+    }
 }

@@ -47,6 +47,14 @@ impl Lab {
         let spec = Spec { rp_filter: false, ..Spec::two_nodes(Topology::Routed) };
         let world = World::new(&spec, programs)?;
         let (entry, outside) = (&world.node(1).place, world.outside());
+        // What no dataplane takes leaves node1 by the way that it came, and the kernel would tell `outside` of a shorter one: past
+        // node1, for good.
+        outside.namespace.sysctl(&[
+            ("ipv4/conf/all/accept_redirects", "0"),
+            ("ipv4/conf/eth0/accept_redirects", "0"),
+            ("ipv6/conf/all/accept_redirects", "0"),
+            ("ipv6/conf/eth0/accept_redirects", "0"),
+        ])?;
         for network in OUTER_NETWORKS {
             let by = if network.contains(':') { IpAddr::from(entry.v6) } else { entry.v4.into() };
             outside.namespace.ip(&format!("route replace {network} via {by}\n"))?;
