@@ -142,7 +142,10 @@ impl Exam<'_> {
         let name = format!("conformance/{}/{case}", self.subject.name());
         match verdict {
             Verdict::Passed | Verdict::Deviates => self.suite.case(&name, || Ok(())),
-            Verdict::NotYet(reason) => *self.not_yet.entry(reason).or_default() += 1,
+            Verdict::NotYet { reason, seen } => {
+                println!("  not yet: {name}: {wanted}{seen}");
+                *self.not_yet.entry(reason).or_default() += 1;
+            }
             Verdict::Failed(why) => self.suite.case(&name, || bail!("{wanted}{why}")),
         }
     }

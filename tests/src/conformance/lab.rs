@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, SocketAddr},
     path::PathBuf,
     process::Stdio,
+    sync::atomic::{AtomicU32, Ordering},
     time::{Duration, Instant},
 };
 
@@ -13,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{
-    services::{OUTER_NETWORKS, Service, second},
+    services::{At, OUTER_NETWORKS, Service, Via, second},
     subject::{KubeProxy, Subject},
     table::{Case, Configuration, Expected},
 };
@@ -193,7 +194,8 @@ impl Lab {
             .spawn()
             .context("start testpod")?;
         if let Some(mut stdin) = child.stdin.take() {
-            stdin.write_all(&serde_json::to_vec(questions)?)?;
+            let questions: Vec<Question> = questions.iter().map(with_ports).collect();
+            stdin.write_all(&serde_json::to_vec(&questions)?)?;
         }
         let done = child.wait_with_output()?;
         if !done.status.success() {
@@ -234,8 +236,9 @@ impl Lab {
 
     /// Where pods are translated at connect time they keep their address, which is right (A77).
     fn as_expected(&self, case: &Case, heard: &str, from: &str) -> bool {
-        let expected =
-            self.subject.map_or(case.expected.clone(), |subject| at_connect_time(subject, from, &case.expected));
+        let expected = self
+            .subject
+            .map_or(case.expected.clone(), |subject| at_connect_time(subject, from, case.via, &case.expected));
         match expected {
             Expected::Answered { backends, sticky: true, source } => {
                 backends.iter().any(|backend| heard == format!("{backend} {source}"))
@@ -280,11 +283,17 @@ impl Lab {
     }
 }
 
-/// What the answer becomes for a subject that translates this place's connections at connect time.
-pub fn at_connect_time(subject: Subject, from: &str, expected: &Expected) -> Expected {
+/// What the answer becomes for a subject that translates this place's connections at connect time. Node ports of another node are
+/// that node's to translate.
+fn at_connect_time(subject: Subject, from: &str, via: Via, expected: &Expected) -> Expected {
     let pod = !matches!(from, "node" | "node2" | "localhost" | "outside");
+    let elsewhere = match via {
+        Via::NodePort(At::Node2) => from != "other",
+        Via::NodePort(_) => from == "other",
+        _ => false,
+    };
     match expected {
-        Expected::Answered { backends, sticky, .. } if pod && subject.pods_at_connect_time() => {
+        Expected::Answered { backends, sticky, .. } if pod && !elsewhere && subject.pods_at_connect_time() => {
             Expected::Answered { backends: backends.clone(), sticky: *sticky, source: "own".to_owned() }
         }
         expected => expected.clone(),
@@ -292,7 +301,17 @@ pub fn at_connect_time(subject: Subject, from: &str, expected: &Expected) -> Exp
 }
 
 pub fn question(to: SocketAddr, transport: Transport, count: u32, timeout: u64) -> Question {
-    Question { to, transport, count, timeout }
+    Question { to, transport, count, timeout, source_port: None }
+}
+
+/// A UDP flow outlives its socket: ports that another question just had would mix the two.
+fn with_ports(question: &Question) -> Question {
+    static NEXT: AtomicU32 = AtomicU32::new(0);
+    let mut question = question.clone();
+    if question.transport != Transport::Tcp {
+        question.source_port = u16::try_from(2_000 + NEXT.fetch_add(question.count, Ordering::Relaxed) % 25_000).ok();
+    }
+    question
 }
 
 fn expecting(to: SocketAddr, transport: Transport, expected: &Expected) -> Question {

@@ -33,6 +33,8 @@ pub struct Question {
     pub count: u32,
     /// Milliseconds to wait for each answer.
     pub timeout: u64,
+    /// Of the first try; each further one binds the next.
+    pub source_port: Option<u16>,
 }
 
 impl Question {
@@ -41,8 +43,8 @@ impl Question {
             to: self.to,
             transport: self.transport,
             count: self.count,
-            source_port: None,
-            successive: false,
+            source_port: self.source_port,
+            successive: self.source_port.is_some(),
             timeout: self.timeout,
             mapped: false,
             size: 16,
