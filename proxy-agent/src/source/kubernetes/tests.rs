@@ -252,7 +252,7 @@ async fn what_cannot_be_read_means_a_new_list() {
         let mut server = Server::start(move |asked, before| match (&asked.watch, before) {
             (None, 0) => list("10", "", json!([service("a", "5")])),
             (None, _) => list("12", "", json!([service("a", "5"), service("b", "11")])),
-            (Some(_), 0) => hang(&[line.clone()]),
+            (Some(_), 0) => hang(std::slice::from_ref(&line)),
             (Some(_), _) => hang(&[event("ADDED", &service("c", "13"))]),
         })
         .await;
