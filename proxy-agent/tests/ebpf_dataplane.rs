@@ -71,6 +71,8 @@ impl World {
                 connections: 256,
                 half_open: 256,
                 datagrams: 256,
+                affinity: 256,
+                source_ranges: 64,
             },
             object: Some(object),
             ..Options::default()
@@ -393,8 +395,16 @@ fn maps_change_their_size_and_keep_what_is_in_them() {
     let (state, devices) = (state(10), devices());
     start(&mut world.open(), &state, &devices);
     let links = link_ids(&world);
-    world.options.sizes =
-        Sizes { frontends: 512, slots: 2048, services: 128, connections: 512, half_open: 128, datagrams: 512 };
+    world.options.sizes = Sizes {
+        frontends: 512,
+        slots: 2048,
+        services: 128,
+        connections: 512,
+        half_open: 128,
+        datagrams: 512,
+        affinity: 512,
+        source_ranges: 128,
+    };
     let mut ebpf = world.open();
     assert_eq!(start(&mut ebpf, &state, &devices), 4, "the entries came along; only the devices' links are swapped");
     assert_eq!(link_ids(&world), links);

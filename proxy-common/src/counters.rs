@@ -68,10 +68,12 @@ pub enum Reason {
     RejectLimited = 19,
     /// For an address of ours, untranslated, and about to leave the node; dropped.
     Unserved = 20,
+    /// A new flow from outside the ranges that its frontend may be asked from (contract A91); dropped.
+    SourceRange = 21,
 }
 
 impl Reason {
-    pub const COUNT: usize = 21;
+    pub const COUNT: usize = 22;
 
     pub const ALL: [Self; Self::COUNT] = [
         Self::Rejected,
@@ -95,6 +97,7 @@ impl Reason {
         Self::Martian,
         Self::RejectLimited,
         Self::Unserved,
+        Self::SourceRange,
     ];
 
     /// Name in metrics and in the CLI.
@@ -121,6 +124,7 @@ impl Reason {
             Self::Martian => "martian",
             Self::RejectLimited => "reject_limited",
             Self::Unserved => "unserved",
+            Self::SourceRange => "source_range",
         }
     }
 
@@ -141,6 +145,7 @@ impl Reason {
                 | Self::Martian
                 | Self::RejectLimited
                 | Self::Unserved
+                | Self::SourceRange
         )
     }
 }

@@ -83,6 +83,9 @@ pub mod flags {
     pub const EXTERNAL_IP: u16 = 2;
     pub const LOAD_BALANCER: u16 = 3;
 
+    /// New flows come from the ranges of `source_ranges` alone (contract A8).
+    pub const HAS_SOURCE_RANGES: u16 = 0x0004;
+
     /// Which Maglev table stands behind the slots of the *all* range, and of the *local* one.
     pub const ALL_TABLE_SHIFT: u16 = 4;
     pub const LOCAL_TABLE_SHIFT: u16 = 8;

@@ -9,6 +9,7 @@
 #![no_std]
 
 pub mod addr;
+pub mod affinity;
 pub mod checksum;
 pub mod connection;
 pub mod counters;
@@ -20,6 +21,7 @@ pub mod meta;
 pub mod seal;
 pub mod slot;
 pub mod socket;
+pub mod source_range;
 
 pub use addr::{Address, Be16, Ipv4Be, Ipv6Be};
 

@@ -3,12 +3,12 @@
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use proxy_common::{
     counters::Reason,
-    frontend::{FrontendKey, FrontendValue, Range, algorithm, verdict},
+    frontend::{FrontendKey, FrontendValue, Range, algorithm, flags, verdict},
     maglev,
     slot::{Slot, Target, sort_key},
 };
 
-use crate::{count, maps::Family, sealed};
+use crate::{client::Sticky, count, maps::Family, sealed};
 
 /// What a look at the frontends map said. The value itself goes through a reference that starts out as zeroes: inside an
 /// enum it would be undefined where there is none, and the compiler copies it before it asks, which the verifier refuses.
@@ -26,9 +26,13 @@ pub(crate) enum Found {
 pub(crate) enum Choice<A> {
     Backend {
         target: Target<A>,
-        range: Range,
+        /// Who takes it asks whether the client is to go elsewhere ([`stick`](crate::client::stick)).
+        sticky: Sticky,
         service: u32,
         masquerade: bool,
+        /// Only packets tell whether the client may ask (contract A91): at connect time a pod is left to them, and what the node sends
+        /// itself its verdict has decided.
+        filtered: bool,
     },
     /// Silently.
     Drop {
@@ -133,6 +137,7 @@ pub(crate) fn choose<A: Family>(
             verdict::PASS => return Choice::Pass,
             _ => return refuse(value.service),
         };
+        // Whoever asks, a filter or not (contract A89).
         if range.count == 0 {
             return refuse(value.service);
         }
@@ -157,9 +162,10 @@ pub(crate) fn choose<A: Family>(
         if let Some(target) = slot(range, index) {
             return Choice::Backend {
                 target,
-                range,
+                sticky: Sticky { range, timeout_secs: value.affinity_secs },
                 service: value.service,
                 masquerade: word & verdict::MASQUERADE != 0,
+                filtered: value.flags & flags::HAS_SOURCE_RANGES != 0,
             };
         }
         count::reason(Reason::StaleSlot);
@@ -183,10 +189,11 @@ fn refuse<A>(service: u32) -> Choice<A> {
     Choice::Refuse
 }
 
-/// Whether `target` is in `range`: a binary search, since slots of a range are sorted.
-#[inline(always)]
-pub(crate) fn is_member<A: Family>(range: Range, target: Target<A>) -> bool {
-    let wanted = sort_key(target);
+/// Whether `target` is in `range`: a binary search, since slots of a range are sorted. 0: it is not.
+#[inline(never)]
+pub(crate) fn is_among<A: Family>(range: &Range, target: &Target<A>) -> u32 {
+    let range = *range;
+    let wanted = sort_key(*target);
     let mut low = 0_u32;
     let mut high = range.count as u32;
     // 16 halvings cover every count that fits 16 bits.
@@ -194,12 +201,12 @@ pub(crate) fn is_member<A: Family>(range: Range, target: Target<A>) -> bool {
     while probes < 17 && low < high {
         probes += 1;
         let middle = (low + high) / 2;
-        let Some(found) = slot::<A>(range, middle) else { return false };
+        let Some(found) = slot::<A>(range, middle) else { return 0 };
         let found = sort_key(found);
         if found == wanted {
-            return true;
+            return 1;
         }
         if found < wanted { low = middle + 1 } else { high = middle }
     }
-    false
+    0
 }

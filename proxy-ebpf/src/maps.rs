@@ -5,18 +5,22 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, HashMap, LruHashMap, PerCpuArray, PerCpuHashMap, SkStorage},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, SkStorage},
     macros::btf_map,
 };
 use proxy_common::{
     Address, Be16, Ipv4Be, Ipv6Be,
+    affinity::{AffinityKey, AffinityValue},
     connection::{ConnectionKey, ConnectionValue, FragmentKey, FragmentValue},
     counters::{Reason, ServiceCounters},
     device::DeviceValue,
     frontend::{FrontendKey, FrontendValue},
-    slot::{Slot, SlotV4, SlotV6},
+    slot::{Slot, SlotV4, SlotV6, Target},
     socket::{DatagramKey, DatagramValue, PeerRecord},
+    source_range::{SourceRange, SourceRangeValue},
 };
+
+use crate::client::{Client, Sticky};
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -29,6 +33,8 @@ pub(crate) type HalfOpen<A> = LruHashMap<ConnectionKey<A>, ConnectionValue<A>, 6
 pub(crate) type Fragments<A> = LruHashMap<FragmentKey<A>, FragmentValue, 8_192>;
 pub(crate) type Peers<A> = SkStorage<PeerRecord<A>>;
 pub(crate) type Datagrams<A> = LruHashMap<DatagramKey<A>, DatagramValue<A>, 65_536>;
+pub(crate) type Affinity<A> = LruHashMap<AffinityKey, AffinityValue<A>, 65_536>;
+pub(crate) type SourceRanges<A> = LpmTrie<SourceRange<A>, SourceRangeValue, 65_536>;
 
 /// (address, port, protocol) → ranges, verdicts. Writer: agent. Full: that frontend is reported, others go on.
 #[btf_map(name = "frontends_v4")]
@@ -79,6 +85,19 @@ static DATAGRAMS_V4: Datagrams<Ipv4Be> = Datagrams::new();
 #[btf_map(name = "datagrams_v6")]
 static DATAGRAMS_V6: Datagrams<Ipv6Be> = Datagrams::new();
 
+/// (client, service) → backend, for session affinity. Writer: programs, agent deletes. Full: the least recently used goes, and its
+/// client may be sent elsewhere.
+#[btf_map(name = "affinity_v4")]
+static AFFINITY_V4: Affinity<Ipv4Be> = Affinity::new();
+#[btf_map(name = "affinity_v6")]
+static AFFINITY_V6: Affinity<Ipv6Be> = Affinity::new();
+
+/// (service, prefix) → that new flows may come from there. Writer: agent. Full: the frontend that needs them is reported.
+#[btf_map(name = "source_ranges_v4")]
+static SOURCE_RANGES_V4: SourceRanges<Ipv4Be> = SourceRanges::new();
+#[btf_map(name = "source_ranges_v6")]
+static SOURCE_RANGES_V6: SourceRanges<Ipv6Be> = SourceRanges::new();
+
 /// Interface index → role and masquerade source. Writer: agent.
 #[btf_map(name = "devices")]
 pub(crate) static DEVICES: HashMap<u32, DeviceValue, 16_384, NO_PREALLOC> = HashMap::new();
@@ -123,6 +142,9 @@ pub(crate) struct Work<A> {
     pub(crate) spare_key: ConnectionKey<A>,
     pub(crate) value: ConnectionValue<A>,
     pub(crate) found: ConnectionValue<A>,
+    pub(crate) sticky: Sticky,
+    pub(crate) picked: Target<A>,
+    pub(crate) remembered: Target<A>,
 }
 
 /// What a packet is to the translation; a `u8` in [`Packet`].
@@ -157,7 +179,7 @@ pub(crate) struct Packet<A> {
 }
 
 /// One address family: its maps.
-pub(crate) trait Family: Address {
+pub(crate) trait Family: Address + Client<Self> {
     type Slot: Slot<Addr = Self>;
     /// The address as aya-log prints it.
     type Shown: aya_log_ebpf::macro_support::IpFormatter + aya_log_ebpf::macro_support::Argument;
@@ -171,11 +193,13 @@ pub(crate) trait Family: Address {
     fn fragments() -> &'static Fragments<Self>;
     fn peers() -> &'static Peers<Self>;
     fn datagrams() -> &'static Datagrams<Self>;
+    fn affinity() -> &'static Affinity<Self>;
+    fn source_ranges() -> &'static SourceRanges<Self>;
     fn work() -> &'static PerCpuArray<Work<Self>, 8>;
 }
 
 macro_rules! family {
-    ($addr:ty, $slot:ty, $shown:ty, $show:expr, $frontends:ident, $slots:ident, $established:ident, $answered:ident, $half_open:ident, $fragments:ident, $peers:ident, $datagrams:ident, $work:ident) => {
+    ($addr:ty, $slot:ty, $shown:ty, $show:expr, $frontends:ident, $slots:ident, $established:ident, $answered:ident, $half_open:ident, $fragments:ident, $peers:ident, $datagrams:ident, $affinity:ident, $source_ranges:ident, $work:ident) => {
         impl Family for $addr {
             type Slot = $slot;
             type Shown = $shown;
@@ -217,6 +241,14 @@ macro_rules! family {
                 &$datagrams
             }
             #[inline(always)]
+            fn affinity() -> &'static Affinity<Self> {
+                &$affinity
+            }
+            #[inline(always)]
+            fn source_ranges() -> &'static SourceRanges<Self> {
+                &$source_ranges
+            }
+            #[inline(always)]
             fn work() -> &'static PerCpuArray<Work<Self>, 8> {
                 &$work
             }
@@ -237,6 +269,8 @@ family!(
     FRAGMENTS_V4,
     PEERS_V4,
     DATAGRAMS_V4,
+    AFFINITY_V4,
+    SOURCE_RANGES_V4,
     WORK_V4
 );
 family!(
@@ -252,5 +286,7 @@ family!(
     FRAGMENTS_V6,
     PEERS_V6,
     DATAGRAMS_V6,
+    AFFINITY_V6,
+    SOURCE_RANGES_V6,
     WORK_V6
 );

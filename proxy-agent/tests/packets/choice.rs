@@ -19,13 +19,13 @@ use super::{
 };
 
 /// Stays on one CPU: counts and cursors are per CPU.
-fn on_one_cpu() {
+pub(crate) fn on_one_cpu() {
     let mut set = nix::sched::CpuSet::new();
     set.set(0).unwrap();
     nix::sched::sched_setaffinity(nix::unistd::Pid::from_raw(0), &set).unwrap();
 }
 
-fn backends(first: SocketAddr, n: u16) -> Vec<SocketAddr> {
+pub(crate) fn backends(first: SocketAddr, n: u16) -> Vec<SocketAddr> {
     (0..n).map(|i| at(first, 1000 + i)).collect()
 }
 

@@ -4,6 +4,7 @@
 #[path = "../support/mod.rs"]
 mod support;
 
+mod affinity;
 mod choice;
 mod direct;
 mod ended;
@@ -14,5 +15,6 @@ mod maglev;
 mod packet;
 mod programs;
 mod refuse;
+mod source_ranges;
 mod table;
 mod world;

@@ -165,7 +165,7 @@ impl World {
             true,
         );
         loader.override_global(globals::REFUSALS_PER_SECOND, &refusals, true);
-        for name in ["frontends_v4", "frontends_v6", "fragments_v4", "fragments_v6"] {
+        for name in ["frontends_v4", "frontends_v6", "fragments_v4", "fragments_v6", "affinity_v4", "affinity_v6"] {
             loader.map_max_entries(name, 1024);
         }
         for name in ["slots_v4", "slots_v6"] {

@@ -84,6 +84,8 @@ pub(crate) struct Spec {
     /// As the agent does for Maglev, or not: then a program that asks for one must do without.
     pub(crate) tables: bool,
     pub(crate) affinity_secs: u32,
+    /// `frontend::flags`.
+    pub(crate) flags: u16,
 }
 
 impl Spec {
@@ -96,6 +98,7 @@ impl Spec {
             algorithm: 0,
             tables: true,
             affinity_secs: 0,
+            flags: 0,
         }
     }
 }
@@ -194,7 +197,7 @@ impl Datapath {
     }
 
     fn write<A: Maps>(&mut self, port: Option<u16>, vip: IpAddr, proto: u8, spec: &Spec) {
-        let Spec { service, all, local, verdicts, algorithm, tables, affinity_secs } = spec;
+        let Spec { service, all, local, verdicts, algorithm, tables, affinity_secs, flags } = spec;
         let tables = *tables && *algorithm == algorithm::MAGLEV;
         let (all, local) = (self.range::<A>(all, tables), self.range::<A>(local, tables));
         let addr = A::from_ip(vip).unwrap();
@@ -212,7 +215,9 @@ impl Datapath {
             algorithm: *algorithm,
             all_generation: all.generation,
             local_generation: local.generation,
-            flags: u16::from(all.table) << flags::ALL_TABLE_SHIFT | u16::from(local.table) << flags::LOCAL_TABLE_SHIFT,
+            flags: *flags
+                | u16::from(all.table) << flags::ALL_TABLE_SHIFT
+                | u16::from(local.table) << flags::LOCAL_TABLE_SHIFT,
             affinity_secs: *affinity_secs,
             ..Default::default()
         };

@@ -15,6 +15,7 @@ use super::{
     view::{Either, V4, View},
 };
 use crate::{
+    client::stick,
     count, globals, log,
     lookup::{Choice, choose},
 };
@@ -39,16 +40,19 @@ fn connect<V: View>(view: &V) -> i32 {
         17 => proto::UDP,
         _ => return PASS,
     };
-    let Some(origin) = origin_of(view.ctx()) else { return PASS };
+    let Some((origin, client)) = origin_of(view.ctx()) else { return PASS };
     // Nothing could move it once its backend is gone: per packet each datagram is looked at. The node's own sockets have no such way.
     if proto == proto::UDP && origin == origin::POD && globals::connected_udp() == 0 {
         return untranslated(view);
     }
     let vip = view.target();
-    match choose::<V::Addr>(&FrontendKey::new(vip.addr, vip.port, proto), origin, 0, |client| hash(view.ctx(), client))
-    {
-        Choice::Backend { target: backend, service, .. } => {
+    let hash = |of_client| hash(view.ctx(), of_client);
+    match choose::<V::Addr>(&FrontendKey::new(vip.addr, vip.port, proto), origin, 0, hash) {
+        Choice::Backend { filtered: true, .. } if origin == origin::POD => untranslated(view),
+        Choice::Backend { target: mut backend, service, sticky, .. } => {
             count::connection(service);
+            let mut room = backend;
+            stick(&client, service, &sticky, &mut backend, &mut room);
             log::chosen(view.ctx(), proto, (vip.addr, vip.port), (backend.addr, backend.port));
             view.set_target(backend);
             if let Some(record) = Record::of_or_new(view) {

@@ -34,7 +34,7 @@ use aya_ebpf::{
 };
 use proxy_common::{frontend::origin, globals::socket_lb, maglev};
 
-use crate::globals;
+use crate::{client::ByNetns, globals};
 
 /// What a program returns to let the call go on.
 const PASS: i32 = 1;
@@ -50,17 +50,18 @@ mod errno {
     pub(super) const ECONNREFUSED: i32 = 111;
 }
 
-/// Where the socket belongs; `None` if it is not ours to translate (`--socket-lb node` and a pod's socket).
+/// Where the socket belongs, and the network namespace it is in; `None` if it is not ours to translate (`--socket-lb node` and a
+/// pod's socket).
 #[inline(always)]
-fn origin_of(ctx: &SockAddrContext) -> Option<usize> {
+fn origin_of(ctx: &SockAddrContext) -> Option<(usize, ByNetns)> {
     // SAFETY: the context this program was called with. Kernel 5.7 (f318903c0bf4).
     let cookie = unsafe { bpf_get_netns_cookie(ctx.as_ptr()) };
     if cookie == globals::node_netns_cookie() {
-        Some(origin::NODE)
+        Some((origin::NODE, ByNetns(cookie)))
     } else if globals::socket_lb() == socket_lb::NODE {
         None
     } else {
-        Some(origin::POD)
+        Some((origin::POD, ByNetns(cookie)))
     }
 }
 

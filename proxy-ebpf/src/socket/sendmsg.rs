@@ -24,8 +24,9 @@ use super::{
     view::{Either, V4, View},
 };
 use crate::{
+    client::{ByNetns, Sticky, stick},
     count,
-    lookup::{Choice, Found, choose, frontend, is_member},
+    lookup::{Choice, Found, choose, frontend, is_among},
     maps::Family,
     sealed,
 };
@@ -53,7 +54,7 @@ fn sendmsg<V: View>(view: &V) -> i32 {
     if view.protocol() != u32::from(proto::UDP) {
         return PASS;
     }
-    let Some(origin) = origin_of(view.ctx()) else { return PASS };
+    let Some((origin, client)) = origin_of(view.ctx()) else { return PASS };
     let to = view.target();
     let record = Record::of(view);
     if let Some(record) = &record
@@ -89,7 +90,7 @@ fn sendmsg<V: View>(view: &V) -> i32 {
         view.set_target(backend);
         return PASS;
     }
-    pick(view, &key, origin, cookie)
+    pick(view, &key, origin, &client, cookie)
 }
 
 /// The range that `origin` is served from, if the verdict is to serve it.
@@ -141,7 +142,7 @@ fn remembered<A: Family>(cookie: u64, vip: Target<A>, range: Range, service: u32
         return None;
     }
     // Looked up every time: an equal base and generation prove nothing, both come back in the end.
-    if !is_member(range, backend) {
+    if is_among(&range, &backend) == 0 {
         return None;
     }
     if value.base != range.base || value.generation != range.generation {
@@ -158,23 +159,31 @@ fn remembered<A: Family>(cookie: u64, vip: Target<A>, range: Range, service: u32
 
 /// A backend for the first datagram, or the refusal.
 #[inline(always)]
-fn pick<V: View>(view: &V, key: &FrontendKey<V::Addr>, origin: usize, cookie: u64) -> i32 {
+fn pick<V: View>(view: &V, key: &FrontendKey<V::Addr>, origin: usize, client: &ByNetns, cookie: u64) -> i32 {
     let vip = Target { addr: key.addr, port: key.port };
     let mut picks = 0;
     while picks < PICKS {
         let attempt = picks;
         picks += 1;
-        match choose::<V::Addr>(key, origin, attempt, |client| hash(view.ctx(), client)) {
-            Choice::Backend { target: backend, range, service, .. } => {
+        let hash = |of_client| hash(view.ctx(), of_client);
+        match choose::<V::Addr>(key, origin, attempt, hash) {
+            Choice::Backend { filtered: true, .. } if origin == origin::POD => return PASS,
+            Choice::Backend { target: mut backend, sticky, service, .. } => {
+                let Sticky { range, timeout_secs } = sticky;
                 let reply = DatagramKey::new(cookie, direction::TO_VIP, backend.addr, backend.port);
+                // Session affinity goes before an unambiguous answer: every pick would end at the same backend.
                 if picks < PICKS
                     && range.count > 1
+                    && timeout_secs == 0
                     && let Some((shown, _)) = read(&reply)
                     && shown != vip
                 {
                     continue;
                 }
                 count::connection(service);
+                let mut room = backend;
+                stick(client, service, &sticky, &mut backend, &mut room);
+                let reply = DatagramKey::new(cookie, direction::TO_VIP, backend.addr, backend.port);
                 view.set_target(backend);
                 // Marks the socket, so that answers are looked up.
                 if Record::of_or_new(view).is_some() {

@@ -36,6 +36,7 @@ use self::{
     table::Room,
 };
 use crate::{
+    client::{Sticky, admit, stick},
     count, globals, log,
     lookup::{self, Choice},
     maps::{BRIDGES, DEVICES, Packet, Work, kind},
@@ -290,9 +291,29 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
     if is_overheard(ctx, l3, from) {
         return NEXT;
     }
-    let Some(Work { value, key: pair_key, found, .. }) = Room::Enter.work::<A>() else { return TC_ACT_SHOT };
-    match pick(packet, from, value) {
+    let Some(Work { value, key: pair_key, found, sticky, picked, remembered, .. }) = Room::Enter.work::<A>() else {
+        return TC_ACT_SHOT;
+    };
+    let mut outcome = pick(packet, from, value, sticky);
+    if outcome <= PICKED_REFUSAL && is_martian(packet) != 0 {
+        return TC_ACT_SHOT;
+    }
+    if outcome <= PICKED_FILTERED {
+        let admitted = admit(value.service, &packet.src, u32::from(outcome == PICKED_FILTERED));
+        outcome = if admitted != 0 { PICKED } else { PICKED_DROP };
+    }
+    match outcome {
         PICKED => {
+            if sticky.timeout_secs != 0 {
+                *picked = Target { addr: value.addr, port: value.port };
+                stick(&packet.src, value.service, sticky, picked, remembered);
+                value.addr = picked.addr;
+                value.port = picked.port;
+            }
+            // A pod that reaches itself must not see its own address as the sender (contract A70).
+            if value.addr == packet.src {
+                value.flags |= flags::NEEDS_MASQUERADE;
+            }
             table::void(log::chosen(ctx, key.proto, (key.dst, key.dport), (value.addr, value.port)));
             // Answers to a connection that the pod has there already must not be taken for this flow's.
             if netns != 0 && direct::is_connected(ctx, packet, value, netns - 1) != 0 {
@@ -317,13 +338,16 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
 }
 
 const PICKED: u32 = 0;
-const PICKED_NOTHING: u32 = 1;
+/// If the frontend may be asked from there.
+const PICKED_FILTERED: u32 = 1;
 const PICKED_REFUSAL: u32 = 2;
-const PICKED_DROP: u32 = 3;
+const PICKED_NOTHING: u32 = 3;
+const PICKED_DROP: u32 = 4;
 
-/// Chooses a backend and fills the flow's entry with it.
+/// Chooses a backend and fills the flow's entry with it; whether the client may ask, and what session affinity makes of it, is the caller's:
+/// the stack has no room for everything at once.
 #[inline(never)]
-fn pick<A: Header>(packet: &Packet<A>, from: usize, value: &mut ConnectionValue<A>) -> u32 {
+fn pick<A: Header>(packet: &Packet<A>, from: usize, value: &mut ConnectionValue<A>, sticky: &mut Sticky) -> u32 {
     let hash = |client| {
         if client {
             maglev::client(packet.src)
@@ -333,17 +357,15 @@ fn pick<A: Header>(packet: &Packet<A>, from: usize, value: &mut ConnectionValue<
         }
     };
     match lookup::choose(&FrontendKey::new(packet.dst, packet.dport, packet.proto), from, 0, hash) {
-        Choice::Backend { .. } | Choice::Refuse if is_martian(packet) != 0 => PICKED_DROP,
-        Choice::Backend { target, service, masquerade, .. } => {
-            count::connection(service);
+        Choice::Backend { target, service, masquerade, sticky: wanted, filtered } => {
+            *sticky = wanted;
             value.addr = target.addr;
             value.port = target.port;
             value.other = packet.sport;
             value.service = service;
             value.pad = [0; 3];
-            // A pod that reaches itself must not see its own address as the sender (contract A70).
-            value.flags = if masquerade || target.addr == packet.src { flags::NEEDS_MASQUERADE } else { 0 };
-            PICKED
+            value.flags = if masquerade { flags::NEEDS_MASQUERADE } else { 0 };
+            if filtered { PICKED_FILTERED } else { PICKED }
         }
         Choice::Pass => PICKED_NOTHING,
         Choice::Refuse => PICKED_REFUSAL,

@@ -174,6 +174,12 @@ pub struct Maps {
     /// Entries of unconnected UDP sockets
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = entries())]
     pub map_datagrams: u32,
+    /// Clients that session affinity remembers
+    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = entries())]
+    pub map_affinity: u32,
+    /// Source ranges of load balancers' addresses
+    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = entries())]
+    pub map_source_ranges: u32,
 }
 
 /// A map cannot be empty, and the kernel refuses sizes near 2³².

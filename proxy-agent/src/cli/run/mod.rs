@@ -164,7 +164,16 @@ fn timeouts(conntrack: Conntrack) -> ebpf::Timeouts {
 }
 
 fn sizes(maps: Maps) -> ebpf::Sizes {
-    let Maps { map_frontends, map_slots, map_services, map_connections, map_half_open, map_datagrams } = maps;
+    let Maps {
+        map_frontends,
+        map_slots,
+        map_services,
+        map_connections,
+        map_half_open,
+        map_datagrams,
+        map_affinity,
+        map_source_ranges,
+    } = maps;
     ebpf::Sizes {
         frontends: map_frontends,
         slots: map_slots,
@@ -172,6 +181,8 @@ fn sizes(maps: Maps) -> ebpf::Sizes {
         connections: map_connections,
         half_open: map_half_open,
         datagrams: map_datagrams,
+        affinity: map_affinity,
+        source_ranges: map_source_ranges,
     }
 }
 

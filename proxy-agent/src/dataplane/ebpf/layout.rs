@@ -7,6 +7,7 @@ use std::mem::size_of;
 
 use proxy_common::{
     Ipv4Be, Ipv6Be,
+    affinity::{AffinityKey, AffinityValue},
     connection::{ConnectionKey, ConnectionValue, FragmentKey, FragmentValue},
     counters::{Reason, ServiceCounters},
     device::DeviceValue,
@@ -14,6 +15,7 @@ use proxy_common::{
     meta::{Meta, ServiceName},
     slot::{SlotV4, SlotV6},
     socket::{DatagramKey, DatagramValue, PeerRecord},
+    source_range::{SourceRangeKey, SourceRangeValue},
 };
 
 use super::sys::{MapInfo, map_flag, map_type};
@@ -75,6 +77,10 @@ maps! {
     PeersV6 = "peers_v6": SK_STORAGE<u32, PeerRecord<Ipv6Be>>, map_flag::NO_PREALLOC, |_: &Sizes| 0, "";
     DatagramsV4 = "datagrams_v4": LRU_HASH<DatagramKey<Ipv4Be>, DatagramValue<Ipv4Be>>, 0, |s: &Sizes| s.datagrams, "--map-datagrams";
     DatagramsV6 = "datagrams_v6": LRU_HASH<DatagramKey<Ipv6Be>, DatagramValue<Ipv6Be>>, 0, |s: &Sizes| s.datagrams, "--map-datagrams";
+    AffinityV4 = "affinity_v4": LRU_HASH<AffinityKey, AffinityValue<Ipv4Be>>, 0, |s: &Sizes| s.affinity, "--map-affinity";
+    AffinityV6 = "affinity_v6": LRU_HASH<AffinityKey, AffinityValue<Ipv6Be>>, 0, |s: &Sizes| s.affinity, "--map-affinity";
+    SourceRangesV4 = "source_ranges_v4": LPM_TRIE<SourceRangeKey<Ipv4Be>, SourceRangeValue>, map_flag::NO_PREALLOC, |s: &Sizes| s.source_ranges, "--map-source-ranges";
+    SourceRangesV6 = "source_ranges_v6": LPM_TRIE<SourceRangeKey<Ipv6Be>, SourceRangeValue>, map_flag::NO_PREALLOC, |s: &Sizes| s.source_ranges, "--map-source-ranges";
     Devices = "devices": HASH<u32, DeviceValue>, map_flag::NO_PREALLOC, |_: &Sizes| 16_384, "";
     Bridges = "bridges": HASH<u32, u32>, map_flag::NO_PREALLOC, |_: &Sizes| 16_384, "";
     ServiceCounters = "service_counters": PERCPU_HASH<u32, ServiceCounters>, map_flag::NO_PREALLOC, |s: &Sizes| s.services, "--map-services";
@@ -92,6 +98,8 @@ impl MapName {
                 | Self::FrontendsV6
                 | Self::SlotsV4
                 | Self::SlotsV6
+                | Self::SourceRangesV4
+                | Self::SourceRangesV6
                 | Self::Devices
                 | Self::Bridges
                 | Self::Names
@@ -120,6 +128,8 @@ pub struct Sizes {
     pub connections: u32,
     pub half_open: u32,
     pub datagrams: u32,
+    pub affinity: u32,
+    pub source_ranges: u32,
 }
 
 impl Default for Sizes {
@@ -131,6 +141,8 @@ impl Default for Sizes {
             connections: 262_144,
             half_open: 65_536,
             datagrams: 65_536,
+            affinity: 65_536,
+            source_ranges: 65_536,
         }
     }
 }

@@ -307,7 +307,7 @@ impl Ebpf {
 
 impl Dataplane for Ebpf {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { name: "ebpf", protocols: vec![Protocol::Tcp, Protocol::Udp], affinity: false }
+        Capabilities { name: "ebpf", protocols: vec![Protocol::Tcp, Protocol::Udp], affinity: true }
     }
 
     fn resync(&mut self, desired: &DesiredState) -> Report {

@@ -153,7 +153,11 @@ fn used_entries(map: MapName, fd: std::os::fd::BorrowedFd<'_>) -> io::Result<u64
     match map {
         MapName::SlotsV4 => last::<SlotV4>(fd),
         MapName::SlotsV6 => last::<SlotV6>(fd),
-        MapName::FrontendsV4 | MapName::FrontendsV6 | MapName::Names => {
+        MapName::FrontendsV4
+        | MapName::FrontendsV6
+        | MapName::SourceRangesV4
+        | MapName::SourceRangesV6
+        | MapName::Names => {
             let info = sys::map_info(fd)?;
             let mut count = 0;
             sys::dump(fd, info.key as usize, info.value as usize, |_, _| count += 1)?;

@@ -44,6 +44,7 @@ pub(crate) mod map_type {
     pub(crate) const PERCPU_HASH: u32 = 5;
     pub(crate) const PERCPU_ARRAY: u32 = 6;
     pub(crate) const LRU_HASH: u32 = 9;
+    pub(crate) const LPM_TRIE: u32 = 11;
     pub(crate) const SK_STORAGE: u32 = 24;
 }
 
