@@ -69,8 +69,8 @@ pub(crate) struct Sticky {
 }
 
 /// Session affinity: puts the backend of the client's last connection in the place of `target`, if its time is not over and
-/// it is still eligible (contract A98), and notes that there is a new connection (A96); else has `target` remembered. `room` is
-/// for what was remembered.
+/// it is still eligible (contract A98), and notes that there is a new connection (A96); else has `target` remembered. `chosen`
+/// tells what it was, once more.
 ///
 /// Once for each connection, by who takes it. Apart from the choice, and in small steps, because the stack has no room for them together.
 #[inline(always)]
@@ -79,22 +79,22 @@ pub(crate) fn stick<A: Family, C: Client<A>>(
     service: u32,
     sticky: &Sticky,
     target: &mut Target<A>,
-    room: &mut Target<A>,
+    chosen: impl Fn() -> Target<A>,
 ) {
     if sticky.timeout_secs == 0 {
         return;
     }
-    if recall(client, service, sticky.timeout_secs, room) != 0 && is_among(&sticky.range, room) != 0 {
-        *target = *room;
-    } else {
-        // Its value is needed by nobody, but a function without one is no function to the verifier.
-        core::hint::black_box(remember(client, service, target));
+    if recall(client, service, sticky.timeout_secs, target) != 0 && is_among(&sticky.range, target) != 0 {
+        return;
     }
+    *target = chosen();
+    // Its value is needed by nobody, but a function without one is no function to the verifier.
+    core::hint::black_box(remember(client, service, target));
 }
 
-/// Where the client's last connection went, if its time is not over; from now on it is not for as long again. 0: nowhere.
+/// Where the client's last connection went, if its time is not over; from now on it is not for as long again. 0: nowhere, and `target` is as it was.
 #[inline(never)]
-fn recall<A: Family, C: Client<A>>(client: &C, service: u32, timeout_secs: u32, room: &mut Target<A>) -> u32 {
+fn recall<A: Family, C: Client<A>>(client: &C, service: u32, timeout_secs: u32, target: &mut Target<A>) -> u32 {
     let key = client.affinity_key(service);
     let Some(live) = A::affinity().get_ptr_mut(&key) else { return 0 };
     // SAFETY: a live pointer to a value of this map; AffinityValue is plain integers.
@@ -112,7 +112,7 @@ fn recall<A: Family, C: Client<A>>(client: &C, service: u32, timeout_secs: u32, 
         // wrong time of another client's at worst, by seconds.
         unsafe { (&raw mut (*live).seen).write_volatile(now) };
     }
-    *room = Target { addr: value.addr, port: value.port };
+    *target = Target { addr: value.addr, port: value.port };
     1
 }
 

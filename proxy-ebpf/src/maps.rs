@@ -144,7 +144,6 @@ pub(crate) struct Work<A> {
     pub(crate) found: ConnectionValue<A>,
     pub(crate) sticky: Sticky,
     pub(crate) picked: Target<A>,
-    pub(crate) remembered: Target<A>,
 }
 
 /// What a packet is to the translation; a `u8` in [`Packet`].

@@ -51,8 +51,8 @@ fn connect<V: View>(view: &V) -> i32 {
         Choice::Backend { filtered: true, .. } if origin == origin::POD => untranslated(view),
         Choice::Backend { target: mut backend, service, sticky, .. } => {
             count::connection(service);
-            let mut room = backend;
-            stick(&client, service, &sticky, &mut backend, &mut room);
+            let chosen = backend;
+            stick(&client, service, &sticky, &mut backend, || chosen);
             log::chosen(view.ctx(), proto, (vip.addr, vip.port), (backend.addr, backend.port));
             view.set_target(backend);
             if let Some(record) = Record::of_or_new(view) {

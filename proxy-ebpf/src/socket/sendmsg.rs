@@ -170,7 +170,7 @@ fn pick<V: View>(view: &V, key: &FrontendKey<V::Addr>, origin: usize, client: &B
             Choice::Backend { filtered: true, .. } if origin == origin::POD => return PASS,
             Choice::Backend { target: mut backend, sticky, service, .. } => {
                 let Sticky { range, timeout_secs } = sticky;
-                let reply = DatagramKey::new(cookie, direction::TO_VIP, backend.addr, backend.port);
+                let mut reply = DatagramKey::new(cookie, direction::TO_VIP, backend.addr, backend.port);
                 // Session affinity goes before an unambiguous answer: every pick would end at the same backend.
                 if picks < PICKS
                     && range.count > 1
@@ -181,9 +181,9 @@ fn pick<V: View>(view: &V, key: &FrontendKey<V::Addr>, origin: usize, client: &B
                     continue;
                 }
                 count::connection(service);
-                let mut room = backend;
-                stick(client, service, &sticky, &mut backend, &mut room);
-                let reply = DatagramKey::new(cookie, direction::TO_VIP, backend.addr, backend.port);
+                stick(client, service, &sticky, &mut backend, || Target { addr: reply.addr, port: reply.port });
+                reply.addr = backend.addr;
+                reply.port = backend.port;
                 view.set_target(backend);
                 // Marks the socket, so that answers are looked up.
                 if Record::of_or_new(view).is_some() {

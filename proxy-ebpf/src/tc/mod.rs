@@ -291,7 +291,7 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
     if is_overheard(ctx, l3, from) {
         return NEXT;
     }
-    let Some(Work { value, key: pair_key, found, sticky, picked, remembered, .. }) = Room::Enter.work::<A>() else {
+    let Some(Work { value, key: pair_key, found, sticky, picked, .. }) = Room::Enter.work::<A>() else {
         return TC_ACT_SHOT;
     };
     let mut outcome = pick(packet, from, value, sticky);
@@ -306,7 +306,8 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
         PICKED => {
             if sticky.timeout_secs != 0 {
                 *picked = Target { addr: value.addr, port: value.port };
-                stick(&packet.src, value.service, sticky, picked, remembered);
+                let chosen = || Target { addr: value.addr, port: value.port };
+                stick(&packet.src, value.service, sticky, picked, chosen);
                 value.addr = picked.addr;
                 value.port = picked.port;
             }

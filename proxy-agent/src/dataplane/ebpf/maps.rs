@@ -10,16 +10,18 @@ use std::{
 
 use proxy_common::{
     Ipv4Be, Ipv6Be,
+    affinity::{AffinityKey, AffinityValue},
     counters::ServiceCounters,
     device::DeviceValue,
     frontend::{FrontendKey, FrontendValue},
     meta::{Meta, ServiceName},
     slot::{Slot, SlotV4, SlotV6},
+    source_range::SourceRangeKey,
 };
 use rustix::mm::{MapFlags, ProtFlags};
 
 use super::{
-    family::{Family, FrontendMap},
+    family::{Family, FrontendMap, SourceMap},
     layout::MapName,
     store::{Result, Store, StoreError},
     sys::{self, Map},
@@ -119,6 +121,10 @@ pub(crate) struct Maps {
     frontends_v6: FrontendMap<Ipv6Be>,
     slots_v4: SlotArray<SlotV4>,
     slots_v6: SlotArray<SlotV6>,
+    sources_v4: SourceMap<Ipv4Be>,
+    sources_v6: SourceMap<Ipv6Be>,
+    affinity_v4: Map<AffinityKey, AffinityValue<Ipv4Be>>,
+    affinity_v6: Map<AffinityKey, AffinityValue<Ipv6Be>>,
     names: Map<u32, ServiceName>,
     counters: OwnedFd,
     devices: Map<u32, DeviceValue>,
@@ -142,6 +148,10 @@ impl Maps {
             frontends_v6: typed(MapName::FrontendsV6, fd(MapName::FrontendsV6)?)?,
             slots_v4: slots(MapName::SlotsV4, fd(MapName::SlotsV4)?)?,
             slots_v6: slots(MapName::SlotsV6, fd(MapName::SlotsV6)?)?,
+            sources_v4: typed(MapName::SourceRangesV4, fd(MapName::SourceRangesV4)?)?,
+            sources_v6: typed(MapName::SourceRangesV6, fd(MapName::SourceRangesV6)?)?,
+            affinity_v4: typed(MapName::AffinityV4, fd(MapName::AffinityV4)?)?,
+            affinity_v6: typed(MapName::AffinityV6, fd(MapName::AffinityV6)?)?,
             names: typed(MapName::Names, fd(MapName::Names)?)?,
             counters: fd(MapName::ServiceCounters)?,
             devices: typed(MapName::Devices, fd(MapName::Devices)?)?,
@@ -166,7 +176,8 @@ impl Maps {
 
     fn refused(&self, map: MapName, fd: BorrowedFd<'_>, source: io::Error) -> StoreError {
         match (source.raw_os_error(), sys::map_info(fd)) {
-            (Some(libc::E2BIG), Ok(info)) => StoreError::Full { map, capacity: info.max_entries },
+            // A trie has a word of its own for it.
+            (Some(libc::E2BIG | libc::ENOSPC), Ok(info)) => StoreError::Full { map, capacity: info.max_entries },
             _ => StoreError::Io { map, source },
         }
     }
@@ -210,6 +221,34 @@ impl Store for Maps {
             .map_err(|source| StoreError::Io { map: A::FRONTENDS, source })?;
         self.writes += removed as u64;
         Ok(())
+    }
+
+    fn source_ranges<A: Family>(&self) -> Result<Vec<SourceRangeKey<A>>> {
+        let entries = A::sources(&self.sources_v4, &self.sources_v6)
+            .entries()
+            .map_err(|source| StoreError::Io { map: A::SOURCE_RANGES, source })?;
+        Ok(entries.into_iter().map(|(key, _)| key.into()).collect())
+    }
+
+    fn put_source_range<A: Family>(&mut self, key: &SourceRangeKey<A>) -> Result<()> {
+        let map = A::sources(&self.sources_v4, &self.sources_v6);
+        map.put(&A::SourceKey::from(*key), &1, sys::ANY)
+            .map_err(|source| self.refused(A::SOURCE_RANGES, map.fd(), source))?;
+        self.writes += 1;
+        Ok(())
+    }
+
+    fn remove_source_range<A: Family>(&mut self, key: &SourceRangeKey<A>) -> Result<()> {
+        let removed = A::sources(&self.sources_v4, &self.sources_v6)
+            .remove(&A::SourceKey::from(*key))
+            .map_err(|source| StoreError::Io { map: A::SOURCE_RANGES, source })?;
+        self.writes += u64::from(removed);
+        Ok(())
+    }
+
+    fn prune_affinity(&mut self, is_over: &dyn Fn(u32, u32) -> bool) -> Result<usize> {
+        Ok(prune(&self.affinity_v4, MapName::AffinityV4, is_over, |value| value.seen)?
+            + prune(&self.affinity_v6, MapName::AffinityV6, is_over, |value| value.seen)?)
     }
 
     fn names(&self) -> Result<Vec<(u32, ServiceName)>> {
@@ -274,6 +313,28 @@ impl Store for Maps {
     fn writes(&self) -> u64 {
         self.writes
     }
+}
+
+/// Takes out what is over; how many entries stay.
+fn prune<V: aya::Pod>(
+    map: &Map<AffinityKey, V>,
+    name: MapName,
+    is_over: &dyn Fn(u32, u32) -> bool,
+    seen: fn(&V) -> u32,
+) -> Result<usize> {
+    let failed = |source| StoreError::Io { map: name, source };
+    let mut left = 0;
+    for (key, value) in map.entries().map_err(failed)? {
+        // Looked at once more: a program may have noted a new connection meanwhile.
+        if is_over(key.service, seen(&value))
+            && map.get(&key).map_err(failed)?.is_some_and(|value| is_over(key.service, seen(&value)))
+        {
+            map.remove(&key).map_err(failed)?;
+        } else {
+            left += 1;
+        }
+    }
+    Ok(left)
 }
 
 /// Copies the entries of a hash map that are `wanted` into another; for a change of size. What does not fit is left out, and counted,

@@ -367,7 +367,7 @@ impl Dataplane for Ebpf {
 
     fn tick(&mut self) -> Option<Duration> {
         let now = self.now();
-        self.table.tick(now)
+        self.table.tick(now, read::monotonic_secs())
     }
 
     fn teardown(&mut self) -> Result<(), DataplaneError> {

@@ -417,7 +417,7 @@ fn frontend_row<A: Family>(
 }
 
 /// The clock of the connection table.
-fn monotonic_secs() -> u32 {
+pub(super) fn monotonic_secs() -> u32 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     u32::try_from(now.tv_sec).unwrap_or(u32::MAX)
 }

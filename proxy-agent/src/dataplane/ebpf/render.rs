@@ -96,7 +96,7 @@ pub(crate) fn value<A: Family>(
         verdicts,
         algorithm: choice,
         affinity_secs,
-        source_ranges: _,
+        source_ranges,
         alive: _,
     } = spec;
     let Verdicts { pod, node, external } = verdicts;
@@ -122,7 +122,8 @@ pub(crate) fn value<A: Family>(
         },
         flags: kind_flag(*kind)
             | table_flags(all, flags::ALL_TABLE_SHIFT)
-            | table_flags(local, flags::LOCAL_TABLE_SHIFT),
+            | table_flags(local, flags::LOCAL_TABLE_SHIFT)
+            | if source_ranges.is_some() { flags::HAS_SOURCE_RANGES } else { 0 },
         affinity_secs: affinity_secs.unwrap_or(0),
         seal: 0,
     }

@@ -33,7 +33,9 @@ pub(crate) struct Services {
     by_id: BTreeMap<u32, Service>,
     /// Ids that no frontend carries: a change costs what changed, not a walk over all.
     idle: BTreeSet<u32>,
-    /// Used before, rested.
+    /// Rested, but what the kernel remembers under them is still to be forgotten.
+    rested: BTreeSet<u32>,
+    /// Used before, and free again.
     free: BTreeSet<u32>,
     resting: VecDeque<(Duration, u32)>,
     /// This one and all above were never used.
@@ -55,6 +57,7 @@ impl Services {
             by_name: HashMap::new(),
             by_id: BTreeMap::new(),
             idle: BTreeSet::new(),
+            rested: BTreeSet::new(),
             free: BTreeSet::new(),
             resting: VecDeque::new(),
             next: 1,
@@ -62,11 +65,10 @@ impl Services {
     }
 
     /// The id of `name`, a new one if it has none. It stays only if [`Self::hold`] follows before the next [`Self::reap`].
-    pub(crate) fn acquire(&mut self, name: &Name, now: Duration) -> Acquired {
+    pub(crate) fn acquire(&mut self, name: &Name) -> Acquired {
         if let Some(id) = self.by_name.get(name) {
             return Acquired::Known(*id);
         }
-        self.settle(now);
         let id = self.free.pop_first().unwrap_or_else(|| {
             let id = self.next;
             self.next += 1;
@@ -149,9 +151,19 @@ impl Services {
                 return Some(until - now);
             }
             self.resting.pop_front();
-            self.free.insert(id);
+            self.rested.insert(id);
         }
         None
+    }
+
+    /// Whether [`Self::free_rested`] has something to do.
+    pub(crate) fn waits(&self) -> bool {
+        !self.rested.is_empty()
+    }
+
+    /// Nothing is remembered any more under ids that nobody carries.
+    pub(crate) fn free_rested(&mut self) {
+        self.free.append(&mut self.rested);
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (u32, &Name)> {
@@ -177,15 +189,22 @@ mod tests {
     fn ids_come_back_low_and_rested() {
         let now = Duration::from_secs(1);
         let mut services = Services::new(REST);
-        assert_eq!(services.acquire(&name("a/a"), now), Acquired::Fresh(1));
-        assert_eq!(services.acquire(&name("a/b"), now), Acquired::Fresh(2));
-        assert_eq!(services.acquire(&name("a/a"), now), Acquired::Known(1));
+        assert_eq!(services.acquire(&name("a/a")), Acquired::Fresh(1));
+        assert_eq!(services.acquire(&name("a/b")), Acquired::Fresh(2));
+        assert_eq!(services.acquire(&name("a/a")), Acquired::Known(1));
         services.reap(1, now);
-        assert_eq!(services.acquire(&name("a/c"), now), Acquired::Fresh(3), "1 rests");
-        assert_eq!(services.acquire(&name("a/d"), now + REST), Acquired::Fresh(1));
+        assert_eq!(services.acquire(&name("a/c")), Acquired::Fresh(3), "1 rests");
+        services.settle(now + REST);
         assert_eq!(
-            services.acquire(&Name { protocol: Protocol::Udp, ..name("a/d") }, now + REST),
+            services.acquire(&name("a/e")),
             Acquired::Fresh(4),
+            "what is remembered of its clients is still there"
+        );
+        services.free_rested();
+        assert_eq!(services.acquire(&name("a/d")), Acquired::Fresh(1));
+        assert_eq!(
+            services.acquire(&Name { protocol: Protocol::Udp, ..name("a/d") }),
+            Acquired::Fresh(5),
             "the same name over another protocol is another service port"
         );
     }
@@ -199,7 +218,9 @@ mod tests {
         assert!(!services.adopt(4, &name("a/a")), "one name, two ids");
         assert!(!services.adopt(0, &name("a/z")) && !services.adopt(MAX_ID, &name("a/z")));
         services.adopted([5].into_iter(), Duration::ZERO);
-        assert_eq!(services.acquire(&name("a/c"), Duration::ZERO), Acquired::Fresh(6));
-        assert_eq!(services.acquire(&name("a/d"), REST), Acquired::Fresh(1));
+        assert_eq!(services.acquire(&name("a/c")), Acquired::Fresh(6));
+        services.settle(REST);
+        services.free_rested();
+        assert_eq!(services.acquire(&name("a/d")), Acquired::Fresh(1));
     }
 }

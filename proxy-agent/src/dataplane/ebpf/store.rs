@@ -9,6 +9,7 @@ use proxy_common::{
     device::DeviceValue,
     frontend::{FrontendKey, FrontendValue},
     meta::ServiceName,
+    source_range::SourceRangeKey,
 };
 
 use super::{family::Family, layout::MapName};
@@ -34,6 +35,13 @@ pub(crate) trait Store {
     fn put_frontends<A: Family>(&mut self, entries: &[(FrontendKey<A>, FrontendValue)]) -> (usize, Option<StoreError>);
     /// Removing what is not there is no error.
     fn remove_frontends<A: Family>(&mut self, keys: &[FrontendKey<A>]) -> Result<()>;
+
+    fn source_ranges<A: Family>(&self) -> Result<Vec<SourceRangeKey<A>>>;
+    fn put_source_range<A: Family>(&mut self, key: &SourceRangeKey<A>) -> Result<()>;
+    fn remove_source_range<A: Family>(&mut self, key: &SourceRangeKey<A>) -> Result<()>;
+
+    /// Forgets the clients that `is_over` says so of, by service and second of the last connection. How many are remembered still.
+    fn prune_affinity(&mut self, is_over: &dyn Fn(u32, u32) -> bool) -> Result<usize>;
 
     fn names(&self) -> Result<Vec<(u32, ServiceName)>>;
     fn put_name(&mut self, id: u32, name: &ServiceName) -> Result<()>;
@@ -80,6 +88,11 @@ pub(crate) mod memory {
         /// What frontends point at: first slot, and how many.
         pointed_at4: Vec<(u32, u32)>,
         pointed_at6: Vec<(u32, u32)>,
+        sources4: BTreeMap<Vec<u8>, ()>,
+        sources6: BTreeMap<Vec<u8>, ()>,
+        pub(crate) source_capacity: Option<usize>,
+        /// Clients: service and second of the last connection.
+        pub(crate) affinity: Vec<(u32, u32)>,
         pub(crate) names: BTreeMap<u32, ServiceName>,
         devices: BTreeMap<u32, DeviceValue>,
         bridges: BTreeMap<u32, u32>,
@@ -143,6 +156,20 @@ pub(crate) mod memory {
             let held = map.values().flat_map(|value| [value.all(), value.local()]).filter(|range| range.count > 0);
             let held = held.map(|range| (range.base, range.slots())).collect();
             *(if A::LEN == 4 { &mut self.pointed_at4 } else { &mut self.pointed_at6 }) = held;
+        }
+
+        fn sources_of<A: Family>(&mut self) -> &mut BTreeMap<Vec<u8>, ()> {
+            if A::LEN == 4 { &mut self.sources4 } else { &mut self.sources6 }
+        }
+
+        /// Enters a source range behind everybody's back, or takes it out.
+        pub(crate) fn tamper_source<A: Family>(&mut self, key: SourceRangeKey<A>, there: bool) {
+            let key = bytes(&A::SourceKey::from(key));
+            if there {
+                self.sources_of::<A>().insert(key, ())
+            } else {
+                self.sources_of::<A>().remove(&key)
+            };
         }
 
         /// Alters an entry behind everybody's back.
@@ -221,6 +248,32 @@ pub(crate) mod memory {
                 self.point::<A>();
             }
             Ok(())
+        }
+
+        fn source_ranges<A: Family>(&self) -> Result<Vec<SourceRangeKey<A>>> {
+            let map = if A::LEN == 4 { &self.sources4 } else { &self.sources6 };
+            Ok(map.keys().map(|k| value::<A::SourceKey>(k).into()).collect())
+        }
+
+        fn put_source_range<A: Family>(&mut self, key: &SourceRangeKey<A>) -> Result<()> {
+            let capacity = self.source_capacity.unwrap_or(usize::MAX);
+            if self.sources_of::<A>().len() >= capacity {
+                return Err(StoreError::Full { map: A::SOURCE_RANGES, capacity: capacity as u32 });
+            }
+            self.write(A::SOURCE_RANGES)?;
+            self.sources_of::<A>().insert(bytes(&A::SourceKey::from(*key)), ());
+            Ok(())
+        }
+
+        fn remove_source_range<A: Family>(&mut self, key: &SourceRangeKey<A>) -> Result<()> {
+            self.write(A::SOURCE_RANGES)?;
+            self.sources_of::<A>().remove(&bytes(&A::SourceKey::from(*key)));
+            Ok(())
+        }
+
+        fn prune_affinity(&mut self, is_over: &dyn Fn(u32, u32) -> bool) -> Result<usize> {
+            self.affinity.retain(|(service, seen)| !is_over(*service, *seen));
+            Ok(self.affinity.len())
         }
 
         fn names(&self) -> Result<Vec<(u32, ServiceName)>> {

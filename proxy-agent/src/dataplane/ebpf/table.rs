@@ -26,6 +26,7 @@ use std::{
 
 use proxy_common::{
     Ipv4Be, Ipv6Be,
+    affinity::is_expired,
     frontend::{FrontendKey, FrontendValue},
     meta::ServiceName,
 };
@@ -44,8 +45,13 @@ use crate::{
 
 mod half;
 mod ranges;
+mod sources;
 
 use half::{Amiss, Half, Pending, What, frontend_of};
+use sources::Held;
+
+/// How often clients whose time is over are forgotten; the programs take no notice of them in any case.
+const PRUNE_EVERY: Duration = Duration::from_secs(60);
 
 enum Refused {
     Unsupported(String),
@@ -76,6 +82,8 @@ pub(crate) struct Table<S> {
     v4: Half<Ipv4Be>,
     v6: Half<Ipv6Be>,
     adopted: bool,
+    /// When affinity entries are looked through next.
+    prune_at: Duration,
     /// Services (`namespace/name`) whose frontends stay as they are.
     held: BTreeSet<String>,
 }
@@ -92,7 +100,16 @@ struct Strays {
 impl<S: Store> Table<S> {
     pub(crate) fn new(store: S, rest: Duration) -> Self {
         let (v4, v6) = (Half::new(store.slots::<Ipv4Be>(), rest), Half::new(store.slots::<Ipv6Be>(), rest));
-        Self { store, rest, services: Services::new(rest), v4, v6, adopted: false, held: BTreeSet::new() }
+        Self {
+            store,
+            rest,
+            services: Services::new(rest),
+            v4,
+            v6,
+            adopted: false,
+            held: BTreeSet::new(),
+            prune_at: Duration::ZERO,
+        }
     }
 
     #[cfg(test)]
@@ -204,6 +221,9 @@ impl<S: Store> Table<S> {
         let Strays { v4, v6, names } = strays;
         self.unset::<Ipv4Be>(remove, unguard, v4, &mut report, now);
         self.unset::<Ipv6Be>(remove, unguard, v6, &mut report, now);
+        let Self { store, v4, v6, .. } = self;
+        v4.sweep_sources(store);
+        v6.sweep_sources(store);
         self.reap(names, now);
         report
     }
@@ -224,7 +244,9 @@ impl<S: Store> Table<S> {
         for (frontend, spec) in set {
             let Some(key) = render::key::<A>(frontend) else { continue };
             match self.prepare::<A>(key, frontend, spec, now) {
-                Ok(Some(value)) => pending.push(Pending { key, value, what: What::Frontend(*frontend) }),
+                Ok(Some((value, sources))) => {
+                    pending.push(Pending { key, value, what: What::Frontend(*frontend), sources });
+                }
                 Ok(None) => {}
                 Err(refused) => {
                     report.failed.insert(*frontend, refused.of(format_args!("frontend {frontend}")));
@@ -237,7 +259,7 @@ impl<S: Store> Table<S> {
             let value = render::guard(&key);
             let (_, _, half) = self.half::<A>();
             if half.shadow.get(&key) != Some(&value) {
-                pending.push(Pending { key, value, what: What::Guard(*addr) });
+                pending.push(Pending { key, value, what: What::Guard(*addr), sources: None });
             }
         }
         let (store, services, half) = self.half::<A>();
@@ -250,16 +272,13 @@ impl<S: Store> Table<S> {
         frontend: &Frontend,
         spec: &FrontendSpec,
         now: Duration,
-    ) -> Result<Option<FrontendValue>, Refused> {
+    ) -> Result<Option<(FrontendValue, Option<Held<A>>)>, Refused> {
         if frontend.protocol == Protocol::Sctp {
             return Err(Refused::Unsupported("the eBPF datapath does not translate SCTP".into()));
         }
-        if spec.source_ranges.is_some() {
-            return Err(Refused::Unsupported("the eBPF datapath does not filter by source range".into()));
-        }
         let (store, services, half) = self.half::<A>();
         let name = Name { name: spec.service.to_string(), protocol: spec.service.protocol };
-        let service = match services.acquire(&name, now) {
+        let service = match services.acquire(&name) {
             Acquired::Known(id) => id,
             Acquired::Fresh(id) => {
                 if let Err(error) = store.put_name(id, &ServiceName::new(&name.name)) {
@@ -351,6 +370,8 @@ impl<S: Store> Table<S> {
         for key in &amiss6.damaged {
             v6.forget(services, key, now);
         }
+        v4.sources.recheck(store)?;
+        v6.sources.recheck(store)?;
         let mut stored: HashMap<u32, ServiceName> = store.names()?.into_iter().collect();
         for (id, name) in services.iter() {
             let right = ServiceName::new(&name.name);
@@ -391,9 +412,41 @@ impl<S: Store> Table<S> {
         Ok(drift)
     }
 
-    /// Lets what has rested be used again; how long until there is more to do.
-    pub(crate) fn tick(&mut self, now: Duration) -> Option<Duration> {
-        [self.v4.ranges.settle(now), self.v6.ranges.settle(now), self.services.settle(now)].into_iter().flatten().min()
+    /// Lets what has rested be used again; how long until there is more to do. `clock` is the programs' second.
+    pub(crate) fn tick(&mut self, now: Duration, clock: u32) -> Option<Duration> {
+        let next = [self.v4.ranges.settle(now), self.v6.ranges.settle(now), self.services.settle(now)];
+        next.into_iter().chain([self.prune_affinity(now, clock)]).flatten().min()
+    }
+
+    /// Forgets the clients whose time is over, and those of services without affinity. Ids that have rested come back only then: a Service
+    /// that gets one inherits nobody's clients.
+    fn prune_affinity(&mut self, now: Duration, clock: u32) -> Option<Duration> {
+        if !self.adopted {
+            return None;
+        }
+        let waiting = self.services.waits();
+        if !waiting && now < self.prune_at {
+            return Some(self.prune_at - now);
+        }
+        let values = self.v4.shadow.values().chain(self.v6.shadow.values());
+        let mut timeouts: HashMap<u32, u32> = HashMap::new();
+        for value in values.filter(|value| value.affinity_secs != 0) {
+            let longest = timeouts.entry(value.service).or_default();
+            *longest = value.affinity_secs.max(*longest);
+        }
+        let is_over =
+            |service: u32, seen: u32| timeouts.get(&service).is_none_or(|timeout| is_expired(seen, clock, *timeout));
+        match self.store.prune_affinity(&is_over) {
+            Ok(left) => {
+                self.services.free_rested();
+                self.prune_at = now + PRUNE_EVERY;
+                (left > 0 || !timeouts.is_empty()).then_some(PRUNE_EVERY)
+            }
+            Err(error) => {
+                tracing::warn!(%error, "clients that session affinity remembers cannot be looked through");
+                Some(PRUNE_EVERY)
+            }
+        }
     }
 
     /// What is in force.

@@ -7,11 +7,12 @@ use std::{
     time::Duration,
 };
 
-use proxy_common::frontend::{FrontendKey, FrontendValue, Range};
+use proxy_common::frontend::{FrontendKey, FrontendValue, Range, flags};
 
 use super::{
     Refused,
     ranges::{Ranges, Wanted, ranges},
+    sources::{Held, Sources},
 };
 use crate::{
     dataplane::{
@@ -31,6 +32,7 @@ use crate::{
 #[derive(Debug)]
 pub(super) struct Half<A: Family> {
     pub(super) ranges: Ranges<A>,
+    pub(super) sources: Sources<A>,
     /// What the kernel holds, as far as this process wrote or adopted it. Guards too.
     pub(super) shadow: HashMap<FrontendKey<A>, FrontendValue>,
     /// Senseless entries found at adoption and still in the kernel.
@@ -42,6 +44,7 @@ pub(super) struct Pending<A> {
     pub(super) key: FrontendKey<A>,
     pub(super) value: FrontendValue,
     pub(super) what: What,
+    pub(super) sources: Option<Held<A>>,
 }
 
 #[derive(Clone, Copy)]
@@ -58,6 +61,10 @@ pub(super) struct Amiss<A> {
     pub(super) foreign: Vec<FrontendKey<A>>,
 }
 
+const fn has_sources(value: &FrontendValue) -> bool {
+    value.flags & flags::HAS_SOURCE_RANGES != 0
+}
+
 /// `None` for a guard, and for a key that no agent writes.
 pub(super) fn frontend_of<A: Family>(key: &FrontendKey<A>) -> Option<Frontend> {
     Some(Frontend {
@@ -69,11 +76,41 @@ pub(super) fn frontend_of<A: Family>(key: &FrontendKey<A>) -> Option<Frontend> {
 
 impl<A: Family> Half<A> {
     pub(super) fn new(capacity: u32, rest: Duration) -> Self {
-        Self { ranges: Ranges::new(capacity, rest), shadow: HashMap::new(), strays: HashSet::new() }
+        Self {
+            ranges: Ranges::new(capacity, rest),
+            sources: Sources::default(),
+            shadow: HashMap::new(),
+            strays: HashSet::new(),
+        }
     }
 
-    /// Puts backends in place for one frontend and renders it; `None` if the kernel has it already.
+    /// Puts source ranges and backends in place for one frontend and renders it; `None` if the kernel has it already.
     pub(super) fn prepare<S: Store>(
+        &mut self,
+        store: &mut S,
+        key: FrontendKey<A>,
+        spec: &FrontendSpec,
+        service: u32,
+        now: Duration,
+    ) -> Result<Option<(FrontendValue, Option<Held<A>>)>, Refused> {
+        let sources = match &spec.source_ranges {
+            Some(nets) => Some(self.sources.hold(store, service, nets)?),
+            None => None,
+        };
+        match self.prepare_ranges(store, key, spec, service, now) {
+            Ok(Some(value)) => Ok(Some((value, sources))),
+            Ok(None) => {
+                self.sources.landed(key, sources);
+                Ok(None)
+            }
+            Err(error) => {
+                self.sources.release(&sources.unwrap_or_default());
+                Err(error)
+            }
+        }
+    }
+
+    fn prepare_ranges<S: Store>(
         &mut self,
         store: &mut S,
         key: FrontendKey<A>,
@@ -118,7 +155,8 @@ impl<A: Family> Half<A> {
         let mut at = 0;
         while let Some(rest) = entries.get(at..).filter(|rest| !rest.is_empty()) {
             let (landed, error) = store.put_frontends::<A>(rest);
-            for Pending { key, value, .. } in pending.iter().skip(at).take(landed) {
+            for Pending { key, value, sources, .. } in pending.iter().skip(at).take(landed) {
+                self.sources.landed(*key, sources.clone());
                 services.hold(value.service);
                 self.stray_gone(key, now);
                 if let Some(old) = self.shadow.insert(*key, *value) {
@@ -129,7 +167,8 @@ impl<A: Family> Half<A> {
             at += landed;
             let Some(error) = error else { break };
             // One did not fit; the others, above all those that overwrite, still may.
-            if let Some(Pending { value, what, .. }) = pending.get(at) {
+            if let Some(Pending { value, what, sources, .. }) = pending.get(at) {
+                self.sources.release(sources.as_deref().unwrap_or_default());
                 self.ranges.release_all(value, now);
                 match what {
                     What::Frontend(f) => {
@@ -165,6 +204,7 @@ impl<A: Family> Half<A> {
 
     /// Strikes an entry from the shadow; the kernel may hold anything under this key.
     pub(super) fn forget(&mut self, services: &mut Services, key: &FrontendKey<A>, now: Duration) {
+        self.sources.landed(*key, None);
         if let Some(old) = self.shadow.remove(key) {
             services.drop_one(old.service);
             self.ranges.release_all(&old, now);
@@ -211,6 +251,7 @@ impl<A: Family> Half<A> {
         now: Duration,
     ) -> Result<Vec<FrontendKey<A>>, StoreError> {
         let mut strays = vec![];
+        self.sources.adopt(store)?;
         for (key, value) in store.frontends::<A>()? {
             if !self.adopt_entry(store, services, names, key, value) {
                 strays.push((key, value));
@@ -229,15 +270,31 @@ impl<A: Family> Half<A> {
         }
     }
 
+    /// Takes out source ranges that no frontend holds.
+    pub(super) fn sweep_sources<S: Store>(&mut self, store: &mut S) {
+        if !self.sources.has_idle() {
+            return;
+        }
+        // What a former process wrote, and this one could not take up or bring up to date yet.
+        let unknown = self.shadow.iter().filter(|(key, value)| has_sources(value) && !self.sources.knows(key));
+        let unknown = unknown.map(|(_, value)| value.service).collect();
+        self.sources.sweep(store, &unknown);
+    }
+
     /// Compares the kernel with the shadow.
     pub(super) fn compare<S: Store>(&self, store: &S) -> Result<Amiss<A>, StoreError> {
         let broken = self.ranges.broken(store);
+        let sources = self.sources.broken(store)?;
         let mut foreign = vec![];
         let mut intact = HashSet::new();
         for (key, value) in store.frontends::<A>()? {
             match self.shadow.get(&key) {
                 None => foreign.push(key),
-                Some(ours) if *ours == value && !ranges(&value).any(|r| broken.contains(&r.base)) => {
+                Some(ours)
+                    if *ours == value
+                        && !ranges(&value).any(|r| broken.contains(&r.base))
+                        && !(has_sources(&value) && sources.contains(&value.service)) =>
+                {
                     intact.insert(key);
                 }
                 Some(_) => {}

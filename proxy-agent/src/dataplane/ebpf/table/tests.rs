@@ -511,7 +511,7 @@ fn full_slots_leave_the_old_backends_serving_until_there_is_room() {
     assert_eq!(seen(table.store()), oracle(&with(vec![1, 2, 3])));
     assert!(table.resync(&with(vec![4]), NOW).is_clean());
     assert!(!table.resync(&with(vec![1, 2]), NOW).is_clean(), "the others rest");
-    assert_eq!(table.tick(NOW), Some(REST));
+    assert_eq!(table.tick(NOW, 0), Some(REST));
     assert!(table.resync(&with(vec![1, 2]), NOW + REST).is_clean());
     assert_eq!(seen(table.store()), oracle(&with(vec![1, 2])));
 }
@@ -662,6 +662,8 @@ proptest! {
 mod kernel {
     use std::{fs, os::fd::AsFd, path::PathBuf};
 
+    use proxy_common::source_range::SourceRangeKey;
+
     use super::*;
     use crate::dataplane::ebpf::{
         layout::{MapName, Sizes},
@@ -718,6 +720,20 @@ mod kernel {
             }
             Ok(())
         }
+        fn source_ranges<A: Family>(&self) -> Result<Vec<SourceRangeKey<A>>> {
+            self.maps.source_ranges()
+        }
+        fn put_source_range<A: Family>(&mut self, key: &SourceRangeKey<A>) -> Result<()> {
+            self.live(A::SOURCE_RANGES)?;
+            self.maps.put_source_range(key)
+        }
+        fn remove_source_range<A: Family>(&mut self, key: &SourceRangeKey<A>) -> Result<()> {
+            self.live(A::SOURCE_RANGES)?;
+            self.maps.remove_source_range(key)
+        }
+        fn prune_affinity(&mut self, is_over: &dyn Fn(u32, u32) -> bool) -> Result<usize> {
+            self.maps.prune_affinity(is_over)
+        }
         fn names(&self) -> Result<Vec<(u32, ServiceName)>> {
             self.maps.names()
         }
@@ -773,6 +789,10 @@ mod kernel {
                 MapName::ServiceCounters,
                 MapName::Devices,
                 MapName::Bridges,
+                MapName::SourceRangesV4,
+                MapName::SourceRangesV6,
+                MapName::AffinityV4,
+                MapName::AffinityV6,
                 MapName::Meta,
             ] {
                 let fd = sys::create(map.as_str(), map.info(&sizes)).unwrap();
