@@ -95,6 +95,7 @@ pub(crate) fn remedy(error: &std::io::Error) -> &'static str {
         Some(libc::ENOMEM) => "; the kernel or this cgroup is short of memory: raise its limit, or lower --map-*",
         Some(libc::ENOSPC | libc::E2BIG) => "; a table of the kernel's is full: raise --map-*",
         Some(libc::EMFILE | libc::ENFILE) => "; too many open files: raise the limit (ulimit -n)",
+        Some(libc::ENOPROTOOPT | libc::ENOSYS) => "; the kernel is too old for that: upgrade it (docs/kernels.md)",
         _ => "",
     }
 }

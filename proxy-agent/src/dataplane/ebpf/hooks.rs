@@ -549,7 +549,12 @@ fn open_cgroup(root: Option<&Path>) -> Result<Cgroup, DataplaneError> {
         let magic = rustix::fs::fstatfs(&fd)?.f_type as u64;
         Ok((fd, magic, fs::metadata(&path)?.ino()))
     };
-    let (fd, magic, id) = open().map_err(kernel(format!("--cgroup-root {}", path.display())))?;
+    let (fd, magic, id) = open().map_err(|error| {
+        unavailable(format!(
+            "--cgroup-root {}: {error}; name a directory of the cgroup v2 hierarchy, or run with --socket-lb off",
+            path.display()
+        ))
+    })?;
     if magic != CGROUP2_MAGIC {
         return Err(unavailable(format!(
             "--cgroup-root {} is not in a cgroup v2 hierarchy: connect-time programs cannot be attached there; name one that \

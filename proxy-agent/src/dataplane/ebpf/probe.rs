@@ -187,6 +187,16 @@ fn cgroup(root: Option<&Path>) -> Check {
     };
     match path {
         None => Check::bad("cgroup v2", "not mounted", remedy),
+        // Whoever names a part of the hierarchy means it.
+        Some(path) if root.is_none() && !cgroups::is_root(&path) => Check::bad(
+            "cgroup v2",
+            format!(
+                "{} is not the root of the hierarchy: sockets outside are not translated at connect time",
+                path.display()
+            ),
+            "mount the node's /sys/fs/cgroup into the container",
+        )
+        .optional(),
         Some(path) if path.join("cgroup.controllers").exists() => Check::good("cgroup v2", path.display().to_string()),
         Some(path) => Check::bad("cgroup v2", format!("{} is no cgroup v2 directory", path.display()), remedy),
     }
