@@ -24,12 +24,7 @@ use std::{
     time::Duration,
 };
 
-use proxy_common::{
-    Ipv4Be, Ipv6Be,
-    affinity::is_expired,
-    frontend::{FrontendKey, FrontendValue},
-    meta::ServiceName,
-};
+use proxy_common::{Ipv4Be, Ipv6Be, affinity::is_expired, frontend::FrontendKey, meta::ServiceName};
 
 use super::{
     family::Family,
@@ -47,8 +42,7 @@ mod half;
 mod ranges;
 mod sources;
 
-use half::{Amiss, Half, Pending, What, frontend_of};
-use sources::Held;
+use half::{Amiss, Half, Pending, Prepared, What, frontend_of};
 
 /// How often clients whose time is over are forgotten; the programs take no notice of them in any case.
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
@@ -272,7 +266,7 @@ impl<S: Store> Table<S> {
         frontend: &Frontend,
         spec: &FrontendSpec,
         now: Duration,
-    ) -> Result<Option<(FrontendValue, Option<Held<A>>)>, Refused> {
+    ) -> Result<Option<Prepared<A>>, Refused> {
         if frontend.protocol == Protocol::Sctp {
             return Err(Refused::Unsupported("the eBPF datapath does not translate SCTP".into()));
         }

@@ -39,6 +39,9 @@ pub(super) struct Half<A: Family> {
     strays: HashSet<FrontendKey<A>>,
 }
 
+/// A frontend's value, and the source ranges held for it.
+pub(super) type Prepared<A> = (FrontendValue, Option<Held<A>>);
+
 /// A frontend about to be written.
 pub(super) struct Pending<A> {
     pub(super) key: FrontendKey<A>,
@@ -92,7 +95,7 @@ impl<A: Family> Half<A> {
         spec: &FrontendSpec,
         service: u32,
         now: Duration,
-    ) -> Result<Option<(FrontendValue, Option<Held<A>>)>, Refused> {
+    ) -> Result<Option<Prepared<A>>, Refused> {
         let sources = match &spec.source_ranges {
             Some(nets) => Some(self.sources.hold(store, service, nets)?),
             None => None,

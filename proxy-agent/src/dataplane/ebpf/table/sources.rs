@@ -4,7 +4,7 @@
 //! nobody holds is taken out at the end of a change ([`Sources::sweep`]); but never while a frontend that a
 //! former process wrote may still need it.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{HashMap, HashSet, hash_map::Entry};
 
 use ipnet::IpNet;
 use proxy_common::{frontend::FrontendKey, source_range::SourceRangeKey};
@@ -125,9 +125,9 @@ impl<A: Family> Sources<A> {
         self.entries.retain(|key, _| there.contains(key));
         self.idle.retain(|key| there.contains(key));
         for key in there {
-            if !self.entries.contains_key(&key) {
-                self.entries.insert(key, 0);
-                self.idle.insert(key);
+            if let Entry::Vacant(unknown) = self.entries.entry(key) {
+                self.idle.insert(*unknown.key());
+                unknown.insert(0);
             }
         }
         Ok(())

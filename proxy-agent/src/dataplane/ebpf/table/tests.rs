@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use proxy_common::{
     Be16,
     device::DeviceValue,
-    frontend::{Range, algorithm, verdict},
+    frontend::{FrontendValue, Range, algorithm, verdict},
     maglev,
     slot::Slot,
 };
