@@ -54,7 +54,12 @@ pub(super) fn calls(text: &str) -> Result<Vec<Call>> {
         if result.starts_with(['-', '?']) {
             continue;
         }
-        let command = arguments.split(',').next().unwrap_or_default().to_owned();
+        let command = match argument(arguments, "attach_type=") {
+            // A link that a map is read through, and that ends with its reader.
+            Some("BPF_TRACE_ITER") => "BPF_ITER_LINK_CREATE",
+            _ => arguments.split(',').next().unwrap_or_default(),
+        };
+        let command = command.to_owned();
         let pin = if command == "BPF_OBJ_GET" {
             let pin = argument(arguments, "pathname=\"")
                 .and_then(|path| path.split(['"', '/']).rfind(|part| !part.is_empty()));
@@ -93,6 +98,8 @@ mod tests {
 7 bpf(BPF_MAP_UPDATE_BATCH, {batch={keys=0x5, values=0x7, count=2, map_fd=11<anon_inode:bpf-map>, flags=0}}, 56 <unfinished ...>
 8 bpf(BPF_MAP_LOOKUP_ELEM, {map_fd=12<anon_inode:bpf-map>, key=0x5, value=0x7}, 32) = 0
 7 <... bpf resumed>) = 0
+7 bpf(BPF_LINK_CREATE, {link_create={prog_fd=20<anon_inode:bpf-prog>, target_fd=0</dev/null>, attach_type=BPF_TRACE_ITER, flags=0}}, 64) = 21<anon_inode:bpf_link>
+7 bpf(BPF_LINK_CREATE, {link_create={prog_fd=20<anon_inode:bpf-prog>, target_fd=3, attach_type=BPF_TCX_INGRESS, flags=0}}, 64) = 21<anon_inode:bpf_link>
 8 +++ killed by SIGKILL +++"#;
         let seen = calls(text.trim_start()).unwrap();
         let call = |command: &str, pin: Option<&str>, count| Call {
@@ -106,8 +113,10 @@ mod tests {
                 call("BPF_OBJ_GET", Some("frontends_v4"), 1),
                 call("BPF_MAP_LOOKUP_ELEM", None, 1),
                 call("BPF_MAP_UPDATE_BATCH", Some("frontends_v4"), 2),
+                call("BPF_ITER_LINK_CREATE", None, 1),
+                call("BPF_LINK_CREATE", None, 1),
             ]
         );
-        assert_eq!(seen.iter().map(Call::writes).collect::<Vec<_>>(), [false, false, true]);
+        assert_eq!(seen.iter().map(Call::writes).collect::<Vec<_>>(), [false, false, true, false, true]);
     }
 }
