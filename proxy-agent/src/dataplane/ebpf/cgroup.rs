@@ -1,4 +1,4 @@
-//! Where the root of the cgroup v2 hierarchy is mounted.
+//! The cgroup that connect-time programs are attached to, and where the root of the cgroup v2 hierarchy is mounted.
 //!
 //! Not simply the first cgroup2 mount: in a container with a cgroup namespace of its own the first one is that container's
 //! cgroup, and programs attached there would see nobody else. The node's hierarchy is then where the manifest mounts it, at its
@@ -6,11 +6,69 @@
 
 use std::{
     fs, io,
+    os::{fd::OwnedFd, unix::fs::MetadataExt},
     path::{Path, PathBuf},
 };
 
+use super::{kernel, unavailable};
+use crate::dataplane::DataplaneError;
+
+#[derive(Debug)]
+pub(crate) struct Cgroup {
+    pub(crate) path: PathBuf,
+    pub(crate) fd: OwnedFd,
+    /// What the kernel calls it in a link.
+    pub(crate) id: u64,
+}
+
+impl Cgroup {
+    /// `root` as an option names it, or the root of the hierarchy.
+    pub(crate) fn open(root: Option<&Path>) -> Result<Self, DataplaneError> {
+        let path = match root {
+            Some(path) => path.to_owned(),
+            None => {
+                let path = mounted().map_err(kernel("/proc/self/mountinfo"))?.ok_or_else(|| {
+                    unavailable(
+                        "no cgroup v2 hierarchy is mounted: mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with \
+                         --cgroup-root, or run with --socket-lb off",
+                    )
+                })?;
+                if !is_root(&path) {
+                    tracing::warn!(
+                        path = %path.display(),
+                        "not the root of the cgroup hierarchy: sockets outside are not translated at connect time; mount the node's \
+                         /sys/fs/cgroup into the container"
+                    );
+                }
+                path
+            }
+        };
+        const CGROUP2_MAGIC: u64 = 0x6367_7270;
+        let open = || -> io::Result<_> {
+            let flags = rustix::fs::OFlags::RDONLY | rustix::fs::OFlags::DIRECTORY | rustix::fs::OFlags::CLOEXEC;
+            let fd = rustix::fs::open(&path, flags, rustix::fs::Mode::empty())?;
+            let magic = rustix::fs::fstatfs(&fd)?.f_type as u64;
+            Ok((fd, magic, fs::metadata(&path)?.ino()))
+        };
+        let (fd, magic, id) = open().map_err(|error| {
+            unavailable(format!(
+                "--cgroup-root {}: {error}; name a directory of the cgroup v2 hierarchy, or run with --socket-lb off",
+                path.display()
+            ))
+        })?;
+        if magic != CGROUP2_MAGIC {
+            return Err(unavailable(format!(
+                "--cgroup-root {} is not in a cgroup v2 hierarchy: connect-time programs cannot be attached there; name one that \
+                 is, or run with --socket-lb off",
+                path.display()
+            )));
+        }
+        Ok(Self { path, fd, id })
+    }
+}
+
 /// The mount whose directory is the root of the hierarchy; where none is, the first cgroup2 mount.
-pub(crate) fn root() -> io::Result<Option<PathBuf>> {
+pub(crate) fn mounted() -> io::Result<Option<PathBuf>> {
     let mounts = fs::read_to_string("/proc/self/mountinfo")?;
     Ok(choose(&mounts, is_root))
 }

@@ -177,6 +177,10 @@ fn kernel(what: impl Into<String>) -> impl FnOnce(io::Error) -> DataplaneError {
     |source| DataplaneError::Kernel { what, source }
 }
 
+fn unavailable(what: impl Into<String>) -> DataplaneError {
+    DataplaneError::Unavailable(what.into())
+}
+
 impl Ebpf {
     /// Opens or makes the maps, adopts or loads the programs. Changes nothing that is in force.
     pub fn open(options: &Options) -> Result<Self, DataplaneError> {

@@ -1,0 +1,326 @@
+//! Programs and where they sit: loads them, pins them, attaches them, swaps them in place, notices when somebody took them off.
+//!
+//! ```text
+//! Hooks ─┬─ programs   which there are; loads them or takes up the pinned ones
+//!        │    └─ globals  what they are loaded with
+//!        └─ links      of a program and a place, by pin
+//! ```
+//!
+//! Nothing is kept in memory that the kernel could contradict: every question is asked of the pinned links again.
+//!
+//! Each step is idempotent and leaves a state that the next process can go on from, so a crash anywhere is repaired by the
+//! ordinary start:
+//! - a program's pin is replaced by rename, a link's program by `BPF_LINK_UPDATE`: no socket and no packet finds a gap;
+//! - a link is right if its target is ours and its program is the pinned one; anything else is put right;
+//! - `meta` says what is loaded, down to the ids of programs and maps; it is struck before anything is loaded and written last.
+//!   So whoever starts next, of whichever version or configuration, adopts only what was in force as a whole.
+
+use std::{
+    collections::BTreeSet,
+    fs, io,
+    os::fd::AsFd,
+    path::{Path, PathBuf},
+};
+
+use proxy_common::{LAYOUT_VERSION, meta::Meta};
+
+use super::{
+    Options, SocketLb, Tc,
+    cgroup::Cgroup,
+    clsact::{self, Direction},
+    kernel,
+    layout::MapName,
+    pins::Layout,
+    sys::{self, Target},
+};
+use crate::{
+    dataplane::{DataplaneError, Failure, Hook, Report},
+    desired::{Device, Devices},
+};
+
+mod globals;
+mod links;
+mod programs;
+
+pub(crate) use globals::{Globals, netns_cookie};
+pub(crate) use links::{has_tcx, list, parse_tcx_name};
+use links::{tcx_name, tcx_type};
+pub(crate) use programs::{CGROUP_PROGRAMS, chain};
+use programs::{Program, tc_program};
+
+/// Programs and links of one agent.
+#[derive(Debug)]
+pub(crate) struct Hooks {
+    layout: Layout,
+    programs: Vec<Program>,
+    cgroup: Option<Cgroup>,
+    tcx: bool,
+    meta: Meta,
+    /// Until they are known, links of an earlier run stay as they are.
+    devices: Option<Devices>,
+    activated: bool,
+    /// Programs were loaded, not adopted: filters of another way to attach may be about.
+    fresh: bool,
+}
+
+impl Hooks {
+    /// Adopts the pinned programs if they are the ones we would load, loads and pins ours otherwise. Attaches nothing yet.
+    ///
+    /// `maps`: every map with its size; `map_path` says where each is pinned.
+    pub(crate) fn open(
+        layout: &Layout,
+        options: &Options,
+        stored: &sys::Map<u32, Meta>,
+        maps: &[(MapName, u32)],
+        map_path: &dyn Fn(MapName) -> PathBuf,
+    ) -> Result<Self, DataplaneError> {
+        let object = options.object()?;
+        let globals = Globals::of(options)?;
+        let wanted = programs::wanted(options.socket_lb);
+        let digest = globals.digest(object, &wanted, maps);
+        let found = stored.get(&0).map_err(kernel("map meta"))?.unwrap_or_default();
+        let mut meta =
+            Meta { layout: LAYOUT_VERSION, pad: 0, programs: 0, node_netns_cookie: globals.node_netns_cookie };
+        if found.node_netns_cookie != 0 && found.node_netns_cookie != meta.node_netns_cookie {
+            // Interface indexes in the names of the links mean devices of another namespace.
+            links::remove(layout, |name| name.starts_with("tcx-"))
+                .map_err(kernel("links of another network namespace"))?;
+        }
+        // Programs whose maps lost their pins would go on with maps that nobody else sees. And a logger can only be had from
+        // programs loaded by this process.
+        let adopted = match (programs::open(layout, &wanted), programs::map_ids(maps, map_path)) {
+            (Ok(programs), Ok(maps)) if options.log_level == 0 => {
+                meta.programs = programs::fingerprint(digest, &programs, &maps);
+                (found == meta).then_some(programs)
+            }
+            _ => None,
+        };
+        let fresh = adopted.is_none();
+        let programs = match adopted {
+            Some(programs) => {
+                tracing::info!(programs = programs.len(), "adopted the pinned programs");
+                programs
+            }
+            None => {
+                // From here on nobody adopts what is pinned, until every link holds these programs.
+                meta.programs = 0;
+                if found != meta {
+                    stored.put(&0, &meta, sys::ANY).map_err(kernel("map meta"))?;
+                }
+                let programs = programs::load(layout, object, &globals, &wanted, maps, map_path)?;
+                let maps = programs::map_ids(maps, map_path).map_err(kernel("pinned maps"))?;
+                meta.programs = programs::fingerprint(digest, &programs, &maps);
+                programs
+            }
+        };
+        let cgroup = match options.socket_lb {
+            SocketLb::Off => None,
+            SocketLb::All | SocketLb::Node => Some(Cgroup::open(options.cgroup_root.as_deref())?),
+        };
+        let tcx = match options.tc {
+            Tc::Tcx => true,
+            Tc::Clsact => false,
+            Tc::Auto => programs
+                .iter()
+                .find(|p| p.name == "tc_ingress_ether")
+                .is_some_and(|program| has_tcx(program.fd.as_fd())),
+        };
+        Ok(Self { layout: layout.clone(), programs, cgroup, tcx, meta, devices: None, activated: false, fresh })
+    }
+
+    pub(crate) const fn meta(&self) -> &Meta {
+        &self.meta
+    }
+
+    fn program(&self, name: &str) -> io::Result<&Program> {
+        self.programs
+            .iter()
+            .find(|program| program.name == name)
+            .ok_or_else(|| io::Error::new(io::ErrorKind::NotFound, format!("program {name} is not loaded")))
+    }
+
+    /// Attaches the connect-time programs, and puts back what the known devices have lost.
+    pub(crate) fn activate(&mut self, report: &mut Report) -> Result<(), DataplaneError> {
+        self.activated = true;
+        let mut wanted = BTreeSet::new();
+        if let Some(cgroup) = &self.cgroup {
+            for (name, attach_type) in CGROUP_PROGRAMS {
+                wanted.insert(name.to_owned());
+                let program = self.program(name).map_err(kernel(format!("cgroup {}", cgroup.path.display())))?;
+                report.writes += links::ensure(
+                    &self.layout.links.join(name),
+                    program,
+                    Target::Cgroup(cgroup.fd.as_fd()),
+                    cgroup.id,
+                    attach_type,
+                )
+                .map_err(kernel(format!("attach {name} to cgroup {}", cgroup.path.display())))?;
+            }
+        }
+        report.writes += links::remove(&self.layout, |name| !name.starts_with("tcx-") && !wanted.contains(name))
+            .map_err(kernel("links that are not wanted any more"))?;
+        if let Some(devices) = &self.devices {
+            self.attach_devices(devices, report);
+        }
+        Ok(())
+    }
+
+    /// Attaches to exactly these devices.
+    pub(crate) fn set_devices(&mut self, devices: &Devices, report: &mut Report) {
+        self.attach_devices(devices, report);
+        self.devices = Some(devices.clone());
+    }
+
+    /// Whether nothing runs on what came before: each link and each filter that exists holds a program of ours. One that could
+    /// not be made is no obstacle.
+    pub(crate) fn is_settled(&self) -> bool {
+        self.activated && self.devices.is_some() && self.lagging().is_empty()
+    }
+
+    /// What runs on what came before although it should have moved.
+    pub(crate) fn lagging(&self) -> Vec<String> {
+        let ours = |id: u32| self.programs.iter().any(|program| program.id == id);
+        // A link without a target is dead: its device is gone. A connect-time one is not to move before it is activated.
+        let is_due = |name: &String| if name.starts_with("tcx-") { self.devices.is_some() } else { self.activated };
+        let link = |name: &String| {
+            sys::open(&self.layout.links.join(name))
+                .and_then(|link| sys::link_info(link.as_fd()))
+                .is_ok_and(|info| info.target == 0 || ours(info.program_id))
+        };
+        let filter = |index: u32, direction| clsact::program(index, direction).ok().flatten().is_none_or(ours);
+        let mut lagging = match list(&self.layout.links) {
+            Ok(names) => names.into_iter().filter(|name| is_due(name) && !link(name)).collect(),
+            Err(error) => vec![format!("{}: {error}", self.layout.links.display())],
+        };
+        for (index, device) in self.devices.iter().flatten().filter(|_| !self.tcx) {
+            let held = Direction::BOTH.into_iter().filter(|direction| !filter(*index, *direction));
+            lagging.extend(held.map(|direction| format!("{}/{}", device.name, direction.as_str())));
+        }
+        lagging
+    }
+
+    fn attach_devices(&self, devices: &Devices, report: &mut Report) {
+        for (index, device) in devices {
+            for direction in Direction::BOTH {
+                match self.attach_device(*index, device, direction) {
+                    Ok(writes) => report.writes += writes,
+                    // The device is gone; the next list of devices will not have it.
+                    Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+                    Err(error) => {
+                        let why = format!("device {}: cannot attach at {}: {error}", device.name, direction.as_str());
+                        report.failed_devices.insert(device.name.clone(), Failure::Retry(why));
+                    }
+                }
+            }
+        }
+        let wanted: BTreeSet<String> = if self.tcx {
+            devices.keys().flat_map(|index| Direction::BOTH.map(|d| tcx_name(*index, d))).collect()
+        } else {
+            BTreeSet::new()
+        };
+        match links::remove(&self.layout, |name| name.starts_with("tcx-") && !wanted.contains(name)) {
+            Ok(writes) => report.writes += writes,
+            Err(error) => tracing::warn!(%error, "links of devices that are gone stay pinned"),
+        }
+    }
+
+    fn attach_device(&self, index: u32, device: &Device, direction: Direction) -> io::Result<u64> {
+        let program = self.program(tc_program(direction, device.ethernet))?;
+        if self.tcx {
+            links::ensure(
+                &self.layout.links.join(tcx_name(index, direction)),
+                program,
+                Target::Interface(index),
+                u64::from(index),
+                tcx_type(direction),
+            )
+        } else if clsact::program(index, direction)? == Some(program.id) {
+            Ok(0)
+        } else {
+            clsact::attach(index, direction, program.fd.as_fd(), program.name)?;
+            Ok(1)
+        }
+    }
+
+    /// Takes our filters off devices that may carry some (`known`) and should not: all others than `devices`, and with TCX all.
+    /// (TCX links go with their pins.)
+    pub(crate) fn detach_others(&mut self, known: &[u32], devices: &Devices, report: &mut Report) {
+        if self.tcx && !self.fresh {
+            return;
+        }
+        for index in known.iter().filter(|index| self.tcx || !devices.contains_key(index)) {
+            for direction in Direction::BOTH {
+                match clsact::detach(*index, direction) {
+                    Ok(was_there) => report.writes += u64::from(was_there),
+                    Err(error) => tracing::warn!(index, %error, "cannot remove the tc filter"),
+                }
+            }
+        }
+        self.fresh = false;
+    }
+
+    /// Hooks that should be in force, each with whether it is.
+    fn expected(&self) -> Vec<(Hook, bool)> {
+        let mut hooks = vec![];
+        if let Some(cgroup) = self.cgroup.as_ref().filter(|_| self.activated) {
+            for (name, _) in CGROUP_PROGRAMS {
+                let hook = Hook {
+                    kind: format!("cgroup/{name}"),
+                    target: cgroup.path.display().to_string(),
+                    program: name.to_owned(),
+                };
+                hooks.push((hook, self.holds(&self.layout.links.join(name), name, cgroup.id)));
+            }
+        }
+        for (index, device) in self.devices.iter().flatten() {
+            for direction in Direction::BOTH {
+                let name = tc_program(direction, device.ethernet);
+                let holds = if self.tcx {
+                    self.holds(&self.layout.links.join(tcx_name(*index, direction)), name, u64::from(*index))
+                } else {
+                    let id = self.program(name).map(|p| p.id).ok();
+                    id.is_some() && clsact::program(*index, direction).ok().flatten() == id
+                };
+                let kind = if self.tcx { "tcx" } else { "clsact" };
+                let hook = Hook {
+                    kind: format!("{kind}/{}", direction.as_str()),
+                    target: device.name.clone(),
+                    program: name.to_owned(),
+                };
+                hooks.push((hook, holds));
+            }
+        }
+        hooks
+    }
+
+    fn holds(&self, pin: &Path, program: &str, target: u64) -> bool {
+        let Ok(info) = sys::open(pin).and_then(|link| sys::link_info(link.as_fd())) else { return false };
+        info.target == target && self.program(program).is_ok_and(|p| p.id == info.program_id)
+    }
+
+    pub(crate) fn in_force(&self) -> Vec<Hook> {
+        self.expected().into_iter().filter(|(_, holds)| *holds).map(|(hook, _)| hook).collect()
+    }
+
+    pub(crate) fn lost(&self) -> Vec<String> {
+        self.expected()
+            .into_iter()
+            .filter(|(_, holds)| !holds)
+            .map(|(Hook { kind, target, .. }, _)| format!("{kind} {target}"))
+            .collect()
+    }
+}
+
+/// Removes every link and every program pin, whoever made them in this directory.
+pub(crate) fn remove_all(layout: &Layout, known_devices: &[u32]) -> io::Result<()> {
+    for index in known_devices {
+        for direction in Direction::BOTH {
+            clsact::detach(*index, direction)?;
+        }
+    }
+    links::remove(layout, |_| true)?;
+    for name in list(&layout.programs)? {
+        fs::remove_file(layout.programs.join(name))?;
+    }
+    Ok(())
+}
