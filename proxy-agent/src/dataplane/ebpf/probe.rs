@@ -183,7 +183,7 @@ fn cgroup(root: Option<&Path>) -> Check {
         "mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with --cgroup-root, or use --socket-lb off";
     let path = match root {
         Some(root) => Some(root.to_owned()),
-        None => cgroups::root().ok().flatten(),
+        None => cgroups::mounted().ok().flatten(),
     };
     match path {
         None => Check::bad("cgroup v2", "not mounted", remedy),
