@@ -24,7 +24,7 @@ fn run(args: &[&str]) -> (i32, String, String) {
 fn help_is_done_and_nonsense_is_usage() {
     let (code, out, err) = run(&["--help"]);
     assert_eq!((code, err.as_str()), (0, ""));
-    for verb in ["run", "services", "backends", "connections", "counters", "status", "check", "cleanup"] {
+    for verb in ["run", "services", "backends", "connections", "affinity", "counters", "status", "check", "cleanup"] {
         assert!(out.contains(&format!("\n  {verb} ")), "{verb} is missing: {out}");
     }
     for args in
@@ -50,7 +50,7 @@ fn what_is_not_there_cannot_be_read() {
     let dir = tempfile::tempdir().unwrap();
     let absent = dir.path().join("pins");
     let absent = absent.to_str().unwrap();
-    for verb in ["services", "backends", "connections", "counters"] {
+    for verb in ["services", "backends", "connections", "affinity", "counters"] {
         let (code, out, err) = run(&[verb, "--bpffs", absent]);
         assert_eq!((code, out.as_str()), (3, ""), "{verb}");
         assert!(err.contains(absent) && err.contains("--bpffs"), "{err}");

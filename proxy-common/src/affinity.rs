@@ -3,7 +3,10 @@
 //! The key names the ServicePort and not the frontend: ClusterIP, NodePort and load balancer address of one port share what they
 //! remember (A95), two ports of a Service do not (A97).
 
-use core::mem::{offset_of, size_of};
+use core::{
+    mem::{offset_of, size_of},
+    net::IpAddr,
+};
 
 use crate::{Address, Be16, Ipv4Be, Ipv6Be, pod, seal::Seal};
 
@@ -40,6 +43,22 @@ impl AffinityKey {
     #[inline(always)]
     pub const fn of_netns(cookie: u64, service: u32) -> Self {
         Self { client: [(cookie >> 32) as u32, cookie as u32, 0, 0], service, kind: client::NETNS }
+    }
+
+    /// The client's address, in a map of family `A`, if that is what it is known by.
+    pub fn address<A: Address>(&self) -> Option<IpAddr> {
+        let [first, ..] = self.client;
+        match self.kind {
+            client::ADDRESS if A::LEN == 4 => Some(Ipv4Be(first).to_ip()),
+            client::ADDRESS => Some(Ipv6Be(self.client).to_ip()),
+            _ => None,
+        }
+    }
+
+    /// The cookie of the client's network namespace, if that is what it is known by.
+    pub const fn netns(&self) -> Option<u64> {
+        let [high, low, ..] = self.client;
+        if self.kind == client::NETNS { Some((high as u64) << 32 | low as u64) } else { None }
     }
 
     #[inline(always)]
@@ -129,6 +148,19 @@ mod tests {
         assert_ne!(AffinityKey::of_netns(1 << 32, 1), AffinityKey::of_netns(1, 1));
         let v6 = Ipv6Be([1, 2, 3, 4]);
         assert_eq!(AffinityKey::of_address(v6, 9).client, [1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn a_key_tells_the_client_again() {
+        let ip: IpAddr = "192.0.2.7".parse().unwrap();
+        let key = AffinityKey::of_address(Ipv4Be::from_ip(ip).unwrap(), 7);
+        assert_eq!((key.address::<Ipv4Be>(), key.netns()), (Some(ip), None));
+        let ip: IpAddr = "fd00:1::2:3".parse().unwrap();
+        let key = AffinityKey::of_address(Ipv6Be::from_ip(ip).unwrap(), 7);
+        assert_eq!((key.address::<Ipv6Be>(), key.netns()), (Some(ip), None));
+        let cookie = 0x0102_0304_0506_0708;
+        let key = AffinityKey::of_netns(cookie, 7);
+        assert_eq!((key.address::<Ipv6Be>(), key.netns()), (None, Some(cookie)));
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! `backends`: which backend serves which frontends.
 
-use std::io::Write;
+use std::{io::Write, slice};
 
 use serde::Serialize;
 
@@ -60,7 +60,7 @@ impl Row for Backend {
 
 pub fn execute(args: list::Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let rows = rows(args.pins.open()?.frontends()?);
-    args.show(rows, |row| (&row.service, Some(row.frontend.address)), out)
+    args.show(rows, |row| (&row.service, slice::from_ref(&row.frontend.address)), out)
 }
 
 /// By backend, then by frontend: what one pod serves stands together.

@@ -3,7 +3,12 @@
 //! A flow has two entries in the kernel, a masqueraded one four (`proxy_common::connection`); an LRU may have evicted some of
 //! them. Every entry tells the whole flow or its masquerade half, so one that is left is enough for a row.
 
-use std::{collections::BTreeMap, io::Write, net::SocketAddr};
+use std::{
+    collections::BTreeMap,
+    io::Write,
+    net::{IpAddr, SocketAddr},
+    slice,
+};
 
 use proxy_common::connection::{flags, hook, state};
 use serde::Serialize;
@@ -94,7 +99,11 @@ impl Row for Connection {
 
 pub fn execute(args: list::Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let rows = flows(args.pins.open()?.connections()?);
-    args.show(rows, |row| (&row.service, row.frontend.map(|frontend| frontend.address)), out)
+    args.show(rows, |row| (&row.service, vips(row)), out)
+}
+
+fn vips(connection: &Connection) -> &[IpAddr] {
+    connection.frontend.as_ref().map_or(&[], |frontend| slice::from_ref(&frontend.address))
 }
 
 /// A flow as the backend's side sees it: what both halves have in common. The client's port is the one after a remap.

@@ -144,7 +144,7 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let filter = Filter { namespace, service, vip: None };
     let opened = pins.open()?;
     let mut services = opened.service_counters()?;
-    services.retain(|row| filter.admits(&row.service, None));
+    services.retain(|row| filter.admits(&row.service, &[]));
     output::sort(&mut services, &sort)?;
     let events = if filter.is_empty() { Some(opened.events()?) } else { None };
     print(&services, events.as_deref(), &output, out)?;

@@ -31,12 +31,12 @@ impl Filter {
     }
 
     /// `service` as the datapath names it: `namespace/name` or `namespace/name:port`. A row without a VIP passes no `--vip`.
-    pub fn admits(&self, service: &str, vip: Option<IpAddr>) -> bool {
+    pub fn admits(&self, service: &str, vips: &[IpAddr]) -> bool {
         let Self { namespace, service: wanted, vip: wanted_vip } = self;
         let name = ServiceName::parse(service);
         namespace.as_deref().is_none_or(|namespace| name.namespace == namespace)
             && wanted.as_deref().is_none_or(|wanted| service == wanted || wanted == name.service())
-            && wanted_vip.is_none_or(|wanted| vip == Some(wanted))
+            && wanted_vip.is_none_or(|wanted| vips.contains(&wanted))
     }
 }
 
@@ -68,18 +68,22 @@ mod tests {
 
     #[test]
     fn filters_narrow() {
-        let vip: IpAddr = "10.96.0.1".parse().unwrap();
+        let [other, vip]: [IpAddr; 2] = ["10.96.0.2", "10.96.0.1"].map(|text| text.parse().unwrap());
         let all = Filter::default();
-        assert!(all.is_empty() && all.admits("default/web:http", None));
+        assert!(all.is_empty() && all.admits("default/web:http", &[]));
         let namespace = Filter { namespace: Some("default".into()), ..all.clone() };
-        assert!(namespace.admits("default/web:http", None) && !namespace.admits("kube-system/dns:dns", None));
+        assert!(namespace.admits("default/web:http", &[]) && !namespace.admits("kube-system/dns:dns", &[]));
         let service = Filter { service: Some("default/web".into()), ..all.clone() };
-        assert!(service.admits("default/web:http", None) && service.admits("default/web", None));
-        assert!(!service.admits("default/web2:http", None));
+        assert!(service.admits("default/web:http", &[]) && service.admits("default/web", &[]));
+        assert!(!service.admits("default/web2:http", &[]));
         let one_port = Filter { service: Some("default/web:http".into()), ..all.clone() };
-        assert!(one_port.admits("default/web:http", None) && !one_port.admits("default/web:https", None));
+        assert!(one_port.admits("default/web:http", &[]) && !one_port.admits("default/web:https", &[]));
         let by_vip = Filter { vip: Some(vip), ..all };
-        assert!(by_vip.admits("default/web", Some(vip)) && !by_vip.admits("default/web", None));
+        assert!(
+            by_vip.admits("default/web", &[other, vip])
+                && !by_vip.admits("default/web", &[])
+                && !by_vip.admits("default/web", &[other])
+        );
     }
 
     #[test]

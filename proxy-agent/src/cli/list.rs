@@ -1,4 +1,4 @@
-//! What `services`, `backends` and `connections` have in common: rows that belong to Services, narrowed, sorted, printed.
+//! What `services`, `backends`, `connections` and `affinity` have in common: rows that belong to Services, narrowed, sorted, printed.
 
 use std::{io::Write, net::IpAddr};
 
@@ -24,17 +24,17 @@ pub struct Args {
 }
 
 impl Args {
-    /// Prints those rows that were asked for; `of` tells a row's Service and VIP.
+    /// Prints those rows that were asked for; `of` tells a row's Service and VIPs.
     pub(super) fn show<R: Row>(
         &self,
         mut rows: Vec<R>,
-        of: impl Fn(&R) -> (&str, Option<IpAddr>),
+        of: impl Fn(&R) -> (&str, &[IpAddr]),
         out: &mut dyn Write,
     ) -> anyhow::Result<Exit> {
         let Self { filter, sort, output, pins: _ } = self;
         rows.retain(|row| {
-            let (service, vip) = of(row);
-            filter.admits(service, vip)
+            let (service, vips) = of(row);
+            filter.admits(service, vips)
         });
         output::sort(&mut rows, sort)?;
         output::print(&rows, output, out)?;

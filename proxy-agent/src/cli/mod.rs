@@ -9,6 +9,7 @@ use std::{
 
 use clap::{Parser, Subcommand};
 
+pub mod affinity;
 pub mod agent;
 pub mod backends;
 pub mod check;
@@ -53,6 +54,8 @@ enum Verb {
     Backends(list::Args),
     /// List the flows of the per-packet path
     Connections(list::Args),
+    /// List whom session affinity remembers, and which backend for them
+    Affinity(list::Args),
     /// Show what was counted, per Service and per reason
     Counters(counters::Args),
     /// Show what runs here: agent, hooks, devices, sync, how full the maps are
@@ -91,6 +94,7 @@ fn execute(verb: Verb, out: &mut dyn Write) -> anyhow::Result<Exit> {
         Verb::Services(args) => services::execute(args, out),
         Verb::Backends(args) => backends::execute(args, out),
         Verb::Connections(args) => connections::execute(args, out),
+        Verb::Affinity(args) => affinity::execute(args, out),
         Verb::Counters(args) => counters::execute(args, out),
         Verb::Status(args) => status::execute(args, out),
         Verb::Check(args) => check::execute(args, out),

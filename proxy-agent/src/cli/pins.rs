@@ -12,7 +12,7 @@ use super::{
 };
 use crate::{
     config::{BPFFS, Bind, METRICS_PORT},
-    dataplane::ebpf::read::{ConnectionEntry, FrontendRow, Pins, RangeRow, ReadError, VerdictRow},
+    dataplane::ebpf::read::{AffinityEntry, ConnectionEntry, FrontendRow, Pins, RangeRow, ReadError, VerdictRow},
     desired::{Algorithm, Verdicts},
     status::report::{Hook, MapFill, Report},
 };
@@ -116,6 +116,14 @@ impl Opened {
 
     pub fn connections(&self) -> anyhow::Result<Vec<ConnectionEntry>> {
         Ok(self.0.connections()?)
+    }
+
+    pub fn affinities(&self) -> anyhow::Result<Vec<AffinityEntry>> {
+        Ok(self.0.affinities()?)
+    }
+
+    pub fn node_netns_cookie(&self) -> anyhow::Result<u64> {
+        Ok(self.0.meta()?.node_netns_cookie)
     }
 
     /// By Service. What is counted under an id that names no Service any more is about to go.

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{self, Write},
+    slice,
 };
 
 use serde::Serialize;
@@ -96,7 +97,7 @@ pub fn execute(args: list::Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     }
     let unprogrammed = report.map(|report| report.unprogrammed).unwrap_or_default();
     let rows = merge(opened.frontends()?, unprogrammed);
-    args.show(rows, |row| (&row.service, Some(row.frontend.address)), out)
+    args.show(rows, |row| (&row.service, slice::from_ref(&row.frontend.address)), out)
 }
 
 /// What the kernel holds, and what the agent says is not in force; a frontend may be in both (an older version serves).

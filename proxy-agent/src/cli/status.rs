@@ -9,6 +9,7 @@ use super::{
     Exit,
     output::{self, API_VERSION, Format},
     pins::{Agent, Opened, PinsArgs},
+    shapes::duration,
 };
 use crate::status::report::{Device, FrontendCount, Hook, MapFill, Report, Source, Sync, Unprogrammed};
 
@@ -250,24 +251,6 @@ fn trouble(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
     page.list("Problems of objects", problems.collect())
 }
 
-/// `3d4h`, `5m10s`: the two largest units.
-fn duration(seconds: u64) -> String {
-    let units = [(86_400, "d"), (3_600, "h"), (60, "m"), (1, "s")];
-    let mut rest = seconds;
-    let parts = units.map(|(size, unit)| {
-        let count = rest / size;
-        rest %= size;
-        (count, unit)
-    });
-    let shown: String = parts
-        .iter()
-        .skip_while(|(count, _)| *count == 0)
-        .take(2)
-        .map(|(count, unit)| format!("{count}{unit}"))
-        .collect();
-    if shown.is_empty() { "0s".to_owned() } else { shown }
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
@@ -345,12 +328,5 @@ mod tests {
             pages(&Status::new("/sys/fs/bpf/x".into(), mute, Some(Kernel { hooks: vec![], ..kernel() }), None)),
         ];
         insta::assert_snapshot!("status_without_an_agent", text.join("\n"));
-    }
-
-    #[test]
-    fn durations() {
-        for (seconds, text) in [(0, "0s"), (59, "59s"), (61, "1m1s"), (3_600, "1h0m"), (90_061, "1d1h")] {
-            assert_eq!(duration(seconds), text);
-        }
     }
 }

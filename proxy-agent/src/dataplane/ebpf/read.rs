@@ -12,7 +12,8 @@ use std::{
 };
 
 use proxy_common::{
-    Ipv4Be, Ipv6Be,
+    Address, Ipv4Be, Ipv6Be,
+    affinity::{AffinityKey, AffinityValue},
     connection::{ConnectionKey, ConnectionValue},
     counters::{Reason, ServiceCounters},
     frontend::{FrontendKey, FrontendValue, Range, origin},
@@ -114,6 +115,26 @@ pub struct ConnectionEntry {
     /// Seconds since the last packet on this entry.
     pub idle_secs: u32,
     pub service: String,
+}
+
+/// Who is remembered.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum AffinityClient {
+    Address(IpAddr),
+    /// At connect time: cookie of the network namespace.
+    Netns(u64),
+}
+
+/// One entry of session affinity.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct AffinityEntry {
+    pub client: AffinityClient,
+    pub service_id: u32,
+    /// `namespace/name:port`; empty if the id has no name any more.
+    pub service: String,
+    pub backend: SocketAddr,
+    /// Seconds since the client's last connection began.
+    pub age_secs: u32,
 }
 
 /// A pin directory, open for reading.
@@ -243,6 +264,36 @@ impl Pins {
             });
         }
         Ok(())
+    }
+
+    /// Whom session affinity remembers, in no order; also those whose time is over and that nobody has taken out yet.
+    pub fn affinities(&self) -> Result<Vec<AffinityEntry>> {
+        let names = self.names()?;
+        let mut rows = self.affinities_of::<Ipv4Be>(MapName::AffinityV4, &names)?;
+        rows.extend(self.affinities_of::<Ipv6Be>(MapName::AffinityV6, &names)?);
+        Ok(rows)
+    }
+
+    fn affinities_of<A: Address>(&self, map: MapName, names: &BTreeMap<u32, String>) -> Result<Vec<AffinityEntry>>
+    where
+        AffinityValue<A>: aya::Pod,
+    {
+        let now = monotonic_secs();
+        let entries = self.map::<AffinityKey, AffinityValue<A>>(map)?.entries().map_err(self.failed(map))?;
+        let mut rows = vec![];
+        // One that changed while it was read is left out, as the programs do.
+        for (key, value) in entries.into_iter().filter(|(key, value)| value.is_sealed_for(key)) {
+            let address = key.address::<A>().map(AffinityClient::Address);
+            let Some(client) = address.or(key.netns().map(AffinityClient::Netns)) else { continue };
+            rows.push(AffinityEntry {
+                client,
+                service_id: key.service,
+                service: names.get(&key.service).cloned().unwrap_or_default(),
+                backend: SocketAddr::new(value.addr.to_ip(), value.port.to_host()),
+                age_secs: now.saturating_sub(value.seen),
+            });
+        }
+        Ok(rows)
     }
 
     /// By service id, summed over CPUs.
