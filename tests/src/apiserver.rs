@@ -74,6 +74,13 @@ fn on_path(program: &str) -> Option<PathBuf> {
 /// Builds a Kubernetes command (`kube-apiserver`, `kube-proxy`) at the release that `tests/apiserver/go.mod` names, or finds it
 /// built.
 pub fn build(command: &str) -> Result<PathBuf> {
+    build_with(command, || {
+        on_path("go").context("there is no `go` to build it with; `cargo xtask test api` brings one")
+    })
+}
+
+/// The same with the Go that is only looked for if there is something to build.
+pub fn build_with(command: &str, go: impl FnOnce() -> Result<PathBuf>) -> Result<PathBuf> {
     let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("apiserver");
     let manifest = fs::read_to_string(module.join("go.mod")).context("read tests/apiserver/go.mod")?;
     let version = manifest.lines().find_map(|line| line.strip_prefix("require k8s.io/kubernetes "));
@@ -89,8 +96,7 @@ pub fn build(command: &str) -> Result<PathBuf> {
     if built.is_file() {
         return Ok(built);
     }
-    let go =
-        on_path("go").context("there is no `go` to build kube-apiserver with and KUBEBUILDER_ASSETS is not set")?;
+    let go = go()?;
     let part = dir.join(format!(".{command}.part"));
     eprintln!("building {command} {version} with Go, once: this takes some minutes");
     let output = Command::new(go)
@@ -100,6 +106,8 @@ pub fn build(command: &str) -> Result<PathBuf> {
         .arg(format!("k8s.io/kubernetes/cmd/{command}"))
         .env("CGO_ENABLED", "0")
         .env("GOTOOLCHAIN", "local")
+        // It would lead this Go to another one's library.
+        .env_remove("GOROOT")
         .stdin(Stdio::null())
         .output()
         .context("start go")?;

@@ -1,7 +1,9 @@
 //! A fresh machine: finds what a verb needs, installs what is missing after saying so, and explains itself where it cannot.
 //!
 //! Nothing is asked of the network while everything is there. What is installed comes from the machine's own package
-//! sources: apt, rustup, crates.io.
+//! sources: apt, rustup, crates.io, the Go module proxy.
+
+mod go;
 
 use std::{
     fs,
@@ -11,6 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
+use proxy_tests::apiserver;
 
 use crate::command::{self, ask, check, command, find};
 
@@ -279,23 +282,29 @@ fn cargo_install(program: &str, version: &str, args: &[&str], why: &str) -> Resu
     Ok(())
 }
 
-/// What the API server suite and the conformance suite run: kubectl, conntrack, kube-proxy, and etcd and kube-apiserver out of KUBEBUILDER_ASSETS; else etcd from the distribution,
-/// and kube-apiserver built with Go, here and not within the suite's time limit.
+/// What the API server suite and the conformance suite run: kubectl, conntrack, etcd, kube-apiserver and kube-proxy. The servers
+/// come out of KUBEBUILDER_ASSETS; else etcd from the distribution, and kube-apiserver built with Go, here and not within the
+/// suite's time limit. kube-proxy is built, too, unless KUBE_PROXY_BIN names one.
 ///
-/// Go itself is only asked for, never installed: where there is none, the suite skips and says so.
+/// Where they cannot be had the suites skip, which fails in CI: this says why, and ends nothing that could run without them.
 pub fn api_server() -> Result<()> {
     tools(&[KUBECTL])?;
     tools(&NETNS_SUITES)?;
-    if std::env::var_os("KUBEBUILDER_ASSETS").is_none() {
+    let given = |name: &str| std::env::var_os(name).is_some();
+    let missing = |what: &str, variable: &str, error: &anyhow::Error| {
+        eprintln!("setup: no {what} to test with: {error:#}\nsetup: or point {variable} at what you have");
+    };
+    if !given("KUBEBUILDER_ASSETS") {
         tools(&[ETCD])?;
+        if let Err(error) = apiserver::build_with("kube-apiserver", go::program) {
+            missing("API server", "KUBEBUILDER_ASSETS (a directory with etcd and kube-apiserver)", &error);
+            return Ok(());
+        }
     }
-    if let Err(error) = proxy_tests::apiserver::Programs::find() {
-        eprintln!(
-            "setup: no API server to test against: {error:#}; install Go (https://go.dev/dl), or point KUBEBUILDER_ASSETS at a \
-             directory with etcd and kube-apiserver"
-        );
-    } else if let Err(error) = proxy_tests::conformance::subject::kube_proxy() {
-        eprintln!("setup: no kube-proxy to compare with: {error:#}; install Go, or name one with KUBE_PROXY_BIN");
+    if !given("KUBE_PROXY_BIN")
+        && let Err(error) = apiserver::build_with("kube-proxy", go::program)
+    {
+        missing("kube-proxy", "KUBE_PROXY_BIN (the program)", &error);
     }
     Ok(())
 }
