@@ -30,9 +30,14 @@ fn change(c: &mut Criterion) {
         let (_source, source_rx) = watch::channel(SourceState::Synced);
         let (status_tx, mut status) = watch::channel(Arc::new(Status::starting("", "node-7".into())));
         let cancel = CancellationToken::new();
-        let dataplane = Box::new(Memory::new(kernel.clone()));
-        let options = sync::Options::default();
-        runtime.spawn(sync::run(options, events_rx, devices_rx, source_rx, dataplane, status_tx, cancel.clone()));
+        let ends = sync::Ends {
+            events: events_rx,
+            devices: devices_rx,
+            source: source_rx,
+            dataplane: Box::new(Memory::new(kernel.clone())),
+            status: status_tx,
+        };
+        runtime.spawn(sync::run(sync::Options::default(), ends, cancel.clone()));
         runtime.block_on(async {
             for event in common::events(services) {
                 events.send(event).await.unwrap_or_else(|_| panic!("the loop ended"));

@@ -13,14 +13,14 @@ use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
 use proxy_agent::{
     dataplane::{
         Failure,
-        memory::{Kernel, Memory},
+        memory::{Kernel, Lack, Memory},
     },
     desired::{Device, DeviceRole, Devices, Frontend},
-    model::{EndpointSlice, Event, Protocol, SourceState, index::Index},
+    model::{EndpointSlice, Event, Protocol, Service, SourceState, index::Index},
     plan::{Defaults, Planner},
     serve::health::judge,
     status::{FrontendState, Status},
-    sync::{self, Options, SyncError},
+    sync::{self, Ends, Options, SyncError},
 };
 use tokio::{
     sync::{mpsc, watch},
@@ -59,9 +59,14 @@ impl World {
         let (source, source_rx) = watch::channel(SourceState::Listing { missing: Vec::new() });
         let (status_tx, status) = watch::channel(Arc::new(Status::starting("", "this".into())));
         let cancel = CancellationToken::new();
-        let dataplane = Box::new(Memory::new(kernel.clone()));
-        let run = sync::run(options, events_rx, devices_rx, source_rx, dataplane, status_tx, cancel.clone());
-        let task = tokio::spawn(run);
+        let ends = Ends {
+            events: events_rx,
+            devices: devices_rx,
+            source: source_rx,
+            dataplane: Box::new(Memory::new(kernel.clone())),
+            status: status_tx,
+        };
+        let task = tokio::spawn(sync::run(options, ends, cancel.clone()));
         Self { kernel, events, devices, source, status, cancel, task, oracle: Index::default() }
     }
 
@@ -222,6 +227,47 @@ async fn what_can_never_work_is_not_tried_again() {
     world.wait("said", |s| s.frontends[&frontend("10.96.0.2")].state == FrontendState::Degraded(never.clone())).await;
     tokio::time::sleep(Duration::from_millis(200)).await;
     assert_eq!(kernel.state().calls, ["resync", "set_devices", "activate"]);
+    world.stop().await;
+}
+
+/// Protocols and affinity that a dataplane does not have: said of each frontend, never asked of the dataplane, and what was in force
+/// under the same address goes.
+#[tokio::test]
+async fn what_a_dataplane_cannot_express_is_said_per_frontend() {
+    let kernel = Kernel::default();
+    kernel.state().lacks = vec![Lack::Protocol(Protocol::Sctp), Lack::Affinity];
+    let with = |name: &str, ip: &str, protocol, affinity_secs| {
+        let mut service = service(name, &[ip]);
+        service.ports[0].protocol = protocol;
+        Event::Service(Arc::new(Service { affinity_secs, ..service }))
+    };
+    let mut first = three();
+    first.push(with("s", "10.96.0.4", Protocol::Sctp, None));
+    first.push(with("t", "10.96.0.5", Protocol::Tcp, Some(60)));
+    let mut world = World::started(kernel.clone(), quick(), first).await;
+    let sctp = Frontend { protocol: Protocol::Sctp, ..frontend("10.96.0.4") };
+    let why = |status: &Status, frontend: &Frontend| match &status.frontends[frontend].state {
+        FrontendState::Degraded(Failure::Unsupported(why)) => why.clone(),
+        state => format!("{state:?}"),
+    };
+    let status = world.wait("programmed", |status| status.syncs > 0 && status.frontends.len() == 5).await;
+    assert_eq!(why(&status, &sctp), "frontend 10.96.0.4:80/SCTP: SCTP is not served by the memory dataplane");
+    assert!(why(&status, &frontend("10.96.0.5")).contains("no session affinity"));
+    assert_eq!(status.frontends[&frontend("10.96.0.1")].state, FrontendState::Programmed);
+    assert_eq!(kernel.state().desired.frontends.len(), 3);
+
+    // One that is in force asks for what there is not, and thinks better of it.
+    world.send(with("a", "10.96.0.1", Protocol::Tcp, Some(60))).await;
+    world.wait("said", |status| why(status, &frontend("10.96.0.1")).contains("no session affinity")).await;
+    assert_eq!(kernel.state().desired.frontends.len(), 2);
+    world.send(web("10.96.0.1", "a")).await;
+    world.wait("back", |s| s.frontends[&frontend("10.96.0.1")].state == FrontendState::Programmed).await;
+    assert_eq!(kernel.state().desired.frontends.len(), 3);
+    // Repairs and further attempts ask for no more than that.
+    kernel.state().desired.frontends.remove(&frontend("10.96.0.2"));
+    world.wait("repaired", |status| status.drift_repaired > 0).await;
+    assert_eq!(kernel.state().desired.frontends.len(), 3);
+    assert!(why(&world.status.borrow(), &sctp).contains("SCTP is not served"));
     world.stop().await;
 }
 

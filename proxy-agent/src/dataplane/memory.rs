@@ -39,6 +39,13 @@ pub struct Faults {
     pub tick: Option<Duration>,
 }
 
+/// What a dataplane may not have.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Lack {
+    Protocol(Protocol),
+    Affinity,
+}
+
 /// What the kernel would hold.
 #[derive(Debug, Default)]
 pub struct State {
@@ -52,6 +59,8 @@ pub struct State {
     /// Calls of `resync`, `apply` and `set_devices`, by name, in order.
     pub calls: Vec<&'static str>,
     pub faults: Faults,
+    /// Of what there usually is.
+    pub lacks: Vec<Lack>,
 }
 
 /// A shared handle on the state that outlives a [`Memory`].
@@ -174,7 +183,10 @@ impl Memory {
 
 impl Dataplane for Memory {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { name: "memory", protocols: vec![Protocol::Tcp, Protocol::Udp, Protocol::Sctp], affinity: true }
+        let lacks = self.kernel.state().lacks.clone();
+        let mut protocols = vec![Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
+        protocols.retain(|protocol| !lacks.contains(&Lack::Protocol(*protocol)));
+        Capabilities { name: "memory", protocols, affinity: !lacks.contains(&Lack::Affinity) }
     }
 
     fn resync(&mut self, desired: &DesiredState) -> Report {

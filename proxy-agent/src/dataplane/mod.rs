@@ -10,19 +10,37 @@ use std::{
 use serde::Serialize;
 
 use crate::{
-    desired::{Changes, Devices, Frontend},
+    desired::{Changes, Devices, Frontend, FrontendSpec},
     model::{Protocol, ServiceKey},
 };
 
 pub mod ebpf;
 pub mod memory;
 
-/// What this dataplane can express; what it cannot is reported per frontend, never dropped silently.
+/// What this dataplane can express. Whoever drives it never asks it for more: a frontend that wants it is not in force, and its
+/// status says why.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Capabilities {
     pub name: &'static str,
     pub protocols: Vec<Protocol>,
     pub affinity: bool,
+}
+
+impl Capabilities {
+    /// What of this frontend cannot be expressed, if anything.
+    pub fn lacks(&self, frontend: &Frontend, spec: &FrontendSpec) -> Option<Failure> {
+        let Self { name, protocols, affinity } = self;
+        let what = if !protocols.contains(&frontend.protocol) {
+            format!("{} is not served by the {name} dataplane", frontend.protocol)
+        } else if spec.affinity_secs.is_some() && !affinity {
+            format!(
+                "the {name} dataplane has no session affinity: set sessionAffinity: None, or choose another --proxy-mode"
+            )
+        } else {
+            return None;
+        };
+        Some(Failure::Unsupported(format!("frontend {frontend}: {what}")))
+    }
 }
 
 /// Why one frontend is not in force. Text names the object, the cause and the remedy.
@@ -101,6 +119,7 @@ pub(crate) fn remedy(error: &std::io::Error) -> &'static str {
 }
 
 pub trait Dataplane: Send {
+    /// The same at any time.
     fn capabilities(&self) -> Capabilities;
 
     /// Brings the kernel from whatever it holds to `desired`: adopts what is right, sets what is not, removes the rest.

@@ -9,9 +9,9 @@ use std::{
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{Options, SyncError, retry::Retry, table::Table};
+use super::{Ends, Options, SyncError, announced::Announced, retry::Retry, table::Table};
 use crate::{
-    dataplane::{Dataplane, Drift, Failure, Report},
+    dataplane::{Drift, Failure, Report},
     desired::{Changes, Devices},
     model::{
         Event, ServiceKey, SourceState,
@@ -61,34 +61,12 @@ pub(super) struct Engine {
     tick_at: Option<Instant>,
 }
 
-/// The dataplane behind the one way to call it. Any call may block for ever in the kernel, so each is announced before it is made
-/// and health tells an agent that hangs in it from one that has nothing to do (contract A117, A118).
-struct Announced(Box<dyn Dataplane>);
-
-impl Announced {
-    /// `since`: since when something waits for this call, if anything does.
-    fn call<T>(&mut self, table: &mut Table, since: Option<Instant>, call: impl FnOnce(&mut dyn Dataplane) -> T) -> T {
-        let alone = table.announce(since);
-        let answer = call(&mut *self.0);
-        if alone {
-            table.returned();
-        }
-        answer
-    }
-}
-
 impl Engine {
-    pub(super) fn new(
-        options: Options,
-        events: mpsc::Receiver<Event>,
-        devices: watch::Receiver<Devices>,
-        source: watch::Receiver<SourceState>,
-        dataplane: Box<dyn Dataplane>,
-        status: watch::Sender<Arc<Status>>,
-        cancel: CancellationToken,
-    ) -> Self {
+    pub(super) fn new(options: Options, ends: Ends, cancel: CancellationToken) -> Self {
+        let Ends { events, devices, source, dataplane, status } = ends;
+        let dataplane = Announced::new(dataplane);
         let first = status.borrow().clone();
-        let starting = Status { mode: dataplane.capabilities().name, ..Status::clone(&first) };
+        let starting = Status { mode: dataplane.name(), ..Status::clone(&first) };
         Self {
             planner: Planner::new(options.defaults.clone()),
             retry: Retry::new(&options),
@@ -98,7 +76,7 @@ impl Engine {
             events,
             devices,
             source,
-            dataplane: Announced(dataplane),
+            dataplane,
             cancel,
             index: Index::default(),
             touched: Touched::default(),
@@ -288,8 +266,7 @@ impl Engine {
 
     /// Brings the kernel to all that is planned, whatever it holds.
     fn resync(&mut self) -> Report {
-        let report =
-            self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.resync(self.planner.state()));
+        let report = self.dataplane.resync(&mut self.table, self.queued, self.planner.state());
         self.settle_full(&report);
         report
     }
@@ -320,7 +297,7 @@ impl Engine {
             self.retry.schedule(Instant::now(), true);
         } else if !changes.is_empty() {
             self.table.announce(self.queued);
-            let report = self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.apply(&changes));
+            let report = self.dataplane.apply(&mut self.table, self.queued, &changes);
             self.settle(&changes, &report);
             self.retry.schedule(Instant::now(), !changes.remove.is_empty());
             tracing::debug!(
@@ -481,7 +458,7 @@ impl Engine {
         let before = self.retry.waiting();
         let changes = self.retry.changes(self.planner.state());
         if !changes.is_empty() {
-            let report = self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.apply(&changes));
+            let report = self.dataplane.apply(&mut self.table, self.queued, &changes);
             self.settle(&changes, &report);
         }
         if self.retry.devices {

@@ -29,6 +29,7 @@ use crate::{
     status::Status,
 };
 
+mod announced;
 mod engine;
 mod retry;
 mod table;
@@ -57,6 +58,15 @@ impl Default for Options {
     }
 }
 
+/// What the loop is connected to.
+pub struct Ends {
+    pub events: mpsc::Receiver<Event>,
+    pub devices: watch::Receiver<Devices>,
+    pub source: watch::Receiver<SourceState>,
+    pub dataplane: Box<dyn Dataplane>,
+    pub status: watch::Sender<Arc<Status>>,
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum SyncError {
     #[error("the dataplane's thread does not start: {0}")]
@@ -68,15 +78,7 @@ pub enum SyncError {
 }
 
 /// Runs until cancelled. The dataplane is dropped then, not torn down: what it programmed goes on serving (contract A135).
-pub async fn run(
-    options: Options,
-    events: mpsc::Receiver<Event>,
-    devices: watch::Receiver<Devices>,
-    source: watch::Receiver<SourceState>,
-    dataplane: Box<dyn Dataplane>,
-    status: watch::Sender<Arc<Status>>,
-    cancel: CancellationToken,
-) -> Result<(), SyncError> {
+pub async fn run(options: Options, ends: Ends, cancel: CancellationToken) -> Result<(), SyncError> {
     // Whoever drops this future wants the thread to end, too.
     let cancel = cancel.child_token();
     let _guard = cancel.clone().drop_guard();
@@ -85,9 +87,9 @@ pub async fn run(
         .name("dataplane".into())
         .spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_time().build();
-            let result = runtime.map_err(SyncError::Start).and_then(|runtime| {
-                runtime.block_on(engine::Engine::new(options, events, devices, source, dataplane, status, cancel).run())
-            });
+            let result = runtime
+                .map_err(SyncError::Start)
+                .and_then(|runtime| runtime.block_on(engine::Engine::new(options, ends, cancel).run()));
             // Nobody listens any more: then nobody needs to know.
             let _ = done.send(result);
         })

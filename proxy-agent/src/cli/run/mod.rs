@@ -221,7 +221,8 @@ async fn run(plan: Plan, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
     tasks.spawn("source", source::run(source, events.clone(), source_state, tasks.token()));
     tasks.spawn("node facts", node_facts(status_seen.clone(), facts, tasks.token()));
     tasks.spawn("device watcher", node::run(node, facts_seen, events, devices, tasks.token()));
-    tasks.spawn("sync", sync::run(sync, heard, devices_seen, source_seen, dataplane, status, tasks.token()));
+    let ends = sync::Ends { events: heard, devices: devices_seen, source: source_seen, dataplane, status };
+    tasks.spawn("sync", sync::run(sync, ends, tasks.token()));
     tasks.spawn("HTTP server", serve::run(serve, status_seen, tasks.token()));
     tasks.run(stop, tasks::GRACE).await
 }

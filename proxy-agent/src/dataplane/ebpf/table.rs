@@ -35,7 +35,7 @@ use super::{
 use crate::{
     dataplane::{self, Drift, Failure, Report},
     desired::{Changes, DesiredState, Frontend, FrontendSpec},
-    model::{Protocol, ServiceKey},
+    model::ServiceKey,
 };
 
 mod half;
@@ -237,7 +237,7 @@ impl<S: Store> Table<S> {
         let mut pending = vec![];
         for (frontend, spec) in set {
             let Some(key) = render::key::<A>(frontend) else { continue };
-            match self.prepare::<A>(key, frontend, spec, now) {
+            match self.prepare::<A>(key, spec, now) {
                 Ok(Some((value, sources))) => {
                     pending.push(Pending { key, value, what: What::Frontend(*frontend), sources });
                 }
@@ -263,13 +263,9 @@ impl<S: Store> Table<S> {
     fn prepare<A: HalfOf>(
         &mut self,
         key: FrontendKey<A>,
-        frontend: &Frontend,
         spec: &FrontendSpec,
         now: Duration,
     ) -> Result<Option<Prepared<A>>, Refused> {
-        if frontend.protocol == Protocol::Sctp {
-            return Err(Refused::Unsupported("the eBPF datapath does not translate SCTP".into()));
-        }
         let (store, services, half) = self.half::<A>();
         let name = Name { name: spec.service.to_string(), protocol: spec.service.protocol };
         let service = match services.acquire(&name) {

@@ -13,7 +13,7 @@ use super::{ranges::Ranges, *};
 use crate::{
     dataplane::ebpf::store::memory::{Fault, Memory},
     desired::{Action, Algorithm, Backend, BackendSet, FrontendKind, Verdict, Verdicts},
-    model::{ServiceKey, ServicePortName},
+    model::{Protocol, ServiceKey, ServicePortName},
 };
 
 const REST: Duration = Duration::from_secs(5);
@@ -613,17 +613,6 @@ fn clients_are_forgotten_with_their_time_and_their_service() {
     assert_eq!(table.store().affinity, []);
     table.resync(&state, NOW + REST);
     assert_eq!(table.store().names.keys().collect::<Vec<_>>(), [&1]);
-}
-
-#[test]
-fn sctp_is_refused_by_name() {
-    let mut state = desired(&example().0);
-    let (frontend, spec) = state.frontends.first_key_value().map(|(f, s)| (*f, Arc::clone(s))).unwrap();
-    let sctp = Frontend { protocol: Protocol::Sctp, ..frontend };
-    state.frontends.insert(sctp, spec);
-    let report = fresh().resync(&state, NOW);
-    assert_eq!(report.failed.len(), 1);
-    assert!(matches!(report.failed.get(&sctp), Some(Failure::Unsupported(why)) if why.contains("SCTP")));
 }
 
 #[test]
