@@ -231,7 +231,7 @@ mod tests {
     fn flags_name_the_table_of_each_range() {
         let value = FrontendValue { flags: 0xf32f, all_count: 5, local_count: 2, ..value() };
         assert_eq!((value.all().table, value.local().table), (2, 3));
-        assert_eq!((value.all().slots(), value.local().slots()), (5 + 4513, 2 + 16_381));
+        assert_eq!((value.all().slots(), value.local().slots()), (5 + 16_381, 2 + 65_521));
         assert_eq!(FrontendValue { flags: 0xf00f, ..value }.all().slots(), 5);
     }
 

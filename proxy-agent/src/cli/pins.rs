@@ -237,7 +237,7 @@ pub(crate) mod tests {
                     count: all.len() as u16,
                     generation: 7,
                     // As the agent does: one backend needs none.
-                    table: if service_id == 1 && all.len() > 1 { 1301 } else { 0 },
+                    table: if service_id == 1 && all.len() > 1 { 4513 } else { 0 },
                 },
                 local_range: RangeRow { base: service_id * 16 + 8, count: local.len() as u16, generation: 9, table: 0 },
                 torn: false,

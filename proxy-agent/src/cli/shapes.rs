@@ -43,7 +43,7 @@ impl fmt::Display for FrontendAddress {
     }
 }
 
-/// How a backend is chosen: by which tables, for Maglev (`maglev:1301`, `maglev:4513,1301` with a local one of another size).
+/// How a backend is chosen: by which tables, for Maglev (`maglev:4513`, `maglev:16381,4513` with a local one of another size).
 pub fn algorithm(algorithm: Algorithm, tables: [Option<u32>; 2]) -> String {
     let name = match algorithm {
         Algorithm::Random => "random",

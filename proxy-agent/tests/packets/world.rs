@@ -169,7 +169,7 @@ impl World {
             loader.map_max_entries(name, 1024);
         }
         for name in ["slots_v4", "slots_v6"] {
-            loader.map_max_entries(name, 65_536);
+            loader.map_max_entries(name, 1 << 19);
         }
         for name in [Ipv4Be::HALF_OPEN, Ipv6Be::HALF_OPEN] {
             loader.map_max_entries(name, half_open);

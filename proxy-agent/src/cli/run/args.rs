@@ -201,7 +201,7 @@ pub enum AlgorithmArg {
     Random,
     /// Each CPU walks the list on its own
     RoundRobin,
-    /// By a hash of the flow, the same on every node; takes 1301 slots and more for each set of backends
+    /// By a hash of the flow, the same on every node; takes 4513 slots and more for each set of backends
     Maglev,
 }
 

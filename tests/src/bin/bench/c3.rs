@@ -128,10 +128,10 @@ impl Shape {
         Self { services: scale.change_services, options: &[], name: "", bars: true }
     }
 
-    /// Each change writes a table of 1301 positions, and the one before rests for 5 s: hence fewer Services and more slots.
+    /// Each change writes a table of 16 381 positions, and the one before rests for 5 s: hence fewer Services and more slots.
     pub const MAGLEV: Self = Self {
-        services: 500,
-        options: &["--algorithm", "maglev", "--map-slots", "4194304"],
+        services: 100,
+        options: &["--algorithm", "maglev", "--map-slots", "33554432"],
         name: ", Maglev",
         bars: false,
     };

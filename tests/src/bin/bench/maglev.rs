@@ -104,7 +104,7 @@ pub fn measure(report: &mut Report) {
         let total = leaves.median * (1.0 - 1.0 / f64::from(n));
         report.bar("D9", format!("{n} backends: one leaves, % moved beyond its own"), Bound::AtMost(1.0), total, true);
     }
-    for n in [13, 45] {
+    for n in [7, 38] {
         let (more, fewer) = (Table::new(backends(n + 1)), Table::new(backends(n)));
         let grows = moved(&more, &fewer, more.backends[n as usize], &hashes) * 100.0;
         let what = format!("from {n} to {} backends, {} to {}", n + 1, fewer.positions.len(), more.positions.len());
