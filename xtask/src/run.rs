@@ -7,19 +7,23 @@ mod ask;
 mod expected;
 
 use std::{
+    collections::BTreeMap,
     ffi::{OsStr, OsString},
+    fmt::Write as _,
     io::Write as _,
+    net::{Ipv4Addr, SocketAddr},
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result};
+use anyhow::{Context as _, Result, ensure};
 use proxy_tests::world::{
     AgentOptions, Programs, SocketLb, Spec, Topology, World, cleanup_on_signals, set_exit_status, wait_if_ending,
 };
 
+use self::expected::Protocol;
 use crate::{build, command, setup};
 
 #[derive(clap::Args)]
@@ -48,7 +52,7 @@ pub struct Args {
     #[arg(long, value_name = "N")]
     tries: Option<u32>,
 
-    /// The objects to start from [default: examples]
+    /// The objects to start from: all that `proxy-agent run --source` reads [default: the repository's examples]
     #[arg(long, value_name = "DIR")]
     source: Option<PathBuf>,
 
@@ -74,6 +78,8 @@ enum Shape {
 enum Sockets {
     All,
     Node,
+    /// The node's own processes are not served
+    Off,
 }
 
 impl Args {
@@ -99,6 +105,7 @@ impl Args {
         match self.socket_lb.unwrap_or(Sockets::All) {
             Sockets::All => SocketLb::All,
             Sockets::Node => SocketLb::Node,
+            Sockets::Off => SocketLb::Off,
         }
     }
 }
@@ -107,6 +114,8 @@ impl Args {
 const TRIES: u32 = 60;
 /// Set for the second start, as root, with what the first one built.
 const BUILT: &str = "PROXY_XTASK_BUILT";
+/// Set for it, too: the directory that the caller's relative names start from.
+const CALLED_IN: &str = "PROXY_XTASK_CALLED_IN";
 
 pub fn run(args: Args) -> Result<ExitCode> {
     if let Some(kubeconfig) = &args.kubeconfig {
@@ -152,7 +161,10 @@ fn programs() -> Result<Programs> {
 fn again_as_root(programs: &Programs) -> Result<ExitCode> {
     let own = std::env::current_exe().context("find the running program")?;
     let mut sudo = command::as_root("env", "a world of network namespaces")?;
-    sudo.arg(format!("{BUILT}=1"))
+    let mut called_in = OsString::from(format!("{CALLED_IN}="));
+    called_in.push(std::env::current_dir().context("the current directory is gone")?);
+    sudo.arg(called_in)
+        .arg(format!("{BUILT}=1"))
         .arg(format!("PROXY_AGENT_BIN={}", programs.agent.display()))
         .arg(format!("PROXY_TESTPOD_BIN={}", programs.testpod.display()))
         .arg(own)
@@ -201,12 +213,7 @@ fn pods() -> Vec<Vec<String>> {
 }
 
 fn in_a_world(args: &Args, programs: Programs) -> Result<ExitCode> {
-    let directory = args.source.as_deref().unwrap_or(Path::new("examples"));
-    let source = command::root()
-        .join(directory)
-        .canonicalize()
-        .with_context(|| format!("no directory of objects at {}", directory.display()))?;
-    let frontends = expected::read(&source)?;
+    let source = objects(args.source.as_deref())?;
     say(args, &format!("making two nodes with pods ({}) and a client outside", args.topology().name()));
     let spec = Spec { nodes: pods(), ..Spec::two_nodes(args.topology()) };
     let mut world = World::new(&spec, programs)?;
@@ -216,8 +223,18 @@ fn in_a_world(args: &Args, programs: Programs) -> Result<ExitCode> {
         extra: args.agent.clone(),
         ..AgentOptions::new(args.socket_lb())
     })?;
-    say(args, &format!("asking {} frontends from a pod, a node and outside", frontends.len()));
-    let report = ask::all(&world, &frontends, args.tries.unwrap_or(TRIES))?;
+    let node = &world.node(1).place;
+    let own = [node.v4.into(), node.v6.into(), Ipv4Addr::LOCALHOST.into()];
+    // What cannot be asked is a problem of the report: the world is there all the same.
+    let plan =
+        expected::plan(&world.programs().agent, &source, &node.name, &own, &args.agent).unwrap_or_else(|error| {
+            let why = BTreeMap::from([("nothing is asked".to_owned(), vec![format!("{error:#}")])]);
+            expected::Plan { frontends: Vec::new(), problems: why }
+        });
+    let node_is_served = args.socket_lb() != SocketLb::Off;
+    let places = if node_is_served { "a pod, a node and outside" } else { "a pod and outside" };
+    say(args, &format!("asking {} frontends from {places}", plan.frontends.len()));
+    let report = ask::all(&world, &plan, node_is_served, args.tries.unwrap_or(TRIES))?;
     match args.output() {
         Output::Table => print!("{}", report.table()),
         Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),
@@ -226,7 +243,7 @@ fn in_a_world(args: &Args, programs: Programs) -> Result<ExitCode> {
         drop(world);
         return Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
-    println!("{}", what_next(&world, &source));
+    println!("{}", what_next(&world, &source, &plan));
     std::io::stdout().flush()?;
     // Ctrl-C is how this ends: the signal removes the world.
     set_exit_status(0);
@@ -242,52 +259,73 @@ fn in_a_world(args: &Args, programs: Programs) -> Result<ExitCode> {
     }
 }
 
+/// The directory of objects, by its full name: the agents start elsewhere.
+fn objects(given: Option<&Path>) -> Result<PathBuf> {
+    let directory = match given {
+        None => command::root().join("examples"),
+        Some(given) => {
+            let called_in = std::env::var_os(CALLED_IN).map_or_else(std::env::current_dir, |dir| Ok(dir.into()));
+            called_in.context("the current directory is gone")?.join(given)
+        }
+    };
+    let found =
+        directory.canonicalize().with_context(|| format!("no directory of objects at {}", directory.display()))?;
+    ensure!(found.is_dir(), "{} is no directory: --source names one", found.display());
+    Ok(found)
+}
+
 fn say(args: &Args, what: &str) {
     if args.output() == Output::Table {
         println!("run: {what}");
     }
 }
 
-fn what_next(world: &World, source: &Path) -> String {
+fn what_next(world: &World, source: &Path, plan: &expected::Plan) -> String {
     let programs = world.programs();
     let (agent, testpod) = (programs.agent.display(), programs.testpod.display());
     let node = world.node(1);
     let bpffs = node.bpffs.display();
     let inside = |command: &str| node.place.by_hand(command);
-    let pod = |command: &str| world.pod("client").by_hand(command);
     let log = node.agent_log_path().map_or_else(String::new, |path| path.display().to_string());
-    format!(
-        "
-Running until Ctrl-C. In another terminal, as root:
-
-  ask as a pod       {}
-                     {}
-  ask from outside   {}
-                     {}
-                     {}
-  change something   edit {source}/web.yaml, then ask again
-  what is in force   {}
-                     {}
-  how the agent is   {}
-  connections        {}
-  its log            tail -f {log}
-",
-        pod(&format!("{testpod} probe 10.96.0.10:80 --count 4")),
-        pod("curl -s http://10.96.0.10/"),
-        world.outside().by_hand(&format!("{testpod} probe [fd00:96::53]:53 --transport udp --count 4")),
-        world.outside().by_hand(&format!("{testpod} probe {}:30080 --count 4", node.place.v4)),
-        world.outside().by_hand("curl -s http://203.0.113.70/"),
-        inside(&format!("{agent} services --bpffs {bpffs}")),
-        inside(&format!("{agent} backends --bpffs {bpffs}")),
-        inside(&format!("{agent} status --bpffs {bpffs}")),
-        inside(&format!("{agent} connections --bpffs {bpffs}")),
-        source = source.display(),
-    )
+    let mut text = String::from("\nRunning until Ctrl-C. In another terminal, as root:\n\n");
+    let mut line = |what: &str, command: &str| {
+        let _ = writeln!(text, "  {what:<19}{command}");
+    };
+    // One of each kind: a cluster's own address, and those that are for who comes from outside.
+    let kinds = [("ClusterIP", "ask as a pod"), ("NodePort", "ask from outside"), ("LoadBalancer", "ask from outside")];
+    for (kind, what) in kinds {
+        let fits = |f: &&expected::Frontend| {
+            f.kind == kind && f.protocol != Protocol::Sctp && !f.all.is_empty() && !f.address.is_loopback()
+        };
+        let Some(frontend) = plan.frontends.iter().find(fits) else { continue };
+        let at = SocketAddr::new(frontend.address, frontend.port);
+        let transport = if frontend.protocol == Protocol::Udp { " --transport udp" } else { "" };
+        let probe = format!("{testpod} probe {at}{transport} --count 4");
+        let place = if kind == "ClusterIP" { world.pod("client") } else { world.outside() };
+        line(what, &place.by_hand(&probe));
+    }
+    line("change something", &format!("edit what is in {}, then ask again", source.display()));
+    line("what is in force", &inside(&format!("{agent} services --bpffs {bpffs}")));
+    line("", &inside(&format!("{agent} backends --bpffs {bpffs}")));
+    line("how the agent is", &inside(&format!("{agent} status --bpffs {bpffs}")));
+    line("connections", &inside(&format!("{agent} connections --bpffs {bpffs}")));
+    line("its log", &format!("tail -f {log}"));
+    text
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn relative_directories_are_the_callers() {
+        let here = std::env::current_dir().unwrap();
+        assert_eq!(objects(Some(Path::new("src"))).unwrap(), here.join("src").canonicalize().unwrap());
+        assert_eq!(objects(None).unwrap(), command::root().join("examples").canonicalize().unwrap());
+        for wrong in ["nowhere", "Cargo.toml"] {
+            assert!(objects(Some(Path::new(wrong))).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn relative_kubeconfigs_survive_another_directory() {

@@ -47,6 +47,9 @@ struct Cli {
 enum Verb {
     /// Watch Services and EndpointSlices and keep the kernel in step
     Run(Box<run::Args>),
+    /// Print what `run` would put in force, as JSON
+    #[command(hide = true)]
+    PrintPlan(Box<run::planned::Args>),
     /// List the frontends in the kernel and whether each is in force
     #[command(visible_alias = "svc")]
     Services(list::Args),
@@ -91,6 +94,7 @@ pub fn main() -> ExitCode {
 fn execute(verb: Verb, out: &mut dyn Write) -> anyhow::Result<Exit> {
     match verb {
         Verb::Run(args) => run::execute(*args),
+        Verb::PrintPlan(args) => run::planned::execute(*args, out),
         Verb::Services(args) => services::execute(args, out),
         Verb::Backends(args) => backends::execute(args, out),
         Verb::Connections(args) => connections::execute(args, out),
@@ -139,6 +143,19 @@ mod tests {
         for args in [&["run"][..], &["run", "--source", "x", "--devices", "eth*,!docker0"], &["svc", "-o", "wide"]] {
             assert!(parse(args).is_ok(), "{args:?}");
         }
+    }
+
+    #[test]
+    fn what_would_be_in_force_is_printed() {
+        let mut out = Vec::new();
+        let args = ["--source=../examples", "--hostname-override=node1", "--addresses=192.0.2.1,127.0.0.1"];
+        let args = parse(&["print-plan", args[0], args[1], args[2], "--iptables-localhost-nodeports=false"]).unwrap();
+        assert_eq!(execute(args.verb, &mut out).unwrap(), Exit::Done);
+        let printed: serde_json::Value = serde_json::from_slice(&out).unwrap();
+        assert_eq!(printed["problems"], serde_json::json!({}));
+        let frontends = printed["frontends"].as_array().unwrap();
+        let at = |address: &str| frontends.iter().filter(|frontend| frontend["address"] == address).count();
+        assert_eq!([at("10.96.0.10"), at("192.0.2.1"), at("127.0.0.1")], [1, 2, 0], "{printed:#}");
     }
 
     #[test]

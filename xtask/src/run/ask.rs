@@ -1,10 +1,10 @@
 //! Asks every frontend from everywhere, and judges: answered (or refused, where it must be), by the right backends, in fair
-//! shares.
+//! shares (or all by one, where a Service asks for affinity).
 
 use std::{
     collections::{BTreeMap, BTreeSet},
     fmt::Write as _,
-    net::SocketAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 use anyhow::Result;
@@ -14,7 +14,7 @@ use proxy_tests::{
 };
 use serde::Serialize;
 
-use super::expected::{ASKED, Frontend, Kind};
+use super::expected::{Action, Frontend, Plan, Protocol};
 
 /// The JSON of `run -o json`.
 #[derive(Debug, Serialize)]
@@ -25,6 +25,8 @@ pub struct Report {
     pub topology: &'static str,
     /// Packets for Services that reached the default route.
     pub leaks: Vec<String>,
+    /// What is wrong with the objects, and what is not asked.
+    pub problems: Vec<String>,
     pub frontends: Vec<Asked>,
 }
 
@@ -33,10 +35,10 @@ pub struct Report {
 pub struct Asked {
     pub service: String,
     #[serde(rename = "type")]
-    pub kind: Kind,
+    pub kind: String,
     pub address: String,
     pub port: u16,
-    pub protocol: &'static str,
+    pub protocol: Protocol,
     /// Who asked: `pod`, `node` or `outside`.
     pub from: &'static str,
     pub expected: Expected,
@@ -45,7 +47,9 @@ pub struct Asked {
     pub backends: BTreeMap<String, usize>,
     /// Failures by errno.
     pub errors: BTreeMap<String, usize>,
-    /// Each backend had its share, as far as chance goes.
+    /// How the backends are to share.
+    pub sharing: Sharing,
+    /// They shared so, as far as chance goes.
     pub fair: bool,
     pub ok: bool,
 }
@@ -61,71 +65,143 @@ pub enum Expected {
     Dropped,
 }
 
-/// All from node1: a pod on it, itself, and outside by way of it.
-pub fn all(world: &World, frontends: &[Frontend], tries: u32) -> Result<Report> {
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Sharing {
+    /// Each as often as any other.
+    Fair,
+    /// By a hash, or as somebody's affinity comes and goes: any of them.
+    Any,
+    /// One client, one backend.
+    One,
+}
+
+/// Affinity that does not end while it is asked for.
+const LASTING: u32 = 60;
+
+/// All from node1: a pod on it, itself (if its sockets are served at all), and outside by way of it.
+pub fn all(world: &World, plan: &Plan, node_is_served: bool, tries: u32) -> Result<Report> {
+    let Plan { frontends, problems } = plan;
+    let mut problems: Vec<String> = problems
+        .iter()
+        .flat_map(|(object, problems)| problems.iter().map(move |problem| format!("{object}: {problem}")))
+        .collect();
     let origins = [("pod", world.pod("client")), ("node", &world.node(1).place), ("outside", world.outside())];
     let mut asked = Vec::new();
     for frontend in frontends {
-        // 127.0.0.1 is somebody else wherever else it is asked.
-        for (from, place) in origins.into_iter().filter(|(from, _)| !frontend.address.is_loopback() || *from == "node")
-        {
-            asked.push(one(world, frontend, from, place, tries)?);
+        let transport = match frontend.protocol {
+            Protocol::Tcp => Transport::Tcp,
+            Protocol::Udp => Transport::Udp,
+            Protocol::Sctp => {
+                problems.push(format!("{}: nobody here can ask over SCTP", frontend.service));
+                continue;
+            }
+        };
+        for (from, place) in origins {
+            // 127.0.0.1 is somebody else wherever else it is asked.
+            let elsewhere = frontend.address.is_loopback() && from != "node";
+            if !elsewhere && (node_is_served || from != "node") {
+                asked.push(one(world, frontend, transport, from, place, tries)?);
+            }
         }
     }
     let leaks = world.leaks()?;
-    let ok = leaks.is_empty() && asked.iter().all(|asked| asked.ok);
-    Ok(Report { ok, topology: world.topology.name(), leaks, frontends: asked })
+    // Who asked nothing knows nothing.
+    let ok = leaks.is_empty() && problems.is_empty() && !asked.is_empty() && asked.iter().all(|asked| asked.ok);
+    Ok(Report { ok, topology: world.topology.name(), leaks, problems, frontends: asked })
 }
 
-fn expect(world: &World, frontend: &Frontend, from: &str) -> Expected {
-    // By an address from outside policy Local is for who comes from there: pods and the node may use any endpoint.
-    let local = frontend.local && (frontend.kind == Kind::ClusterIp || from == "outside");
-    let usable = |node: &str| !local || node == ASKED;
-    let name = |address: &std::net::IpAddr| {
-        let places = world.pods().chain(world.nodes.iter().map(|node| &node.place));
-        let place = places.into_iter().find(|place| [place.v4.into(), place.v6.into()].contains(address));
-        place.map_or_else(|| address.to_string(), |place| place.name.clone())
+/// The place that has an address.
+fn at(world: &World, address: IpAddr) -> Option<&Place> {
+    let mut places = world.pods().chain(world.nodes.iter().map(|node| &node.place));
+    places.find(|place| [place.v4.into(), place.v6.into()].contains(&address))
+}
+
+fn expect(world: &World, frontend: &Frontend, from: &str, place: &Place) -> Expected {
+    let Frontend { all, local, verdicts, address, .. } = frontend;
+    let verdict = match from {
+        "pod" => &verdicts.pod,
+        "node" => &verdicts.node,
+        _ => &verdicts.external,
     };
-    let backends: BTreeSet<String> =
-        frontend.endpoints.iter().filter(|(_, node)| usable(node)).map(|(address, _)| name(address)).collect();
-    match (backends.is_empty(), frontend.endpoints.is_empty()) {
-        (false, _) => Expected::Backends(backends),
-        (true, true) => Expected::Refused,
-        (true, false) => Expected::Dropped,
+    let own: IpAddr = if address.is_ipv4() { place.v4.into() } else { place.v6.into() };
+    let backends = match verdict.action {
+        // What the node itself sends is decided by its verdict.
+        Action::PickAll | Action::PickLocal if from != "node" && frontend.shuts_out(own) => return Expected::Dropped,
+        Action::PickAll => all,
+        Action::PickLocal => local,
+        Action::Drop => return Expected::Dropped,
+        // Where it is passed on nobody listens.
+        Action::Reject | Action::Pass => return Expected::Refused,
+    };
+    let name = |backend: &SocketAddr| {
+        at(world, backend.ip()).map_or_else(|| backend.ip().to_string(), |place| place.name.clone())
+    };
+    Expected::Backends(backends.iter().map(name).collect())
+}
+
+fn sharing(frontend: &Frontend) -> Sharing {
+    match (frontend.affinity_secs, frontend.algorithm.as_str()) {
+        (Some(LASTING..), _) => Sharing::One,
+        (None, "random" | "round-robin") => Sharing::Fair,
+        _ => Sharing::Any,
     }
 }
 
-fn one(world: &World, frontend: &Frontend, from: &'static str, place: &Place, tries: u32) -> Result<Asked> {
-    let expected = expect(world, frontend, from);
+fn one(
+    world: &World,
+    frontend: &Frontend,
+    transport: Transport,
+    from: &'static str,
+    place: &Place,
+    tries: u32,
+) -> Result<Asked> {
+    let expected = expect(world, frontend, from, place);
+    let nobody = |backend: &SocketAddr| at(world, backend.ip()).is_none();
     let (tries, timeout) = match &expected {
+        // Each try that leads to an address that nobody has here takes all its time.
+        Expected::Backends(_) if frontend.all.iter().any(nobody) => (3, 1000),
         Expected::Backends(backends) => (tries * u32::try_from(backends.len()).unwrap_or(1), 1000),
         // Over IPv6 a refusal per packet may take the client's second SYN.
         Expected::Refused => (3, 3000),
         Expected::Dropped => (2, 250),
     };
     let to = SocketAddr::new(frontend.address, frontend.port);
-    let report = world.ask(place, &Ask::new(to, frontend.transport).times(tries).timeout(timeout))?;
+    let report = world.ask(place, &Ask::new(to, transport).times(tries).timeout(timeout))?;
     let (backends, errors) = (report.backends(), report.errors());
-    let fair = is_fair(backends.values().copied());
+    let sharing = sharing(frontend);
     let all = |errno| backends.is_empty() && errors.keys().eq([errno]);
+    let fair = match (sharing, &expected) {
+        (Sharing::Fair, Expected::Backends(expected)) => {
+            backends.keys().eq(expected) && is_fair(backends.values().copied())
+        }
+        (Sharing::One, Expected::Backends(_)) => backends.len() == 1,
+        _ => true,
+    };
     let ok = match &expected {
-        Expected::Backends(expected) => errors.is_empty() && backends.keys().eq(expected) && fair,
+        Expected::Backends(expected) => {
+            errors.is_empty()
+                && !backends.is_empty()
+                && backends.keys().all(|backend| expected.contains(backend))
+                && fair
+        }
         Expected::Refused => all("ECONNREFUSED"),
         // Dropped in silence per packet. The node's own sockets are told at connect time, datagrams as behind netfilter.
-        Expected::Dropped if from == "node" && frontend.transport != Transport::Tcp => all("EPERM"),
+        Expected::Dropped if from == "node" && transport != Transport::Tcp => all("EPERM"),
         Expected::Dropped => all("ETIMEDOUT"),
     };
     Ok(Asked {
         service: frontend.service.clone(),
-        kind: frontend.kind,
+        kind: frontend.kind.clone(),
         address: frontend.address.to_string(),
         port: frontend.port,
-        protocol: if frontend.transport == Transport::Tcp { "TCP" } else { "UDP" },
+        protocol: frontend.protocol,
         from,
         expected,
         tries,
         backends,
         errors,
+        sharing,
         fair,
         ok,
     })
@@ -162,7 +238,7 @@ impl Report {
                 format!(
                     "{}/{}",
                     SocketAddr::new(asked.address.parse().unwrap_or([0; 4].into()), asked.port),
-                    asked.protocol
+                    asked.protocol.name()
                 ),
                 asked.from.to_owned(),
                 shares.chain(errors).collect::<Vec<_>>().join(", "),
@@ -180,6 +256,9 @@ impl Report {
         for leak in &self.leaks {
             let _ = writeln!(table, "leaked to the default route: {leak}");
         }
+        for problem in &self.problems {
+            let _ = writeln!(table, "problem: {problem}");
+        }
         let good = self.frontends.iter().filter(|asked| asked.ok).count();
         let _ = writeln!(table, "\n{good} of {} as they should be", self.frontends.len());
         table
@@ -190,9 +269,12 @@ impl Report {
             return "ok".to_owned();
         }
         match &asked.expected {
-            Expected::Backends(_) if !asked.fair => "UNFAIR".to_owned(),
+            Expected::Backends(expected) if asked.errors.is_empty() && asked.backends.keys().eq(expected) => {
+                "UNFAIR".to_owned()
+            }
             Expected::Backends(expected) => {
-                format!("WRONG, expected {}", expected.iter().cloned().collect::<Vec<_>>().join(", "))
+                let one_of = if asked.sharing == Sharing::One { "one of " } else { "" };
+                format!("WRONG, expected {one_of}{}", expected.iter().cloned().collect::<Vec<_>>().join(", "))
             }
             Expected::Refused => "WRONG, expected a refusal".to_owned(),
             Expected::Dropped => "WRONG, expected silence".to_owned(),

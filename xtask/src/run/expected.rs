@@ -1,141 +1,104 @@
-//! What the objects promise: read from the YAML itself, not from the product, which is the one to be judged.
+//! What the objects promise, by the product's own reading and plan of them (`proxy-agent print-plan`): whatever it takes for a Service is
+//! asked, and nothing else. What is judged here is whether that is what happens; whether the plan is right is for the unit and
+//! conformance suites to say.
 
 use std::{
-    collections::BTreeSet,
-    fs,
-    net::{IpAddr, Ipv4Addr},
+    collections::BTreeMap,
+    net::{IpAddr, SocketAddr},
     path::Path,
 };
 
-use anyhow::{Context as _, Result, ensure};
-use proxy_tests::pod::socket::Transport;
-use serde::Serialize;
-use serde_json::Value;
+use anyhow::{Context as _, Result};
+use ipnet::IpNet;
+use serde::{Deserialize, Serialize};
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
-pub enum Kind {
-    #[serde(rename = "ClusterIP")]
-    ClusterIp,
-    NodePort,
-    LoadBalancer,
-    #[serde(rename = "ExternalIP")]
-    ExternalIp,
+use crate::command;
+
+#[derive(Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Plan {
+    pub frontends: Vec<Frontend>,
+    /// What is wrong with the objects, by object or file.
+    pub problems: BTreeMap<String, Vec<String>>,
 }
 
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Frontend {
     /// `namespace/name:port`
     pub service: String,
-    pub kind: Kind,
+    pub kind: String,
     pub address: IpAddr,
     pub port: u16,
-    pub transport: Transport,
-    /// Ready endpoints: address, and the node they are on.
-    pub endpoints: Vec<(IpAddr, String)>,
-    /// Policy Local: only endpoints of the node that is asked; by an address from outside, only for who comes from there.
-    pub local: bool,
+    pub protocol: Protocol,
+    /// `address:port` of each backend.
+    pub all: Vec<SocketAddr>,
+    pub local: Vec<SocketAddr>,
+    pub verdicts: Verdicts,
+    pub algorithm: String,
+    pub affinity_secs: Option<u32>,
+    pub source_ranges: Option<Vec<IpNet>>,
 }
 
-/// The node that is asked.
-pub const ASKED: &str = "node1";
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Protocol {
+    Tcp,
+    Udp,
+    Sctp,
+}
 
-/// Every frontend of the objects below `dir`, with the NodePorts of the node that is asked.
-pub fn read(dir: &Path) -> Result<Vec<Frontend>> {
-    let mut objects = Vec::new();
-    let mut files: Vec<_> = fs::read_dir(dir)?.filter_map(|entry| Some(entry.ok()?.path())).collect();
-    files.sort();
-    for file in files.iter().filter(|file| file.extension().is_some_and(|ext| ext == "yaml")) {
-        let text = fs::read_to_string(file).with_context(|| format!("read {}", file.display()))?;
-        let parsed: Vec<Value> =
-            serde_saphyr::from_multiple(&text).with_context(|| format!("parse {}", file.display()))?;
-        objects.extend(parsed);
-    }
-    let mut frontends = Vec::new();
-    for service in objects.iter().filter(|object| text(object, "/kind") == "Service") {
-        for port in items(service, "/spec/ports") {
-            let number = number(port, "port")?.context("spec.ports.port")?;
-            let of = |kind, pointer: &str| addresses(service, pointer).map(move |found| (kind, found, number));
-            let mut claims = vec![
-                of(Kind::ClusterIp, "/spec/clusterIPs")?,
-                of(Kind::LoadBalancer, "/status/loadBalancer/ingress")?,
-                of(Kind::ExternalIp, "/spec/externalIPs")?,
-            ];
-            if let Some(node_port) = self::number(port, "nodePort")? {
-                let node = objects.iter().find(|o| text(o, "/kind") == "Node" && text(o, "/metadata/name") == ASKED);
-                let mut own = node.map_or_else(|| Ok(Vec::new()), |node| addresses(node, "/status/addresses"))?;
-                own.push(Ipv4Addr::LOCALHOST.into());
-                claims.push((Kind::NodePort, own, node_port));
-            }
-            for (kind, addresses, number) in claims {
-                for address in addresses {
-                    frontends.push(frontend(service, kind, address, (port, number), &objects)?);
-                }
-            }
+impl Protocol {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Tcp => "TCP",
+            Self::Udp => "UDP",
+            Self::Sctp => "SCTP",
         }
     }
-    ensure!(!frontends.is_empty(), "no Service in {}", dir.display());
-    Ok(frontends)
 }
 
-/// The addresses of a list of texts, or of objects that name theirs.
-fn addresses(object: &Value, pointer: &str) -> Result<Vec<IpAddr>> {
-    let text_of = |item: &Value| {
-        let named = ["ip", "address"].iter().find_map(|field| item.get(field)?.as_str().map(str::to_owned));
-        named.or_else(|| item.as_str().map(str::to_owned)).unwrap_or_default()
-    };
-    items(object, pointer)
-        .filter(|item| text(item, "/ipMode") != "Proxy")
-        .map(|item| text_of(item).parse().with_context(|| pointer.to_owned()))
-        .collect()
+#[derive(Clone, Debug, Deserialize)]
+pub struct Verdicts {
+    pub pod: Verdict,
+    pub node: Verdict,
+    pub external: Verdict,
 }
 
-fn number(port: &Value, field: &str) -> Result<Option<u16>> {
-    port.get(field).and_then(Value::as_u64).map(|number| number.try_into().context("a port's number")).transpose()
+#[derive(Clone, Debug, Deserialize)]
+pub struct Verdict {
+    pub action: Action,
 }
 
-fn frontend(
-    service: &Value,
-    kind: Kind,
-    address: IpAddr,
-    (port, number): (&Value, u16),
-    objects: &[Value],
-) -> Result<Frontend> {
-    let (namespace, name) = (text(service, "/metadata/namespace"), text(service, "/metadata/name"));
-    let (port_name, protocol) = (text(port, "/name"), text(port, "/protocol"));
-    let family = if address.is_ipv4() { "IPv4" } else { "IPv6" };
-    let slices = objects.iter().filter(|object| {
-        text(object, "/kind") == "EndpointSlice"
-            && text(object, "/metadata/labels/kubernetes.io~1service-name") == name
-            && text(object, "/metadata/namespace") == namespace
-            && text(object, "/addressType") == family
-            && items(object, "/ports").any(|p| text(p, "/name") == port_name && text(p, "/protocol") == protocol)
-    });
-    let mut endpoints = BTreeSet::new();
-    for endpoint in slices.flat_map(|slice| items(slice, "/endpoints")) {
-        if endpoint.pointer("/conditions/ready") != Some(&Value::Bool(false)) {
-            let address = text(endpoint, "/addresses/0").parse().context("an endpoint's address")?;
-            endpoints.insert((address, text(endpoint, "/nodeName").to_owned()));
-        }
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Action {
+    PickAll,
+    PickLocal,
+    Drop,
+    Reject,
+    Pass,
+}
+
+/// What an agent with these options would put in force on `node`, which has `addresses`.
+pub fn plan(agent: &Path, source: &Path, node: &str, addresses: &[IpAddr], options: &[String]) -> Result<Plan> {
+    let addresses = addresses.iter().map(ToString::to_string).collect::<Vec<_>>().join(",");
+    let mut planning = command::command(agent);
+    planning
+        .args(["print-plan", "--hostname-override", node, "--addresses", &addresses, "--source"])
+        .arg(source)
+        .args(options);
+    // The machine's own cluster means nothing inside.
+    planning.env_remove("KUBECONFIG");
+    let mut plan: Plan =
+        serde_json::from_str(&command::output(&mut planning)?).context("read what `proxy-agent print-plan` says")?;
+    plan.frontends.sort_by(|a, b| a.service.cmp(&b.service));
+    Ok(plan)
+}
+
+impl Frontend {
+    /// Whether who comes from there is dropped for that alone.
+    pub fn shuts_out(&self, from: IpAddr) -> bool {
+        self.source_ranges.as_ref().is_some_and(|ranges| !ranges.iter().any(|range| range.contains(&from)))
     }
-    let policy = match kind {
-        Kind::ClusterIp => "/spec/internalTrafficPolicy",
-        _ => "/spec/externalTrafficPolicy",
-    };
-    Ok(Frontend {
-        service: format!("{namespace}/{name}:{port_name}"),
-        kind,
-        address,
-        port: number,
-        transport: if protocol == "UDP" { Transport::Udp } else { Transport::Tcp },
-        endpoints: endpoints.into_iter().collect(),
-        local: text(service, policy) == "Local",
-    })
-}
-
-fn text<'a>(value: &'a Value, pointer: &str) -> &'a str {
-    value.pointer(pointer).and_then(Value::as_str).unwrap_or_default()
-}
-
-fn items<'a>(value: &'a Value, pointer: &str) -> impl Iterator<Item = &'a Value> {
-    value.pointer(pointer).and_then(Value::as_array).into_iter().flatten()
 }

@@ -33,6 +33,7 @@ use crate::{
 
 pub mod args;
 mod logging;
+pub mod planned;
 mod privileges;
 mod tasks;
 
