@@ -8,7 +8,7 @@ use std::{
 
 use kube::api::WatchParams;
 use serde::de::DeserializeOwned;
-use tracing::{debug, info, warn};
+use tracing::{debug, info};
 
 use super::{board, decode::Unreadable, remarks::Remarks};
 use crate::{
@@ -262,49 +262,60 @@ impl Kind for Slices {
 /// The own Node alone (contract A124). A Node that goes away leaves its facts behind: the machine is still here.
 pub(super) struct OwnNode {
     name: String,
-    facts: Option<NodeFacts>,
-    listed: Option<api::Node>,
+    /// As it was read last; that a Node was leaving does not outlive it.
+    known: Option<NodeFacts>,
+    told: Option<NodeFacts>,
+    /// Of a list that is not complete yet.
+    listed: Option<NodeFacts>,
     unreadable: bool,
     remarks: Remarks,
 }
 
 impl OwnNode {
     pub(super) fn new(name: &str) -> Self {
-        Self { name: name.to_owned(), facts: None, listed: None, unreadable: false, remarks: Remarks::default() }
+        Self {
+            name: name.to_owned(),
+            known: None,
+            told: None,
+            listed: None,
+            unreadable: false,
+            remarks: Remarks::default(),
+        }
     }
 
-    fn changed(&mut self, object: &api::Node) -> Option<Event> {
-        if object.metadata.name != self.name {
-            return None;
-        }
-        let (facts, problems) = convert::node(object);
-        self.set(facts, &problems)
+    fn place(&self) -> String {
+        format!("Node {}", self.name)
+    }
+
+    /// It could be read.
+    fn read(&mut self, facts: NodeFacts) -> Option<Event> {
+        self.known = Some(facts.clone());
+        self.tell(facts)
     }
 
     /// Nodes change with every heartbeat; the facts hardly ever do.
-    fn set(&mut self, facts: NodeFacts, problems: &[String]) -> Option<Event> {
-        if self.facts.as_ref() == Some(&facts) {
+    fn tell(&mut self, facts: NodeFacts) -> Option<Event> {
+        if self.told.as_ref() == Some(&facts) {
             return None;
         }
-        for problem in problems {
-            warn!(node = self.name, "{problem}");
-        }
         info!(node = self.name, zone = facts.zone.as_deref(), leaving = facts.leaving, "own Node");
-        self.facts = Some(facts.clone());
+        self.told = Some(facts.clone());
         Some(Event::Node(facts))
     }
 
     /// It is there: what was known of it stands. If that is nothing, its name has to do, since all else waits for it.
     fn there(&mut self) -> Option<Event> {
-        let facts =
-            self.facts.clone().unwrap_or_else(|| NodeFacts { name: self.name.as_str().into(), ..NodeFacts::default() });
-        self.set(facts, &[])
+        let name = self.name.as_str();
+        let facts = self.known.get_or_insert_with(|| NodeFacts { name: name.into(), ..NodeFacts::default() }).clone();
+        self.tell(facts)
     }
 
-    /// A Node that is gone is as good as leaving (contract A117).
+    /// A Node that is gone is as good as leaving (contract A117). One that comes after it is another one.
     fn gone(&mut self) -> Option<Event> {
-        let facts = NodeFacts { leaving: true, ..self.facts.clone()? };
-        self.set(facts, &[])
+        let known = self.known.as_mut()?;
+        known.leaving = false;
+        let facts = NodeFacts { leaving: true, ..known.clone() };
+        self.tell(facts)
     }
 }
 
@@ -324,13 +335,19 @@ impl Kind for OwnNode {
     }
 
     fn listed(&mut self, object: api::Node) {
-        self.listed = Some(object);
+        if object.metadata.name == self.name {
+            let (facts, problems) = convert::node(&object);
+            self.listed = Some(facts);
+            if !problems.is_empty() {
+                self.remarks.listed(self.place(), problems.join("; "));
+            }
+        }
     }
 
     fn listed_unreadable(&mut self, object: Unreadable) {
         if object.name == self.name {
             self.unreadable = true;
-            self.remarks.listed(format!("Node {}", self.name), unreadable(&object.why));
+            self.remarks.listed(self.place(), unreadable(&object.why));
         }
     }
 
@@ -344,7 +361,7 @@ impl Kind for OwnNode {
         self.remarks.list_done();
         let unreadable = std::mem::take(&mut self.unreadable);
         let event = match self.listed.take() {
-            Some(object) => self.changed(&object),
+            Some(facts) => self.read(facts),
             None if unreadable => self.there(),
             None => self.gone(),
         };
@@ -352,17 +369,24 @@ impl Kind for OwnNode {
     }
 
     fn applied(&mut self, object: api::Node) -> Option<Event> {
-        if object.metadata.name == self.name {
-            self.remarks.clear(|| format!("Node {}", self.name));
+        if object.metadata.name != self.name {
+            return None;
         }
-        self.changed(&object)
+        let (facts, problems) = convert::node(&object);
+        let place = self.place();
+        if problems.is_empty() {
+            self.remarks.clear(|| place);
+        } else {
+            self.remarks.set(place, problems.join("; "));
+        }
+        self.read(facts)
     }
 
     fn applied_unreadable(&mut self, object: Unreadable) -> Option<Event> {
         if object.name != self.name {
             return None;
         }
-        self.remarks.set(format!("Node {}", self.name), unreadable(&object.why));
+        self.remarks.set(self.place(), unreadable(&object.why));
         self.there()
     }
 
@@ -370,7 +394,8 @@ impl Kind for OwnNode {
         if metadata.name != self.name {
             return None;
         }
-        self.remarks.clear(|| format!("Node {}", self.name));
+        let place = self.place();
+        self.remarks.clear(|| place);
         self.gone()
     }
 
@@ -379,7 +404,7 @@ impl Kind for OwnNode {
     }
 
     fn missing(&self) -> Option<String> {
-        self.facts.is_none().then(|| {
+        self.told.is_none().then(|| {
             format!(
                 "there is no Node {:?}: kubelet has not registered it, or --hostname-override must name another",
                 self.name
@@ -438,15 +463,59 @@ mod tests {
         assert!(slices.remarks().news().unwrap().is_empty());
     }
 
-    #[test]
-    fn a_node_that_cannot_be_read_is_there_nevertheless() {
-        let unreadable = || Unreadable {
+    fn unreadable_node() -> Unreadable {
+        Unreadable {
             namespace: String::new(),
             name: "n1".into(),
             resource_version: "1".into(),
             service: None,
             why: "no".into(),
-        };
+        }
+    }
+
+    /// A117: one that is there again is not leaving because its predecessor is gone, or was leaving, whether it can be read or not.
+    #[test]
+    fn a_node_that_comes_back_unreadable_is_not_leaving() {
+        let leaving = "{metadata: {name: n1, deletionTimestamp: '2026-01-01T00:00:00Z', labels: {topology.kubernetes.io/zone: z}}}";
+        for by_list in [false, true] {
+            let mut node = OwnNode::new("n1");
+            assert!(matches!(node.applied(object(leaving)), Some(Event::Node(facts)) if facts.leaving));
+            // As long as it is the same one, what was known of it stands.
+            assert_eq!(node.applied_unreadable(unreadable_node()), None);
+            let (gone, back) = if by_list {
+                let gone = node.list_done().pop();
+                node.listed_unreadable(unreadable_node());
+                (gone, node.list_done().pop())
+            } else {
+                (node.deleted(&object::<api::Node>(leaving).metadata), node.applied_unreadable(unreadable_node()))
+            };
+            assert_eq!(gone, None, "it was leaving already");
+            let same_facts = |facts: &NodeFacts| !facts.leaving && facts.zone.as_deref() == Some("z");
+            assert!(matches!(&back, Some(Event::Node(facts)) if same_facts(facts)), "{back:?}");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_the_own_node_is_told() {
+        let wrong = "{metadata: {name: n1}, spec: {podCIDRs: [10.0.0.0/99]}, status: {addresses: [{type: InternalIP, address: x}]}}";
+        let mut node = OwnNode::new("n1");
+        node.listed(object(wrong));
+        node.list_done();
+        let told = node.remarks().news().unwrap();
+        assert!(told["Node n1"][0].contains("podCIDRs") && told["Node n1"][0].contains("addresses"), "{told:?}");
+        node.applied(object("{metadata: {name: n1}}"));
+        assert!(node.remarks().news().unwrap().is_empty());
+        node.applied(object(wrong));
+        assert_eq!(node.remarks().news().unwrap().len(), 1);
+        // It is of this one alone.
+        node.listed(object(&wrong.replace("n1", "n2")));
+        node.list_done();
+        assert!(node.remarks().news().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_node_that_cannot_be_read_is_there_nevertheless() {
+        let unreadable = unreadable_node;
         let mut node = OwnNode::new("n1");
         node.listed_unreadable(unreadable());
         assert!(matches!(node.list_done().as_slice(), [Event::Node(facts)] if &*facts.name == "n1" && !facts.leaving));
