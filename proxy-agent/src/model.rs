@@ -253,9 +253,18 @@ pub enum Event {
     /// leaves out because they cannot be read although they are there: what is known of them stands.
     UnreadableServices(BTreeSet<ServiceKey>),
     UnreadableSlices(BTreeMap<(Arc<str>, Arc<str>), Option<ServiceKey>>),
-    /// What is wrong with the source itself, or with objects that it does not hand on: place (a file and line, an object) → what was left out. Replaces what was said before.
-    /// It touches no Service; it is for the status table.
-    Problems(BTreeMap<String, Vec<String>>),
+    /// What is wrong with a source itself, or with objects that it does not hand on: place (a file and line, an object) → what was
+    /// left out. Replaces what the same teller said before. It touches no Service; it is for the status table.
+    Problems(Teller, BTreeMap<String, Vec<String>>),
+}
+
+/// Who tells of problems.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub enum Teller {
+    /// Of Services, EndpointSlices and the own Node.
+    Source,
+    /// Who watches the node's devices and addresses.
+    Devices,
 }
 
 /// Where the agent gets its objects from, and whether it still does.

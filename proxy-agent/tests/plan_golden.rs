@@ -35,7 +35,7 @@ async fn plan(dir: &Path, node: &str) -> String {
     let mut planner = Planner::new(Defaults::default());
     let mut text = Dump(planner.full(index.snapshot())).to_string();
     let mut problems = planner.problems();
-    problems.extend(index.problems().clone());
+    problems.extend(index.problems());
     for (object, problems) in problems {
         for problem in problems {
             writeln!(text, "problem {object}: {problem}").unwrap();

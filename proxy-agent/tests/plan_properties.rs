@@ -37,7 +37,7 @@ impl Naive {
                 self.services.clear();
                 list.into_iter().for_each(|service| self.apply(Event::Service(service)));
             }
-            Event::Problems(_) | Event::UnreadableServices(_) | Event::UnreadableSlices(_) => {}
+            Event::Problems(..) | Event::UnreadableServices(_) | Event::UnreadableSlices(_) => {}
             Event::Slices(list) => {
                 self.slices.clear();
                 list.into_iter().for_each(|slice| self.apply(Event::Slice(slice)));

@@ -16,7 +16,7 @@ use proxy_agent::{
         memory::{Kernel, Lack, Memory},
     },
     desired::{Device, DeviceRole, Devices, Frontend},
-    model::{EndpointSlice, Event, Protocol, Service, SourceState, index::Index},
+    model::{EndpointSlice, Event, Protocol, Service, SourceState, Teller, index::Index},
     plan::{Defaults, Planner},
     serve::health::judge,
     status::{FrontendState, Status},
@@ -467,11 +467,11 @@ async fn whatever_call_hangs_livez_says_so() {
 #[tokio::test]
 async fn what_the_source_reports_and_what_conflicts_is_published() {
     let mut world = World::started(Kernel::default(), quick(), three()).await;
-    world.send(Event::Problems([("web.yaml:3".to_owned(), vec!["not YAML".to_owned()])].into())).await;
+    world.send(Event::Problems(Teller::Source, [("web.yaml:3".to_owned(), vec!["not YAML".to_owned()])].into())).await;
     world.send(web("10.96.0.1", "z")).await;
     let status = world.wait("both", |status| status.problems.len() == 2).await;
     assert!(status.problems["Service default/z"][0].contains("already used by default/a:http"));
-    world.send(Event::Problems([].into())).await;
+    world.send(Event::Problems(Teller::Source, [].into())).await;
     world.wait("one", |status| status.problems.len() == 1).await;
     world.stop().await;
 }

@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{EndpointSlice, Event, NodeFacts, Service, ServiceKey, Snapshot};
+use super::{EndpointSlice, Event, NodeFacts, Service, ServiceKey, Snapshot, Teller};
 
 type SliceKey = (Arc<str>, Arc<str>);
 
@@ -54,7 +54,7 @@ pub struct Index {
     /// There, but unreadable for as long as this source has been heard: nothing is known of them.
     unknown_services: BTreeSet<ServiceKey>,
     unknown_slices: BTreeMap<SliceKey, Option<ServiceKey>>,
-    problems: BTreeMap<String, Vec<String>>,
+    problems: BTreeMap<Teller, BTreeMap<String, Vec<String>>>,
 }
 
 impl Index {
@@ -67,9 +67,9 @@ impl Index {
         self.endpoints
     }
 
-    /// What the source could not read at all: object or file → what was wrong.
-    pub fn problems(&self) -> &BTreeMap<String, Vec<String>> {
-        &self.problems
+    /// What sources could not read at all: object or file → what was wrong.
+    pub fn problems(&self) -> BTreeMap<String, Vec<String>> {
+        self.problems.values().flatten().map(|(place, problems)| (place.clone(), problems.clone())).collect()
     }
 
     /// Services of which not all is known, as they or slices of theirs cannot be read and never could. What an earlier run left in
@@ -100,7 +100,7 @@ impl Index {
             Event::Slices(list) => self.relist_slices(list, touched),
             Event::UnreadableServices(keys) => self.unreadable_services = keys,
             Event::UnreadableSlices(keys) => self.unreadable_slices = keys,
-            Event::Problems(problems) => self.problems = problems,
+            Event::Problems(teller, problems) => drop(self.problems.insert(teller, problems)),
         }
     }
 

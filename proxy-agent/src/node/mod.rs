@@ -2,10 +2,12 @@
 //!
 //! Level-triggered like everything else: an event only says that something changed. What is queued is taken together, links,
 //! addresses and default routes are listed again, and the whole is classified anew. So a lost event (the kernel says when its
-//! buffer ran over) costs another listing and nothing more.
+//! buffer ran over) costs another listing and nothing more. Neither does a listing that fails, or a stream that ends, cost more than
+//! a pause: what was seen last stands, a problem says so, and all of it begins anew.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    convert::Infallible,
     io,
     net::IpAddr,
     sync::Arc,
@@ -20,12 +22,15 @@ use netlink_packet_route::{
     route::{RouteAttribute, RouteMessage, RouteType},
 };
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
-use tokio::sync::{mpsc, watch};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinHandle,
+};
 use tokio_util::sync::CancellationToken;
 
 use crate::{
     desired::Devices,
-    model::{Event, NodeFacts},
+    model::{Event, NodeFacts, Teller},
 };
 
 pub mod classify;
@@ -35,6 +40,11 @@ use classify::{Address, Link, classify, own_addresses, route_devices};
 
 /// How long events are gathered: a pod's link makes half a dozen of them.
 const GATHER: Duration = Duration::from_millis(10);
+/// Between attempts to ask a kernel that does not answer; doubled from the first to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// The place of problems.
+const DEVICES: &str = "network devices";
 
 #[derive(Clone, Debug, Default)]
 pub struct Options {
@@ -67,37 +77,108 @@ struct Dirty {
 /// Devices not before: roles depend on the node's addresses, and a pod taken for the outside world is masqueraded.
 pub async fn run(
     options: Options,
-    mut facts: watch::Receiver<Option<Arc<NodeFacts>>>,
+    facts: watch::Receiver<Option<Arc<NodeFacts>>>,
     events: mpsc::Sender<Event>,
     devices: watch::Sender<Devices>,
     cancel: CancellationToken,
 ) -> Result<(), NodeError> {
-    let (connection, handle, mut heard) = new_multicast_connection(&[
-        MulticastGroup::Link,
-        MulticastGroup::Ipv4Ifaddr,
-        MulticastGroup::Ipv6Ifaddr,
-        MulticastGroup::Ipv4Route,
-        MulticastGroup::Ipv6Route,
-    ])
-    .map_err(NodeError::Open)?;
-    let connection = tokio::spawn(connection);
-    let watched = async {
-        let mut view = View { handle, routes: BTreeSet::new(), addresses: None };
-        view.tell_addresses(&events).await?;
+    let watcher =
+        Watcher { options, facts, events, devices, pause: FIRST_PAUSE, routes: BTreeSet::new(), addresses: None };
+    tokio::select! {
+        () = cancel.cancelled() => Ok(()),
+        error = watcher.watch() => Err(error),
+    }
+}
+
+/// A connection to the kernel; closed with this value.
+struct Connection {
+    task: JoinHandle<()>,
+    handle: Handle,
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+struct Watcher {
+    options: Options,
+    facts: watch::Receiver<Option<Arc<NodeFacts>>>,
+    events: mpsc::Sender<Event>,
+    devices: watch::Sender<Devices>,
+    /// How long to wait after the next failure.
+    pause: Duration,
+    /// Devices with a default route, as last listed.
+    routes: BTreeSet<u32>,
+    /// The node's own, as last told.
+    addresses: Option<BTreeSet<IpAddr>>,
+}
+
+impl Watcher {
+    /// Returns only if the kernel cannot be asked at all.
+    async fn watch(mut self) -> NodeError {
+        let mut opened = false;
+        loop {
+            let error = match self.follow(&mut opened).await {
+                Err(error) if !opened => return error,
+                Err(error) => error,
+                Ok(never) => match never {},
+            };
+            tracing::warn!(%error, again = ?self.pause, "the node's devices and addresses are as they were seen last");
+            let problem = format!("{error}; what was seen last stands, and it is tried again");
+            self.tell(Event::Problems(Teller::Devices, [(DEVICES.to_owned(), vec![problem])].into())).await;
+            tokio::time::sleep(self.pause).await;
+            self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// Whatever was listed is whole and told.
+    async fn all_is_well(&mut self) {
+        if std::mem::replace(&mut self.pause, FIRST_PAUSE) != FIRST_PAUSE {
+            self.tell(Event::Problems(Teller::Devices, BTreeMap::new())).await;
+        }
+    }
+
+    async fn tell(&self, event: Event) {
+        // Nobody listens any more: then the agent is ending.
+        let _ = self.events.send(event).await;
+    }
+
+    fn known(&mut self) -> Arc<NodeFacts> {
+        self.facts.borrow_and_update().clone().unwrap_or_default()
+    }
+
+    /// Lists all there is, and what changes, over a connection of its own.
+    async fn follow(&mut self, opened: &mut bool) -> Result<Infallible, NodeError> {
+        let (connection, handle, mut heard) = new_multicast_connection(&[
+            MulticastGroup::Link,
+            MulticastGroup::Ipv4Ifaddr,
+            MulticastGroup::Ipv6Ifaddr,
+            MulticastGroup::Ipv4Route,
+            MulticastGroup::Ipv6Route,
+        ])
+        .map_err(NodeError::Open)?;
+        *opened = true;
+        let connection = Connection { task: tokio::spawn(connection), handle };
+        let handle = &connection.handle;
+        self.tell_addresses(handle).await?;
         // If nobody is left who could tell, what the devices themselves say has to do.
-        let _ = facts.wait_for(Option::is_some).await;
-        let known = facts.borrow_and_update().clone().unwrap_or_default();
-        let mut published = view.list(&options, &known, true, &events).await?;
-        devices.send_replace(published.clone());
+        let _ = self.facts.wait_for(Option::is_some).await;
+        let known = self.known();
+        let mut published = self.list(handle, &known, true).await?;
+        // Even if it is what was told before: of what happened meanwhile nothing was heard.
+        self.devices.send_replace(published.clone());
+        self.all_is_well().await;
         loop {
             let mut dirty = Dirty::default();
             tokio::select! {
                 first = heard.next() => {
                     let (first, _) = first.ok_or(NodeError::Ended)?;
-                    view.note(first.payload, &published, &mut dirty);
+                    self.note(first.payload, &published, &mut dirty);
                 }
                 // Nobody will tell any more: what is known stays.
-                Ok(()) = facts.changed() => dirty.any = true,
+                Ok(()) = self.facts.changed() => dirty.any = true,
             }
             if !dirty.any {
                 continue;
@@ -109,36 +190,20 @@ pub async fn run(
                     () = &mut gathered => break,
                     event = heard.next() => {
                         let (event, _) = event.ok_or(NodeError::Ended)?;
-                        view.note(event.payload, &published, &mut dirty);
+                        self.note(event.payload, &published, &mut dirty);
                     }
                 }
             }
-            let known = facts.borrow_and_update().clone().unwrap_or_default();
-            let now = view.list(&options, &known, dirty.routes, &events).await?;
+            let known = self.known();
+            let now = self.list(handle, &known, dirty.routes).await?;
             if now != published || dirty.gone {
                 tracing::info!(devices = now.len(), "devices changed");
-                devices.send_replace(now.clone());
+                self.devices.send_replace(now.clone());
                 published = now;
             }
         }
-    };
-    let result = tokio::select! {
-        () = cancel.cancelled() => Ok(()),
-        result = watched => result,
-    };
-    connection.abort();
-    result
-}
+    }
 
-struct View {
-    handle: Handle,
-    /// Devices with a default route, as last listed.
-    routes: BTreeSet<u32>,
-    /// The node's own, as last told.
-    addresses: Option<BTreeSet<IpAddr>>,
-}
-
-impl View {
     fn note(
         &self,
         payload: rtnetlink::packet_core::NetlinkPayload<RouteNetlinkMessage>,
@@ -176,13 +241,13 @@ impl View {
     }
 
     /// Lists links with their addresses, and tells the addresses if they are other ones than before.
-    async fn tell_addresses(&mut self, events: &mpsc::Sender<Event>) -> Result<BTreeMap<u32, Link>, NodeError> {
+    async fn tell_addresses(&mut self, handle: &Handle) -> Result<BTreeMap<u32, Link>, NodeError> {
         let mut links = BTreeMap::new();
-        let mut listed = self.handle.link().get().execute();
+        let mut listed = handle.link().get().execute();
         while let Some(message) = listed.try_next().await.map_err(failed("network devices"))? {
             links.insert(message.header.index, link_of(message));
         }
-        let mut addresses = self.handle.address().get().execute();
+        let mut addresses = handle.address().get().execute();
         while let Some(message) = addresses.try_next().await.map_err(failed("addresses"))? {
             if let Some(link) = links.get_mut(&message.header.index) {
                 link.addresses.extend(address_of(&message));
@@ -191,23 +256,16 @@ impl View {
         let own = own_addresses(&links);
         if self.addresses.as_ref() != Some(&own) {
             tracing::info!(addresses = own.len(), "the node's addresses");
-            // Nobody listens any more: then the agent is ending.
-            let _ = events.send(Event::Addresses(own.clone())).await;
+            self.tell(Event::Addresses(own.clone())).await;
             self.addresses = Some(own);
         }
         Ok(links)
     }
 
-    async fn list(
-        &mut self,
-        options: &Options,
-        facts: &NodeFacts,
-        routes: bool,
-        events: &mpsc::Sender<Event>,
-    ) -> Result<Devices, NodeError> {
-        let mut links = self.tell_addresses(events).await?;
+    async fn list(&mut self, handle: &Handle, facts: &NodeFacts, routes: bool) -> Result<Devices, NodeError> {
+        let mut links = self.tell_addresses(handle).await?;
         if routes {
-            self.routes = self.list_routes().await?;
+            self.routes = list_routes(handle).await?;
         }
         for index in &self.routes {
             if let Some(link) = links.get_mut(index) {
@@ -215,24 +273,23 @@ impl View {
             }
         }
         self.routes = route_devices(&links);
-        let Options { patterns } = options;
-        Ok(classify(&links, facts, patterns))
+        Ok(classify(&links, facts, &self.options.patterns))
     }
+}
 
-    async fn list_routes(&self) -> Result<BTreeSet<u32>, NodeError> {
-        let mut found = BTreeSet::new();
-        let v4 = RouteMessageBuilder::<std::net::Ipv4Addr>::new().build();
-        let v6 = RouteMessageBuilder::<std::net::Ipv6Addr>::new().build();
-        for family in [v4, v6] {
-            let mut listed = self.handle.route().get(family).execute();
-            while let Some(route) = listed.try_next().await.map_err(failed("routes"))? {
-                if is_default(&route) {
-                    found.extend(outputs(&route));
-                }
+async fn list_routes(handle: &Handle) -> Result<BTreeSet<u32>, NodeError> {
+    let mut found = BTreeSet::new();
+    let v4 = RouteMessageBuilder::<std::net::Ipv4Addr>::new().build();
+    let v6 = RouteMessageBuilder::<std::net::Ipv6Addr>::new().build();
+    for family in [v4, v6] {
+        let mut listed = handle.route().get(family).execute();
+        while let Some(route) = listed.try_next().await.map_err(failed("routes"))? {
+            if is_default(&route) {
+                found.extend(outputs(&route));
             }
         }
-        Ok(found)
     }
+    Ok(found)
 }
 
 fn failed(what: &'static str) -> impl FnOnce(rtnetlink::Error) -> NodeError {

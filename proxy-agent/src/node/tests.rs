@@ -38,6 +38,47 @@ async fn own(told: &mut mpsc::Receiver<Event>, wanted: &str) {
     assert_eq!(found.ok(), Some(true), "{last:?} is not {wanted:?}");
 }
 
+/// The problems that are told next.
+async fn problems(told: &mut mpsc::Receiver<Event>) -> BTreeMap<String, Vec<String>> {
+    let heard = async {
+        loop {
+            if let Event::Problems(Teller::Devices, problems) = told.recv().await.unwrap() {
+                return problems;
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(5), heard).await.expect("nothing is told of problems")
+}
+
+/// An option of a socket that is a plain number; `None` if this is no socket.
+fn option<T: Default>(fd: i32, name: i32) -> Option<T> {
+    let (mut value, mut len) = (T::default(), size_of::<T>() as libc::socklen_t);
+    // SAFETY: `value` has room for the `len` bytes that the kernel may write; a descriptor that is none fails.
+    let result = unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, name, (&raw mut value).cast(), &raw mut len) };
+    (result == 0).then_some(value)
+}
+
+/// Puts something that answers nothing in the place of this namespace's netlink sockets; how many.
+fn break_netlink() -> usize {
+    const SO_NETNS_COOKIE: i32 = 71;
+    let probe = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let own: Option<u64> = option(std::os::fd::AsRawFd::as_raw_fd(&probe), SO_NETNS_COOKIE);
+    let null = std::fs::File::open("/dev/null").unwrap();
+    let fds: Vec<i32> = std::fs::read_dir("/proc/self/fd")
+        .unwrap()
+        .filter_map(|entry| entry.unwrap().file_name().to_str()?.parse().ok())
+        .collect();
+    let netlink = fds
+        .into_iter()
+        .filter(|fd| option(*fd, libc::SO_DOMAIN) == Some(libc::AF_NETLINK) && option(*fd, SO_NETNS_COOKIE) == own);
+    netlink
+        .map(|fd| {
+            // SAFETY: both descriptors are open; who owns `fd` closes whatever it names.
+            assert_eq!(unsafe { libc::dup2(std::os::fd::AsRawFd::as_raw_fd(&null), fd) }, fd);
+        })
+        .count()
+}
+
 fn roles(devices: &Devices) -> Vec<(String, DeviceRole)> {
     devices.values().map(|d| (d.name.clone(), d.role)).collect()
 }
@@ -151,6 +192,19 @@ fn devices_are_followed_as_they_come_and_go() {
         until(&mut devices, "route", |d| d.values().any(|d| d.name == "wan" && d.role == DeviceRole::Outward)).await;
         sh("ip link del pod9");
         until(&mut devices, "gone", |d| !d.contains_key(&900)).await;
+
+        // The kernel does not answer any more: what was seen last stands, and a new connection takes over.
+        let before = devices.borrow_and_update().clone();
+        assert_eq!(break_netlink(), 1);
+        known.send_replace(Some(Arc::new(NodeFacts { zone: Some("z".into()), ..Default::default() })));
+        let said = problems(&mut told).await;
+        assert!(said["network devices"][0].contains("tried again"), "{said:?}");
+        assert!(!devices.has_changed().unwrap() && *devices.borrow() == before);
+        sh(&format!("ip link add pod2 index 902 type veth peer name eth1 netns {}", pod.0.id()));
+        assert!(problems(&mut told).await.is_empty());
+        until(&mut devices, "seen anew", |d| d.contains_key(&902)).await;
+        sh("ip link del pod2");
+        until(&mut devices, "followed again", |d| !d.contains_key(&902)).await;
 
         cancel.cancel();
         running.await.unwrap().unwrap();

@@ -145,7 +145,7 @@ impl Engine {
 
     fn take(&mut self, event: Event) {
         let before = (self.touched.service_changes, self.touched.slice_changes);
-        let is_report = matches!(event, Event::Problems(_));
+        let is_report = matches!(event, Event::Problems(..));
         let is_node = matches!(event, Event::Node(_));
         self.index.apply(event, &mut self.touched);
         let services = self.touched.service_changes - before.0;
@@ -525,7 +525,7 @@ impl Engine {
         if self.problems_seen != Some(self.planner.problems_version()) {
             self.problems_seen = Some(self.planner.problems_version());
             let mut problems = self.planner.problems();
-            problems.extend(self.index.problems().clone());
+            problems.extend(self.index.problems());
             problems.extend(self.complaints.iter().map(|(object, text)| (object.clone(), vec![text.clone()])));
             self.table.edit().problems = Arc::new(problems);
         }

@@ -32,7 +32,7 @@ use self::{
     parse::{Line, Object, Parsed},
 };
 use super::{SourceError, convert::Names};
-use crate::model::{EndpointSlice, Event, NodeFacts, Service, ServiceKey, SourceState};
+use crate::model::{EndpointSlice, Event, NodeFacts, Service, ServiceKey, SourceState, Teller};
 
 /// How often the tree is looked at, come a notification or not. Changes are promised within a second.
 const LOOK: Duration = Duration::from_millis(500);
@@ -482,7 +482,7 @@ fn first(now: &World) -> Vec<Event> {
     }
     events.push(Event::Services(services.values().cloned().collect()));
     if !problems.is_empty() {
-        events.push(Event::Problems(problems.clone()));
+        events.push(Event::Problems(Teller::Source, problems.clone()));
     }
     events
 }
@@ -507,7 +507,7 @@ fn changes(before: &World, now: &World) -> Vec<Event> {
         gone.map(|(namespace, name)| Event::SliceGone { namespace: Arc::clone(namespace), name: Arc::clone(name) }),
     );
     if before.problems != now.problems {
-        events.push(Event::Problems(now.problems.clone()));
+        events.push(Event::Problems(Teller::Source, now.problems.clone()));
     }
     events
 }

@@ -35,7 +35,9 @@ fn words(events: &[Event]) -> Vec<String> {
             }
             Event::UnreadableSlices(keys) => format!("unreadable slices {keys:?}"),
             Event::Addresses(_) => unreachable!("files know no addresses"),
-            Event::Problems(problems) => format!("problems {}", problems.keys().cloned().collect::<Vec<_>>().join(" ")),
+            Event::Problems(_, problems) => {
+                format!("problems {}", problems.keys().cloned().collect::<Vec<_>>().join(" "))
+            }
         })
         .collect()
 }

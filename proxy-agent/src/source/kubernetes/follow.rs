@@ -33,7 +33,10 @@ use super::{
     kinds::{Kind, Selectors},
     remarks::Remarks,
 };
-use crate::{model::Event, source::api};
+use crate::{
+    model::{Event, Teller},
+    source::api,
+};
 
 /// A page of a list, whole.
 const PAGE: Duration = Duration::from_secs(45);
@@ -308,7 +311,7 @@ impl Follower {
             board::Kind::Node => node,
         } = news;
         let all = problems.iter().flatten().map(|(object, why)| (object.clone(), why.clone())).collect();
-        self.send(Some(Event::Problems(all))).await
+        self.send(Some(Event::Problems(Teller::Source, all))).await
     }
 
     async fn send(&self, event: Option<Event>) -> Result<(), Trouble> {

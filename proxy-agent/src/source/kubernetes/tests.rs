@@ -289,7 +289,7 @@ async fn an_object_that_cannot_be_read_costs_itself_alone() {
         let event = event.unwrap_or_else(|_| panic!("no more after {seen:?}")).unwrap();
         index.apply(event, &mut crate::model::index::Touched::default());
         let services: Vec<&str> = index.snapshot().services.keys().map(|key| &*key.name).collect();
-        let problems: Vec<&str> = index.problems().keys().map(|place| &**place).collect();
+        let problems: Vec<String> = index.problems().into_keys().collect();
         let now = format!("{} | {}", services.join(" "), problems.join(", "));
         if seen.last() != Some(&now) {
             seen.push(now);
