@@ -3,7 +3,10 @@
 //! Programs see sockets by their process's cgroup, and processes choose addresses by their network namespace; so each test
 //! runs itself again as a child inside a cgroup and a namespace of its own. Needs root and the object; else it is skipped.
 
+#[path = "../support/mod.rs"]
 mod support;
+
+mod affinity;
 
 use std::{
     env, fs,
