@@ -712,6 +712,103 @@ fn counters_of_a_removed_service_stay_behind_a_change_of_sizes() {
     assert_eq!(counted, left.into_keys().collect());
 }
 
+/// Contract A102; and what the readers show of it.
+#[test]
+fn clients_of_session_affinity_outlive_the_agent_and_not_their_service() {
+    use proxy_agent::dataplane::ebpf::read::AffinityClient;
+    use proxy_common::{
+        Address, Be16, Ipv4Be, Ipv6Be,
+        affinity::{AffinityKey, AffinityValue},
+    };
+
+    let Some(mut world) = World::new("affinity") else { return };
+    let sticky = |count: u8| {
+        let mut state = state(count);
+        for spec in state.frontends.values_mut() {
+            *spec = Arc::new(FrontendSpec { affinity_secs: Some(1000), ..(**spec).clone() });
+        }
+        state
+    };
+    let devices = devices();
+    start(&mut world.open(), &sticky(3), &devices);
+    let ids: BTreeMap<String, u32> = world.pins().names().unwrap().into_iter().map(|(id, name)| (name, id)).collect();
+    let id = |n: u8| ids[&format!("default/web{n}:http")];
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic).tv_sec as u32;
+    let pinned = |map: &str| world.options.bpffs.join("v1/maps").join(map);
+    let mut v4: aya::maps::HashMap<_, AffinityKey, AffinityValue<Ipv4Be>> =
+        aya::maps::Map::LruHashMap(aya::maps::MapData::from_pin(pinned("affinity_v4")).unwrap()).try_into().unwrap();
+    let mut v6: aya::maps::HashMap<_, AffinityKey, AffinityValue<Ipv6Be>> =
+        aya::maps::Map::LruHashMap(aya::maps::MapData::from_pin(pinned("affinity_v6")).unwrap()).try_into().unwrap();
+    let backend = |n: u8| spec(n, false, 1..4).all[0];
+    let entry = |n: u8, age: u32| AffinityValue {
+        addr: Ipv4Be::from_ip(backend(n).addr).unwrap(),
+        port: Be16::from_host(8080),
+        seen: now - age,
+        ..Default::default()
+    };
+    let client = |n: u8| Ipv4Be::from_octets([192, 0, 2, n]);
+    for (key, value) in [
+        (AffinityKey::of_address(client(1), id(1)), entry(1, 500)),
+        (AffinityKey::of_netns(4711, id(2)), entry(2, 10)),
+        (AffinityKey::of_address(client(3), id(3)), entry(3, 10)),
+        // Its time is over.
+        (AffinityKey::of_address(client(4), id(1)), entry(1, 2000)),
+        // Nobody's.
+        (AffinityKey::of_address(client(5), 200), entry(1, 10)),
+    ] {
+        v4.insert(key, value.sealed(&key), 0).unwrap();
+    }
+    let key = AffinityKey::of_address(Ipv6Be([1, 2, 3, 4]), id(1));
+    let addr = Ipv6Be::from_ip(spec(1, true, 1..4).all[1].addr).unwrap();
+    v6.insert(
+        key,
+        AffinityValue { addr, port: Be16::from_host(8080), seen: now, ..Default::default() }.sealed(&key),
+        0,
+    )
+    .unwrap();
+
+    let held = |world: &World| -> BTreeSet<(String, String, String)> {
+        let rows = world.pins().affinities().unwrap();
+        let of = |client: AffinityClient| match client {
+            AffinityClient::Address(address) => address.to_string(),
+            AffinityClient::Netns(cookie) => format!("netns {cookie}"),
+        };
+        rows.into_iter().map(|row| (row.service, of(row.client), row.backend.to_string())).collect()
+    };
+    let rows = |of: &[(&str, &str, &str)]| -> BTreeSet<(String, String, String)> {
+        of.iter().map(|(a, b, c)| ((*a).to_owned(), (*b).to_owned(), (*c).to_owned())).collect()
+    };
+    assert_eq!(held(&world).len(), 6);
+    let age = world.pins().affinities().unwrap().iter().find(|row| row.service_id == id(3)).map(|row| row.age_secs);
+    assert!(age.is_some_and(|age| (10..60).contains(&age)), "{age:?}");
+
+    // A restart forgets nobody but those whose time is over and those of nobody.
+    let mut ebpf = world.open();
+    start(&mut ebpf, &sticky(3), &devices);
+    ebpf.tick();
+    let [first, second, third] = [
+        ("default/web1:http", "192.0.2.1", "10.1.0.1:8080"),
+        ("default/web2:http", "netns 4711", "10.2.0.1:8080"),
+        ("default/web3:http", "192.0.2.3", "10.3.0.1:8080"),
+    ];
+    let v6_row = held(&world).into_iter().find(|row| row.1.contains(':')).unwrap();
+    assert_eq!((v6_row.0.as_str(), v6_row.2.as_str()), ("default/web1:http", "[fd00:1::2]:8080"));
+    let v4_rows =
+        |world: &World| -> BTreeSet<_> { held(world).into_iter().filter(|row| !row.1.contains(':')).collect() };
+    assert_eq!(v4_rows(&world), rows(&[first, second, third]));
+
+    // Nor does a change of the maps' size.
+    drop(ebpf);
+    world.options.sizes.affinity = 512;
+    start(&mut world.open(), &sticky(3), &devices);
+    assert_eq!(v4_rows(&world), rows(&[first, second, third]));
+
+    // A Service that goes takes its clients along, at the latest with the next start.
+    start(&mut world.open(), &sticky(2), &devices);
+    start(&mut world.open(), &sticky(2), &devices);
+    assert_eq!(v4_rows(&world), rows(&[first, second]));
+}
+
 #[test]
 fn teardown_leaves_nothing() {
     let Some(world) = World::new("teardown") else { return };

@@ -341,6 +341,8 @@ impl<S: Store> Table<S> {
         let strays6 = v6.adopt(store, services, &names, rest, now)?;
         services.adopted(names.keys().copied().filter(|id| *id < MAX_ID), now);
         let known: HashSet<u32> = services.iter().map(|(id, _)| id).collect();
+        // The highest ids may be given again at once, if nothing tells that they were in use: who took one over would inherit its clients.
+        store.prune_affinity(&|id, _| !known.contains(&id))?;
         *adopted = true;
         Ok(Strays { v4: strays4, v6: strays6, names: names.into_keys().filter(|id| !known.contains(id)).collect() })
     }

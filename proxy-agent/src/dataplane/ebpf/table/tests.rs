@@ -615,6 +615,41 @@ fn clients_are_forgotten_with_their_time_and_their_service() {
     assert_eq!(table.store().names.keys().collect::<Vec<_>>(), [&1]);
 }
 
+/// An id that was freed just before the agent ended leaves no trace but its clients.
+#[test]
+fn clients_outlive_a_restart_but_not_their_service() {
+    let sticky = |state: DesiredState| {
+        let mut state = state;
+        for spec in state.frontends.values_mut() {
+            *spec = Arc::new(FrontendSpec { affinity_secs: Some(100), ..(**spec).clone() });
+        }
+        state
+    };
+    let both = sticky(desired(&example().0));
+    let mut table = fresh();
+    table.resync(&both, NOW);
+    let names = table.store().names.clone();
+    let (one, last) = (*names.keys().next().unwrap(), *names.keys().next_back().unwrap());
+    assert!(one < last);
+    let gone = &names[&last];
+    let mut without = both.clone();
+    without.frontends.retain(|_, spec| ServiceName::new(&spec.service.to_string()) != *gone);
+    table.resync(&without, NOW);
+    table.store_mut().affinity = vec![(one, 999), (last, 999)];
+    let mut table = reopen(&table);
+    // Another Service, in the same breath.
+    let mut other = both.clone();
+    for spec in other.frontends.values_mut().filter(|spec| ServiceName::new(&spec.service.to_string()) == *gone) {
+        let mut service = spec.service.clone();
+        service.port = "another".into();
+        *spec = Arc::new(FrontendSpec { service, ..(**spec).clone() });
+    }
+    table.resync(&other, NOW);
+    assert!(table.store().names.contains_key(&last), "the id is in use again");
+    table.tick(NOW, 1000);
+    assert_eq!(table.store().affinity, [(one, 999)]);
+}
+
 #[test]
 fn tampering_is_seen_and_repaired() {
     let (a, _) = example();
