@@ -9,11 +9,7 @@ const DOCUMENT: &str = include_str!("../../../docs/conformance.md");
 
 /// What is being built: failing there is a skip, and is said.
 const NOT_YET: &[(&str, &str, &str)] = &[
-    ("ebpf", " lb v", "source ranges are not enforced yet"),
-    ("ebpf", "A103", "flows of removed backends: not examined here yet since they are ended"),
-    ("ebpf", "ranged", "source ranges are not enforced yet"),
     ("ebpf", "no detector", "there is no option yet that turns local detection off"),
-    ("ebpf", "sticky", "session affinity is not there yet"),
     ("ebpf", "A111", "health-check node ports are not there yet"),
 ];
 

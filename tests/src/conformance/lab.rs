@@ -32,6 +32,11 @@ const ANSWER: u64 = 4000;
 /// With two backends one is missed once in a million times.
 const TRIES: u32 = 20;
 
+/// Source ports of datagrams: within the range that masquerading takes its own from, so that it may keep them; and for the node's own
+/// sockets outside of it, as the kernel chooses them.
+const PORTS: u32 = 2_000;
+const NODE_PORTS: u32 = 33_000;
+
 /// Fields are dropped in this order: nothing may run in the namespaces that the world removes.
 pub struct Lab {
     proxies: Vec<KubeProxy>,
@@ -194,7 +199,8 @@ impl Lab {
             .spawn()
             .context("start testpod")?;
         if let Some(mut stdin) = child.stdin.take() {
-            let questions: Vec<Question> = questions.iter().map(with_ports).collect();
+            let first = if place.is_node() { NODE_PORTS } else { PORTS };
+            let questions: Vec<Question> = questions.iter().map(|question| with_ports(question, first)).collect();
             stdin.write_all(&serde_json::to_vec(&questions)?)?;
         }
         let done = child.wait_with_output()?;
@@ -304,12 +310,12 @@ pub fn question(to: SocketAddr, transport: Transport, count: u32, timeout: u64) 
     Question { to, transport, count, timeout, source_port: None }
 }
 
-/// A UDP flow outlives its socket: ports that another question just had would mix the two.
-fn with_ports(question: &Question) -> Question {
+/// A UDP flow outlives its socket: ports that another question just had would mix the two. Counted from `first`.
+fn with_ports(question: &Question, first: u32) -> Question {
     static NEXT: AtomicU32 = AtomicU32::new(0);
     let mut question = question.clone();
     if question.transport != Transport::Tcp {
-        question.source_port = u16::try_from(2_000 + NEXT.fetch_add(question.count, Ordering::Relaxed) % 25_000).ok();
+        question.source_port = u16::try_from(first + NEXT.fetch_add(question.count, Ordering::Relaxed) % 25_000).ok();
     }
     question
 }
