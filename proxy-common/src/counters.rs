@@ -70,10 +70,12 @@ pub enum Reason {
     Unserved = 20,
     /// A new flow from outside the ranges that its frontend may be asked from (contract A91); dropped.
     SourceRange = 21,
+    /// A packet that XDP sent on past the stack.
+    Bypassed = 22,
 }
 
 impl Reason {
-    pub const COUNT: usize = 22;
+    pub const COUNT: usize = 23;
 
     pub const ALL: [Self; Self::COUNT] = [
         Self::Rejected,
@@ -98,6 +100,7 @@ impl Reason {
         Self::RejectLimited,
         Self::Unserved,
         Self::SourceRange,
+        Self::Bypassed,
     ];
 
     /// Name in metrics and in the CLI.
@@ -125,6 +128,7 @@ impl Reason {
             Self::RejectLimited => "reject_limited",
             Self::Unserved => "unserved",
             Self::SourceRange => "source_range",
+            Self::Bypassed => "bypassed",
         }
     }
 

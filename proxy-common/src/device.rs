@@ -36,5 +36,21 @@ pub struct DeviceValue {
     pub netns: u16,
 }
 
+/// Value of `xdp_devices`; key: `u32` interface index. Written by the agent. What has no entry is not sent to by XDP.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct XdpDevice {
+    /// Its own: frames for other hosts are none of XDP's business. As halves, as they stand in the frame.
+    pub mac: [u16; 3],
+    /// [`xdp`].
+    pub flags: u16,
+}
+
+pub mod xdp {
+    /// Takes frames that came in by another device.
+    pub const SENDS: u16 = 1;
+}
+
 const _: () = assert!(size_of::<DeviceValue>() == 24);
-pod!(DeviceValue);
+const _: () = assert!(size_of::<XdpDevice>() == 8);
+pod!(DeviceValue, XdpDevice);

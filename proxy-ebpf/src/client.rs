@@ -44,12 +44,18 @@ impl<A: Family> Client<A> for ByNetns {
     }
 }
 
+/// Whether `addr` is in one of the service's source ranges.
+#[inline(always)]
+pub(crate) fn is_in_range<A: Family>(service: u32, addr: &A) -> bool {
+    let SourceRangeKey { prefix, range } = SourceRangeKey::host(service, *addr);
+    A::source_ranges().get(&Key::new(prefix, range)).is_some()
+}
+
 /// Whether the sender of a packet may open a flow: to a frontend with source ranges (`filtered`) if it is in one of them. Counts it either
 /// way. 0: it may not (contract A91).
 #[inline(never)]
 pub(crate) fn admit<A: Family>(service: u32, addr: &A, filtered: u32) -> u32 {
-    let SourceRangeKey { prefix, range } = SourceRangeKey::host(service, *addr);
-    if filtered != 0 && A::source_ranges().get(&Key::new(prefix, range)).is_none() {
+    if filtered != 0 && !is_in_range(service, addr) {
         count::reason(Reason::SourceRange);
         count::refused(service);
         return 0;

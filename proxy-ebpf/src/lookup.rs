@@ -85,8 +85,8 @@ pub(crate) fn guard<A: Family>(addr: A, origin: usize) -> Choice<A> {
     }
     match value.verdict(origin) & verdict::ACTION_MASK {
         verdict::PICK_ALL | verdict::PICK_LOCAL | verdict::PASS => Choice::Pass,
-        verdict::DROP => drop(value.service),
-        _ => refuse(value.service),
+        verdict::DROP => drop(value.service, true),
+        _ => refuse(value.service, true),
     }
 }
 
@@ -109,12 +109,14 @@ const NEXT_POSITION: u32 = 0x9e37_79b9;
 /// Picks a backend for a new connection from `origin`. Who takes it counts it ([`count::connection`]); who does not asks again with
 /// the next `attempt`, so that round robin and Maglev offer another one.
 ///
-/// `hash` is what Maglev goes by: of the client alone if it is asked with `true`, of the flow otherwise.
+/// `hash` is what Maglev goes by: of the client alone if it is asked with `true`, of the flow otherwise. Only who carries a refusal out
+/// `counts` it.
 #[inline(always)]
 pub(crate) fn choose<A: Family>(
     key: &FrontendKey<A>,
     origin: usize,
     attempt: u32,
+    counts: bool,
     hash: impl Fn(bool) -> u32,
 ) -> Choice<A> {
     // A slot re-used under our feet shows in its generation: the frontend has a new range by then, so look once more.
@@ -133,13 +135,13 @@ pub(crate) fn choose<A: Family>(
         let range = match word & verdict::ACTION_MASK {
             verdict::PICK_ALL => value.all(),
             verdict::PICK_LOCAL => value.local(),
-            verdict::DROP => return drop(value.service),
+            verdict::DROP => return drop(value.service, counts),
             verdict::PASS => return Choice::Pass,
-            _ => return refuse(value.service),
+            _ => return refuse(value.service, counts),
         };
         // Whoever asks, a filter or not (contract A89).
         if range.count == 0 {
-            return refuse(value.service);
+            return refuse(value.service, counts);
         }
         // The old range still: its bad slot is not worth another look.
         if looks > 1 && value.seal == stale {
@@ -176,16 +178,20 @@ pub(crate) fn choose<A: Family>(
 }
 
 #[inline(always)]
-fn drop<A>(service: u32) -> Choice<A> {
-    count::reason(Reason::PolicyDrop);
-    count::refused(service);
+fn drop<A>(service: u32, counts: bool) -> Choice<A> {
+    if counts {
+        count::reason(Reason::PolicyDrop);
+        count::refused(service);
+    }
     Choice::Drop { service }
 }
 
 #[inline(always)]
-fn refuse<A>(service: u32) -> Choice<A> {
+fn refuse<A>(service: u32, counts: bool) -> Choice<A> {
     // Whoever refuses counts the reason: a packet that cannot be told so counts under another one.
-    count::refused(service);
+    if counts {
+        count::refused(service);
+    }
     Choice::Refuse
 }
 

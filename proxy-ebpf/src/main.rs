@@ -21,6 +21,7 @@ mod maps;
 mod sealed;
 mod socket;
 mod tc;
+mod xdp;
 
 #[cfg(target_arch = "bpf")]
 #[panic_handler]

@@ -13,14 +13,17 @@ use proxy_common::{
     affinity::{AffinityKey, AffinityValue},
     connection::{ConnectionKey, ConnectionValue, FragmentKey, FragmentValue},
     counters::{Reason, ServiceCounters},
-    device::DeviceValue,
+    device::{DeviceValue, XdpDevice},
     frontend::{FrontendKey, FrontendValue},
     slot::{Slot, SlotV4, SlotV6, Target},
     socket::{DatagramKey, DatagramValue, PeerRecord},
     source_range::{SourceRange, SourceRangeValue},
 };
 
-use crate::client::{Client, Sticky};
+use crate::{
+    client::{Client, Sticky},
+    tc::source::Route,
+};
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
 const MMAPABLE: usize = BPF_F_MMAPABLE as usize;
@@ -105,6 +108,14 @@ pub(crate) static DEVICES: HashMap<u32, DeviceValue, 16_384, NO_PREALLOC> = Hash
 /// Interface index of a bridge's port → that of the bridge. Writer: agent. Full: packets masqueraded there get the device's address.
 #[btf_map(name = "bridges")]
 pub(crate) static BRIDGES: HashMap<u32, u32, 16_384, NO_PREALLOC> = HashMap::new();
+
+/// Interface index → where XDP may send to, and from where it takes frames. Writer: agent.
+#[btf_map(name = "xdp_devices")]
+pub(crate) static XDP_DEVICES: HashMap<u32, XdpDevice, 1_024, NO_PREALLOC> = HashMap::new();
+
+/// What the routing table is asked with by XDP, and its answer: of the packet, and of who sent it. Writer and reader: the program that runs on this CPU.
+#[btf_map(name = "routes")]
+pub(crate) static ROUTES: PerCpuArray<Route, 2> = PerCpuArray::new();
 
 /// Service id → counters. Writer: programs (entry appears with the first connection), agent deletes.
 #[btf_map(name = "service_counters")]

@@ -135,6 +135,7 @@ const fn meaning(reason: Reason) -> &'static str {
         Reason::Unserved => "to a VIP, by nobody translated, and about to leave the node",
         Reason::RejectLimited => "more refusals than are sent in a second; the packet was dropped silently",
         Reason::SourceRange => "a new flow from outside the ranges that its Service may be asked from",
+        Reason::Bypassed => "packets that XDP sent on past the stack",
         Reason::RemapExhausted => "no source port left for a flow whose reply tuple was taken",
     }
 }

@@ -18,3 +18,4 @@ mod refuse;
 mod source_ranges;
 mod table;
 mod world;
+mod xdp;

@@ -26,7 +26,7 @@ fn filtered(service: u32, cast: &Cast) -> Spec {
 }
 
 /// Enters a range, or takes it out.
-fn range(world: &mut World, service: u32, net: (IpAddr, u8), there: bool) {
+pub(crate) fn range(world: &mut World, service: u32, net: (IpAddr, u8), there: bool) {
     // The map library wants its own wrapper for a prefix; the bytes are the same.
     #[derive(Clone, Copy)]
     #[repr(transparent)]
@@ -52,7 +52,7 @@ fn range(world: &mut World, service: u32, net: (IpAddr, u8), there: bool) {
 }
 
 /// A network that the cast's client is in.
-fn around(cast: &Cast) -> (IpAddr, u8) {
+pub(crate) fn around(cast: &Cast) -> (IpAddr, u8) {
     if cast.v6 { ("fd00:244:1::".parse().unwrap(), 64) } else { ("10.244.1.0".parse().unwrap(), 24) }
 }
 

@@ -12,7 +12,7 @@ use std::{
 use aya::{
     EbpfLoader,
     maps::{HashMap, MapData, PerCpuHashMap},
-    programs::{SchedClassifier, TestRun as _, TestRunOptions},
+    programs::{Program, TestRun as _, TestRunOptions},
 };
 use proxy_common::{
     Address, Be16, Ipv4Be, Ipv6Be,
@@ -179,7 +179,7 @@ impl World {
         }
         let mut ebpf = loader.load(&object).unwrap();
         for name in ["tc_ingress_ether", "tc_egress_ether"] {
-            let program: &mut SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
+            let program: &mut aya::programs::SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
             program.load().unwrap_or_else(|e| panic!("{name}: {e:?}"));
         }
         let mut world = Self { datapath: Datapath::over(ebpf) };
@@ -273,14 +273,14 @@ impl World {
         frame: &[u8],
         ctx: Option<&[u8]>,
     ) -> Result<(i32, Vec<u8>), aya::programs::ProgramError> {
-        let program: &mut SchedClassifier = self.datapath.ebpf.program_mut(name).unwrap().try_into().unwrap();
         let mut out = vec![0; 9000];
-        let result = program.test_run(TestRunOptions {
-            data_in: Some(frame),
-            data_out: Some(&mut out),
-            ctx_in: ctx,
-            ..TestRunOptions::default()
-        })?;
+        let options =
+            TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ctx_in: ctx, ..TestRunOptions::default() };
+        let result = match self.datapath.ebpf.program_mut(name).unwrap() {
+            Program::SchedClassifier(program) => program.test_run(options)?,
+            Program::Xdp(program) => program.test_run(options)?,
+            _ => panic!("{name} takes no packets"),
+        };
         out.truncate(result.data_size_out as usize);
         Ok((result.return_value as i32, out))
     }

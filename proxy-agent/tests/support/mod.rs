@@ -196,6 +196,31 @@ impl Datapath {
         }
     }
 
+    /// Takes a guard out again.
+    pub(crate) fn unguard(&mut self, vip: IpAddr) {
+        match vip {
+            IpAddr::V4(_) => self.remove::<Ipv4Be>(None, vip, 0),
+            IpAddr::V6(_) => self.remove::<Ipv6Be>(None, vip, 0),
+        }
+    }
+
+    /// Takes a frontend out again.
+    pub(crate) fn forget(&mut self, vip: SocketAddr, proto: u8) {
+        match vip {
+            SocketAddr::V4(_) => self.remove::<Ipv4Be>(Some(vip.port()), vip.ip(), proto),
+            SocketAddr::V6(_) => self.remove::<Ipv6Be>(Some(vip.port()), vip.ip(), proto),
+        }
+    }
+
+    fn remove<A: Maps>(&mut self, port: Option<u16>, vip: IpAddr, proto: u8) {
+        let addr = A::from_ip(vip).unwrap();
+        let key = match port {
+            Some(port) => FrontendKey::new(addr, Be16::from_host(port), proto),
+            None => FrontendKey::guard(addr),
+        };
+        self.frontends::<A>().remove(&A::key(key)).unwrap();
+    }
+
     fn write<A: Maps>(&mut self, port: Option<u16>, vip: IpAddr, proto: u8, spec: &Spec) {
         let Spec { service, all, local, verdicts, algorithm, tables, affinity_secs, flags } = spec;
         let tables = *tables && *algorithm == algorithm::MAGLEV;

@@ -6,15 +6,15 @@
 
 mod direct;
 mod icmp;
-mod packet;
+pub(crate) mod packet;
 mod reject;
 mod reset;
-mod rewrite;
-mod source;
-mod table;
+pub(crate) mod rewrite;
+pub(crate) mod source;
+pub(crate) mod table;
 
 use aya_ebpf::{
-    EbpfContext as _,
+    EbpfContext,
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
     helpers::bpf_get_prandom_u32,
     macros::classifier,
@@ -42,9 +42,9 @@ use crate::{
     maps::{BRIDGES, DEVICES, Packet, Work, kind},
 };
 
-const ETHERNET: u32 = 14;
-const ETH_P_IP: u32 = (0x0800_u16).to_be() as u32;
-const ETH_P_IPV6: u32 = (0x86dd_u16).to_be() as u32;
+pub(crate) const ETHERNET: u32 = 14;
+pub(crate) const ETH_P_IP: u32 = (0x0800_u16).to_be() as u32;
+pub(crate) const ETH_P_IPV6: u32 = (0x86dd_u16).to_be() as u32;
 /// Source ports tried for a flow whose reply tuple is taken.
 const REMAP_TRIES: u32 = 4;
 /// Ports tried for a masqueraded flow before it counts as exhaustion.
@@ -259,16 +259,22 @@ fn stray<A: Header>(packet: &Packet<A>) -> i32 {
 /// asked where we would answer or translate: who passes other traffic on under such an address may have reasons to. 1: it does.
 #[inline(never)]
 fn is_martian<A: Header>(packet: &Packet<A>) -> u32 {
-    if !packet.src.is_loopback() && !lookup::is_guarded(packet.src) {
+    if may_ask(packet) {
         return 0;
     }
     count::reason(Reason::Martian);
     1
 }
 
+/// Whether the sender is one that may ask for an address of ours.
+#[inline(always)]
+pub(crate) fn may_ask<A: Header>(packet: &Packet<A>) -> bool {
+    !packet.src.is_loopback() && !lookup::is_guarded(packet.src)
+}
+
 /// Whether this packet starts a new flow where an old one has entries.
 #[inline(always)]
-fn reopens<A: Header>(
+pub(crate) fn reopens<A: Header>(
     key: &ConnectionKey<A>,
     packet: &Packet<A>,
     value: &ConnectionValue<A>,
@@ -294,7 +300,7 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
     let Some(Work { value, key: pair_key, found, sticky, picked, .. }) = Room::Enter.work::<A>() else {
         return TC_ACT_SHOT;
     };
-    let mut outcome = pick(packet, from, value, sticky);
+    let mut outcome = pick::<A, true>(packet, from, value, sticky);
     if outcome <= PICKED_REFUSAL && is_martian(packet) != 0 {
         return TC_ACT_SHOT;
     }
@@ -335,12 +341,16 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
         }
         _ => return TC_ACT_SHOT,
     }
-    enter(ctx, l3, packet, key, value, pair_key, found)
+    if enter(packet, key, value, pair_key, found) {
+        apply(ctx, l3, packet, End::Destination, value)
+    } else {
+        TC_ACT_SHOT
+    }
 }
 
-const PICKED: u32 = 0;
+pub(crate) const PICKED: u32 = 0;
 /// If the frontend may be asked from there.
-const PICKED_FILTERED: u32 = 1;
+pub(crate) const PICKED_FILTERED: u32 = 1;
 const PICKED_REFUSAL: u32 = 2;
 const PICKED_NOTHING: u32 = 3;
 const PICKED_DROP: u32 = 4;
@@ -348,7 +358,12 @@ const PICKED_DROP: u32 = 4;
 /// Chooses a backend and fills the flow's entry with it; whether the client may ask, and what session affinity makes of it, is the caller's:
 /// the stack has no room for everything at once.
 #[inline(never)]
-fn pick<A: Header>(packet: &Packet<A>, from: usize, value: &mut ConnectionValue<A>, sticky: &mut Sticky) -> u32 {
+pub(crate) fn pick<A: Header, const COUNTS: bool>(
+    packet: &Packet<A>,
+    from: usize,
+    value: &mut ConnectionValue<A>,
+    sticky: &mut Sticky,
+) -> u32 {
     let hash = |client| {
         if client {
             maglev::client(packet.src)
@@ -357,7 +372,7 @@ fn pick<A: Header>(packet: &Packet<A>, from: usize, value: &mut ConnectionValue<
             maglev::flow(src, Target { addr: packet.dst, port: packet.dport }, packet.proto)
         }
     };
-    match lookup::choose(&FrontendKey::new(packet.dst, packet.dport, packet.proto), from, 0, hash) {
+    match lookup::choose(&FrontendKey::new(packet.dst, packet.dport, packet.proto), from, 0, COUNTS, hash) {
         Choice::Backend { target, service, masquerade, sticky: wanted, filtered } => {
             *sticky = wanted;
             value.addr = target.addr;
@@ -374,18 +389,16 @@ fn pick<A: Header>(packet: &Packet<A>, from: usize, value: &mut ConnectionValue<
     }
 }
 
-/// Enters a flow under a reply tuple that nobody else has, with its own source port or with another one, and sends
-/// its packet on. `pair_key` and `found` are room.
+/// Enters a flow under a reply tuple that nobody else has, with its own source port or with another one. `pair_key` and `found` are
+/// room. If there is none, or no room for it, the packet is counted as lost.
 #[inline(always)]
-fn enter<A: Header>(
-    ctx: &TcContext,
-    l3: u32,
+pub(crate) fn enter<A: Header>(
     packet: &Packet<A>,
     key: &ConnectionKey<A>,
     value: &mut ConnectionValue<A>,
     pair_key: &mut ConnectionKey<A>,
     found: &mut ConnectionValue<A>,
-) -> i32 {
+) -> bool {
     let mut tries = 0;
     while tries < REMAP_TRIES {
         let mut again = false;
@@ -397,12 +410,12 @@ fn enter<A: Header>(
                     if value.other != packet.sport {
                         count::reason(Reason::PortRemapped);
                     }
-                    return apply(ctx, l3, packet, End::Destination, value);
+                    return true;
                 }
                 // Taken since we looked: look once more, it may be this very flow's, opened by another CPU.
                 Ok(false) if tries == 0 => again = true,
                 Ok(false) => {}
-                Err(()) => return TC_ACT_SHOT,
+                Err(()) => return false,
             }
         }
         tries += 1;
@@ -411,7 +424,7 @@ fn enter<A: Header>(
         }
     }
     count::reason(Reason::RemapExhausted);
-    TC_ACT_SHOT
+    false
 }
 
 /// Whether the reply tuple that `value` would lead to is nobody's, or that of a flow that is over.
@@ -496,49 +509,52 @@ fn egress<A: Header>(
 ) -> i32 {
     let Some(hit) = table::find(key, value) else { return leave(ctx, packet) };
     if value.flags & flags::PENDING != 0 {
-        return masquerade(ctx, l3, packet, key, value);
+        let skb = ctx.as_ptr().cast::<__sk_buff>();
+        // SAFETY: the context is live.
+        let ifindex = unsafe { (*skb).ifindex };
+        if masquerade(ctx, ifindex, key, value) == 0 {
+            return TC_ACT_SHOT;
+        }
+    } else {
+        hit.note(ctx, key, value, packet);
     }
-    hit.note(ctx, key, value, packet);
     apply(ctx, l3, packet, End::Source, value)
 }
 
 /// First packet of a flow to be masqueraded, now that its device is known: gives it an address and a port of the node; the port that it
-/// had before its entries were evicted, if the request names one and it is still to be had.
+/// had before its entries were evicted, if the request names one and it is still to be had. 1: what the request was in is the entry
+/// now. 0: the packet is lost, and counted.
 #[inline(never)]
-fn masquerade<A: Header>(
-    ctx: &TcContext,
-    l3: u32,
-    packet: &Packet<A>,
+pub(crate) fn masquerade<A: Header>(
+    ctx: &impl EbpfContext,
+    ifindex: u32,
     key: &ConnectionKey<A>,
-    request: &ConnectionValue<A>,
-) -> i32 {
-    let skb = ctx.as_ptr().cast::<__sk_buff>();
-    // SAFETY: the context is live.
-    let ifindex = unsafe { (*skb).ifindex };
+    request: &mut ConnectionValue<A>,
+) -> u32 {
     let Some(Work { value, key: reverse_key, spare_key, found: reverse, .. }) = Room::Masquerade.work::<A>() else {
-        return TC_ACT_SHOT;
+        return 0;
     };
     // SAFETY: copied at once; addresses of a device change rarely, and a torn one only costs this flow.
     value.addr = match unsafe { DEVICES.get(ifindex) } {
         Some(device) => A::source(device),
         None => A::UNSPECIFIED,
     };
-    table::void(source::by_route(ctx, packet, ifindex, &mut value.addr));
+    table::void(source::by_route(ctx, key, ifindex, &mut value.addr));
     if value.addr == A::UNSPECIFIED {
         count::reason(Reason::NoMasqueradeAddress);
-        return TC_ACT_SHOT;
+        return 0;
     }
     let (service, given) = (request.service, request.port);
     let (min, max) = (globals::masquerade_port_min(), globals::masquerade_port_max());
-    let kept = packet.sport.to_host();
+    let kept = key.sport.to_host();
     value.port = if given != Be16(0) {
         given
     } else if kept >= min && kept <= max {
-        packet.sport
+        key.sport
     } else {
         random_port()
     };
-    value.other = packet.dport;
+    value.other = key.dport;
     value.service = service;
     value.flags = flags::MASQUERADE;
     value.pad = [0; 3];
@@ -553,16 +569,17 @@ fn masquerade<A: Header>(
                     count::reason(Reason::PairRepaired);
                 }
                 table::void(table::note_given(key, value.port, reverse_key, spare_key, reverse));
-                return apply(ctx, l3, packet, End::Source, value);
+                *request = *value;
+                return 1;
             }
             // The last ones side by side: in a small range all are looked at.
             Ok(false) => value.port = if tries > MASQUERADE_TRIES - 4 { next_port(value.port) } else { random_port() },
             Err(()) => {
                 count::reason(Reason::InsertFailed);
-                return TC_ACT_SHOT;
+                return 0;
             }
         }
     }
     count::reason(Reason::MasqueradeExhausted);
-    TC_ACT_SHOT
+    0
 }

@@ -2,7 +2,7 @@
 //! understood is left to the stack.
 
 use aya_ebpf::{
-    EbpfContext as _,
+    EbpfContext,
     bindings::__sk_buff,
     helpers::generated::{bpf_skb_load_bytes, bpf_skb_pull_data},
     programs::TcContext,
@@ -47,25 +47,50 @@ impl<A: Address> Packet<A> {
     }
 }
 
-/// A pointer to `T` at `offset`, if the packet's linear part reaches so far.
-#[inline(always)]
-pub(crate) fn at<T>(ctx: &TcContext, offset: usize) -> Option<*mut T> {
-    let start = ctx.data() + offset;
-    if start + size_of::<T>() > ctx.data_end() { None } else { Some(start as *mut T) }
+/// A packet's bytes, at whichever hook.
+pub(crate) trait Frame: EbpfContext {
+    fn start(&self) -> usize;
+    fn end(&self) -> usize;
+    /// Copies `T`, which is integers only, out of the packet.
+    fn load<T: Copy>(&self, offset: u32) -> Option<T>;
 }
 
-/// Copies `T` out of the packet, wherever it lies (also beyond the linear part).
-#[inline(always)]
-pub(crate) fn load<T: Copy>(ctx: &TcContext, offset: u32) -> Option<T> {
-    let mut to = core::mem::MaybeUninit::<T>::uninit();
-    // SAFETY: the helper writes exactly `size_of::<T>()` bytes to `to`, or fails; callers use integer-only types.
-    unsafe {
-        if bpf_skb_load_bytes(ctx.as_ptr().cast(), offset, to.as_mut_ptr().cast(), size_of::<T>() as u32) == 0 {
-            Some(to.assume_init())
-        } else {
-            None
+impl Frame for TcContext {
+    #[inline(always)]
+    fn start(&self) -> usize {
+        self.data()
+    }
+
+    #[inline(always)]
+    fn end(&self) -> usize {
+        self.data_end()
+    }
+
+    /// Wherever it lies, also beyond the linear part.
+    #[inline(always)]
+    fn load<T: Copy>(&self, offset: u32) -> Option<T> {
+        let mut to = core::mem::MaybeUninit::<T>::uninit();
+        // SAFETY: the helper writes exactly `size_of::<T>()` bytes to `to`, or fails; callers use integer-only types.
+        unsafe {
+            if bpf_skb_load_bytes(self.as_ptr().cast(), offset, to.as_mut_ptr().cast(), size_of::<T>() as u32) == 0 {
+                Some(to.assume_init())
+            } else {
+                None
+            }
         }
     }
+}
+
+/// A pointer to `T` at `offset`, if the packet's linear part reaches so far.
+#[inline(always)]
+pub(crate) fn at<T>(ctx: &impl Frame, offset: usize) -> Option<*mut T> {
+    let start = ctx.start() + offset;
+    if start + size_of::<T>() > ctx.end() { None } else { Some(start as *mut T) }
+}
+
+#[inline(always)]
+pub(crate) fn load<T: Copy>(ctx: &impl Frame, offset: u32) -> Option<T> {
+    ctx.load(offset)
 }
 
 /// Makes the first `len` bytes linear, if the packet has as many.

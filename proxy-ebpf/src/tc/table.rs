@@ -4,10 +4,7 @@
 //! acknowledges the peer's answer (who spoofs a SYN does not know its number, so a flood evicts only half-open entries), for
 //! UDP with the first answer.
 
-use aya_ebpf::{
-    bindings::{BPF_ANY, BPF_NOEXIST},
-    programs::TcContext,
-};
+use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use proxy_common::{
     Be16,
     connection::{ConnectionKey, ConnectionValue, flags, hook, pair, state},
@@ -15,7 +12,7 @@ use proxy_common::{
     proto,
 };
 
-use super::packet::{Header, load, tcp_flags};
+use super::packet::{Frame, Header, load, tcp_flags};
 use crate::{
     clock, count, globals,
     maps::{Packet, Work, kind},
@@ -188,7 +185,7 @@ impl<A: Header> Hit<A> {
     #[inline(always)]
     pub(crate) fn note(
         &self,
-        ctx: &TcContext,
+        ctx: &impl Frame,
         key: &ConnectionKey<A>,
         value: &mut ConnectionValue<A>,
         packet: &Packet<A>,
@@ -257,7 +254,7 @@ fn is_same<A: Header>(one: &ConnectionValue<A>, other: &ConnectionValue<A>) -> b
 
 /// A 32-bit number of the TCP header, if its bytes are there.
 #[inline(always)]
-fn tcp_number<A: Header>(ctx: &TcContext, packet: &Packet<A>, offset: u32) -> Option<u32> {
+fn tcp_number<A: Header>(ctx: &impl Frame, packet: &Packet<A>, offset: u32) -> Option<u32> {
     if packet.kind != kind::WHOLE { None } else { load::<u32>(ctx, packet.l4 + offset).map(u32::from_be) }
 }
 
@@ -265,7 +262,7 @@ fn tcp_number<A: Header>(ctx: &TcContext, packet: &Packet<A>, offset: u32) -> Op
 /// cookies, which depend on the opener's own number) moves that one on to the opener's entry: the last two count.
 #[inline(never)]
 fn number<A: Header>(
-    ctx: &TcContext,
+    ctx: &impl Frame,
     packet: &Packet<A>,
     key: &ConnectionKey<A>,
     value: &ConnectionValue<A>,
@@ -299,7 +296,7 @@ fn number<A: Header>(
 /// the peer's number is not known (a pair that was put back in mid-flow), any does, unless the peer refused.
 #[inline(always)]
 fn acknowledges<A: Header>(
-    ctx: &TcContext,
+    ctx: &impl Frame,
     packet: &Packet<A>,
     opener: &ConnectionValue<A>,
     answer: &ConnectionValue<A>,
@@ -314,7 +311,12 @@ fn acknowledges<A: Header>(
 
 /// Moves a pair to the established map, if its other side has spoken: with this packet, for UDP.
 #[inline(never)]
-fn confirm<A: Header>(ctx: &TcContext, key: &ConnectionKey<A>, value: &ConnectionValue<A>, packet: &Packet<A>) -> Void {
+fn confirm<A: Header>(
+    ctx: &impl Frame,
+    key: &ConnectionKey<A>,
+    value: &ConnectionValue<A>,
+    packet: &Packet<A>,
+) -> Void {
     let answered = packet.proto == proto::UDP;
     let Some(Work { key: reverse_key, value: reverse, found, .. }) = Room::Confirm.work::<A>() else { return VOID };
     void(put_pair(key, value, reverse_key, reverse));

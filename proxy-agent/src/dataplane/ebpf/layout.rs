@@ -10,7 +10,7 @@ use proxy_common::{
     affinity::{AffinityKey, AffinityValue},
     connection::{ConnectionKey, ConnectionValue, FragmentKey, FragmentValue},
     counters::{Reason, ServiceCounters},
-    device::DeviceValue,
+    device::{DeviceValue, XdpDevice},
     frontend::{FrontendKey, FrontendValue},
     meta::{Meta, ServiceName},
     slot::{SlotV4, SlotV6},
@@ -82,6 +82,7 @@ maps! {
     SourceRangesV4 = "source_ranges_v4": LPM_TRIE<SourceRangeKey<Ipv4Be>, SourceRangeValue>, map_flag::NO_PREALLOC, |s: &Sizes| s.source_ranges, "--map-source-ranges";
     SourceRangesV6 = "source_ranges_v6": LPM_TRIE<SourceRangeKey<Ipv6Be>, SourceRangeValue>, map_flag::NO_PREALLOC, |s: &Sizes| s.source_ranges, "--map-source-ranges";
     Devices = "devices": HASH<u32, DeviceValue>, map_flag::NO_PREALLOC, |_: &Sizes| 16_384, "";
+    XdpDevices = "xdp_devices": HASH<u32, XdpDevice>, map_flag::NO_PREALLOC, |_: &Sizes| 1_024, "";
     Bridges = "bridges": HASH<u32, u32>, map_flag::NO_PREALLOC, |_: &Sizes| 16_384, "";
     ServiceCounters = "service_counters": PERCPU_HASH<u32, ServiceCounters>, map_flag::NO_PREALLOC, |s: &Sizes| s.services, "--map-services";
     Reasons = "reasons": PERCPU_ARRAY<u32, u64>, 0, |_: &Sizes| Reason::COUNT as u32, "";
@@ -102,6 +103,7 @@ impl MapName {
                 | Self::SourceRangesV6
                 | Self::Devices
                 | Self::Bridges
+                | Self::XdpDevices
                 | Self::Names
                 | Self::Meta
         )
