@@ -32,11 +32,6 @@ const ANSWER: u64 = 4000;
 /// With two backends one is missed once in a million times.
 const TRIES: u32 = 20;
 
-/// Source ports of datagrams: within the range that masquerading takes its own from, so that it may keep them; and for the node's own
-/// sockets outside of it, as the kernel chooses them.
-const PORTS: u32 = 2_000;
-const NODE_PORTS: u32 = 33_000;
-
 /// Fields are dropped in this order: nothing may run in the namespaces that the world removes.
 pub struct Lab {
     proxies: Vec<KubeProxy>,
@@ -199,7 +194,7 @@ impl Lab {
             .spawn()
             .context("start testpod")?;
         if let Some(mut stdin) = child.stdin.take() {
-            let first = if place.is_node() { NODE_PORTS } else { PORTS };
+            let first = place.source_ports();
             let questions: Vec<Question> = questions.iter().map(|question| with_ports(question, first)).collect();
             stdin.write_all(&serde_json::to_vec(&questions)?)?;
         }

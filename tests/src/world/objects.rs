@@ -23,6 +23,7 @@ pub fn service(name: &str) -> Service {
         external_ips: Vec::new(),
         ingress: Vec::new(),
         source_ranges: Vec::new(),
+        affinity: None,
         annotations: Vec::new(),
     }
 }
@@ -38,6 +39,7 @@ pub struct Service {
     external_ips: Vec<IpAddr>,
     ingress: Vec<Value>,
     source_ranges: Vec<String>,
+    affinity: Option<u32>,
     annotations: Vec<(String, String)>,
 }
 
@@ -93,6 +95,12 @@ impl Service {
         self
     }
 
+    /// `sessionAffinity: ClientIP` for so many seconds.
+    pub fn affinity(mut self, seconds: Option<u32>) -> Self {
+        self.affinity = seconds;
+        self
+    }
+
     pub fn external_ips(mut self, ips: &[IpAddr]) -> Self {
         self.external_ips = ips.to_vec();
         self
@@ -114,6 +122,7 @@ impl Service {
             external_ips,
             ingress,
             source_ranges,
+            affinity,
             annotations,
         } = self;
         let policy = |local| if local { "Local" } else { "Cluster" };
@@ -140,6 +149,10 @@ impl Service {
             }
             if !external_ips.is_empty() {
                 spec.insert("externalIPs".to_owned(), json!(external_ips));
+            }
+            if let Some(seconds) = affinity {
+                spec.insert("sessionAffinity".to_owned(), "ClientIP".into());
+                spec.insert("sessionAffinityConfig".to_owned(), json!({"clientIP": {"timeoutSeconds": seconds}}));
             }
             if !source_ranges.is_empty() {
                 spec.insert("loadBalancerSourceRanges".to_owned(), json!(source_ranges));

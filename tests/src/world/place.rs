@@ -139,9 +139,15 @@ impl Place {
         serde_json::from_slice(&done.stdout).with_context(|| format!("what testpod {} printed", args.join(" ")))
     }
 
+    /// First of the source ports from which datagrams are sent here: within the range that masquerading takes its own from, so that it
+    /// may keep them; the node's own sockets keep out of that, as those do whose ports the kernel chooses.
+    pub fn source_ports(&self) -> u32 {
+        if self.is_node() { 33_000 } else { 2_000 }
+    }
+
     /// Asks from here.
     pub fn ask(&self, testpod: &Path, ask: &Ask) -> Result<Report> {
-        self.testpod(testpod, &ask.args())
+        self.testpod(testpod, &ask.args(self.source_ports()))
     }
 }
 
@@ -166,19 +172,19 @@ impl Ask {
         self
     }
 
-    /// First of `count` source ports that no datagram of this process came from lately: a UDP flow stays with its backend for as
+    /// First of `count` source ports, counted from `first`, that no datagram of this process came from lately: a UDP flow stays with its backend for as
     /// long as its ports are used again within the time-out, and the kernel's own choice does that now and then.
-    fn unused_ports(count: u32) -> u32 {
+    fn unused_ports(first: u32, count: u32) -> u32 {
         static NEXT: AtomicU32 = AtomicU32::new(0);
-        2_000 + NEXT.fetch_add(count, Ordering::Relaxed) % 25_000
+        first + NEXT.fetch_add(count, Ordering::Relaxed) % 25_000
     }
 
-    fn args(&self) -> Vec<String> {
+    fn args(&self, first: u32) -> Vec<String> {
         let Self { to, transport, count, timeout, extra } = self;
         let mut args = vec!["probe".to_owned(), to.to_string()];
         args.extend([format!("--transport={transport}"), format!("--count={count}"), format!("--timeout={timeout}")]);
         if *transport != Transport::Tcp && !extra.iter().any(|arg| arg.starts_with("--source-port")) {
-            args.extend([format!("--source-port={}", Self::unused_ports(*count)), "--successive".to_owned()]);
+            args.extend([format!("--source-port={}", Self::unused_ports(first, *count)), "--successive".to_owned()]);
         }
         args.extend(extra.iter().cloned());
         args
