@@ -7,6 +7,7 @@
 mod support;
 
 mod affinity;
+mod left;
 
 use std::{
     env, fs,
@@ -33,6 +34,8 @@ use support::{Datapath, Globals, Spec, netns_cookie};
 const VIP: &str = "10.96.0.1:80";
 const VIP_B: &str = "10.96.0.2:80";
 const VIP6: &str = "[fd00:10:96::1]:80";
+/// Where a socket is bound, and a VIP as it says it.
+const SPELT: [(&str, &str); 3] = [("0.0.0.0:0", VIP), ("[::]:0", VIP6), ("[::]:0", "[::ffff:10.96.0.1]:80")];
 const BACKENDS: [&str; 3] = ["10.244.0.1:8080", "10.244.0.2:8080", "10.244.0.3:8080"];
 const BACKENDS6: [&str; 2] = ["[fd00:10:244::1]:8080", "[fd00:10:244::2]:8080"];
 
@@ -123,7 +126,11 @@ fn serve(at: SocketAddr) {
 }
 
 fn load(cgroup: &fs::File, socket_lb: u8, node_netns_cookie: u64) -> Datapath {
-    let mut datapath = Datapath::load(&Globals { socket_lb, node_netns_cookie }, 1024, 8192);
+    load_as(cgroup, &Globals { socket_lb, node_netns_cookie, connected_udp: 1 })
+}
+
+fn load_as(cgroup: &fs::File, globals: &Globals) -> Datapath {
+    let mut datapath = Datapath::load(globals, 1024, 65_536);
     datapath.attach_connect_time(cgroup);
     datapath
 }
@@ -195,7 +202,7 @@ fn connected_udp_keeps_its_backend_and_sees_the_vip() {
         let mut datapath = as_pod(cgroup);
         datapath.frontend(addr(VIP), UDP, &Spec::pick_all(1, &addrs(&BACKENDS)));
         datapath.frontend(addr(VIP6), UDP, &Spec::pick_all(2, &addrs(&BACKENDS6)));
-        for (bind, vip) in [("0.0.0.0:0", VIP), ("[::]:0", VIP6), ("[::]:0", "[::ffff:10.96.0.1]:80")] {
+        for (bind, vip) in SPELT {
             let socket = udp(bind);
             socket.connect(addr(vip)).unwrap();
             assert_eq!(socket.peer_addr().unwrap(), addr(vip));
@@ -218,7 +225,7 @@ fn unconnected_udp_is_answered_by_the_vip_and_sticks() {
         let mut datapath = as_pod(cgroup);
         datapath.frontend(addr(VIP), UDP, &Spec::pick_all(1, &addrs(&BACKENDS)));
         datapath.frontend(addr(VIP6), UDP, &Spec::pick_all(2, &addrs(&BACKENDS6)));
-        for (bind, vip) in [("0.0.0.0:0", VIP), ("[::]:0", VIP6), ("[::]:0", "[::ffff:10.96.0.1]:80")] {
+        for (bind, vip) in SPELT {
             let mut seen = std::collections::BTreeSet::new();
             for _ in 0..20 {
                 let socket = udp(bind);

@@ -71,6 +71,7 @@ pub(crate) fn netns_cookie() -> u64 {
 pub(crate) struct Globals {
     pub(crate) socket_lb: u8,
     pub(crate) node_netns_cookie: u64,
+    pub(crate) connected_udp: u8,
 }
 
 /// One frontend to write.
@@ -152,7 +153,8 @@ impl Datapath {
         loader
             .override_global("AYA_LOG_LEVEL", &0_u8, true)
             .override_global("SOCKET_LB", &globals.socket_lb, true)
-            .override_global("NODE_NETNS_COOKIE", &globals.node_netns_cookie, true);
+            .override_global("NODE_NETNS_COOKIE", &globals.node_netns_cookie, true)
+            .override_global("CONNECTED_UDP", &globals.connected_udp, true);
         for family in ["v4", "v6"] {
             loader
                 .map_max_entries(if family == "v4" { "frontends_v4" } else { "frontends_v6" }, frontends)

@@ -131,7 +131,7 @@ struct Programs {
 impl Programs {
     /// `None` if the object has no per-packet programs.
     fn load(services: u32, half_open: Option<u32>) -> Result<Option<Self>> {
-        let globals = Globals { socket_lb: socket_lb::ALL, node_netns_cookie: u64::MAX };
+        let globals = Globals { socket_lb: socket_lb::ALL, node_netns_cookie: u64::MAX, connected_udp: 1 };
         let mut sizes = vec![];
         if let Some(room) = half_open {
             sizes.extend([("half_open_v4", room), ("half_open_v6", room)]);

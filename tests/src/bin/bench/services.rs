@@ -26,7 +26,7 @@ pub fn vip(index: u32) -> SocketAddrV4 {
 
 /// A datapath with `services` Services over TCP and UDP, two backends each, all of which are the server.
 pub fn load(services: u32, socket_lb: u8) -> Datapath {
-    let globals = Globals { socket_lb, node_netns_cookie: u64::MAX };
+    let globals = Globals { socket_lb, node_netns_cookie: u64::MAX, connected_udp: 1 };
     let mut datapath = Datapath::load(&globals, 2 * services + 1024, 4 * services + 1024);
     let spec = Spec::pick_all(1, &[server(), server()]);
     for index in 0..services {
