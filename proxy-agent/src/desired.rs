@@ -11,7 +11,7 @@ use std::{
 use ipnet::IpNet;
 use serde::Serialize;
 
-use crate::model::{Port, Protocol, ServicePortName};
+use crate::model::{Family, Port, Protocol, ServiceKey, ServicePortName};
 
 /// What traffic is addressed to.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
@@ -154,6 +154,25 @@ pub struct DesiredState {
     /// Addresses that are ours whatever the port: what no frontend claims there is refused (contract A48).
     pub guards: BTreeSet<IpAddr>,
 }
+
+/// A port of the node at which a load balancer asks how many endpoints of one Service are here (contract A111).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct HealthCheck {
+    pub uid: Arc<str>,
+    pub port: Port,
+    pub families: BTreeMap<Family, FamilyCheck>,
+}
+
+/// Each family is asked for itself: endpoints of the one say nothing of the other.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct FamilyCheck {
+    /// Addresses to answer at; the unspecified one is all of them.
+    pub listen: Vec<IpAddr>,
+    /// Ready endpoints on this node.
+    pub local: usize,
+}
+
+pub type HealthChecks = BTreeMap<ServiceKey, HealthCheck>;
 
 /// What changes between two states. Everything is idempotent: setting what stands, removing what is absent.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]

@@ -164,7 +164,10 @@ impl Service {
     /// Whether what is planned for it depends on the node's own addresses.
     pub fn asks_for_addresses(&self) -> bool {
         let has_node_port = self.ports.iter().any(|port| port.node_port.is_some());
-        has_node_port || !self.external_ips.is_empty() || !self.load_balancer_ips.is_empty()
+        has_node_port
+            || self.health_check_node_port.is_some()
+            || !self.external_ips.is_empty()
+            || !self.load_balancer_ips.is_empty()
     }
 }
 
@@ -265,6 +268,17 @@ pub enum Teller {
     Source,
     /// Who watches the node's devices and addresses.
     Devices,
+}
+
+/// What those who own a Service should hear of it, where there is an API server to tell it: an Event on the Service.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Warning {
+    pub service: ServiceKey,
+    pub uid: Arc<str>,
+    pub reason: &'static str,
+    /// What was being done.
+    pub action: &'static str,
+    pub note: String,
 }
 
 /// Where the agent gets its objects from, and whether it still does.

@@ -14,7 +14,7 @@ pub mod report;
 pub use crate::model::SourceState;
 use crate::{
     dataplane::{Failure, Fill, Hook},
-    desired::{Device, Frontend, FrontendSpec},
+    desired::{Device, Frontend, FrontendSpec, HealthChecks},
     model::NodeFacts,
 };
 
@@ -61,6 +61,8 @@ pub struct Status {
     pub endpoints: usize,
     pub frontends: Arc<BTreeMap<Frontend, FrontendStatus>>,
     pub failed_guards: Arc<BTreeMap<IpAddr, Failure>>,
+    /// What load balancers are told at health-check node ports.
+    pub health_checks: Arc<HealthChecks>,
     /// Objects that were read but not wholly understood, and what the source itself reports (`Event::Problems`): object or
     /// place → what was left out.
     pub problems: Arc<BTreeMap<String, Vec<String>>>,
@@ -93,6 +95,7 @@ impl Status {
             endpoints: 0,
             frontends: Arc::default(),
             failed_guards: Arc::default(),
+            health_checks: Arc::default(),
             problems: Arc::default(),
             devices: Arc::default(),
             failed_devices: Arc::default(),

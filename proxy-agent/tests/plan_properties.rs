@@ -102,6 +102,7 @@ proptest! {
             let mut oracle = Planner::new(defaults.clone());
             oracle.full(index.snapshot());
             prop_assert_eq!(planner.state(), oracle.state());
+            prop_assert_eq!(planner.health_checks(), oracle.health_checks());
             prop_assert_eq!(planner.problems(), oracle.problems());
 
             // The changes are exactly the difference, and carrying them out gives the new state.

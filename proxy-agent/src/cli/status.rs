@@ -11,7 +11,7 @@ use super::{
     pins::{Agent, Opened, PinsArgs},
     shapes::duration,
 };
-use crate::status::report::{Device, FrontendCount, Hook, MapFill, Report, Source, Sync, Unprogrammed};
+use crate::status::report::{Device, FrontendCount, HealthCheck, Hook, MapFill, Report, Source, Sync, Unprogrammed};
 
 #[derive(Clone, Debug, ClapArgs)]
 pub struct Args {
@@ -224,7 +224,7 @@ fn map_line(fill: &MapFill) -> Vec<String> {
 
 /// Devices, and what is not as it should be.
 fn trouble(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
-    let Report { unprogrammed, failed_guards, problems, devices, failed_devices, .. } = report;
+    let Report { unprogrammed, failed_guards, health_checks, problems, devices, failed_devices, .. } = report;
     let device = |device: &Device| {
         let Device { index: _, name, role, source4, source6 } = device;
         let sources = [source4.map(|a| a.to_string()), source6.map(|a| a.to_string())];
@@ -235,6 +235,7 @@ fn trouble(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
         map.iter().map(|(object, reason)| vec![object.clone(), reason.clone()]).collect()
     };
     page.list("Devices that could not be attached to", pairs(failed_devices))?;
+    page.list("Health-check node ports", health_checks.iter().map(check_line).collect())?;
     let line = |frontend: &Unprogrammed| {
         let Unprogrammed { service, kind: _, address, port, protocol, state, reason, since } = frontend;
         let frontend = super::shapes::FrontendAddress { address: *address, port: *port, protocol: *protocol };
@@ -251,12 +252,22 @@ fn trouble(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
     page.list("Problems of objects", problems.collect())
 }
 
+/// What a load balancer hears; that it hears nothing is among the problems.
+fn check_line(check: &HealthCheck) -> Vec<String> {
+    let HealthCheck { service, port, local_endpoints, listening, failed } = check;
+    let counts: Vec<String> = local_endpoints.iter().map(|(family, count)| format!("{count} {family}")).collect();
+    let all = listening.len() + failed.len();
+    let open =
+        if failed.is_empty() { String::new() } else { format!("open at {} of {all} addresses", listening.len()) };
+    vec![port.to_string(), service.clone(), format!("local endpoints: {}", counts.join(", ")), open]
+}
+
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::status::report::tests::busy;
+    use crate::status::report::tests::{busy, check_ports};
 
     fn hook(kind: &str, target: &str) -> Hook {
         Hook { kind: kind.into(), target: target.into(), program: kind.replace('/', "_") }
@@ -287,7 +298,7 @@ mod tests {
     }
 
     fn report() -> Report {
-        let mut report = Report::new(&busy(), true, "all", Path::new("/sys/fs/bpf/x"));
+        let mut report = Report::new(&busy(), true, "all", Path::new("/sys/fs/bpf/x"), &check_ports());
         report.pid = 4242;
         report.uptime_seconds = 3_700;
         report.version = "0.0.0".into();

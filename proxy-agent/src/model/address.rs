@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, Ipv4Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use ipnet::IpNet;
@@ -54,6 +54,25 @@ impl NodePortAddresses {
     /// Those of the node's own `addresses` that are meant, sorted.
     pub fn select(&self, addresses: &BTreeSet<IpAddr>, node: &NodeFacts) -> Vec<IpAddr> {
         addresses.iter().copied().filter(|addr| self.means(*addr, node)).collect()
+    }
+
+    /// Where to listen, so that whoever reaches a NodePort of this family is heard; the unspecified address is everywhere.
+    pub fn listen(&self, family: Family, addresses: &BTreeSet<IpAddr>, node: &NodeFacts) -> Vec<IpAddr> {
+        let everywhere = match self {
+            Self::All => true,
+            Self::Primary => false,
+            Self::Cidrs(cidrs) => {
+                let mut of_family = cidrs.iter().filter(|cidr| Family::of(cidr.addr()) == family).peekable();
+                of_family.peek().is_none() || of_family.any(|cidr| cidr.prefix_len() == 0)
+            }
+        };
+        if everywhere {
+            return vec![match family {
+                Family::V4 => Ipv4Addr::UNSPECIFIED.into(),
+                Family::V6 => Ipv6Addr::UNSPECIFIED.into(),
+            }];
+        }
+        self.select(addresses, node).into_iter().filter(|addr| Family::of(*addr) == family).collect()
     }
 
     fn means(&self, addr: IpAddr, node: &NodeFacts) -> bool {

@@ -100,6 +100,6 @@ pub(super) fn report_unusable<'a>(slices: impl Iterator<Item = &'a EndpointSlice
 }
 
 /// Why an endpoint's address must not be aimed at.
-fn unusable(addr: IpAddr, family: Family) -> Option<&'static str> {
+pub(super) fn unusable(addr: IpAddr, family: Family) -> Option<&'static str> {
     if Family::of(addr) != family { Some("is of another family than its slice") } else { unfit_for_endpoint(addr) }
 }

@@ -16,7 +16,9 @@ use std::{collections::BTreeSet, net::IpAddr, sync::Arc};
 use ipnet::IpNet;
 
 use crate::{
-    desired::{Action, Algorithm, Backend, BackendSet, Frontend, FrontendKind, FrontendSpec, Verdict, Verdicts},
+    desired::{
+        Action, Algorithm, Backend, BackendSet, Frontend, FrontendKind, FrontendSpec, HealthCheck, Verdict, Verdicts,
+    },
     model::{
         EndpointSlice, Family, NodeFacts, Service, ServicePort, ServicePortName, ServiceType, Snapshot, TrafficPolicy,
         address::NodePortAddresses,
@@ -25,6 +27,7 @@ use crate::{
 
 mod addresses;
 mod candidates;
+mod checks;
 mod dump;
 mod planner;
 mod topology;
@@ -88,6 +91,7 @@ pub struct PlannedService {
     pub frontends: Vec<(Frontend, Arc<FrontendSpec>)>,
     /// Addresses whose unclaimed ports are refused (contract A48). Sorted, each once.
     pub guards: Vec<IpAddr>,
+    pub health_check: Option<HealthCheck>,
     /// What was left out, and why.
     pub problems: Vec<String>,
 }
@@ -115,6 +119,7 @@ pub fn plan_service<'a>(
     let resets_deleted = resets_deleted(service, &mut problems);
     let addresses = addresses::of(service, here, defaults, &mut problems);
     candidates::report_unusable(slices.clone(), &mut problems);
+    let health_check = checks::of(service, addresses.families(), slices.clone(), here, defaults);
 
     // By kind: what a Service claims twice goes to the kind that comes first, and there to the port that comes first.
     let mut claims: Vec<(Frontend, usize, FrontendKind, Arc<FrontendSpec>)> =
@@ -156,7 +161,7 @@ pub fn plan_service<'a>(
             }
         }
     }
-    PlannedService { frontends, guards: addresses.cluster_ips, problems }
+    PlannedService { frontends, guards: addresses.cluster_ips, health_check, problems }
 }
 
 fn twice(frontend: &Frontend, kind: FrontendKind) -> String {

@@ -10,7 +10,7 @@ use std::{
 
 use super::{Defaults, Here, PlannedService, plan_service, precedence};
 use crate::{
-    desired::{Changes, DesiredState, Frontend, FrontendKind, FrontendSpec},
+    desired::{Changes, DesiredState, Frontend, FrontendKind, FrontendSpec, HealthChecks},
     model::{EndpointSlice, Service, ServiceKey, Snapshot},
 };
 
@@ -45,6 +45,8 @@ pub struct Planner {
     /// How many Services hold each guard.
     holders: BTreeMap<IpAddr, u32>,
     state: DesiredState,
+    /// Handed out as it is: most changes leave it alone.
+    health_checks: Arc<HealthChecks>,
     problems_version: u64,
 }
 
@@ -56,6 +58,7 @@ impl Planner {
             losers: BTreeMap::new(),
             holders: BTreeMap::new(),
             state: DesiredState::default(),
+            health_checks: Arc::default(),
             problems_version: 0,
         }
     }
@@ -65,6 +68,11 @@ impl Planner {
         &self.state
     }
 
+    /// What load balancers are to be told.
+    pub fn health_checks(&self) -> &Arc<HealthChecks> {
+        &self.health_checks
+    }
+
     /// Forgets what was planned and plans all of `snapshot`. The outcome is that of an update over all Services; it is only
     /// put together in order, which a cluster's worth of look-ups is too many for.
     pub fn full(&mut self, snapshot: &Snapshot) -> &DesiredState {
@@ -72,6 +80,12 @@ impl Planner {
         *self = Self { problems_version, ..Self::new(self.defaults.clone()) };
         self.planned =
             snapshot.services.iter().map(|(key, service)| (key.clone(), self.plan(service, snapshot, None))).collect();
+
+        let checks = self.planned.iter().filter_map(|(key, planned)| {
+            let check = planned.plan.health_check.clone()?;
+            Some((key.clone(), check))
+        });
+        self.health_checks = Arc::new(checks.collect());
 
         let mut claims: Vec<(Frontend, Claim<'_>)> = Vec::with_capacity(self.planned.len());
         for (key, Planned { created, uid, plan }) in &self.planned {
@@ -108,6 +122,7 @@ impl Planner {
             }
             let new = service.map(|service| self.plan(service, snapshot, old.as_ref()));
             self.count_guards(old.as_ref(), new.as_ref(), &mut changes);
+            self.check_health(key, new.as_ref());
             let problems = |planned: &Option<Planned>| planned.as_ref().map_or(0, |p| p.plan.problems.len());
             if problems(&old) + problems(&new) > 0 {
                 self.problems_version += 1;
@@ -140,6 +155,18 @@ impl Planner {
             }
         }
         Planned { created: service.created, uid: Arc::clone(&service.uid), plan }
+    }
+
+    fn check_health(&mut self, key: &ServiceKey, new: Option<&Planned>) {
+        let new = new.and_then(|planned| planned.plan.health_check.as_ref());
+        if self.health_checks.get(key) == new {
+            return;
+        }
+        let checks = Arc::make_mut(&mut self.health_checks);
+        match new {
+            Some(check) => drop(checks.insert(key.clone(), check.clone())),
+            None => drop(checks.remove(key)),
+        }
     }
 
     fn count_guards(&mut self, old: Option<&Planned>, new: Option<&Planned>, changes: &mut Changes) {

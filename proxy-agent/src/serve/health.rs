@@ -99,8 +99,13 @@ impl Health {
         self.in_step
     }
 
+    /// Whether what is planned is in force, whatever becomes of the node: kube-proxy's word at health-check node ports.
+    pub fn in_force(&self) -> bool {
+        self.in_step && self.ready
+    }
+
     pub fn healthz_body(&self) -> Body {
-        self.body(self.healthz(), Some(self.node_eligible), self.in_step && self.ready)
+        self.body(self.healthz(), Some(self.node_eligible), self.in_force())
     }
 
     pub fn livez_body(&self) -> Body {

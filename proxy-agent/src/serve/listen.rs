@@ -49,11 +49,21 @@ pub(super) async fn serve(
     let addr = listener.local_addr().unwrap_or(place.addr);
     info!(%addr, what = place.what, "listening");
 
-    let permits = Arc::new(Semaphore::new(CONNECTIONS));
+    accept_all(listener, Arc::new(Semaphore::new(CONNECTIONS)), routes, cancel).await;
+    Ok(())
+}
+
+/// Until cancelled; whatever is under way then is broken off.
+pub(super) async fn accept_all(
+    listener: TcpListener,
+    permits: Arc<Semaphore>,
+    routes: Router,
+    cancel: CancellationToken,
+) {
     let mut connections = JoinSet::new();
     loop {
         let accepted = tokio::select! {
-            () = cancel.cancelled() => return Ok(()),
+            () = cancel.cancelled() => return,
             Some(_) = connections.join_next() => continue,
             accepted = accept(&listener, &permits) => accepted,
         };
@@ -67,7 +77,8 @@ pub(super) async fn serve(
             }
             // Out of file descriptors, or the client left before it was accepted: neither is a reason to spin or to end.
             Err(error) => {
-                warn!(%addr, %error, "a connection was not accepted");
+                let addr = listener.local_addr().ok();
+                warn!(?addr, %error, "a connection was not accepted");
                 sleep(Duration::from_millis(100)).await;
             }
         }
@@ -107,6 +118,8 @@ async fn connection(stream: TcpStream, routes: Router) {
         .timer(TokioTimer::new())
         .header_read_timeout(HEADERS)
         .keep_alive(false)
+        // As Go writes them; what probes a health check may be simple.
+        .title_case_headers(true)
         .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
     match timeout(LIFETIME, connection).await {
         Ok(Ok(())) => {}

@@ -19,7 +19,10 @@ use tracing::warn;
 
 use crate::{
     dataplane::Fill,
-    status::{Histogram, SourceState, Status, report::FrontendCount},
+    status::{
+        Histogram, SourceState, Status,
+        report::{CheckPorts, FrontendCount},
+    },
 };
 
 pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
@@ -69,7 +72,7 @@ impl Metrics {
         self.livez.get_or_create(&Code { code: code.as_u16() }).inc();
     }
 
-    pub(super) fn encode(&self, status: &Arc<Status>) -> Result<String, fmt::Error> {
+    pub(super) fn encode(&self, status: &Arc<Status>, ports: &CheckPorts) -> Result<String, fmt::Error> {
         let mut registry = Registry::default();
         registry.register("kubeproxy_proxy_healthz", "Answers of /healthz by code", self.healthz.clone());
         registry.register("kubeproxy_proxy_livez", "Answers of /livez by code", self.livez.clone());
@@ -77,7 +80,12 @@ impl Metrics {
         if let Err(error) = &readings {
             warn!(%error, "the kernel's counters are missing from the metrics");
         }
-        registry.register_collector(Box::new(Scrape { status: Arc::clone(status), readings: readings.ok() }));
+        let failed = ports.values().flatten().count();
+        registry.register_collector(Box::new(Scrape {
+            status: Arc::clone(status),
+            readings: readings.ok(),
+            check_ports: [("listening", ports.len() - failed), ("failed", failed)],
+        }));
         let mut out = String::new();
         text::encode(&mut out, &registry)?;
         Ok(out)
@@ -90,6 +98,7 @@ struct Scrape {
     status: Arc<Status>,
     /// `None`: the kernel could not be read; its metrics are left out, the rest is served.
     readings: Option<Readings>,
+    check_ports: [(&'static str, usize); 2],
 }
 
 impl Collector for Scrape {
@@ -177,6 +186,11 @@ impl Scrape {
                 .map(|(state, count)| ([("state", state)], whole(count))),
         )?;
         to.gauge("proxy_agent_problem_objects", "Objects not wholly understood", None, whole(status.problems.len()))?;
+        to.gauges(
+            "proxy_agent_health_check_ports",
+            "Health-check node ports of Services, for each address",
+            self.check_ports.map(|(state, count)| ([("state", state)], whole(count))),
+        )?;
         let failed = status.failed_devices.len();
         to.gauge("proxy_agent_failed_devices", "Devices that could not be attached to", None, whole(failed))
     }
@@ -254,7 +268,7 @@ impl Encoder<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::status::report::tests::busy;
+    use crate::status::report::tests::{busy, check_ports};
 
     fn readings() -> Readings {
         Readings {
@@ -273,7 +287,7 @@ mod tests {
         metrics.count_healthz(StatusCode::OK);
         metrics.count_healthz(StatusCode::SERVICE_UNAVAILABLE);
         metrics.count_livez(StatusCode::OK);
-        let text = metrics.encode(&Arc::new(busy())).unwrap();
+        let text = metrics.encode(&Arc::new(busy()), &check_ports()).unwrap();
         // Label sets of a family come in no fixed order.
         let (mut healthz, rest): (Vec<_>, Vec<_>) = text.lines().partition(|l| l.contains("healthz_total{"));
         healthz.sort_unstable();
@@ -282,7 +296,7 @@ mod tests {
 
     #[test]
     fn every_sample_has_a_described_family_and_a_number() {
-        let text = Metrics::new(Arc::new(|| Ok(readings()))).encode(&Arc::new(busy())).unwrap();
+        let text = Metrics::new(Arc::new(|| Ok(readings()))).encode(&Arc::new(busy()), &CheckPorts::new()).unwrap();
         let families: Vec<&str> = text.lines().filter_map(|l| l.strip_prefix("# TYPE ")?.split(' ').next()).collect();
         assert!(families.len() > 15, "{families:?}");
         let mut unique = families.clone();
@@ -299,7 +313,8 @@ mod tests {
 
     #[test]
     fn an_unreadable_kernel_takes_only_its_own_metrics_away() {
-        let text = Metrics::new(Arc::new(|| Err("no pins".into()))).encode(&Arc::new(busy())).unwrap();
+        let text =
+            Metrics::new(Arc::new(|| Err("no pins".into()))).encode(&Arc::new(busy()), &CheckPorts::new()).unwrap();
         assert!(text.contains("proxy_agent_syncs_total 9"));
         assert!(!text.contains("proxy_agent_bpf_map"));
     }

@@ -1,13 +1,19 @@
 //! What the agent answers over HTTP: health for load balancers and kubelets, metrics, and the status report that the CLI reads.
 //!
-//! It reads the status and never writes anything; a client, however slow, costs one bounded connection. Two addresses:
+//! It reads the status and never writes anything; a client, however slow, costs one bounded connection.
 //!
 //! ```text
 //! healthz address   /healthz  /livez
 //! metrics address   /metrics  /status  /proxyMode  /healthz  /livez
+//! node ports        whatever is asked: a Service's endpoints here (those that ask for it)
 //! ```
 
-use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::Duration,
+};
 
 use axum::{
     Json, Router,
@@ -17,19 +23,23 @@ use axum::{
     routing::get,
 };
 use tokio::{
-    sync::watch,
+    sync::{mpsc, watch},
     task::{JoinError, JoinSet},
 };
 use tokio_util::sync::CancellationToken;
 use tracing::warn;
 
+mod checks;
 pub mod health;
 mod listen;
 pub mod metrics;
 
 pub use metrics::{Event, Probe, Readings};
 
-use crate::status::{Status, report};
+use crate::{
+    model::Warning,
+    status::{Status, report},
+};
 
 #[derive(Clone)]
 pub struct Options {
@@ -46,6 +56,8 @@ pub struct Options {
     pub bpffs: PathBuf,
     /// Reads what only the kernel knows; called at every scrape.
     pub probe: Probe,
+    /// What users of the cluster should hear of their Services.
+    pub warnings: mpsc::Sender<Warning>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -60,11 +72,17 @@ struct Shared {
     status: watch::Receiver<Arc<Status>>,
     options: Options,
     metrics: metrics::Metrics,
+    /// Health-check node ports that are open, and those that cannot be.
+    ports: Mutex<report::CheckPorts>,
 }
 
 impl Shared {
     fn status(&self) -> Arc<Status> {
         Arc::clone(&self.status.borrow())
+    }
+
+    fn check_ports(&self) -> report::CheckPorts {
+        self.ports.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     fn health(&self) -> health::Health {
@@ -80,9 +98,15 @@ pub async fn run(
 ) -> Result<(), ServeError> {
     let (healthz, metrics) = (options.healthz, options.metrics);
     let hard_fail = options.bind_address_hard_fail;
-    let shared = Arc::new(Shared { status, metrics: metrics::Metrics::new(options.probe.clone()), options });
+    let metrics_of = metrics::Metrics::new(options.probe.clone());
+    let shared = Arc::new(Shared { status, metrics: metrics_of, options, ports: Mutex::default() });
 
     let mut servers = JoinSet::new();
+    let checks = checks::run(Arc::clone(&shared), cancel.clone());
+    servers.spawn(async {
+        checks.await;
+        Ok(())
+    });
     if let Some(addr) = healthz {
         let place = listen::Place { what: "health checks", addr, option: "--healthz-bind-address" };
         servers.spawn(listen::serve(place, hard_fail, health_routes(Arc::clone(&shared)), cancel.clone()));
@@ -133,13 +157,16 @@ fn answer(healthy: bool, body: health::Body) -> Response {
 
 async fn report(State(shared): State<Arc<Shared>>) -> Response {
     let health = shared.health();
-    let report = report::Report::new(&shared.status(), health.livez(), shared.options.socket_lb, &shared.options.bpffs);
+    let ports = shared.check_ports();
+    let Options { socket_lb, bpffs, .. } = &shared.options;
+    let report = report::Report::new(&shared.status(), health.livez(), socket_lb, bpffs, &ports);
     Json(report).into_response()
 }
 
 async fn scrape(State(shared): State<Arc<Shared>>) -> Response {
     // Maps are read with blocking system calls; health checks must not wait for them.
-    let text = tokio::task::spawn_blocking(move || shared.metrics.encode(&shared.status())).await;
+    let text =
+        tokio::task::spawn_blocking(move || shared.metrics.encode(&shared.status(), &shared.check_ports())).await;
     match text {
         Ok(Ok(text)) => ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], text).into_response(),
         Ok(Err(error)) => failed(&error),
@@ -163,7 +190,11 @@ mod tests {
     };
 
     use super::*;
-    use crate::status::SourceState;
+    use crate::{
+        desired::{FamilyCheck, HealthCheck, HealthChecks},
+        model::{Family, ServiceKey},
+        status::SourceState,
+    };
 
     async fn free_address() -> SocketAddr {
         TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap()
@@ -178,6 +209,7 @@ mod tests {
             socket_lb: "all",
             bpffs: "/sys/fs/bpf/test".into(),
             probe: Arc::new(|| Ok(Readings::default())),
+            warnings: mpsc::channel(8).0,
         }
     }
 
@@ -226,6 +258,131 @@ mod tests {
 
         cancel.cancel();
         server.await.unwrap().unwrap();
+    }
+
+    fn checks(ports: &[(&str, u16, usize)]) -> Arc<HealthChecks> {
+        let check = |&(name, port, local): &(&str, u16, usize)| {
+            let listen = |family| vec![if family == Family::V4 { "127.0.0.1" } else { "::1" }.parse().unwrap()];
+            let family =
+                |family| (family, FamilyCheck { listen: listen(family), local: local * (family as usize + 1) });
+            let families = Family::BOTH.map(family).into();
+            let check = HealthCheck { uid: "u".into(), port: port.try_into().unwrap(), families };
+            (ServiceKey::new("default", name), check)
+        };
+        Arc::new(ports.iter().map(check).collect())
+    }
+
+    /// A server that is told what to be ready for.
+    struct Told {
+        status: watch::Sender<Arc<Status>>,
+        warned: mpsc::Receiver<Warning>,
+        metrics: Option<SocketAddr>,
+        cancel: CancellationToken,
+    }
+
+    impl Told {
+        async fn new() -> Self {
+            let (warnings, warned) = mpsc::channel(8);
+            let options = Options { healthz: None, warnings, ..options().await };
+            let (status, watched) = watch::channel(Arc::new(Status::starting("ebpf", "n1".into())));
+            let (cancel, metrics) = (CancellationToken::new(), options.metrics);
+            tokio::spawn(run(options, watched, cancel.clone()));
+            Self { status, warned, metrics, cancel }
+        }
+
+        fn tell(&self, ready: bool, ports: &[(&str, u16, usize)]) {
+            let (health_checks, source) = (checks(ports), SourceState::Synced);
+            self.status.send_replace(Arc::new(Status {
+                ready,
+                health_checks,
+                source,
+                ..Status::starting("ebpf", "n1".into())
+            }));
+        }
+    }
+
+    async fn is_closed(addr: SocketAddr) -> bool {
+        for _ in 0..100 {
+            if TcpStream::connect(addr).await.is_err() {
+                return true;
+            }
+            sleep(Duration::from_millis(20)).await;
+        }
+        false
+    }
+
+    /// A111-A114: the answer is kube-proxy's, and ports come, move and go.
+    #[tokio::test]
+    async fn health_check_ports_follow_the_status() {
+        let told = Told::new().await;
+        let (v4, other) = (free_address().await, free_address().await);
+        let v6 = SocketAddr::new("::1".parse().unwrap(), v4.port());
+        told.tell(true, &[("web", v4.port(), 1)]);
+        let (line, body) = get(Some(v4), "/any/path").await;
+        assert_eq!(line, "HTTP/1.1 200 OK");
+        let expected = "{\n\t\"service\": {\n\t\t\"namespace\": \"default\",\n\t\t\"name\": \"web\"\n\t},\n\t\"localEndpoints\": 1,\n\t\"serviceProxyHealthy\": true\n}";
+        assert_eq!(body, expected);
+        let head = exchange(v6, "/").await.unwrap();
+        for header in
+            ["Content-Type: application/json", "X-Content-Type-Options: nosniff", "X-Load-Balancing-Endpoint-Weight: 2"]
+        {
+            assert!(head.contains(&format!("{header}\r\n")), "{head}");
+        }
+
+        told.tell(true, &[("web", v4.port(), 0)]);
+        let (line, body) = get(Some(v4), "/").await;
+        assert!(
+            line.contains("503") && body.contains("\"localEndpoints\": 0") && body.contains("true"),
+            "{line} {body}"
+        );
+        told.tell(false, &[("web", v4.port(), 1)]);
+        let (line, body) = get(Some(v4), "/").await;
+        assert!(
+            line.contains("503") && body.contains("\"localEndpoints\": 1") && body.contains("false"),
+            "{line} {body}"
+        );
+
+        // The port passes from one Service to another, which had it elsewhere.
+        told.tell(true, &[("web", v4.port(), 1), ("shop", other.port(), 1)]);
+        assert!(get(Some(other), "/").await.1.contains("shop"));
+        told.tell(true, &[("shop", v4.port(), 1)]);
+        assert!(is_closed(other).await, "{other} is still open");
+        assert!(get(Some(v4), "/").await.1.contains("shop"));
+        told.tell(true, &[]);
+        assert!(is_closed(v4).await && is_closed(v6).await, "{v4} is still open");
+        told.cancel.cancel();
+    }
+
+    /// A115: said once, tried again, and nothing to the others.
+    #[tokio::test]
+    async fn a_health_check_port_that_is_taken_is_said_and_tried_again() {
+        let mut told = Told::new().await;
+        let (taken, free) = (TcpListener::bind("127.0.0.1:0").await.unwrap(), free_address().await);
+        let addr = taken.local_addr().unwrap();
+        told.tell(true, &[("web", addr.port(), 1), ("shop", free.port(), 1)]);
+        assert!(get(Some(free), "/").await.0.contains("200"));
+        let warning = told.warned.recv().await.unwrap();
+        assert_eq!(
+            (warning.service.to_string().as_str(), warning.reason),
+            ("default/web", "FailedToStartServiceHealthcheck")
+        );
+        assert!(warning.note.contains("Address already in use") && warning.note.contains("n1"), "{}", warning.note);
+        let (_, body) = get(told.metrics, "/status").await;
+        let report: report::Report = serde_json::from_str(&body).unwrap();
+        let shown: Vec<_> =
+            report.health_checks.iter().map(|check| (check.listening.len(), check.failed.len())).collect();
+        assert_eq!(shown, [(2, 0), (1, 1)], "{report:?}");
+        assert!(report.problems["Service default/web"][0].contains("free the port"), "{report:?}");
+        let (_, metrics) = get(told.metrics, "/metrics").await;
+        assert!(metrics.contains("proxy_agent_health_check_ports{state=\"failed\"} 1"), "{metrics}");
+
+        drop(taken);
+        let answer = timeout(Duration::from_secs(10), get(Some(addr), "/")).await.unwrap();
+        assert!(answer.1.contains("web"), "{answer:?}");
+        let (_, body) = get(told.metrics, "/status").await;
+        assert!(serde_json::from_str::<report::Report>(&body).unwrap().problems.is_empty());
+        assert!(told.warned.try_recv().is_err(), "said twice");
+        told.cancel.cancel();
     }
 
     #[tokio::test]

@@ -97,3 +97,22 @@ pub async fn run(
         Input::Kubernetes(options) => kubernetes::run(&node, options, events, state, &cancel).await,
     }
 }
+
+/// Tells the owners of Services what went wrong with them here, until cancelled. A directory has nobody to tell.
+pub async fn tell(
+    options: Options,
+    mut warnings: mpsc::Receiver<model::Warning>,
+    cancel: CancellationToken,
+) -> Result<(), SourceError> {
+    let Options { node, input } = options;
+    let told = async {
+        match input {
+            Input::Directory(_) => while warnings.recv().await.is_some() {},
+            Input::Kubernetes(options) => kubernetes::tell(&node, options, &mut warnings).await,
+        }
+    };
+    cancel.run_until_cancelled(told).await;
+    // A task that ends early ends the process.
+    cancel.cancelled().await;
+    Ok(())
+}

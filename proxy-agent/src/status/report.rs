@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     path::{Path, PathBuf},
     time::SystemTime,
 };
@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use super::{ChangeCount, FrontendState, FrontendStatus, SourceState, Status};
 use crate::{
-    desired::{DeviceRole, Frontend},
-    model::Protocol,
+    desired::{self, DeviceRole, Frontend},
+    model::{Family, Protocol, ServiceKey},
 };
 
 /// Version of every JSON document this program writes.
@@ -46,6 +46,9 @@ pub struct Report {
     pub unprogrammed: Vec<Unprogrammed>,
     /// Addresses whose unused ports are not refused, and why.
     pub failed_guards: BTreeMap<IpAddr, String>,
+    /// Ports at which load balancers ask after a Service.
+    #[serde(default)]
+    pub health_checks: Vec<HealthCheck>,
     /// Object or place → what was left out of it.
     pub problems: BTreeMap<String, Vec<String>>,
     pub devices: Vec<Device>,
@@ -98,6 +101,22 @@ pub struct Unprogrammed {
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct HealthCheck {
+    /// `namespace/name`.
+    pub service: String,
+    pub port: u16,
+    /// Ready endpoints on this node by family, `IPv4` and `IPv6`.
+    pub local_endpoints: BTreeMap<String, usize>,
+    pub listening: Vec<IpAddr>,
+    /// Where it cannot be asked, and why.
+    pub failed: BTreeMap<IpAddr, String>,
+}
+
+/// By Service and address: why it could not be opened, if it could not.
+pub type CheckPorts = BTreeMap<(ServiceKey, SocketAddr), Option<String>>;
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Device {
     pub index: u32,
     pub name: String,
@@ -125,7 +144,7 @@ pub struct MapFill {
 impl Report {
     pub const KIND: &'static str = "NodeStatus";
 
-    pub fn new(status: &Status, healthy: bool, socket_lb: &str, bpffs: &Path) -> Self {
+    pub fn new(status: &Status, healthy: bool, socket_lb: &str, bpffs: &Path, ports: &CheckPorts) -> Self {
         let Status {
             mode,
             node,
@@ -145,6 +164,7 @@ impl Report {
             endpoints,
             frontends,
             failed_guards,
+            health_checks,
             problems,
             devices,
             failed_devices,
@@ -186,7 +206,11 @@ impl Report {
                 .filter_map(|(frontend, status)| Unprogrammed::of(frontend, status))
                 .collect(),
             failed_guards: failed_guards.iter().map(|(addr, failure)| (*addr, failure.to_string())).collect(),
-            problems: BTreeMap::clone(problems),
+            health_checks: health_checks
+                .iter()
+                .map(|(service, check)| HealthCheck::of(service, check, ports))
+                .collect(),
+            problems: all_problems(problems, ports),
             devices: devices.iter().map(|(index, device)| Device::of(*index, device)).collect(),
             failed_devices: failed_devices.iter().map(|(name, failure)| (name.clone(), failure.to_string())).collect(),
             hooks: hooks.iter().map(Hook::from).collect(),
@@ -237,6 +261,44 @@ impl Unprogrammed {
             since: rfc3339(*since),
         })
     }
+}
+
+impl HealthCheck {
+    fn of(service: &ServiceKey, check: &desired::HealthCheck, ports: &CheckPorts) -> Self {
+        let desired::HealthCheck { uid: _, port, families } = check;
+        let local = |(family, check): (&Family, &desired::FamilyCheck)| {
+            let family = match family {
+                Family::V4 => "IPv4",
+                Family::V6 => "IPv6",
+            };
+            (family.to_owned(), check.local)
+        };
+        let mut shown = Self {
+            service: service.to_string(),
+            port: port.get(),
+            local_endpoints: families.iter().map(local).collect(),
+            listening: Vec::new(),
+            failed: BTreeMap::new(),
+        };
+        for ((_, addr), failure) in ports.iter().filter(|((of, _), _)| of == service) {
+            match failure {
+                None => shown.listening.push(addr.ip()),
+                Some(failure) => drop(shown.failed.insert(addr.ip(), failure.clone())),
+            }
+        }
+        shown
+    }
+}
+
+/// What was left out of objects, and what could not be done for them.
+fn all_problems(problems: &BTreeMap<String, Vec<String>>, ports: &CheckPorts) -> BTreeMap<String, Vec<String>> {
+    let mut problems = problems.clone();
+    for ((service, _), failure) in ports {
+        if let Some(failure) = failure {
+            problems.entry(format!("Service {service}")).or_default().push(failure.clone());
+        }
+    }
+    problems
 }
 
 impl Device {
@@ -311,6 +373,19 @@ pub(crate) mod tests {
         (frontend, FrontendStatus { spec: spec.into(), state, since })
     }
 
+    fn check(family: Family) -> desired::FamilyCheck {
+        let listen = vec![if family == Family::V4 { "0.0.0.0" } else { "::" }.parse().unwrap()];
+        desired::FamilyCheck { listen, local: 1 }
+    }
+
+    /// Of the port in [`busy`].
+    pub(crate) fn check_ports() -> CheckPorts {
+        let at = |addr: &str| (ServiceKey::new("default", "web"), addr.parse().unwrap());
+        let failure =
+            "cannot listen on [::]:30105 for its health checks: Address already in use; free the port on this node";
+        CheckPorts::from([(at("0.0.0.0:30105"), None), (at("[::]:30105"), Some(failure.to_owned()))])
+    }
+
     /// A status with something in every field.
     pub(crate) fn busy() -> Status {
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
@@ -338,6 +413,14 @@ pub(crate) mod tests {
             failed_guards: Arc::new(BTreeMap::from([(
                 "10.96.0.2".parse().unwrap(),
                 Failure::Retry("guard 10.96.0.2: map frontends_v4 is full (65536); raise --map-frontends".into()),
+            )])),
+            health_checks: Arc::new(BTreeMap::from([(
+                ServiceKey::new("default", "web"),
+                desired::HealthCheck {
+                    uid: "u1".into(),
+                    port: port(30_105),
+                    families: Family::BOTH.map(|family| (family, check(family))).into(),
+                },
             )])),
             problems: Arc::new(BTreeMap::from([(
                 "Service default/odd".to_owned(),
@@ -388,7 +471,7 @@ pub(crate) mod tests {
             pid: 4242,
             uptime_seconds: 61,
             version: "0.0.0".into(),
-            ..Report::new(&busy(), true, "all", Path::new("/sys/fs/bpf/x"))
+            ..Report::new(&busy(), true, "all", Path::new("/sys/fs/bpf/x"), &check_ports())
         };
         insta::assert_snapshot!("report", serde_json::to_string_pretty(&report).unwrap());
         let text = serde_json::to_string(&report).unwrap();

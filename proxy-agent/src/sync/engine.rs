@@ -331,7 +331,9 @@ impl Engine {
         self.record_programmed(now);
         self.queued = None;
         self.synced = Some(Instant::now());
+        let checks = Arc::clone(self.planner.health_checks());
         let status = self.table.edit();
+        status.health_checks = checks;
         status.syncs += 1;
         status.last_sync = Some(now);
         status.service_changes.pending = 0;

@@ -2,8 +2,8 @@
 
 use std::{
     io::{Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
-    time::Duration,
+    net::{SocketAddr, TcpListener, TcpStream},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -21,7 +21,7 @@ use crate::{
 
 type Change = (&'static str, fn(&mut Lab) -> Result<()>);
 
-pub const CHANGES: [Change; 10] = [
+pub const CHANGES: [Change; 11] = [
     ("A1: another proxy's label comes and goes", label),
     ("A6: a Service becomes an ExternalName and comes back", external_name),
     ("A13: deleted and made again with another address", made_again),
@@ -31,7 +31,8 @@ pub const CHANGES: [Change; 10] = [
     ("A60: the node port moves", node_port_moves),
     ("A95 A98 A99: sticky on every address; its backend goes; affinity is switched off", sticky),
     ("A103: a UDP flow of a removed backend goes on with another", udp_flow),
-    ("A111 A112: health-check node ports count local endpoints", health),
+    ("A111 A112 A113 A114: health-check node ports count local endpoints", health),
+    ("A115: a health-check node port that is taken", taken_port),
 ];
 
 /// A Service of its own for each case, numbered beyond those of the table.
@@ -268,27 +269,119 @@ fn udp_flow(lab: &mut Lab) -> Result<()> {
 }
 
 fn health(lab: &mut Lab) -> Result<()> {
-    let own = service(71, "healthy | LoadBalancer eTP | b2 c2")?;
+    let own = service(71, "healthy | LoadBalancer eTP | b2 c2 b1:unready")?;
     install(lab, &own)?;
-    for (node, code, count) in [(1, 503, 0), (2, 200, 2)] {
+    answers(lab, &own, [(1, Some(0)), (2, Some(2))])?;
+    // One that terminates goes on serving, and is no reason to send more (A113).
+    let own = service(71, "healthy | LoadBalancer eTP | b1 c2 b2:terminating")?;
+    install(lab, &own)?;
+    answers(lab, &own, [(1, Some(1)), (2, Some(1))])?;
+    expect(lab, "outside", &own, Via::NodePort(At::Node1), "b1 own")?;
+    // Asked for no longer, and asked for again (A114).
+    let mut object = own.json();
+    object["spec"]["externalTrafficPolicy"] = "Cluster".into();
+    object["spec"]["healthCheckNodePort"] = 0.into();
+    replace_service(lab, &object)?;
+    answers(lab, &own, [(1, None), (2, None)])?;
+    replace_service(lab, &own.json())?;
+    answers(lab, &own, [(1, Some(1)), (2, Some(1))])?;
+    delete(lab, &own)?;
+    lab.settle()?;
+    answers(lab, &own, [(1, None), (2, None)])
+}
+
+fn taken_port(lab: &mut Lab) -> Result<()> {
+    let own = service(72, "unlucky | LoadBalancer eTP | b1 b2")?;
+    let other = service(73, "lucky | LoadBalancer eTP | b1 b2")?;
+    let taken = Family::BOTH.map(|family| SocketAddr::new(lab.world.node(1).place.ip(family), own.health_port()));
+    let held = lab.world.node(1).place.namespace.enter(|| taken.map(TcpListener::bind))?;
+    let held = held.into_iter().collect::<Result<Vec<_>, _>>().context("take the port")?;
+    lab.install([&own, &other])?;
+    lab.settle()?;
+    answers(lab, &other, [(1, Some(1)), (2, Some(1))])?;
+    eventually(|| {
+        let arguments = ["get", "events.events.k8s.io", "-o", "json"];
+        let events: Value = serde_json::from_str(&lab.server.kubectl(&arguments, "")?)?;
+        let found = events["items"].as_array().into_iter().flatten().find(|event| {
+            let of_own = event["regarding"]["kind"] == "Service" && event["regarding"]["name"] == own.name.as_str();
+            let said = (&event["type"], &event["reason"], &event["action"]);
+            of_own && said == (&json!("Warning"), &json!("FailedToStartServiceHealthcheck"), &json!("Listen"))
+        });
+        let note = found.with_context(|| format!("no Event on the Service: {events}"))?["note"].as_str();
+        let note = note.context("an Event that says nothing")?;
+        ensure!(note.contains("node1") && note.contains("already in use"), "{note}");
+        Ok(())
+    })?;
+    drop(held);
+    // kube-proxy tries again with the next sync.
+    lab.settle()?;
+    answers(lab, &own, [(1, Some(1)), (2, Some(1))])?;
+    delete(lab, &own)?;
+    delete(lab, &other)
+}
+
+/// What the nodes tell load balancers of a Service, to the byte; `None`: the port is closed.
+fn answers(lab: &Lab, service: &Service, expected: [(usize, Option<usize>); 2]) -> Result<()> {
+    for (node, local) in expected {
         for family in Family::BOTH {
-            let at = SocketAddr::new(lab.world.node(node).place.ip(family), own.health_port());
-            let answer = lab.world.outside().namespace.enter(|| get(at))??;
-            let (head, body) = answer.split_once("\r\n\r\n").with_context(|| format!("{at}: {answer:?}"))?;
-            ensure!(head.split(' ').nth(1) == Some(&code.to_string()), "{at}: expected {code}: {answer}");
-            let body: Value = serde_json::from_str(body).with_context(|| format!("{at}: {body}"))?;
-            ensure!(body["localEndpoints"] == json!(count), "{at}: {body}");
-            ensure!(body["service"] == json!({"namespace": "default", "name": "healthy"}), "{at}: {body}");
+            let at = SocketAddr::new(lab.world.node(node).place.ip(family), service.health_port());
+            eventually(|| {
+                let answer = lab.world.outside().namespace.enter(|| get(at))?;
+                let Some(local) = local else {
+                    ensure!(answer.is_err(), "{at} is open: {answer:?}");
+                    return Ok(());
+                };
+                let answer = answer?;
+                let (mut headers, expected) = (lines(&answer), lines(&health_answer(service, local)));
+                headers.retain(|line| !line.starts_with("Date: ") && !line.starts_with("Connection: "));
+                ensure!(headers == expected, "{at}: expected {expected:?}, got {headers:?}");
+                Ok(())
+            })?;
         }
     }
-    delete(lab, &own)
+    Ok(())
+}
+
+/// Contract A112. HTTP does not care about the order of headers.
+fn lines(answer: &str) -> Vec<String> {
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or((answer, ""));
+    let (status, headers) = head.split_once("\r\n").unwrap_or((head, ""));
+    let mut headers: Vec<&str> = headers.split("\r\n").collect();
+    headers.sort_unstable();
+    [&[status], headers.as_slice(), &[body]].concat().into_iter().map(str::to_owned).collect()
+}
+
+fn health_answer(service: &Service, local: usize) -> String {
+    let name = &service.name;
+    let code = if local > 0 { "200 OK" } else { "503 Service Unavailable" };
+    let body = format!(
+        "{{\n\t\"service\": {{\n\t\t\"namespace\": \"default\",\n\t\t\"name\": \"{name}\"\n\t}},\n\t\"localEndpoints\": {local},\n\t\
+         \"serviceProxyHealthy\": true\n}}"
+    );
+    let length = body.len();
+    format!(
+        "HTTP/1.0 {code}\r\nContent-Type: application/json\r\nX-Content-Type-Options: nosniff\r\n\
+         X-Load-Balancing-Endpoint-Weight: {local}\r\nContent-Length: {length}\r\n\r\n{body}"
+    )
+}
+
+/// What is in force is told a moment later.
+fn eventually(check: impl Fn() -> Result<()>) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(15);
+    loop {
+        let Err(error) = check() else { return Ok(()) };
+        if Instant::now() > deadline {
+            return Err(error);
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 fn get(at: SocketAddr) -> Result<String> {
     let mut stream =
         TcpStream::connect_timeout(&at, Duration::from_secs(2)).with_context(|| format!("connect to {at}"))?;
     stream.set_read_timeout(Some(Duration::from_secs(3)))?;
-    write!(stream, "GET / HTTP/1.0\r\nHost: {at}\r\n\r\n")?;
+    write!(stream, "GET /any HTTP/1.0\r\nHost: {at}\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;
     if answer.is_empty() {

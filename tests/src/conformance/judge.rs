@@ -10,7 +10,6 @@ const DOCUMENT: &str = include_str!("../../../docs/conformance.md");
 /// What is being built: failing there is a skip, and is said.
 const NOT_YET: &[(&str, &str, &str)] = &[
     ("ebpf", "no detector", "there is no option yet that turns local detection off"),
-    ("ebpf", "A111", "health-check node ports are not there yet"),
 ];
 
 /// One line of the document's table.

@@ -25,7 +25,7 @@ use crate::{
     config::{HEALTHZ_PORT, METRICS_PORT, PortRange},
     dataplane::{Dataplane, Fill, ebpf},
     desired::{Algorithm, Devices},
-    model::{NodeFacts, SourceState},
+    model::{NodeFacts, SourceState, Warning},
     node, plan, serve, source,
     status::Status,
     sync,
@@ -44,6 +44,9 @@ use tasks::Tasks;
 /// Events a source may be ahead of the loop.
 const EVENTS: usize = 1024;
 
+/// Warnings about Services that may wait to be told.
+const WARNINGS: usize = 64;
+
 /// What every task is started with.
 struct Plan {
     source: source::Options,
@@ -51,6 +54,8 @@ struct Plan {
     sync: sync::Options,
     serve: serve::Options,
     dataplane: ebpf::Options,
+    /// For whoever can tell the owners of Services.
+    warnings: mpsc::Receiver<Warning>,
 }
 
 pub fn execute(args: Args) -> anyhow::Result<Exit> {
@@ -108,6 +113,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             source::Input::Kubernetes(source::KubernetesOptions { kubeconfig, server: master, ..Default::default() })
         }
     };
+    let (warnings, warned) = mpsc::channel(WARNINGS);
     Ok(Plan {
         source: source::Options { node, input },
         node: node::Options { patterns: devices.iter().map(|pattern| node::Pattern::new(pattern)).collect() },
@@ -133,6 +139,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             socket_lb: socket_lb.name(),
             bpffs: bpffs.clone(),
             probe: probe(&bpffs, Arc::clone(&ended)),
+            warnings,
         },
         dataplane: ebpf::Options {
             bpffs,
@@ -145,6 +152,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             log_level: ebpf_log_level.number(),
             ..Default::default()
         },
+        warnings: warned,
     })
 }
 
@@ -201,7 +209,7 @@ fn warn_of_settings((min, max): (u16, u16)) {
 }
 
 async fn run(plan: Plan, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
-    let Plan { source, node, sync, serve, dataplane: ebpf::Options { bpffs, .. } } = plan;
+    let Plan { source, node, sync, serve, dataplane: ebpf::Options { bpffs, .. }, warnings } = plan;
     let stop = stop_signal()?;
     info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -219,6 +227,7 @@ async fn run(plan: Plan, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
     let (status, status_seen) = watch::channel(Arc::new(starting));
 
     let mut tasks = Tasks::new();
+    tasks.spawn("Events", source::tell(source.clone(), warnings, tasks.token()));
     tasks.spawn("source", source::run(source, events.clone(), source_state, tasks.token()));
     tasks.spawn("node facts", node_facts(status_seen.clone(), facts, tasks.token()));
     tasks.spawn("device watcher", node::run(node, facts_seen, events, devices, tasks.token()));

@@ -10,6 +10,7 @@ mod decode;
 mod follow;
 mod kinds;
 mod remarks;
+mod tell;
 
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+pub(super) use self::tell::tell;
 use self::{
     board::Board,
     connect::Connector,
