@@ -76,7 +76,7 @@ pub mod state {
     pub const SEEN: u8 = 1;
     pub const FIN: u8 = 2;
     pub const RST: u8 = 4;
-    /// Half-open TCP, the answer's entry: `checked` is the number that acknowledges the peer's SYN-ACK.
+    /// Half-open TCP, the answer's entry: `checked` is the number that acknowledges the peer's SYN-ACK; SCTP: the tag in its INIT ACK.
     pub const NUMBERED: u8 = 8;
     /// As above, but the peer answered with more than one number (SYN cookies): `checked` of the opener's entry is the one before.
     pub const RENUMBERED: u8 = 16;

@@ -13,6 +13,7 @@ pub mod affinity;
 pub mod checksum;
 pub mod connection;
 pub mod counters;
+pub mod crc32c;
 pub mod device;
 pub mod frontend;
 pub mod globals;
@@ -37,6 +38,12 @@ pub mod proto {
     pub const UDP: u8 = 17;
     pub const ICMPV6: u8 = 58;
     pub const SCTP: u8 = 132;
+
+    /// Whether it has ports that are translated.
+    #[inline(always)]
+    pub const fn has_ports(proto: u8) -> bool {
+        matches!(proto, TCP | UDP | SCTP)
+    }
 }
 
 /// Implements aya's marker for plain old data where the `user` feature asks for it.

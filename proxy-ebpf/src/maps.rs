@@ -51,7 +51,7 @@ static SLOTS_V4: Slots<SlotV4> = Slots::new();
 #[btf_map(name = "slots_v6")]
 static SLOTS_V6: Slots<SlotV6> = Slots::new();
 
-/// TCP flows that both sides have spoken on. Writer: programs. Full: the least recently used goes, its pair repairs it.
+/// TCP and SCTP flows that both sides have spoken on. Writer: programs. Full: the least recently used goes, its pair repairs it.
 #[btf_map(name = "established_v4")]
 static ESTABLISHED_V4: Connections<Ipv4Be> = Connections::new();
 #[btf_map(name = "established_v6")]
@@ -159,7 +159,7 @@ pub(crate) struct Work<A> {
 
 /// What a packet is to the translation; a `u8` in [`Packet`].
 pub(crate) mod kind {
-    /// TCP or UDP with its header at hand.
+    /// TCP, UDP or SCTP with its header at hand.
     pub(crate) const WHOLE: u8 = 0;
     /// A later fragment: ports known from the first, no header to rewrite.
     pub(crate) const LATER_FRAGMENT: u8 = 1;
@@ -184,8 +184,10 @@ pub(crate) struct Packet<A> {
     pub(crate) proto: u8,
     /// [`kind`].
     pub(crate) kind: u8,
+    /// Those of TCP; for SCTP what stands for them ([`tc::sctp`](crate::tc)).
     pub(crate) tcp_flags: u8,
-    pub(crate) pad: u8,
+    /// 1: of more fragments the first.
+    pub(crate) more: u8,
 }
 
 /// One address family: its maps.

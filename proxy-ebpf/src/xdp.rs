@@ -228,7 +228,7 @@ fn parse<A: Plain>(ctx: &XdpContext, packet: &mut Packet<A>) -> u32 {
     let l4 = L3 + A::LEN_MIN as usize;
     packet.kind = kind::WHOLE;
     packet.l4 = l4 as u32;
-    packet.pad = 0;
+    packet.more = 0;
     packet.tcp_flags = 0;
     let sum = match packet.proto {
         proto::TCP => {

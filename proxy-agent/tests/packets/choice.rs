@@ -87,15 +87,16 @@ fn break_slots(world: &mut World, v6: bool, slots: std::ops::Range<u32>, generat
 #[test]
 fn a_slot_of_another_generation_is_never_used() {
     let Some(mut world) = world("a_slot_of_another_generation_is_never_used", Options::default()) else { return };
-    for (n, cast) in casts().into_iter().enumerate() {
-        let n = n as u64;
+    let mut tried = 0;
+    for cast in casts() {
         world.service(1, cast.vip, &[cast.backend, cast.backend2]);
         break_slots(&mut world, cast.v6, 0..64, 2);
-        for (m, proto) in PROTOS.into_iter().enumerate() {
+        for proto in PROTOS {
+            tried += 1;
             assert_eq!(world.run(Hook::Ingress, &Packet::opening(proto, cast.client, cast.vip).frame()).0, DROP);
             // Looked at twice, in case the frontend had moved on.
-            assert_eq!(world.reason(Reason::StaleSlot), 4 * n + 2 * m as u64 + 2);
-            assert_eq!(world.reason(Reason::TornTwice), 2 * n + m as u64 + 1);
+            assert_eq!(world.reason(Reason::StaleSlot), 2 * tried);
+            assert_eq!(world.reason(Reason::TornTwice), tried);
         }
         assert_eq!(world.rows(), []);
         break_slots(&mut world, cast.v6, 0..64, 1);

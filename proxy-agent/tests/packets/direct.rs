@@ -14,7 +14,7 @@ use proxy_common::{counters::Reason, device::role};
 
 use super::{
     packet::Packet,
-    world::{Cast, Hook, Options, PROTOS, TCP, at, casts, world},
+    world::{Cast, Hook, Options, TCP, UDP, at, casts, world},
 };
 
 /// A pod: a network namespace on the other end of a veth, with the addresses of client and backend on its loopback device, so that both ends of
@@ -137,7 +137,7 @@ fn a_flow_after_a_direct_connection_of_its_tuple_gets_another_port() {
     let mut remapped = 0;
     for cast in casts() {
         world.service(1, cast.vip, &[cast.backend]);
-        for (n, proto) in PROTOS.into_iter().enumerate() {
+        for (n, proto) in [TCP, UDP].into_iter().enumerate() {
             let client = at(cast.client, 46_000 + n as u16);
             let held = pod.connect(proto, client, cast.backend);
             // Another port: nothing in the way.
@@ -146,11 +146,7 @@ fn a_flow_after_a_direct_connection_of_its_tuple_gets_another_port() {
             remapped += 1;
             assert_eq!(world.reason(Reason::PortRemapped), remapped);
             // Neither direction of the direct one is touched.
-            let direct = if proto == TCP {
-                Packet::tcp(client, cast.backend, super::packet::ACK)
-            } else {
-                Packet::udp(client, cast.backend)
-            };
+            let direct = Packet::more(proto, client, cast.backend);
             world.untouched(Hook::Ingress, &direct.frame());
             world.untouched(Hook::Egress, &direct.between(cast.backend, client).frame());
             world.remove(|_| true);

@@ -71,8 +71,7 @@ fn a_million_syns_cut_nobody() {
             if n % 100_000 == 99_999 {
                 for client in &clients {
                     let proto = if client.port() % 2 == 0 { TCP } else { UDP };
-                    let more =
-                        if proto == TCP { Packet::tcp(*client, cast.vip, ACK) } else { Packet::udp(*client, cast.vip) };
+                    let more = Packet::more(proto, *client, cast.vip);
                     world.expect(Hook::Ingress, &more, &more.to(cast.backend));
                     let answer = more.between(cast.backend, *client);
                     world.expect(Hook::Egress, &answer, &answer.from(cast.vip));

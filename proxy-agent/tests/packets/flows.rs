@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use proxy_common::{connection::flags, counters::Reason, device::role};
 
 use super::{
-    packet::{ACK, FIN, Packet, RST, SYN, ends},
+    packet::{Packet, SYN, ends},
     world::{DROP, Hook, NEXT, Options, PROTOS, TCP, UDP, World, at, casts, world},
 };
 
@@ -20,8 +20,7 @@ fn a_flow_goes_to_a_backend_and_answers_as_the_vip() {
             let answer = Packet::answer(proto, cast.backend, cast.client);
             world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
             for payload in [&b""[..], b"x", b"some odd bytes!", &[0xff; 1400]] {
-                let more = if proto == TCP { Packet::tcp(cast.client, cast.vip, ACK) } else { open.clone() }
-                    .with_payload(payload);
+                let more = Packet::more(proto, cast.client, cast.vip).with_payload(payload);
                 world.expect(Hook::Ingress, &more, &more.to(cast.backend));
                 let back = more.between(cast.backend, cast.client);
                 world.expect(Hook::Egress, &back, &back.from(cast.vip));
@@ -52,8 +51,8 @@ pub(crate) fn masquerade(
     let (seen, still) = world.translate(Hook::Egress, &open.to(backend));
     assert_eq!((seen.ip(), still), (node, backend));
     masqueraded_answer(world, &Packet::answer(proto, backend, seen), client, vip);
-    if proto == TCP {
-        let ack = Packet::tcp(client, vip, ACK);
+    if proto != UDP {
+        let ack = Packet::more(proto, client, vip);
         world.expect(Hook::Ingress, &ack, &ack.to(backend));
         world.expect(Hook::Egress, &ack.to(backend), &ack.between(seen, backend));
     }
@@ -93,7 +92,7 @@ fn what_comes_from_outside_is_masqueraded() {
         }
     }
     let rows = world.rows();
-    assert_eq!(rows.len(), 2 * 2 * 3 * 4);
+    assert_eq!(rows.len(), 2 * PROTOS.len() * 3 * 4);
     assert!(rows.iter().all(|row| row.established && !row.is(flags::PENDING)), "{rows:#?}");
     assert_eq!(world.reasons(), []);
 }
@@ -234,8 +233,8 @@ fn masquerade_ports_run_out_and_come_back() {
             let (sport, seen) = taken[0];
             let client = at(cast.client, sport);
             let late = at(cast.client, 50_005);
-            if proto == TCP {
-                let rst = Packet::tcp(client, cast.vip, RST | ACK);
+            if proto != UDP {
+                let rst = Packet::abort(proto, client, cast.vip);
                 world.expect(Hook::Ingress, &rst, &rst.to(cast.backend));
                 world.expect(Hook::Egress, &rst.to(cast.backend), &rst.between(seen, cast.backend));
             } else {
@@ -313,18 +312,18 @@ fn two_vips_to_one_backend_do_not_mix() {
                 world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
                 let answer = Packet::answer(proto, cast.backend, moved);
                 world.expect(Hook::Egress, &answer, &answer.between(cast.vip2, cast.client));
-                if proto == TCP {
-                    let ack = Packet::tcp(cast.client, cast.vip2, ACK);
+                if proto != UDP {
+                    let ack = Packet::more(proto, cast.client, cast.vip2);
                     world.expect(Hook::Ingress, &ack, &ack.between(moved, cast.backend));
-                    let ack = Packet::tcp(cast.client, cast.vip, ACK);
+                    let ack = Packet::more(proto, cast.client, cast.vip);
                     world.expect(Hook::Ingress, &ack, &ack.to(cast.backend));
                 } else {
                     world.expect(Hook::Ingress, &second, &second.between(moved, cast.backend));
                 }
             }
             // The first one ends, a third VIP's flow gets the client's own port again.
-            if proto == TCP {
-                world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, RST));
+            if proto != UDP {
+                world.translate(Hook::Ingress, &Packet::abort(proto, cast.client, cast.vip));
                 let vip3 = at(cast.vip2, 8001);
                 world.service(3, vip3, &[cast.backend]);
                 let third = Packet::opening(proto, cast.client, vip3);
@@ -352,8 +351,8 @@ fn a_direct_connection_beside_one_through_the_vip() {
             world.expect(Hook::Egress, &answer, &answer.to(cast.client));
             let answer = Packet::answer(proto, cast.backend, cast.client);
             world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
-            if proto == TCP {
-                let ack = Packet::tcp(cast.client, cast.backend, ACK);
+            if proto != UDP {
+                let ack = Packet::more(proto, cast.client, cast.backend);
                 world.expect(Hook::Ingress, &ack, &ack.from(moved));
             }
             assert!(world.rows().iter().all(|row| row.established), "{:#?}", world.rows());
@@ -368,9 +367,9 @@ fn a_direct_connection_beside_one_through_the_vip() {
             // Over: forgotten, the direct one passes as it is.
             world.remove(|_| true);
             world.establish(proto, cast.client, cast.vip);
-            if proto == TCP {
-                world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, FIN | ACK));
-                world.translate(Hook::Egress, &Packet::tcp(cast.backend, cast.client, FIN | ACK));
+            if proto != UDP {
+                world.translate(Hook::Ingress, &Packet::closing(proto, cast.client, cast.vip));
+                world.translate(Hook::Egress, &Packet::closing(proto, cast.backend, cast.client));
             } else {
                 world.age(121);
             }
@@ -405,7 +404,7 @@ fn a_flow_through_two_devices_still_answers_as_the_vip() {
         for proto in PROTOS {
             let mut seen = cast.client;
             let opening = Packet::opening(proto, cast.client, cast.vip);
-            let more = if proto == TCP { Packet::tcp(cast.client, cast.vip, ACK) } else { opening.clone() };
+            let more = Packet::more(proto, cast.client, cast.vip);
             for (n, packet) in [&opening, &more, &more].into_iter().enumerate() {
                 let mut to = packet.clone();
                 for role in [role::POD, role::OUTWARD] {
@@ -437,7 +436,7 @@ fn a_flow_through_a_device_behind_another_keeps_its_port() {
         for (proto, backend) in PROTOS.into_iter().flat_map(|p| [(p, cast.backend), (p, at(cast.client, 8080))]) {
             world.service(1, cast.vip, &[backend]);
             let opening = Packet::opening(proto, cast.client, cast.vip);
-            let more = if proto == TCP { Packet::tcp(cast.client, cast.vip, ACK) } else { opening.clone() };
+            let more = Packet::more(proto, cast.client, cast.vip);
             let hairpin = backend.ip() == cast.client.ip();
             for packet in [&opening, &more, &more] {
                 world.device(role::POD);

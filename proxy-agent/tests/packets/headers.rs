@@ -13,7 +13,7 @@ fn later_fragments_follow_the_first() {
     let Some(mut world) = world("later_fragments_follow_the_first", Options::default()) else { return };
     for cast in casts() {
         world.service(1, cast.vip, &[cast.backend]);
-        for (n, proto) in PROTOS.into_iter().enumerate() {
+        for (n, proto) in [TCP, UDP].into_iter().enumerate() {
             let mut unknown = world.reason(Reason::UnknownFragment);
             let mut open = Packet::opening(proto, cast.client, cast.vip).with_payload(&[0x5a; 3000]);
             open.id = 0x7700 + n as u32;
@@ -43,9 +43,7 @@ fn later_fragments_follow_the_first() {
             world.device(role::OUTWARD);
             let outside = at(cast.client, 50_000 + n as u16);
             let seen = masquerade(&mut world, proto, outside, cast.vip, cast.node);
-            let mut more =
-                if proto == TCP { Packet::tcp(outside, cast.vip, ACK) } else { Packet::udp(outside, cast.vip) }
-                    .with_payload(&[1; 2000]);
+            let mut more = Packet::more(proto, outside, cast.vip).with_payload(&[1; 2000]);
             more.id = 9;
             let (middle, last) = (more.to(cast.backend), more.between(seen, cast.backend));
             for (a, b) in [(0, 1480), (1480, more.transport().len())] {
@@ -144,7 +142,7 @@ fn extension_headers_behind_the_fragment_header() {
     let [_, cast] = casts();
     world.service(1, cast.vip, &[cast.backend]);
     world.datapath.guard(cast.vip.ip(), 1);
-    for proto in PROTOS {
+    for proto in [TCP, UDP] {
         let open = Packet::opening(proto, cast.client, cast.vip).with_payload(&[0x5a; 3000]);
         let fragments = |packet: &Packet| {
             let next = packet.proto();
@@ -314,7 +312,7 @@ fn zoo(world: &mut World) -> Vec<(Hook, Vec<u8>)> {
             let pod = at(cast.client, 45_000);
             world.device(role::POD);
             world.establish(proto, pod, cast.vip);
-            let more = if proto == TCP { Packet::tcp(pod, cast.vip, ACK) } else { Packet::udp(pod, cast.vip) };
+            let more = Packet::more(proto, pod, cast.vip);
             let mut bare = more.clone();
             if proto == UDP && !cast.v6 {
                 bare.body = Body::Udp { bare: true };
@@ -485,6 +483,11 @@ fn mend(frame: &mut [u8]) {
         let packet = etherparse::SlicedPacket::from_ethernet(frame).unwrap();
         packet.net.as_ref().unwrap().ip_payload_ref().unwrap().ip_number.0
     };
+    if proto == 132 {
+        frame[at + 8..at + 12].fill(0);
+        let sum = super::packet::crc32c(&frame[at..]);
+        return frame[at + 8..at + 12].copy_from_slice(&sum.to_le_bytes());
+    }
     let field = at
         + match proto {
             6 => 16,

@@ -62,9 +62,13 @@ fn tell(world: &mut World, hook: Hook, error: &Packet, quoted: &Packet) -> (Pack
     };
     // Put together anew from what it tells: nothing else has changed.
     let mut requoted = quoted.between(told.quoted.0, told.quoted.1).frame()[14..].to_vec();
-    let field = transport + if quoted.proto() == 6 { 16 } else { 6 };
+    let field = match quoted.proto() {
+        6 => transport + 16..transport + 18,
+        132 => transport + 8..transport + 12,
+        _ => transport + 6..transport + 8,
+    };
     let kept = &quoted.frame()[14..];
-    requoted[field..field + 2].copy_from_slice(&kept[field..field + 2]);
+    requoted[field.clone()].copy_from_slice(&kept[field]);
     let mut rebuilt = Packet::icmp(told.from, told.to, 0, 0, &requoted[..error.payload.len()]);
     rebuilt.body = error.body.clone();
     assert_eq!(hex(&out), hex(&rebuilt.frame()));
@@ -210,7 +214,7 @@ fn errors_about_another_proxys_answers_go_to_it() {
                     assert_eq!(world.run(Hook::Ingress, &about.frame()).0, DROP);
                     failed += 1;
                 }
-                let quoted = Packet::other(cast.vip.ip(), cast.client.ip(), 132).with_payload(&[7; 40]);
+                let quoted = Packet::other(cast.vip.ip(), cast.client.ip(), 33).with_payload(&[7; 40]);
                 let about = error(cast.router, cast.vip.ip(), *kind, &quoted, 4000);
                 assert_eq!(world.run(Hook::Ingress, &about.frame()).0, DROP);
                 failed += 1;

@@ -15,6 +15,7 @@ mod maglev;
 mod packet;
 mod programs;
 mod refuse;
+mod sctp;
 mod source_ranges;
 mod table;
 mod world;

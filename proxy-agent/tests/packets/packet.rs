@@ -9,6 +9,15 @@ pub(crate) const SYN: u8 = 0x02;
 pub(crate) const RST: u8 = 0x04;
 pub(crate) const ACK: u8 = 0x10;
 
+pub(crate) const INIT: u8 = 1;
+pub(crate) const INIT_ACK: u8 = 2;
+pub(crate) const ABORT: u8 = 6;
+pub(crate) const SHUTDOWN: u8 = 7;
+pub(crate) const COOKIE_ECHO: u8 = 10;
+/// What each end of an association tells the other to send under.
+pub(crate) const OPENERS_TAG: u32 = 0x0a0b_0c0d;
+pub(crate) const ANSWERERS_TAG: u32 = 0xf5e6_d7c8;
+
 pub(crate) const ETHERNET: usize = 14;
 /// The first is that of the loopback device, which test runs have the packet come in by.
 const MACS: [u8; 12] = [0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 2];
@@ -21,6 +30,11 @@ pub(crate) enum Body {
     /// `bare`: no checksum (IPv4).
     Udp {
         bare: bool,
+    },
+    /// First chunk's type, and the tag it is sent under.
+    Sctp {
+        chunk: u8,
+        tag: u32,
     },
     /// Type, code, rest of the header. Ports of the packet's addresses do not count.
     Icmp {
@@ -68,14 +82,45 @@ impl Packet {
         Self::new(src, dst, Body::Udp { bare: false })
     }
 
+    pub(crate) fn sctp(src: SocketAddr, dst: SocketAddr, chunk: u8, tag: u32) -> Self {
+        Self::new(src, dst, Body::Sctp { chunk, tag })
+    }
+
     /// What opens a flow over `proto`.
     pub(crate) fn opening(proto: u8, src: SocketAddr, dst: SocketAddr) -> Self {
-        if proto == 6 { Self::tcp(src, dst, SYN) } else { Self::udp(src, dst) }
+        match proto {
+            6 => Self::tcp(src, dst, SYN),
+            132 => Self::sctp(src, dst, INIT, 0),
+            _ => Self::udp(src, dst),
+        }
     }
 
     /// What answers it.
     pub(crate) fn answer(proto: u8, src: SocketAddr, dst: SocketAddr) -> Self {
-        if proto == 6 { Self::tcp(src, dst, SYN | ACK) } else { Self::udp(src, dst) }
+        match proto {
+            6 => Self::tcp(src, dst, SYN | ACK),
+            132 => Self::sctp(src, dst, INIT_ACK, OPENERS_TAG),
+            _ => Self::udp(src, dst),
+        }
+    }
+
+    /// What its opener sends next.
+    pub(crate) fn more(proto: u8, src: SocketAddr, dst: SocketAddr) -> Self {
+        match proto {
+            6 => Self::tcp(src, dst, ACK),
+            132 => Self::sctp(src, dst, COOKIE_ECHO, ANSWERERS_TAG),
+            _ => Self::udp(src, dst),
+        }
+    }
+
+    /// The orderly end of a connection, in one direction.
+    pub(crate) fn closing(proto: u8, src: SocketAddr, dst: SocketAddr) -> Self {
+        if proto == 6 { Self::tcp(src, dst, FIN | ACK) } else { Self::sctp(src, dst, SHUTDOWN, ANSWERERS_TAG) }
+    }
+
+    /// The other one, in both.
+    pub(crate) fn abort(proto: u8, src: SocketAddr, dst: SocketAddr) -> Self {
+        if proto == 6 { Self::tcp(src, dst, RST | ACK) } else { Self::sctp(src, dst, ABORT, ANSWERERS_TAG) }
     }
 
     pub(crate) fn icmp(src: IpAddr, dst: IpAddr, kind: u8, code: u8, payload: &[u8]) -> Self {
@@ -113,6 +158,7 @@ impl Packet {
         match self.body {
             Body::Tcp { .. } => 6,
             Body::Udp { .. } => 17,
+            Body::Sctp { .. } => 132,
             Body::Icmp { .. } if self.is_v6() => 58,
             Body::Icmp { .. } => 1,
             Body::Other(proto) => proto,
@@ -135,6 +181,25 @@ impl Packet {
                 bytes.extend([0, 0]);
                 (!bare).then_some(6)
             }
+            Body::Sctp { chunk, tag } => {
+                bytes.extend([sport, dport].concat());
+                bytes.extend(tag.to_be_bytes());
+                bytes.extend([0; 4]);
+                let own = match *chunk {
+                    INIT => Some(OPENERS_TAG),
+                    INIT_ACK => Some(ANSWERERS_TAG),
+                    _ => None,
+                };
+                let length = 4 + own.map_or(0, |_| 16) + self.payload.len() as u16;
+                bytes.extend([*chunk, 0]);
+                bytes.extend(length.to_be_bytes());
+                if let Some(own) = own {
+                    bytes.extend(own.to_be_bytes());
+                    // Window, streams out and in, first number.
+                    bytes.extend([0, 1, 0, 0, 0, 10, 0, 10, 0, 0, 0, 1]);
+                }
+                None
+            }
             Body::Icmp { kind, code, rest } => {
                 bytes.extend([*kind, *code, 0, 0]);
                 bytes.extend(rest);
@@ -143,6 +208,10 @@ impl Packet {
             Body::Other(_) => None,
         };
         bytes.extend(&self.payload);
+        if let Body::Sctp { .. } = self.body {
+            let sum = crc32c(&bytes);
+            bytes[8..12].copy_from_slice(&sum.to_le_bytes());
+        }
         if let Some(field) = field {
             let mut sum = !total(&pseudo(self.src.ip(), self.dst.ip(), self.proto(), &bytes));
             if sum == 0 && self.proto() == 17 {
@@ -215,6 +284,13 @@ impl Packet {
     }
 }
 
+/// The checksum of SCTP bit by bit, as RFC 9260 has it in appendix A; over what it stands in as zero.
+pub(crate) fn crc32c(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(u32::MAX, |register, byte| {
+        (0..8).fold(register ^ u32::from(*byte), |r, _| if r & 1 == 1 { r >> 1 ^ 0x82f6_3b78 } else { r >> 1 })
+    })
+}
+
 /// Folded one's-complement sum (RFC 1071, the plain way).
 pub(crate) fn total(bytes: &[u8]) -> u16 {
     let mut sum = 0_u32;
@@ -280,6 +356,14 @@ pub(crate) fn sums(frame: &[u8]) -> Sums {
         6 => bytes.len() >= 20,
         17 => bytes.len() >= 8 && usize::from(u16::from_be_bytes([bytes[4], bytes[5]])) == bytes.len(),
         1 | 58 => bytes.len() >= 8,
+        132 if bytes.len() >= 12 && bytes[8..12] != [0; 4] => {
+            let mut zeroed = bytes.to_vec();
+            zeroed[8..12].fill(0);
+            let right = crc32c(&zeroed).to_le_bytes() == bytes[8..12];
+            return if right { Sums::Right } else { Sums::WrongTransport };
+        }
+        // Left to the device.
+        132 => return Sums::Unknown,
         _ => return Sums::Right,
     };
     if !whole || (proto == 1) != src.is_ipv4() && matches!(proto, 1 | 58) {

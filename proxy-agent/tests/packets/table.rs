@@ -259,7 +259,7 @@ fn a_syn_flood_evicts_no_established_flow() {
         assert_eq!(established(&world), before);
         for client in clients {
             let proto = if client.port() % 2 == 0 { TCP } else { UDP };
-            let more = if proto == TCP { Packet::tcp(client, cast.vip, ACK) } else { Packet::udp(client, cast.vip) };
+            let more = Packet::more(proto, client, cast.vip);
             world.expect(Hook::Ingress, &more, &more.to(cast.backend));
             let answer = more.between(cast.backend, client);
             world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
@@ -388,8 +388,8 @@ fn a_masqueraded_flow_that_ended_leaves_nothing() {
             world.service(1, cast.vip, &[cast.backend]);
             masquerade(&mut world, proto, cast.client, cast.vip, cast.node);
             world.service(1, cast.vip, &[cast.backend2]);
-            if proto == TCP {
-                let rst = Packet::tcp(cast.client, cast.vip, RST);
+            if proto != UDP {
+                let rst = Packet::abort(proto, cast.client, cast.vip);
                 world.translate(Hook::Ingress, &rst);
                 world.translate(Hook::Egress, &rst.to(cast.backend));
             } else {
@@ -444,8 +444,7 @@ fn an_evicted_half_is_put_back() {
             world.service(1, cast.vip, &[cast.backend2]);
             let whole = established(&world);
             assert_eq!(whole.len(), 4);
-            let ahead =
-                if proto == TCP { Packet::tcp(cast.client, cast.vip, ACK) } else { Packet::udp(cast.client, cast.vip) };
+            let ahead = Packet::more(proto, cast.client, cast.vip);
             let back = ahead.between(cast.backend, seen);
             for lost in [(false, Hook::Ingress), (false, Hook::Egress), (true, Hook::Ingress), (true, Hook::Egress)] {
                 let repaired = world.reason(Reason::PairRepaired);
@@ -490,7 +489,7 @@ fn an_evicted_masquerade_is_asked_for_again() {
         for (proto, client) in PROTOS.into_iter().flat_map(|p| [(p, at(cast.client, 23_456)), (p, cast.client)]) {
             let seen = masquerade(&mut world, proto, client, cast.vip, cast.node);
             assert_eq!(seen.port() == client.port(), client.port() == 23_456);
-            let ahead = if proto == TCP { Packet::tcp(client, cast.vip, ACK) } else { Packet::udp(client, cast.vip) };
+            let ahead = Packet::more(proto, client, cast.vip);
             let back = ahead.between(cast.backend, seen);
             for (both, main) in [(true, None), (false, None), (true, Some(Hook::Ingress)), (true, Some(Hook::Egress))] {
                 if let Some(half) = main {
@@ -543,7 +542,7 @@ fn a_port_that_is_taken_is_not_given_again() {
             assert_eq!(masquerade(&mut world, proto, rival, cast.vip, cast.node), seen);
             world.edit(|_| true, Some(&|notes| *notes.checked = notes.checked.wrapping_sub(3)));
             let (client, vip) = (cast.client, cast.vip);
-            let ahead = if proto == TCP { Packet::tcp(client, vip, ACK) } else { Packet::udp(client, vip) };
+            let ahead = Packet::more(proto, client, vip);
             let back = |seen| ahead.between(cast.backend, seen);
             world.expect(Hook::Ingress, &ahead, &ahead.to(cast.backend));
             let (moved, _) = world.translate(Hook::Egress, &ahead.to(cast.backend));
@@ -572,7 +571,7 @@ fn a_port_that_went_to_another_flow_is_not_shared() {
             assert_eq!(masquerade(&mut world, proto, second, cast.vip, cast.node).port(), 25_000);
             world.edit(|row| row.established, Some(&|notes| *notes.checked = notes.checked.wrapping_sub(3)));
             // The first one's next packet finds out, the one after has a port of its own.
-            let ahead = if proto == TCP { Packet::tcp(first, cast.vip, ACK) } else { Packet::udp(first, cast.vip) };
+            let ahead = Packet::more(proto, first, cast.vip);
             let (verdict, _) = world.run(Hook::Egress, &ahead.to(cast.backend).frame());
             assert_eq!(verdict, NEXT);
             let mut moved = first;
@@ -584,8 +583,7 @@ fn a_port_that_went_to_another_flow_is_not_shared() {
                 }
             }
             assert_eq!(moved, SocketAddr::new(cast.node, 25_001));
-            let answer =
-                |to| if proto == TCP { Packet::tcp(cast.backend, to, ACK) } else { Packet::udp(cast.backend, to) };
+            let answer = |to| Packet::more(proto, cast.backend, to);
             masqueraded_answer(&mut world, &answer(moved), first, cast.vip);
             masqueraded_answer(&mut world, &answer(SocketAddr::new(cast.node, 25_000)), second, cast.vip);
             world.remove(|_| true);
@@ -651,8 +649,8 @@ fn an_entry_with_a_wrong_seal_is_none() {
             world.untouched(Hook::Egress, &Packet::answer(proto, cast.backend, cast.client).frame());
             // Looked up again, then taken for none: that is no loss, so not counted as one.
             assert_eq!((world.reason(Reason::TornRead), world.reason(Reason::TornTwice)), (once + 2, twice));
-            if proto == TCP {
-                world.untouched(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, ACK).frame());
+            if proto != UDP {
+                world.untouched(Hook::Ingress, &Packet::more(proto, cast.client, cast.vip).frame());
             }
             // What opens, opens anew.
             let open = Packet::opening(proto, cast.client, cast.vip);

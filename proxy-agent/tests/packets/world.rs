@@ -35,7 +35,8 @@ pub(crate) const BOUNCE: i32 = 7;
 
 pub(crate) const TCP: u8 = 6;
 pub(crate) const UDP: u8 = 17;
-pub(crate) const PROTOS: [u8; 2] = [TCP, UDP];
+pub(crate) const SCTP: u8 = 132;
+pub(crate) const PROTOS: [u8; 3] = [TCP, UDP, SCTP];
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, PartialOrd, Ord)]
 pub(crate) enum Hook {
@@ -322,8 +323,8 @@ impl World {
         let (seen_client, backend) = self.translate(Hook::Ingress, &Packet::opening(proto, client, vip));
         let back = self.translate(Hook::Egress, &Packet::answer(proto, backend, seen_client));
         assert_eq!(back, (vip, client));
-        if proto == TCP {
-            self.translate(Hook::Ingress, &Packet::tcp(client, vip, super::packet::ACK));
+        if proto != UDP {
+            self.translate(Hook::Ingress, &Packet::more(proto, client, vip));
         }
         backend
     }

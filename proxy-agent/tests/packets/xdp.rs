@@ -23,8 +23,11 @@ use super::{
     packet::{ACK, Body, FIN, Packet, RST, SYN, Sums, ends, sums},
     source_ranges::{around, range},
     support::Spec,
-    world::{Cast, Dice, Hook, Options, PROTOS, TCP, World, at, casts, hex, usual, world},
+    world::{Cast, Dice, Hook, Options, SCTP, TCP, UDP, World, at, casts, hex, usual, world},
 };
+
+/// What XDP takes; SCTP goes by tc.
+const PROTOS: [u8; 2] = [TCP, UDP];
 
 const NAME: &str = "xdp_ingress";
 
@@ -336,6 +339,7 @@ fn what_is_not_plain_is_left_to_the_stack() {
             };
             passes(&mut world, &arriving(&error, FIRST), "ICMP");
             passes(&mut world, &arriving(&Packet::other(known.src.ip(), known.dst.ip(), 47), CLIENT), "GRE");
+            passes(&mut world, &arriving(&Packet::opening(SCTP, known.src, known.dst), CLIENT), "SCTP");
             world.remove(|_| true);
         }
     }

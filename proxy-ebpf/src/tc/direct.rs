@@ -39,6 +39,10 @@ pub(crate) fn is_connected<A: Header>(
     value: &ConnectionValue<A>,
     netns: u32,
 ) -> u32 {
+    // No helper finds an SCTP socket.
+    if packet.proto == proto::SCTP {
+        return 0;
+    }
     let mut answer = Tuple { src: value.addr, dst: packet.src, sport: value.port, dport: packet.sport };
     let state = if packet.proto == proto::TCP {
         state::<{ proto::TCP }, A>(ctx, &mut answer, netns)

@@ -28,7 +28,7 @@ pub(crate) fn is_error<A: Address>(kind: u8) -> bool {
 }
 
 /// Reads the quoted packet's headers at `l3` and writes the key that an answer to it has at `at_hook`. Returns the offset of its
-/// transport header; 0: not TCP or UDP, or without ports.
+/// transport header; 0: not TCP, UDP or SCTP, or without ports.
 #[inline(never)]
 fn quoted<A: Header>(ctx: &TcContext, l3: u32, at_hook: u8, key: &mut ConnectionKey<A>) -> u32 {
     // Turned round: whom it was for answers whom it was from.
@@ -50,7 +50,7 @@ fn quoted<A: Header>(ctx: &TcContext, l3: u32, at_hook: u8, key: &mut Connection
         key.proto = header.next;
         l3 + 40
     };
-    if key.proto != proto::TCP && key.proto != proto::UDP {
+    if !proto::has_ports(key.proto) {
         return 0;
     }
     let Some(ports) = load::<[u16; 2]>(ctx, l4) else { return 0 };

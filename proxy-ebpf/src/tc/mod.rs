@@ -10,6 +10,7 @@ pub(crate) mod packet;
 mod reject;
 mod reset;
 pub(crate) mod rewrite;
+mod sctp;
 pub(crate) mod source;
 pub(crate) mod table;
 
@@ -248,7 +249,7 @@ fn stray<A: Header>(packet: &Packet<A>) -> i32 {
         count::reason(Reason::NotASyn);
         return NEXT;
     }
-    if packet.proto == proto::TCP {
+    if packet.proto == proto::TCP || packet.proto == proto::SCTP {
         return NEXT;
     }
     count::reason(Reason::StrayFragment);

@@ -15,6 +15,7 @@ use proxy_common::{
     proto,
 };
 
+use super::sctp;
 use crate::{
     clock, count,
     maps::{Family, Packet, kind},
@@ -28,22 +29,21 @@ pub(crate) mod tcp_flags {
 }
 
 impl<A: Address> Packet<A> {
-    /// A TCP packet that opens a connection, or a datagram (each may be a flow's first).
+    /// A packet that opens a connection, or a datagram (each may be a flow's first).
     #[inline(always)]
     pub(crate) fn may_open(&self) -> bool {
         self.proto == proto::UDP || self.is_syn()
     }
 
+    /// SYN or INIT. Datagrams have no flags.
     #[inline(always)]
     pub(crate) fn is_syn(&self) -> bool {
-        self.proto == proto::TCP
-            && self.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST) == tcp_flags::SYN
+        self.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST) == tcp_flags::SYN
     }
 
     #[inline(always)]
     pub(crate) fn is_syn_ack(&self) -> bool {
-        self.proto == proto::TCP
-            && self.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST) == tcp_flags::SYN | tcp_flags::ACK
+        self.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST) == tcp_flags::SYN | tcp_flags::ACK
     }
 }
 
@@ -214,7 +214,7 @@ impl Header for Ipv4Be {
             proto: header.proto,
             kind: kind::WHOLE,
             tcp_flags: 0,
-            pad: 0,
+            more: 0,
             l4: l3 + ihl,
         };
         let fragment = header.fragment.to_host();
@@ -265,7 +265,7 @@ impl Header for Ipv6Be {
             proto: header.next,
             kind: kind::WHOLE,
             tcp_flags: 0,
-            pad: 0,
+            more: 0,
             l4: l3 + 40,
         };
         if !is_extension(header.next) {
@@ -349,8 +349,8 @@ pub(crate) fn words(h: [u16; 8]) -> [u32; 4] {
 #[inline(always)]
 fn transport<A: Header>(ctx: &TcContext, packet: &mut Packet<A>, direct: bool) -> Result<(), Left> {
     match packet.proto {
-        proto::TCP => {
-            // Ports, sequence, acknowledgement, offset, flags.
+        proto::TCP | proto::SCTP => {
+            // Ports; then sequence, acknowledgement, offset, flags, or tag, checksum, the first chunk's type and flags.
             let header: [u16; 7] = if direct {
                 let header = at::<[u16; 7]>(ctx, packet.l4 as usize).ok_or(Left::Short)?;
                 // SAFETY: bounds checked, integers, 2-byte aligned.
@@ -360,7 +360,9 @@ fn transport<A: Header>(ctx: &TcContext, packet: &mut Packet<A>, direct: bool) -
             };
             packet.sport = Be16(header[0]);
             packet.dport = Be16(header[1]);
-            packet.tcp_flags = header[6].to_ne_bytes()[1];
+            let [chunk, tcp_flags] = header[6].to_ne_bytes();
+            packet.tcp_flags =
+                if packet.proto == proto::TCP { tcp_flags } else { sctp::flags(chunk, pair32([header[2], header[3]])) };
         }
         proto::UDP => {
             let header: [u16; 4] = if direct {
@@ -393,7 +395,8 @@ const FRAGMENT_TIME: u32 = 30;
 
 /// Notes the ports for the packet's later fragments. `told`: the protocol that those tell.
 #[inline(always)]
-fn first_fragment<A: Header>(packet: &Packet<A>, told: u8, id: u32, hook: u8) {
+fn first_fragment<A: Header>(packet: &mut Packet<A>, told: u8, id: u32, hook: u8) {
+    packet.more = 1;
     if packet.kind == kind::WHOLE {
         let Packet { sport, dport, proto, .. } = *packet;
         let ports = FragmentValue { sport, dport, seen: clock::now_secs(), proto, pad: [0; 3] };
@@ -406,7 +409,7 @@ fn first_fragment<A: Header>(packet: &Packet<A>, told: u8, id: u32, hook: u8) {
 fn later_fragment<A: Header>(packet: &mut Packet<A>, id: u32, hook: u8) {
     packet.kind = kind::LOST_FRAGMENT;
     // Others are not followed (a ping's), with the first seen or not.
-    if packet.proto != proto::TCP && packet.proto != proto::UDP && (A::VERSION == 4 || !is_extension(packet.proto)) {
+    if !proto::has_ports(packet.proto) && (A::VERSION == 4 || !is_extension(packet.proto)) {
         return;
     }
     // SAFETY: copied at once; a recycled element could at worst give another datagram's ports, as a lost one would none.

@@ -93,9 +93,9 @@ fn build<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<i32>
         return None;
     }
     // As much of the transport header as its checksum field needs: where the sender left it to the device, the
-    // kernel does not let that field be cut off.
+    // kernel does not let that field be cut off. Of an INIT as much as its sender knows it by (RFC 9260, 10).
     let transport = match packet.proto {
-        proto::TCP => 20,
+        proto::TCP | proto::SCTP => 20,
         _ => 8,
     };
     let available = ctx.len().checked_sub(l3)?;

@@ -12,7 +12,10 @@ use aya_ebpf::{
 };
 use proxy_common::{Address, Be16, checksum, proto};
 
-use super::packet::{Header, at};
+use super::{
+    packet::{Header, at},
+    sctp,
+};
 use crate::maps::{Packet, kind};
 
 /// `bpf_l4_csum_replace`: the pseudo-header is IPv6's, whose addresses no header checksum compensates (kernel 6.16,
@@ -136,16 +139,21 @@ pub(crate) fn rewrite<A: Header>(
     let (field, mangled_0) =
         if packet.proto == proto::TCP { (packet.l4 + 16, 0) } else { (packet.l4 + 6, u64::from(BPF_F_MARK_MANGLED_0)) };
 
+    let summed = packet.proto != proto::SCTP;
     if ports != (packet.sport, packet.dport) {
+        if summed {
+            add_diff(ctx, field, ports_diff((packet.sport, packet.dport), ports), mangled_0)?;
+        } else if sctp::change_ports(ctx, l3, packet, ports.0, ports.1) != 0 {
+            return Err(());
+        }
         write_ports(ctx, l3, packet, ports)?;
-        add_diff(ctx, field, ports_diff((packet.sport, packet.dport), ports), mangled_0)?;
     }
-    if diff != 0 && diff != 0xffff_ffff {
+    if old != addr {
         write_address(ctx, l3, end, old, addr)?;
-        add_pseudo_diff::<A>(ctx, field, diff, mangled_0)?;
-    } else if old != addr {
-        // Different addresses of one sum: the checksums stand.
-        write_address(ctx, l3, end, old, addr)?;
+        // Different addresses may have one sum: then the checksum stands.
+        if summed && diff != 0 && diff != 0xffff_ffff {
+            add_pseudo_diff::<A>(ctx, field, diff, mangled_0)?;
+        }
     }
     Ok(())
 }

@@ -2,7 +2,8 @@
 //!
 //! A pair of entries starts half-open and moves to the established map once both sides have spoken: for TCP when the opener
 //! acknowledges the peer's answer (who spoofs a SYN does not know its number, so a flood evicts only half-open entries), for
-//! UDP with the first answer.
+//! SCTP when it uses the tag in it, for UDP with the first answer. What is said of TCP below holds for SCTP, whose chunks
+//! the parser has put in TCP's terms.
 
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use proxy_common::{
@@ -69,7 +70,7 @@ impl Room {
     }
 }
 
-/// The established flows of the key's protocol: TCP's and UDP's have maps of their own.
+/// The established flows of the key's protocol: UDP's have a map of their own.
 mod established {
     use proxy_common::{
         connection::{ConnectionKey, ConnectionValue},
@@ -80,22 +81,22 @@ mod established {
 
     #[inline(always)]
     pub(super) fn get<A: Family>(key: &ConnectionKey<A>) -> Option<*mut ConnectionValue<A>> {
-        if key.proto == proto::TCP { A::established().get_ptr_mut(key) } else { A::answered().get_ptr_mut(key) }
+        if key.proto == proto::UDP { A::answered().get_ptr_mut(key) } else { A::established().get_ptr_mut(key) }
     }
 
     #[inline(always)]
     pub(super) fn insert<A: Family>(key: &ConnectionKey<A>, value: &ConnectionValue<A>, flags: u32) -> Result<(), i32> {
-        if key.proto == proto::TCP {
-            A::established().insert(key, value, flags.into())
-        } else {
+        if key.proto == proto::UDP {
             A::answered().insert(key, value, flags.into())
+        } else {
+            A::established().insert(key, value, flags.into())
         }
     }
 
     #[inline(always)]
     pub(super) fn remove<A: Family>(key: &ConnectionKey<A>) {
         // Gone already is fine.
-        let _ = if key.proto == proto::TCP { A::established().remove(key) } else { A::answered().remove(key) };
+        let _ = if key.proto == proto::UDP { A::answered().remove(key) } else { A::established().remove(key) };
     }
 }
 
@@ -192,7 +193,7 @@ impl<A: Header> Hit<A> {
     ) {
         let now = clock::now_secs();
         let mut seen = value.state | state::SEEN;
-        if packet.proto == proto::TCP {
+        if packet.proto != proto::UDP {
             if packet.tcp_flags & tcp_flags::FIN != 0 {
                 seen |= state::FIN;
             }
@@ -217,10 +218,10 @@ impl<A: Header> Hit<A> {
         value.state = seen;
         if !self.established {
             let forward = is_forward(key, value);
-            let due = if packet.proto == proto::TCP {
-                forward && packet.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST) == tcp_flags::ACK
-            } else {
+            let due = if packet.proto == proto::UDP {
                 !forward
+            } else {
+                forward && packet.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST) == tcp_flags::ACK
             };
             if due && value.flags & flags::PENDING == 0 {
                 void(confirm(ctx, key, value, packet));
@@ -252,13 +253,13 @@ fn is_same<A: Header>(one: &ConnectionValue<A>, other: &ConnectionValue<A>) -> b
     one.addr == other.addr && one.port == other.port && one.other == other.other
 }
 
-/// A 32-bit number of the TCP header, if its bytes are there.
+/// A 32-bit number of the TCP or SCTP header, if its bytes are there.
 #[inline(always)]
-fn tcp_number<A: Header>(ctx: &impl Frame, packet: &Packet<A>, offset: u32) -> Option<u32> {
+fn header_number<A: Header>(ctx: &impl Frame, packet: &Packet<A>, offset: u32) -> Option<u32> {
     if packet.kind != kind::WHOLE { None } else { load::<u32>(ctx, packet.l4 + offset).map(u32::from_be) }
 }
 
-/// Notes in the answer's half-open entry what acknowledges this SYN-ACK. A peer that answers with another number than before (SYN
+/// Notes in the answer's half-open entry what acknowledges this SYN-ACK. A peer that answers with another number than before (SCTP; SYN
 /// cookies, which depend on the opener's own number) moves that one on to the opener's entry: the last two count.
 #[inline(never)]
 fn number<A: Header>(
@@ -268,8 +269,10 @@ fn number<A: Header>(
     value: &ConnectionValue<A>,
     live: *mut ConnectionValue<A>,
 ) -> Void {
-    let Some(sequence) = tcp_number(ctx, packet, 4) else { return VOID };
-    let wanted = sequence.wrapping_add(1);
+    // The sequence number, or the tag behind the INIT ACK's chunk header.
+    let (offset, further) = if packet.proto == proto::TCP { (4, 1) } else { (16, 0) };
+    let Some(wanted) = header_number(ctx, packet, offset) else { return VOID };
+    let wanted = wanted.wrapping_add(further);
     let mut noted = state::NUMBERED;
     if value.state & state::NUMBERED != 0 {
         if value.checked == wanted {
@@ -304,9 +307,11 @@ fn acknowledges<A: Header>(
     if answer.state & state::NUMBERED == 0 {
         return answer.state & state::RST == 0;
     }
-    let Some(number) = tcp_number(ctx, packet, 8) else { return false };
-    number.wrapping_sub(answer.checked) < FIRST_WINDOW
-        || answer.state & state::RENUMBERED != 0 && number.wrapping_sub(opener.checked) < FIRST_WINDOW
+    // The acknowledgement, or the tag that every packet carries.
+    let (offset, window) = if packet.proto == proto::TCP { (8, FIRST_WINDOW) } else { (4, 1) };
+    let Some(number) = header_number(ctx, packet, offset) else { return false };
+    number.wrapping_sub(answer.checked) < window
+        || answer.state & state::RENUMBERED != 0 && number.wrapping_sub(opener.checked) < window
 }
 
 /// Moves a pair to the established map, if its other side has spoken: with this packet, for UDP.
@@ -415,7 +420,7 @@ pub(crate) fn freshen<A: Header>(key: &ConnectionKey<A>, value: &mut ConnectionV
 /// Whether the entry alone has been idle long enough for [`is_over`] to be worth asking.
 #[inline(always)]
 pub(crate) fn may_be_idle<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> bool {
-    let shortest = if key.proto == proto::TCP { TCP_HALF_OPEN } else { globals::udp_secs() };
+    let shortest = if key.proto == proto::UDP { globals::udp_secs() } else { TCP_HALF_OPEN };
     clock::now_secs().wrapping_sub(value.seen) > shortest
 }
 
@@ -430,7 +435,7 @@ pub(crate) fn is_over<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue
     let (other_state, other_seen) = if peek(other_key, found) != 0 { (found.state, found.seen) } else { (0, 0) };
     let seen = if other_seen > value.seen { other_seen } else { value.seen };
     let idle = clock::now_secs().wrapping_sub(seen);
-    if key.proto == proto::TCP {
+    if key.proto != proto::UDP {
         if (value.state | other_state) & state::RST != 0 || value.state & other_state & state::FIN != 0 {
             return true;
         }

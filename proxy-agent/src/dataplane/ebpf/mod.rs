@@ -311,7 +311,7 @@ impl Ebpf {
 
 impl Dataplane for Ebpf {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { name: "ebpf", protocols: vec![Protocol::Tcp, Protocol::Udp], affinity: true }
+        Capabilities { name: "ebpf", protocols: vec![Protocol::Tcp, Protocol::Udp, Protocol::Sctp], affinity: true }
     }
 
     fn resync(&mut self, desired: &DesiredState) -> Report {

@@ -2,10 +2,10 @@
 
 use proptest::prelude::*;
 use proxy_common::{
-    Be16,
+    Address as _, Be16,
     device::DeviceValue,
     frontend::{FrontendValue, Range, algorithm, verdict},
-    maglev,
+    maglev, proto,
     slot::Slot,
 };
 
@@ -648,6 +648,22 @@ fn clients_outlive_a_restart_but_not_their_service() {
     assert!(table.store().names.contains_key(&last), "the id is in use again");
     table.tick(NOW, 1000);
     assert_eq!(table.store().affinity, [(one, 999)]);
+}
+
+#[test]
+fn sctp_is_a_frontend_beside_tcp() {
+    let mut state = desired(&example().0);
+    let (frontend, spec) = state.frontends.first_key_value().map(|(f, s)| (*f, Arc::clone(s))).unwrap();
+    let sctp = Frontend { protocol: Protocol::Sctp, ..frontend };
+    state.frontends.insert(sctp, spec);
+    let mut table = fresh();
+    assert_eq!(table.resync(&state, NOW).failed.len(), 0);
+    let keys = table.store().frontends::<Ipv4Be>().unwrap().into_iter().map(|(key, _)| key);
+    let port = frontend.port.get();
+    let of: Vec<_> = keys.filter(|k| k.addr.to_ip() == frontend.addr && k.port.to_host() == port).collect();
+    assert_eq!(of.iter().filter(|key| key.proto == proto::SCTP).count(), 1, "{of:?}");
+    assert_eq!(of.len(), 2);
+    assert!(table.observe().unwrap().is_empty());
 }
 
 #[test]
