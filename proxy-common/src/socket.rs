@@ -48,13 +48,12 @@ pub struct DatagramKey<A> {
 pub struct DatagramValue<A> {
     pub addr: A,
     pub port: Be16,
-    /// Generation and base of the range the backend was last found in. They tell readers where it came from and prove nothing: both
-    /// are used again.
-    pub generation: u8,
-    pub pad: u8,
-    pub base: u32,
+    pub pad: u16,
     pub service: u32,
+    /// Over the key and all fields above.
     pub seal: u32,
+    /// To a backend: when the last datagram went there, in seconds of the monotonic clock. Noted in place.
+    pub seen: u32,
 }
 
 impl<A: Address> DatagramKey<A> {
@@ -81,8 +80,7 @@ impl<A: Address> DatagramValue<A> {
         key.seal()
             .word(hi)
             .word(lo)
-            .word((self.base as u64) << 32 | (self.port.0 as u64) << 16 | self.generation as u64)
-            .word(self.service as u64)
+            .word((self.service as u64) << 32 | (self.port.0 as u64) << 16 | self.pad as u64)
             .finish()
     }
 

@@ -303,6 +303,7 @@ fn a_socket_whose_backend_goes_follows_its_pod() {
         let socket = unconnected(addr(VIP));
         assert_eq!(ask(&socket, addr(VIP)).unwrap().0, all[0]);
         datapath.frontend(addr(VIP), UDP, &sticky(1, &all[1..]));
+        super::datagrams::end(&mut datapath);
         let now = Way::Connected.open(addr(VIP));
         for _ in 0..3 {
             assert_eq!(ask(&socket, addr(VIP)).unwrap(), (now, addr(VIP)));

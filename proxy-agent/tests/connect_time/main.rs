@@ -7,6 +7,7 @@
 mod support;
 
 mod affinity;
+mod datagrams;
 mod left;
 
 use std::{
@@ -237,67 +238,6 @@ fn unconnected_udp_is_answered_by_the_vip_and_sticks() {
                 }
             }
             assert!(seen.len() > 1, "twenty sockets, one backend: {seen:?}");
-        }
-    });
-}
-
-#[test]
-fn a_socket_stays_on_an_eligible_backend_and_leaves_a_removed_one() {
-    isolated("a_socket_stays_on_an_eligible_backend_and_leaves_a_removed_one", |cgroup| {
-        let mut datapath = as_pod(cgroup);
-        let all = addrs(&BACKENDS);
-        datapath.frontend(addr(VIP), UDP, &Spec::pick_all(1, &all));
-        let socket = udp("0.0.0.0:0");
-        let (first, _) = ask(&socket, addr(VIP)).unwrap();
-
-        // Another backend goes: fresh range, still a member.
-        let other = *all.iter().find(|b| **b != first).unwrap();
-        let rest: Vec<_> = all.iter().copied().filter(|b| *b != other).collect();
-        datapath.frontend(addr(VIP), UDP, &Spec::pick_all(1, &rest));
-        for _ in 0..10 {
-            assert_eq!(ask(&socket, addr(VIP)).unwrap(), (first, addr(VIP)));
-        }
-
-        // Its own backend goes.
-        let rest: Vec<_> = all.iter().copied().filter(|b| *b != first).collect();
-        datapath.frontend(addr(VIP), UDP, &Spec::pick_all(1, &rest));
-        let (second, shown) = ask(&socket, addr(VIP)).unwrap();
-        assert!(rest.contains(&second), "{second} was removed");
-        assert_eq!(shown, addr(VIP));
-
-        // All go, then one comes back.
-        datapath.frontend(addr(VIP), UDP, &Spec { verdicts: [verdict::REJECT; 3], ..Spec::pick_all(1, &[]) });
-        assert_eq!(socket.send_to(b"?", addr(VIP)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
-        datapath.frontend(addr(VIP), UDP, &Spec::pick_all(1, &[first]));
-        assert_eq!(ask(&socket, addr(VIP)).unwrap(), (first, addr(VIP)));
-    });
-}
-
-/// Bases are used again and generations wrap: a note may name the very range the frontend has, and a backend that is long gone.
-#[test]
-fn a_note_of_the_same_range_is_no_proof_of_membership() {
-    isolated("a_note_of_the_same_range_is_no_proof_of_membership", |cgroup| {
-        let mut datapath = as_pod(cgroup);
-        let all = addrs(&BACKENDS[..2]);
-        datapath.frontend(addr(VIP), UDP, &Spec::pick_all(1, &all));
-        let socket = udp("0.0.0.0:0");
-        ask(&socket, addr(VIP)).unwrap();
-        let mut datagrams: HashMap<
-            _,
-            proxy_common::socket::DatagramKey<Ipv4Be>,
-            proxy_common::socket::DatagramValue<Ipv4Be>,
-        > = HashMap::try_from(datapath.ebpf.map_mut("datagrams_v4").unwrap()).unwrap();
-        let forward = datagrams.keys().map(Result::unwrap).find(|k| k.direction == 0).unwrap();
-        let note = datagrams.get(&forward, 0).unwrap();
-        let removed = Ipv4Be::from_octets([10, 244, 0, 3]);
-        let forged = proxy_common::socket::DatagramValue { addr: removed, ..note }.sealed(&forward);
-        datagrams.insert(forward, forged, 0).unwrap();
-        let (second, shown) = ask(&socket, addr(VIP)).unwrap();
-        assert!(all.contains(&second), "{second} is in no range");
-        assert_eq!(shown, addr(VIP));
-        // And it stays there.
-        for _ in 0..5 {
-            assert_eq!(ask(&socket, addr(VIP)).unwrap(), (second, addr(VIP)));
         }
     });
 }

@@ -39,7 +39,7 @@ fn recvmsg<V: View>(view: &V) -> i32 {
     }
     // SAFETY: the context this program was called with.
     let cookie = unsafe { bpf_get_socket_cookie(view.ctx().as_ptr()) };
-    if let Some((vip, _)) = read(&DatagramKey::new(cookie, direction::TO_VIP, source.addr, source.port)) {
+    if let Some(vip) = read(&DatagramKey::new(cookie, direction::TO_VIP, source.addr, source.port)) {
         view.set_target(vip);
     }
     ALWAYS

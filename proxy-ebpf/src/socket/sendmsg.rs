@@ -1,6 +1,8 @@
 //! `sendmsg` with an address, on UDP sockets: VIP → backend for each datagram.
 //!
-//! Later datagrams of one socket to one VIP go to the backend of the first, as long as it is eligible (contract A45).
+//! Later datagrams of one socket to one VIP go to the backend of the first, as a flow's do: while it serves, chosen by now or not (contract
+//! A45, A104). When it does not, the agent deletes the entry that says so. After a silence in which a flow would be over, only what
+//! may be chosen is gone on with.
 //! Answers are told by (socket, backend) alone, so two VIPs that lead one socket to the same backend are ambiguous: another
 //! backend is preferred then; if the picks find none, the answers are shown as the VIP's that was written to last.
 //! The same holds for a socket that writes to a VIP and, beside it, to one of its backends directly.
@@ -9,8 +11,9 @@ use aya_ebpf::{
     EbpfContext as _, helpers::generated::bpf_get_socket_cookie, macros::cgroup_sock_addr, programs::SockAddrContext,
 };
 use proxy_common::{
+    affinity::is_expired,
     counters::Reason,
-    frontend::{FrontendKey, FrontendValue, Range, origin, verdict},
+    frontend::{FrontendKey, FrontendValue, origin, verdict},
     proto,
     slot::Target,
     socket::{DatagramKey, DatagramValue, direction},
@@ -25,7 +28,7 @@ use super::{
 };
 use crate::{
     client::{ByNetns, Sticky, stick},
-    count,
+    clock, count, globals,
     lookup::{Choice, Found, choose, frontend, is_among},
     maps::Family,
     sealed,
@@ -87,8 +90,7 @@ fn sendmsg<V: View>(view: &V) -> i32 {
     // SAFETY: the context this program was called with.
     let cookie = unsafe { bpf_get_socket_cookie(view.ctx().as_ptr()) };
     if record.is_some()
-        && let Some(range) = current(&value, origin)
-        && let Some(backend) = remembered(cookie, to, range, value.service)
+        && let Some(backend) = remembered(cookie, to, &value, origin)
     {
         view.set_target(backend);
         return PASS;
@@ -96,66 +98,67 @@ fn sendmsg<V: View>(view: &V) -> i32 {
     pick(view, &key, origin, &client, cookie)
 }
 
-/// The range that `origin` is served from, if the verdict is to serve it.
+/// Whether `backend` is one that `origin` may be sent to.
 #[inline(always)]
-fn current(value: &FrontendValue, origin: usize) -> Option<Range> {
+fn may_be_chosen<A: Family>(value: &FrontendValue, origin: usize, backend: &Target<A>) -> bool {
     let range = match value.verdict(origin) & verdict::ACTION_MASK {
         verdict::PICK_ALL => value.all(),
         verdict::PICK_LOCAL => value.local(),
-        _ => return None,
+        _ => return false,
     };
-    if range.count == 0 { None } else { Some(range) }
+    is_among(&range, backend) != 0
 }
 
-/// Reads one entry; `None` if there is none or it is not whole: it is made again then.
+/// Copies one entry; `None` if there is none or it is not whole: it is made again then.
 #[inline(always)]
-pub(super) fn read<A: Family>(key: &DatagramKey<A>) -> Option<(Target<A>, DatagramValue<A>)> {
-    let value = A::datagrams().get_ptr(key)?;
+fn entry<A: Family>(key: &DatagramKey<A>) -> Option<(*mut DatagramValue<A>, DatagramValue<A>)> {
+    let live = A::datagrams().get_ptr_mut(key)?;
     // SAFETY: a live pointer to a value of this map; DatagramValue is plain integers.
-    let value = unsafe { sealed::copy(value) };
+    let value = unsafe { sealed::copy(live.cast_const()) };
     if !value.is_sealed_for(key) {
         count::reason(Reason::TornRead);
         return None;
     }
-    Some((Target { addr: value.addr, port: value.port }, value))
+    Some((live, value))
+}
+
+/// What one entry leads to.
+#[inline(always)]
+pub(super) fn read<A: Family>(key: &DatagramKey<A>) -> Option<Target<A>> {
+    let (_, value) = entry(key)?;
+    Some(Target { addr: value.addr, port: value.port })
 }
 
 #[inline(always)]
-fn write<A: Family>(key: &DatagramKey<A>, target: Target<A>, range: Range, service: u32) {
-    let value = DatagramValue {
-        addr: target.addr,
-        port: target.port,
-        generation: range.generation,
-        pad: 0,
-        base: range.base,
-        service,
-        seal: 0,
-    };
+fn write<A: Family>(key: &DatagramKey<A>, target: Target<A>, service: u32) {
+    let Target { addr, port } = target;
+    let value = DatagramValue { addr, port, pad: 0, service, seal: 0, seen: clock::now_secs() };
     if A::datagrams().insert(key, value.sealed(key), 0).is_err() {
         count::reason(Reason::NotRemembered);
     }
 }
 
-/// The backend that earlier datagrams of this socket to `vip` went to, if it may still be used.
+/// The backend that earlier datagrams of this socket to `vip` went to, if later ones go there, too.
 #[inline(always)]
-fn remembered<A: Family>(cookie: u64, vip: Target<A>, range: Range, service: u32) -> Option<Target<A>> {
-    let key = DatagramKey::new(cookie, direction::TO_BACKEND, vip.addr, vip.port);
-    let (backend, value) = read(&key)?;
-    if value.service != service {
+fn remembered<A: Family>(cookie: u64, vip: Target<A>, frontend: &FrontendValue, origin: usize) -> Option<Target<A>> {
+    let (live, value) = entry(&DatagramKey::new(cookie, direction::TO_BACKEND, vip.addr, vip.port))?;
+    if value.service != frontend.service {
         return None;
     }
-    // Looked up every time: an equal base and generation prove nothing, both come back in the end.
-    if is_among(&range, &backend) == 0 {
+    let backend = Target { addr: value.addr, port: value.port };
+    let now = clock::now_secs();
+    if is_expired(value.seen, now, globals::udp_stream_secs()) && !may_be_chosen(frontend, origin, &backend) {
         return None;
     }
-    if value.base != range.base || value.generation != range.generation {
-        write(&key, backend, range, service);
+    if value.seen != now {
+        // SAFETY: a live pointer; one aligned word, outside the seal. An element that was recycled meanwhile gets a wrong time of
+        // another socket's at worst, by minutes.
+        unsafe { (&raw mut (*live).seen).write_volatile(now) };
     }
     // The entry for answers may have been evicted, or taken by another VIP since.
     let reply = DatagramKey::new(cookie, direction::TO_VIP, backend.addr, backend.port);
-    match read(&reply) {
-        Some((shown, _)) if shown == vip => {}
-        _ => write(&reply, vip, range, service),
+    if read(&reply) != Some(vip) {
+        write(&reply, vip, frontend.service);
     }
     Some(backend)
 }
@@ -178,7 +181,7 @@ fn pick<V: View>(view: &V, key: &FrontendKey<V::Addr>, origin: usize, client: &B
                 if picks < PICKS
                     && range.count > 1
                     && timeout_secs == 0
-                    && let Some((shown, _)) = read(&reply)
+                    && let Some(shown) = read(&reply)
                     && shown != vip
                 {
                     continue;
@@ -190,9 +193,9 @@ fn pick<V: View>(view: &V, key: &FrontendKey<V::Addr>, origin: usize, client: &B
                 view.set_target(backend);
                 // Marks the socket, so that answers are looked up.
                 if Record::of_or_new(view).is_some() {
-                    write(&reply, vip, range, service);
+                    write(&reply, vip, service);
                     let forward = DatagramKey::new(cookie, direction::TO_BACKEND, vip.addr, vip.port);
-                    write(&forward, backend, range, service);
+                    write(&forward, backend, service);
                 }
                 return PASS;
             }

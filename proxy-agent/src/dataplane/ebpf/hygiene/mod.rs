@@ -4,8 +4,9 @@
 //! Ebpf::apply, resync ─► Change ─► Alive (which backends a frontend's flows may go on with)
 //!                                    │ a UDP frontend lost one, or is gone; always at start
 //!                                    ▼
-//!                                  flows    the programs' tables          delete, mark
-//!                                  sockets  every network namespace       SOCK_DESTROY
+//!                                  flows      the programs' tables        delete, mark
+//!                                  datagrams  those of unconnected UDP    delete
+//!                                  sockets    every network namespace     SOCK_DESTROY
 //! ```
 //!
 //! On a thread of its own: a walk over full tables takes longer than a change may wait, and a thread that is in another
@@ -15,6 +16,7 @@
 //! Only what is in force counts: a frontend that could not be written is as it was, and its flows stay.
 
 mod alive;
+mod datagrams;
 mod flows;
 mod notes;
 mod sockets;
@@ -215,7 +217,7 @@ impl Worker {
     fn round(&mut self) -> io::Result<Option<String>> {
         let Self { layout, alive, ended, notes, sockets, .. } = self;
         let (v4, v6) = (Tables::open_v4(layout)?, Tables::open_v6(layout)?);
-        let udp_flows = v4.end_udp(alive)? + v6.end_udp(alive)?;
+        let udp_flows = v4.end_udp(alive)? + v6.end_udp(alive)? + datagrams::end(layout, alive)?;
         let tcp_flows = if alive.resets_tcp() { v4.end_tcp(alive)? + v6.end_tcp(alive)? } else { 0 };
         ended.udp_flows.fetch_add(udp_flows, Ordering::Relaxed);
         ended.tcp_flows.fetch_add(tcp_flows, Ordering::Relaxed);

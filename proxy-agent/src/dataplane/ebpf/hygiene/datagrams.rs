@@ -1,0 +1,57 @@
+//! Unconnected UDP of the connect-time path: which backend a socket's later datagrams go to. The programs ask nobody whether it serves: the
+//! entry of one that does not is deleted here, and the next datagram is chosen for anew.
+
+use std::io;
+
+use proxy_common::{
+    Address, Be16, Ipv4Be, Ipv6Be,
+    socket::{DatagramKey, DatagramValue, direction},
+};
+
+use super::alive::Alive;
+use crate::{
+    dataplane::ebpf::{
+        layout::MapName,
+        pins::Layout,
+        sys::{self, Map},
+    },
+    desired::{Backend, Frontend},
+    model::{Port, Protocol},
+};
+
+/// Ends the flows that lost their backend. How many there were.
+pub(super) fn end(layout: &Layout, alive: &Alive) -> io::Result<u64> {
+    Ok(end_in::<Ipv4Be>(layout, MapName::DatagramsV4, alive)? + end_in::<Ipv6Be>(layout, MapName::DatagramsV6, alive)?)
+}
+
+fn end_in<A: Address>(layout: &Layout, name: MapName, alive: &Alive) -> io::Result<u64>
+where
+    DatagramKey<A>: aya::Pod,
+    DatagramValue<A>: aya::Pod,
+{
+    let map: Map<DatagramKey<A>, DatagramValue<A>> = sys::open(&layout.map(name)).and_then(Map::new)?;
+    let mut lost = Vec::new();
+    map.each(|key, value| {
+        if is_lost(alive, &key, &value) {
+            lost.push(key);
+        }
+    })?;
+    let mut ended = 0;
+    for key in lost {
+        // The socket may have been given another backend since. Its answers' entry stays: what is late still shows the VIP.
+        if map.get(&key)?.is_some_and(|value| is_lost(alive, &key, &value)) && map.remove(&key)? {
+            ended += 1;
+        }
+    }
+    Ok(ended)
+}
+
+fn is_lost<A: Address>(alive: &Alive, key: &DatagramKey<A>, value: &DatagramValue<A>) -> bool {
+    if key.direction != direction::TO_BACKEND || !value.is_sealed_for(key) {
+        return false;
+    }
+    let port = |port: Be16| Port::new(port.to_host());
+    let (Some(vip_port), Some(backend_port)) = (port(key.port), port(value.port)) else { return false };
+    let frontend = Frontend { addr: key.addr.to_ip(), port: vip_port, protocol: Protocol::Udp };
+    alive.is_lost(&frontend, &Backend { addr: value.addr.to_ip(), port: backend_port })
+}
