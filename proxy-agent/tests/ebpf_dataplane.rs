@@ -589,9 +589,8 @@ fn dying_anywhere_while_maps_change_their_size_costs_nothing() {
         let pinned = MapData::from_pin(world.options.bpffs.join("v1/maps/datagrams_v4")).unwrap();
         datagrams(pinned).insert(key(1), [1; size_of::<Value>()], 0).unwrap();
         world.options.sizes = if before == small { large } else { small };
-        world.options.crash_after = Some(step);
         let try_it = || -> Option<()> {
-            let mut ebpf = Ebpf::open(&world.options).ok()?;
+            let mut ebpf = Ebpf::open_dying_after(&world.options, step).ok()?;
             assert!(ebpf.resync(&state).is_clean());
             // Either kind of links may be first.
             if step % 2 == 0 {
@@ -617,7 +616,6 @@ fn dying_anywhere_while_maps_change_their_size_costs_nothing() {
             assert_eq!(map.keys().count(), frontends, "step {step}");
         }
 
-        world.options.crash_after = None;
         if step % 3 == 0 {
             world.options.sizes = before;
         }

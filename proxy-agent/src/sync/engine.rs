@@ -12,7 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::{Ends, Options, SyncError, announced::Announced, retry::Retry, table::Table};
 use crate::{
     dataplane::{Drift, Failure, Report},
-    desired::{Changes, Devices},
+    desired::{Changes, Device, Devices},
     model::{
         Event, ServiceKey, SourceState,
         index::{Index, Touched},
@@ -510,7 +510,8 @@ impl Engine {
         // Whoever would send devices may be gone or switched off; then there is nothing to wait for.
         let next = &self.table.next;
         // A node on none of whose devices a program sits serves nobody per packet.
-        let hooked = next.devices.is_empty() || next.failed_devices.len() < next.devices.len();
+        let is_hooked = |device: &Device| !next.failed_devices.contains_key(&device.name);
+        let hooked = next.devices.is_empty() || next.devices.values().any(is_hooked);
         let attached = (self.devices_known && hooked) || !self.devices_open;
         if !self.table.next.ready && self.active && attached {
             self.table.edit().ready = true;

@@ -3,7 +3,7 @@
 //!
 //! Entries come before a device's programs are attached, and go once they are gone.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use proxy_common::{
     Ipv4Be, Ipv6Be,
@@ -50,11 +50,17 @@ pub(crate) fn put<S: Store>(store: &mut S, devices: &Devices, report: &mut Repor
     report.writes += store.writes() - before;
 }
 
-/// Removes the entries of devices that are not in `devices`.
-pub(crate) fn prune<S: Store>(store: &mut S, devices: &Devices, report: &mut Report) -> Result<(), StoreError> {
+/// Removes the entries of devices that are not in `devices`, but for those that still have a filter: a filter is found by its
+/// device's entry alone.
+pub(crate) fn prune<S: Store>(
+    store: &mut S,
+    devices: &Devices,
+    filtered: &BTreeSet<u32>,
+    report: &mut Report,
+) -> Result<(), StoreError> {
     let before = store.writes();
     for (index, _) in store.devices()? {
-        if !devices.contains_key(&index) {
+        if !devices.contains_key(&index) && !filtered.contains(&index) {
             store.remove_device(index)?;
         }
     }
@@ -107,7 +113,9 @@ mod tests {
         assert!(store.devices().unwrap().iter().all(|(_, value)| value.netns == 7));
         put(&mut store, &devices, &mut report);
         let one: Devices = [(4, device("b"))].into();
-        prune(&mut store, &one, &mut report).unwrap();
+        prune(&mut store, &one, &[3].into(), &mut report).unwrap();
+        assert_eq!((report.writes, store.devices().unwrap().len()), (2, 2), "its filter could not be removed");
+        prune(&mut store, &one, &BTreeSet::new(), &mut report).unwrap();
         assert_eq!(report.writes, 3);
         assert_eq!(store.devices().unwrap().len(), 1);
         // A port of a bridge, of another, of none; gone.
@@ -117,7 +125,7 @@ mod tests {
             assert_eq!(store.bridges().unwrap(), bridge.map(|bridge| (4, bridge)).into_iter().collect::<Vec<_>>());
             assert_eq!(report.writes, [4, 4, 5, 6, 7][n]);
         }
-        prune(&mut store, &Devices::new(), &mut report).unwrap();
+        prune(&mut store, &Devices::new(), &BTreeSet::new(), &mut report).unwrap();
         assert_eq!((report.writes, store.bridges().unwrap().len()), (9, 0));
     }
 }

@@ -92,7 +92,7 @@ maps! {
 
 impl MapName {
     /// Written by the programs: what is in it must outlive a change of its size.
-    pub(crate) const fn is_programs(self) -> bool {
+    pub(crate) const fn is_written_by_programs(self) -> bool {
         !matches!(
             self,
             Self::FrontendsV4
@@ -110,7 +110,7 @@ impl MapName {
     }
 
     /// No program refers to it; the agent makes it.
-    pub(crate) const fn is_agents(self) -> bool {
+    pub(crate) const fn is_unknown_to_programs(self) -> bool {
         matches!(self, Self::Names | Self::Meta)
     }
 }

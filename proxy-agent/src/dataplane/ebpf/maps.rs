@@ -359,7 +359,7 @@ pub(crate) fn copy_entries(
         match error.raw_os_error() {
             Some(libc::EEXIST) => {}
             // ENOMEM is how a full LRU map says so.
-            Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM) if map.is_programs() => forgotten += 1,
+            Some(libc::E2BIG | libc::ENOSPC | libc::ENOMEM) if map.is_written_by_programs() => forgotten += 1,
             _ => failed = Some(error),
         }
     })?;

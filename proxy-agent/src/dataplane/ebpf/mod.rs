@@ -106,8 +106,6 @@ pub struct Options {
     pub timeouts: Timeouts,
     /// Counts what is ended because its backend is gone.
     pub ended: Arc<Ended>,
-    /// Ends a change of map sizes after so many steps, as if the process had died there. For tests.
-    pub crash_after: Option<u32>,
 }
 
 impl Default for Options {
@@ -123,7 +121,6 @@ impl Default for Options {
             object: None,
             timeouts: Timeouts::default(),
             ended: Arc::default(),
-            crash_after: None,
         }
     }
 }
@@ -184,15 +181,24 @@ fn unavailable(what: impl Into<String>) -> DataplaneError {
 impl Ebpf {
     /// Opens or makes the maps, adopts or loads the programs. Changes nothing that is in force.
     pub fn open(options: &Options) -> Result<Self, DataplaneError> {
+        Self::open_counting(options, Steps::endless())
+    }
+
+    /// The same, but a change of map sizes ends after so many steps, as if the process had died there. For tests.
+    #[doc(hidden)]
+    pub fn open_dying_after(options: &Options, steps: u32) -> Result<Self, DataplaneError> {
+        Self::open_counting(options, Steps::at_most(steps))
+    }
+
+    fn open_counting(options: &Options, mut steps: Steps) -> Result<Self, DataplaneError> {
         let pinned = Pinned::open(&options.bpffs).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
         // Said before anything is pinned.
         options.object()?;
         let layout = &pinned.layout;
-        let mut steps = Steps::new(options.crash_after);
         // An earlier process may have died with its links half moved.
         let moving = resize::recover(layout, &options.sizes, &mut steps)?;
         let resized = resize::check(layout, &options.sizes, moving)?;
-        for map in MapName::ALL.iter().copied().filter(|map| map.is_agents()) {
+        for map in MapName::ALL.iter().copied().filter(|map| map.is_unknown_to_programs()) {
             ensure_map(layout, map, &options.sizes, &resized)?;
         }
         let path = |map: MapName| if resized.contains(&map) { layout.resized(map) } else { layout.map(map) };
@@ -200,8 +206,8 @@ impl Ebpf {
         let meta = sys::open(&layout.map(MapName::Meta)).and_then(sys::Map::new).map_err(kernel("map meta"))?;
         let hooks = Hooks::open(layout, options, &meta, &sizes, &path)?;
         if !moving {
-            let agents = resized.iter().copied().filter(|map| !map.is_programs());
-            resize::copy(layout, agents, sys::ANY, &mut steps)?;
+            let written_by_agents = resized.iter().copied().filter(|map| !map.is_written_by_programs());
+            resize::copy(layout, written_by_agents, sys::ANY, &mut steps)?;
         }
         let maps = Maps::open(path).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
         let hygiene = Hygiene::start(layout.clone(), options.socket_lb != SocketLb::Off, Arc::clone(&options.ended))
@@ -241,8 +247,8 @@ impl Ebpf {
     /// What is left of devices that are not wanted any more.
     fn clear_other_devices(&mut self, devices: &Devices, report: &mut Report) {
         let known = self.known_devices();
-        self.hooks.detach_others(&known, devices, report);
-        if let Err(error) = devices::prune(self.table.store_mut(), devices, report) {
+        let filtered = self.hooks.detach_others(&known, devices, report);
+        if let Err(error) = devices::prune(self.table.store_mut(), devices, &filtered, report) {
             tracing::warn!(%error, "entries of devices that are gone stay");
         }
     }
@@ -262,7 +268,7 @@ impl Ebpf {
         let Self { pinned: Pinned { layout, .. }, resized, steps, .. } = self;
         resize::copy(
             layout,
-            resized.iter().copied().filter(|map| map.is_programs() && layout.resized(*map).exists()),
+            resized.iter().copied().filter(|map| map.is_written_by_programs() && layout.resized(*map).exists()),
             flags,
             steps,
         )?;

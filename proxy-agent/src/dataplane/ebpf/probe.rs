@@ -216,7 +216,9 @@ fn helper(name: &'static str, program: ProgramType, helper: BpfHelper, without: 
 fn programs(options: &Options) -> Vec<Check> {
     let Ok(object) = options.object() else { return vec![] };
     let mut loader = EbpfLoader::new();
-    for map in super::layout::MapName::ALL.iter().filter(|map| !map.is_agents() && !map.option().is_empty()) {
+    for map in
+        super::layout::MapName::ALL.iter().filter(|map| !map.is_unknown_to_programs() && !map.option().is_empty())
+    {
         loader.map_max_entries(map.as_str(), 16);
     }
     let globals = match hooks::Globals::of(options) {

@@ -392,7 +392,7 @@ impl Pins {
             let hook = if let Some((index, direction)) = hooks::parse_tcx_name(&name) {
                 Hook {
                     kind: format!("tcx/{direction}"),
-                    target: interface_name(index).unwrap_or_else(|| format!("interface {index}")),
+                    target: hooks::interface_name(index),
                     program: self.program_name(info.program_id).unwrap_or_else(|| format!("tc_{direction}")),
                 }
             } else if CGROUP_PROGRAMS.iter().any(|(program, _)| *program == name) {
@@ -471,12 +471,6 @@ fn frontend_row<A: Family>(
 pub(super) fn monotonic_secs() -> u32 {
     let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
     u32::try_from(now.tv_sec).unwrap_or(u32::MAX)
-}
-
-/// The device's name, if it is in this network namespace.
-fn interface_name(index: u32) -> Option<String> {
-    let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::DGRAM, None).ok()?;
-    rustix::net::netdevice::index_to_name(&socket, index).ok()
 }
 
 const _: () = assert!(size_of::<SlotV4>() == 8 && size_of::<SlotV6>() == 24);

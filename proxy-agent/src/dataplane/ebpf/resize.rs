@@ -28,8 +28,12 @@ pub(super) struct Steps {
 }
 
 impl Steps {
-    pub(super) const fn new(crash_after: Option<u32>) -> Self {
-        Self { left: crash_after }
+    pub(super) const fn endless() -> Self {
+        Self { left: None }
+    }
+
+    pub(super) const fn at_most(steps: u32) -> Self {
+        Self { left: Some(steps) }
     }
 
     /// Before each step; once one was refused, all are.
@@ -65,7 +69,7 @@ pub(super) fn recover(layout: &Layout, sizes: &Sizes, steps: &mut Steps) -> Resu
         return Ok(true);
     }
     let maps: Vec<_> = waiting().collect();
-    copy(layout, maps.iter().copied().filter(|map| map.is_programs()), sys::NOEXIST, steps)?;
+    copy(layout, maps.iter().copied().filter(|map| map.is_written_by_programs()), sys::NOEXIST, steps)?;
     put_in_place(layout, &maps, steps)?;
     Ok(false)
 }

@@ -33,6 +33,8 @@ pub(crate) struct Services {
     by_id: BTreeMap<u32, Service>,
     /// Ids that no frontend carries: a change costs what changed, not a walk over all.
     idle: BTreeSet<u32>,
+    /// Ids whose name is not in the kernel, or not as it should be.
+    unnamed: BTreeSet<u32>,
     /// Rested, but what the kernel remembers under them is still to be forgotten.
     rested: BTreeSet<u32>,
     /// Used before, and free again.
@@ -46,8 +48,8 @@ pub(crate) struct Services {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Acquired {
     Known(u32),
-    /// New for this name; its name must be written before a frontend carries it.
-    Fresh(u32),
+    /// The kernel does not know its name: that must be written (see [`Services::named`]) before a frontend carries it.
+    Unnamed(u32),
 }
 
 impl Services {
@@ -57,6 +59,7 @@ impl Services {
             by_name: HashMap::new(),
             by_id: BTreeMap::new(),
             idle: BTreeSet::new(),
+            unnamed: BTreeSet::new(),
             rested: BTreeSet::new(),
             free: BTreeSet::new(),
             resting: VecDeque::new(),
@@ -67,7 +70,7 @@ impl Services {
     /// The id of `name`, a new one if it has none. It stays only if [`Self::hold`] follows before the next [`Self::reap`].
     pub(crate) fn acquire(&mut self, name: &Name) -> Acquired {
         if let Some(id) = self.by_name.get(name) {
-            return Acquired::Known(*id);
+            return if self.unnamed.contains(id) { Acquired::Unnamed(*id) } else { Acquired::Known(*id) };
         }
         let id = self.free.pop_first().unwrap_or_else(|| {
             let id = self.next;
@@ -77,7 +80,18 @@ impl Services {
         self.by_name.insert(name.clone(), id);
         self.by_id.insert(id, Service { name: name.clone(), refs: 0 });
         self.idle.insert(id);
-        Acquired::Fresh(id)
+        self.unnamed.insert(id);
+        Acquired::Unnamed(id)
+    }
+
+    /// The kernel knows its name, as it is.
+    pub(crate) fn named(&mut self, id: u32) {
+        self.unnamed.remove(&id);
+    }
+
+    /// The kernel turned out not to.
+    pub(crate) fn lost_name(&mut self, id: u32) {
+        self.unnamed.insert(id);
     }
 
     /// Takes up an id that the kernel already knows under this name; `false` if that contradicts what was taken up before.
@@ -141,6 +155,7 @@ impl Services {
         if let Some(service) = self.by_id.remove(&id) {
             self.by_name.remove(&service.name);
             self.idle.remove(&id);
+            self.unnamed.remove(&id);
             self.resting.push_back((now + self.rest, id));
         }
     }
@@ -189,22 +204,26 @@ mod tests {
     fn ids_come_back_low_and_rested() {
         let now = Duration::from_secs(1);
         let mut services = Services::new(REST);
-        assert_eq!(services.acquire(&name("a/a")), Acquired::Fresh(1));
-        assert_eq!(services.acquire(&name("a/b")), Acquired::Fresh(2));
+        assert_eq!(services.acquire(&name("a/a")), Acquired::Unnamed(1));
+        assert_eq!(services.acquire(&name("a/b")), Acquired::Unnamed(2));
+        assert_eq!(services.acquire(&name("a/a")), Acquired::Unnamed(1), "until it is written");
+        services.named(1);
         assert_eq!(services.acquire(&name("a/a")), Acquired::Known(1));
+        services.lost_name(1);
+        assert_eq!(services.acquire(&name("a/a")), Acquired::Unnamed(1));
         services.reap(1, now);
-        assert_eq!(services.acquire(&name("a/c")), Acquired::Fresh(3), "1 rests");
+        assert_eq!(services.acquire(&name("a/c")), Acquired::Unnamed(3), "1 rests");
         services.settle(now + REST);
         assert_eq!(
             services.acquire(&name("a/e")),
-            Acquired::Fresh(4),
+            Acquired::Unnamed(4),
             "what is remembered of its clients is still there"
         );
         services.free_rested();
-        assert_eq!(services.acquire(&name("a/d")), Acquired::Fresh(1));
+        assert_eq!(services.acquire(&name("a/d")), Acquired::Unnamed(1));
         assert_eq!(
             services.acquire(&Name { protocol: Protocol::Udp, ..name("a/d") }),
-            Acquired::Fresh(5),
+            Acquired::Unnamed(5),
             "the same name over another protocol is another service port"
         );
     }
@@ -218,9 +237,9 @@ mod tests {
         assert!(!services.adopt(4, &name("a/a")), "one name, two ids");
         assert!(!services.adopt(0, &name("a/z")) && !services.adopt(MAX_ID, &name("a/z")));
         services.adopted([5].into_iter(), Duration::ZERO);
-        assert_eq!(services.acquire(&name("a/c")), Acquired::Fresh(6));
+        assert_eq!(services.acquire(&name("a/c")), Acquired::Unnamed(6));
         services.settle(REST);
         services.free_rested();
-        assert_eq!(services.acquire(&name("a/d")), Acquired::Fresh(1));
+        assert_eq!(services.acquire(&name("a/d")), Acquired::Unnamed(1));
     }
 }

@@ -94,6 +94,7 @@ pub(crate) mod memory {
         /// Clients: service and second of the last connection.
         pub(crate) affinity: Vec<(u32, u32)>,
         pub(crate) names: BTreeMap<u32, ServiceName>,
+        pub(crate) name_capacity: Option<usize>,
         devices: BTreeMap<u32, DeviceValue>,
         bridges: BTreeMap<u32, u32>,
         pub(crate) frontend_capacity: usize,
@@ -281,6 +282,10 @@ pub(crate) mod memory {
         }
 
         fn put_name(&mut self, id: u32, name: &ServiceName) -> Result<()> {
+            let capacity = self.name_capacity.unwrap_or(usize::MAX);
+            if self.names.len() >= capacity && !self.names.contains_key(&id) {
+                return Err(StoreError::Full { map: MapName::Names, capacity: capacity as u32 });
+            }
             self.write(MapName::Names)?;
             self.names.insert(id, *name);
             Ok(())

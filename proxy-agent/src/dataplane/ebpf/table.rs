@@ -42,7 +42,7 @@ mod half;
 mod ranges;
 mod sources;
 
-use half::{Amiss, Half, Pending, Prepared, What, frontend_of};
+use half::{Amiss, Asked, Half, Pending, Prepared, What, frontend_of};
 
 /// How often clients whose time is over are forgotten; the programs take no notice of them in any case.
 const PRUNE_EVERY: Duration = Duration::from_secs(60);
@@ -270,15 +270,14 @@ impl<S: Store> Table<S> {
         let name = Name { name: spec.service.to_string(), protocol: spec.service.protocol };
         let service = match services.acquire(&name) {
             Acquired::Known(id) => id,
-            Acquired::Fresh(id) => {
-                if let Err(error) = store.put_name(id, &ServiceName::new(&name.name)) {
-                    services.reap(id, now);
-                    return Err(error.into());
-                }
+            Acquired::Unnamed(id) => {
+                // A new id that got no name is idle and goes at the end of this change.
+                store.put_name(id, &ServiceName::new(&name.name))?;
+                services.named(id);
                 id
             }
         };
-        half.prepare(store, key, spec, service, now)
+        half.prepare(store, Asked { key, spec, service }, now)
     }
 
     fn unset<A: HalfOf>(
@@ -365,12 +364,10 @@ impl<S: Store> Table<S> {
         v4.sources.recheck(store)?;
         v6.sources.recheck(store)?;
         let mut stored: HashMap<u32, ServiceName> = store.names()?.into_iter().collect();
-        for (id, name) in services.iter() {
-            let right = ServiceName::new(&name.name);
-            if stored.remove(&id) != Some(right) {
-                store.put_name(id, &right)?;
-            }
-        }
+        // Written with the frontends that carry it: where that fails it is their failure and nobody else's.
+        let lost = services.iter().filter(|(id, name)| stored.remove(id) != Some(ServiceName::new(&name.name)));
+        let lost: Vec<_> = lost.map(|(id, _)| id).collect();
+        lost.into_iter().for_each(|id| services.lost_name(id));
         // A damaged entry is still in the kernel: deleted unless it is written anew.
         let strays = |damaged: Vec<_>, foreign: Vec<_>| damaged.into_iter().chain(foreign).collect();
         Ok(Strays {

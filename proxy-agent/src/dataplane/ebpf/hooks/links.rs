@@ -33,6 +33,13 @@ pub(crate) fn parse_tcx_name(name: &str) -> Option<(u32, &str)> {
     Some((index.parse().ok()?, direction))
 }
 
+/// The device's name; where it is not in this network namespace, its index.
+pub(crate) fn interface_name(index: u32) -> String {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::DGRAM, None);
+    let name = socket.and_then(|socket| rustix::net::netdevice::index_to_name(&socket, index));
+    name.unwrap_or_else(|_| format!("interface {index}"))
+}
+
 /// A kernel with TCX finds no such device; one without does not know the attach type (6.6, e420bed02507).
 pub(crate) fn has_tcx(program: BorrowedFd<'_>) -> bool {
     let nowhere = Target::Interface(u32::try_from(i32::MAX).unwrap_or_default());

@@ -43,7 +43,7 @@ mod links;
 mod programs;
 
 pub(crate) use globals::{Globals, netns_cookie};
-pub(crate) use links::{has_tcx, list, parse_tcx_name};
+pub(crate) use links::{has_tcx, interface_name, list, parse_tcx_name};
 use links::{tcx_name, tcx_type};
 pub(crate) use programs::{CGROUP_PROGRAMS, chain};
 use programs::{Program, tc_program};
@@ -243,20 +243,28 @@ impl Hooks {
     }
 
     /// Takes our filters off devices that may carry some (`known`) and should not: all others than `devices`, and with TCX all.
-    /// (TCX links go with their pins.)
-    pub(crate) fn detach_others(&mut self, known: &[u32], devices: &Devices, report: &mut Report) {
+    /// (TCX links go with their pins.) Returns the devices that still have one, which are reported, so that it is tried again.
+    pub(crate) fn detach_others(&mut self, known: &[u32], devices: &Devices, report: &mut Report) -> BTreeSet<u32> {
+        let mut left = BTreeSet::new();
         if self.tcx && !self.fresh {
-            return;
+            return left;
         }
         for index in known.iter().filter(|index| self.tcx || !devices.contains_key(index)) {
             for direction in Direction::BOTH {
                 match clsact::detach(*index, direction) {
                     Ok(was_there) => report.writes += u64::from(was_there),
-                    Err(error) => tracing::warn!(index, %error, "cannot remove the tc filter"),
+                    Err(error) => {
+                        let name = interface_name(*index);
+                        let why =
+                            format!("device {name}: cannot remove the tc filter at {}: {error}", direction.as_str());
+                        report.failed_devices.insert(name, Failure::Retry(why));
+                        left.insert(*index);
+                    }
                 }
             }
         }
-        self.fresh = false;
+        self.fresh = !left.is_empty();
+        left
     }
 
     /// Hooks that should be in force, each with whether it is.

@@ -97,7 +97,7 @@ pub(super) fn load(
 ) -> Result<Vec<Program>, DataplaneError> {
     let mut loader = EbpfLoader::new();
     globals.give(&mut loader);
-    for (map, entries) in maps.iter().filter(|(map, _)| !map.is_agents()) {
+    for (map, entries) in maps.iter().filter(|(map, _)| !map.is_unknown_to_programs()) {
         loader.map_max_entries(map.as_str(), *entries).map_pin_path(map.as_str(), map_path(*map));
     }
     let started = std::time::Instant::now();

@@ -39,6 +39,14 @@ pub(super) struct Half<A: Family> {
     strays: HashSet<FrontendKey<A>>,
 }
 
+/// A frontend to be put in place.
+#[derive(Clone, Copy)]
+pub(super) struct Asked<'a, A> {
+    pub(super) key: FrontendKey<A>,
+    pub(super) spec: &'a FrontendSpec,
+    pub(super) service: u32,
+}
+
 /// A frontend's value, and the source ranges held for it.
 pub(super) type Prepared<A> = (FrontendValue, Option<Held<A>>);
 
@@ -91,16 +99,15 @@ impl<A: Family> Half<A> {
     pub(super) fn prepare<S: Store>(
         &mut self,
         store: &mut S,
-        key: FrontendKey<A>,
-        spec: &FrontendSpec,
-        service: u32,
+        asked: Asked<'_, A>,
         now: Duration,
     ) -> Result<Option<Prepared<A>>, Refused> {
+        let Asked { key, spec, service } = asked;
         let sources = match &spec.source_ranges {
             Some(nets) => Some(self.sources.hold(store, service, nets)?),
             None => None,
         };
-        match self.prepare_ranges(store, key, spec, service, now) {
+        match self.prepare_ranges(store, asked, now) {
             Ok(Some(value)) => Ok(Some((value, sources))),
             Ok(None) => {
                 self.sources.landed(key, sources);
@@ -116,9 +123,7 @@ impl<A: Family> Half<A> {
     fn prepare_ranges<S: Store>(
         &mut self,
         store: &mut S,
-        key: FrontendKey<A>,
-        spec: &FrontendSpec,
-        service: u32,
+        Asked { key, spec, service }: Asked<'_, A>,
         now: Duration,
     ) -> Result<Option<FrontendValue>, Refused> {
         let old = self.shadow.get(&key).copied().unwrap_or_default();

@@ -696,6 +696,41 @@ fn tampering_is_seen_and_repaired() {
     assert_eq!(reopen(&table).resync(&state, NOW).writes, 0);
 }
 
+/// A name that cannot be written is the failure of the frontends that carry it.
+#[test]
+fn a_name_that_cannot_be_put_back_is_its_frontends_failure() {
+    let (a, _) = example();
+    let state = desired(&a);
+    let mut table = fresh();
+    assert!(table.resync(&state, NOW).is_clean());
+    let in_force = |table: &Table<Memory>| {
+        (table.store().frontends::<Ipv4Be>().unwrap(), table.store().frontends::<Ipv6Be>().unwrap())
+    };
+    let before = in_force(&table);
+    let store = table.store_mut();
+    let (id, name) = store.names.pop_first().unwrap();
+    store.name_capacity = Some(store.names.len());
+    let of_it = |frontend: &Frontend| state.frontends[frontend].service.to_string() == name.as_str();
+    for _ in 0..2 {
+        let report = table.resync(&state, NOW);
+        let failed: BTreeSet<_> = report.failed.keys().copied().collect();
+        assert_eq!(failed, state.frontends.keys().copied().filter(of_it).collect(), "{report:?}");
+        assert!(!failed.is_empty() && failed.len() < state.frontends.len());
+        assert!(
+            report.failed.values().all(|why| matches!(why, Failure::Retry(why) if why.contains("names"))),
+            "{report:?}"
+        );
+        assert_eq!(in_force(&table), before, "what is in force stands");
+    }
+    table.store_mut().name_capacity = None;
+    // As a retry does it.
+    let changes = Changes { set: state.frontends.clone(), ..Changes::default() };
+    let report = table.apply(&changes, NOW);
+    assert!(report.is_clean() && report.writes == 1, "{report:?}");
+    assert_eq!(table.store().names[&id], name);
+    assert_eq!(table.resync(&state, NOW).writes, 0);
+}
+
 #[test]
 fn senseless_entries_are_not_adopted_and_their_slots_rest() {
     let mut table = Table::new(Memory::new(8, 64), REST);
