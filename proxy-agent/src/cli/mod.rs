@@ -146,6 +146,45 @@ mod tests {
     }
 
     #[test]
+    fn what_is_on_can_be_switched_off() {
+        for (args, on) in [
+            (&["run"][..], [true, true]),
+            (&["run", "--external-ips", "--iptables-localhost-nodeports=true"], [true, true]),
+            (&["run", "--external-ips=false", "--iptables-localhost-nodeports=false"], [false, false]),
+        ] {
+            let Ok(Cli { verb: Verb::Run(parsed) }) = parse(args) else { panic!("{args:?}") };
+            assert_eq!([parsed.external_ips, parsed.iptables_localhost_nodeports], on, "{args:?}");
+        }
+        assert_eq!(parse(&["run", "--external-ips=maybe"]).map(|_| ()), Err(ErrorKind::InvalidValue));
+        assert_eq!(parse(&["run", "--external-ips", "false"]).map(|_| ()), Err(ErrorKind::UnknownArgument));
+    }
+
+    /// Names of options in a text: `--name`.
+    fn options(text: &str) -> std::collections::BTreeSet<&str> {
+        let is_of_name = |c: char| c.is_ascii_lowercase() || c == '-';
+        text.split("`--").skip(1).map(|rest| rest.split(|c| !is_of_name(c)).next().unwrap_or_default()).collect()
+    }
+
+    /// docs/cli.md has every option of `run`, none that there is not, and every annotation.
+    #[test]
+    fn the_manual_has_every_option() {
+        let text = include_str!("../../../docs/cli.md");
+        let section = text.split("\n## run\n").nth(1).unwrap().split("\n## ").next().unwrap();
+        let documented = options(section);
+        let command = Cli::command();
+        let run = command.find_subcommand("run").unwrap();
+        let real: std::collections::BTreeSet<_> =
+            run.get_arguments().filter_map(|arg| arg.get_long()).filter(|long| *long != "help").collect();
+        assert_eq!(documented, real);
+        let annotations = include_str!("../source/mod.rs").split("\"proxy-agent/").skip(1);
+        let annotations: Vec<_> = annotations.filter_map(|rest| rest.split('"').next()).collect();
+        assert!(annotations.len() > 1, "{annotations:?}");
+        for annotation in annotations {
+            assert!(section.contains(&format!("`proxy-agent/{annotation}")), "{annotation} is not in docs/cli.md");
+        }
+    }
+
+    #[test]
     fn what_would_be_in_force_is_printed() {
         let mut out = Vec::new();
         let args = ["--source=../examples", "--hostname-override=node1", "--addresses=192.0.2.1,127.0.0.1"];

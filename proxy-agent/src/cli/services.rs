@@ -3,6 +3,8 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{self, Write},
+    net::IpAddr,
+    rc::Rc,
     slice,
 };
 
@@ -17,7 +19,8 @@ use super::{
     shapes::{Endpoint, FrontendAddress, algorithm, blank},
 };
 use crate::{
-    desired::{Action, Algorithm, Verdict, Verdicts},
+    desired::{Action, Algorithm, FrontendKind, Verdict, Verdicts},
+    model::{Protocol, ServiceKey},
     status::report::Unprogrammed,
 };
 
@@ -47,6 +50,51 @@ pub struct Service {
     /// `namespace/name:port`, as columns and filters have it.
     #[serde(skip)]
     pub service: String,
+    #[serde(skip)]
+    pub outline: Rc<Outline>,
+}
+
+/// The whole Service as kubectl shows it, told from its frontends.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Outline {
+    external: BTreeSet<IpAddr>,
+    ports: BTreeMap<(String, Protocol), Port>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug, Default)]
+struct Port {
+    own: Option<u16>,
+    node: Option<u16>,
+}
+
+impl Outline {
+    fn add(&mut self, row: &Service) {
+        let Service { port_name, kind, frontend: FrontendAddress { address, port, protocol }, .. } = row;
+        let is = |of: FrontendKind| *kind == of.to_string();
+        let number = self.ports.entry((port_name.clone(), *protocol)).or_default();
+        if is(FrontendKind::NodePort) {
+            number.node = Some(*port);
+            return;
+        }
+        number.own = Some(*port);
+        if !is(FrontendKind::ClusterIp) {
+            self.external.insert(*address);
+        }
+    }
+
+    fn external(&self) -> String {
+        self.external.iter().map(ToString::to_string).collect::<Vec<_>>().join(",")
+    }
+
+    /// `53/UDP,80:30080/TCP`
+    fn ports(&self) -> String {
+        let ports: BTreeSet<_> = self.ports.iter().map(|((_, protocol), port)| (*port, *protocol)).collect();
+        let ports = ports.into_iter().map(|(Port { own, node }, protocol)| {
+            let numbers: Vec<_> = [own, node].into_iter().flatten().map(|number| number.to_string()).collect();
+            format!("{}/{protocol}", numbers.join(":"))
+        });
+        ports.collect::<Vec<_>>().join(",")
+    }
 }
 
 impl Row for Service {
@@ -55,6 +103,8 @@ impl Row for Service {
         Column::new("SERVICE", |s| s.service.clone()),
         Column::new("TYPE", |s| s.kind.clone()),
         Column::new("FRONTEND", |s| s.frontend.to_string()),
+        Column::wide("EXTERNAL-IP", |s| s.outline.external()),
+        Column::wide("PORT(S)", |s| s.outline.ports()),
         Column::new("BACKENDS", |s| in_use(s).to_string()),
         Column::wide("LOCAL", |s| s.local_backends.len().to_string()),
         Column::wide("POD", |s| blank(s.verdicts.map(|v| verdict(v.pod)))),
@@ -115,32 +165,37 @@ fn merge(frontends: Vec<Frontend>, unprogrammed: Vec<Unprogrammed>) -> Vec<Servi
         row.state = state;
         row.reason = reason;
     }
-    rows.into_values().collect()
+    let mut outlines: BTreeMap<ServiceKey, Outline> = BTreeMap::new();
+    for row in rows.values() {
+        outlines.entry(key(row)).or_default().add(row);
+    }
+    let outlines: BTreeMap<_, _> = outlines.into_iter().map(|(key, outline)| (key, Rc::new(outline))).collect();
+    let outlined =
+        rows.into_values().map(|row| Service { outline: outlines.get(&key(&row)).cloned().unwrap_or_default(), ..row });
+    outlined.collect()
+}
+
+fn key(row: &Service) -> ServiceKey {
+    ServiceKey::new(&row.namespace, &row.name)
 }
 
 fn programmed(frontend: Frontend) -> Service {
     let Frontend { service, service_id, kind, frontend, all, local, verdicts, algorithm, affinity_secs } = frontend;
-    let name = ServiceName::parse(&service);
     Service {
-        namespace: name.namespace.to_owned(),
-        name: name.name.to_owned(),
-        port_name: name.port.to_owned(),
-        kind,
-        frontend,
         maglev_table: all.table,
         local_maglev_table: local.table,
         backends: all.backends,
         local_backends: local.backends,
         state: "Programmed".to_owned(),
-        reason: None,
         verdicts: Some(verdicts),
         algorithm: Some(algorithm),
         affinity_seconds: affinity_secs,
         service_id: Some(service_id),
-        service,
+        ..absent(service, kind, frontend)
     }
 }
 
+/// Not in the kernel, as far as is known yet.
 fn absent(service: String, kind: String, frontend: FrontendAddress) -> Service {
     let name = ServiceName::parse(&service);
     Service {
@@ -159,6 +214,7 @@ fn absent(service: String, kind: String, frontend: FrontendAddress) -> Service {
         local_maglev_table: None,
         affinity_seconds: None,
         service_id: None,
+        outline: Rc::default(),
         service,
     }
 }
@@ -198,6 +254,39 @@ mod tests {
         let row = rows.first().unwrap();
         assert_eq!(row.state, "Degraded");
         assert_eq!(row.backends.len(), first.all.backends.len(), "the backends that serve now");
+    }
+
+    /// What kubectl says in EXTERNAL-IP and PORT(S) is told of each of a Service's frontends, and of no other's.
+    #[test]
+    fn a_services_addresses_and_ports_are_told_together() {
+        let row = |kind: FrontendKind, service: &str, address: &str, port, protocol| Frontend {
+            kind: kind.to_string(),
+            service: service.into(),
+            frontend: FrontendAddress { address: address.parse().unwrap(), port, protocol },
+            ..frontends().remove(0)
+        };
+        let (tcp, udp) = (Protocol::Tcp, Protocol::Udp);
+        let rows = merge(
+            vec![
+                row(FrontendKind::ClusterIp, "a/web:http", "10.96.0.1", 80, tcp),
+                row(FrontendKind::ClusterIp, "a/web:dns", "10.96.0.1", 53, udp),
+                row(FrontendKind::ClusterIp, "a/web:dns-tcp", "10.96.0.1", 53, tcp),
+                row(FrontendKind::NodePort, "a/web:http", "192.0.2.1", 30080, tcp),
+                row(FrontendKind::NodePort, "a/web:http", "127.0.0.1", 30080, tcp),
+                row(FrontendKind::LoadBalancer, "a/web:http", "203.0.113.9", 80, tcp),
+                row(FrontendKind::ExternalIp, "a/web:http", "198.51.100.1", 80, tcp),
+                row(FrontendKind::ClusterIp, "a/web-2:http", "10.96.0.2", 8080, tcp),
+            ],
+            vec![degraded("10.96.0.3", "a/late")],
+        );
+        let told = |name: &str| -> BTreeSet<_> {
+            let of_it = rows.iter().filter(|row| row.name == name);
+            of_it.map(|row| (row.outline.external(), row.outline.ports())).collect()
+        };
+        let all = ("198.51.100.1,203.0.113.9".to_owned(), "53/TCP,53/UDP,80:30080/TCP".to_owned());
+        assert_eq!(told("web"), [all].into());
+        assert_eq!(told("web-2"), [(String::new(), "8080/TCP".to_owned())].into());
+        assert_eq!(told("late"), [(String::new(), "80/TCP".to_owned())].into());
     }
 
     /// A Service whose policy is Local has none but local backends, and is not without any.

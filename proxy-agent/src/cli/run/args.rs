@@ -2,7 +2,7 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use clap::{ArgAction, Args as ClapArgs, ValueEnum, value_parser};
+use clap::{Arg, ArgAction, Args as ClapArgs, ValueEnum, value_parser};
 
 use crate::{
     cli::shapes::SocketLb,
@@ -12,6 +12,7 @@ use crate::{
 };
 
 #[derive(Clone, Debug, ClapArgs)]
+#[command(mut_arg("iptables_localhost_nodeports", switch), mut_arg("external_ips", switch))]
 pub struct Args {
     /// Watch this cluster [default: KUBECONFIG, ~/.kube/config, or the pod's service account]
     #[arg(long, value_name = "FILE", help_heading = "Source")]
@@ -59,28 +60,10 @@ pub struct Args {
     )]
     pub nodeport_addresses: Option<NodePortAddresses>,
     /// NodePorts answer the node's own processes on 127.0.0.1, too, at connect time
-    #[arg(
-        long,
-        value_name = "BOOL",
-        default_value_t = true,
-        action = ArgAction::Set,
-        num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "true",
-        env = "PROXY_AGENT_IPTABLES_LOCALHOST_NODEPORTS"
-    )]
+    #[arg(long, default_value_t = true, env = "PROXY_AGENT_IPTABLES_LOCALHOST_NODEPORTS")]
     pub iptables_localhost_nodeports: bool,
     /// Serve the external IPs of Services
-    #[arg(
-        long,
-        value_name = "BOOL",
-        default_value_t = true,
-        action = ArgAction::Set,
-        num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "true",
-        env = "PROXY_AGENT_EXTERNAL_IPS"
-    )]
+    #[arg(long, default_value_t = true, env = "PROXY_AGENT_EXTERNAL_IPS")]
     pub external_ips: bool,
     /// Root of the cgroup v2 tree to attach to [default: where it is mounted]
     #[arg(long, value_name = "DIR", env = "PROXY_AGENT_CGROUP_ROOT")]
@@ -180,6 +163,11 @@ pub struct Maps {
     /// Source ranges of load balancers' addresses
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = entries())]
     pub map_source_ranges: u32,
+}
+
+/// What is on unless it is switched off: `--it=false`, as kube-proxy has them.
+fn switch(arg: Arg) -> Arg {
+    arg.value_name("BOOL").action(ArgAction::Set).num_args(0..=1).require_equals(true).default_missing_value("true")
 }
 
 /// A map cannot be empty, and the kernel refuses sizes near 2³².
