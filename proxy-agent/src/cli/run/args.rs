@@ -12,7 +12,7 @@ use crate::{
 };
 
 #[derive(Clone, Debug, ClapArgs)]
-#[command(mut_arg("iptables_localhost_nodeports", switch), mut_arg("external_ips", switch))]
+#[command(mut_args(switch))]
 pub struct Args {
     /// Watch this cluster [default: KUBECONFIG, ~/.kube/config, or the pod's service account]
     #[arg(long, value_name = "FILE", help_heading = "Source")]
@@ -165,8 +165,11 @@ pub struct Maps {
     pub map_source_ranges: u32,
 }
 
-/// What is on unless it is switched off: `--it=false`, as kube-proxy has them.
+/// What is on by default can be switched off: `--it=false`, as kube-proxy has it.
 fn switch(arg: Arg) -> Arg {
+    if arg.get_default_values() != ["true"] {
+        return arg;
+    }
     arg.value_name("BOOL").action(ArgAction::Set).num_args(0..=1).require_equals(true).default_missing_value("true")
 }
 
