@@ -36,9 +36,12 @@ pub fn measure(scale: &Scale, cgroups: &Cgroups, report: &mut Report) -> Result<
         let name = format!("d1-{services}");
         let mut datapath = services::load(services, socket_lb::ALL);
         datapath.attach_connect_time(&File::open(cgroups.make(&name)?)?);
+        services::add_sticky(&mut datapath, services);
         datapaths.push(datapath);
         let vip = services::vip(rules::measured(services));
         variants.push(variant(&format!("hit, {services} services"), &name, vec![vip], false)?);
+        let sticky = vec![services::STICKY];
+        variants.push(variant(&format!("hit with affinity, {services} services"), &name, sticky, false)?);
         variants.push(variant(&format!("miss, {services} services"), &name, vec![server], false)?);
         variants.push(variant(&format!("hit, new socket, {services} services"), &name, vec![vip], true)?);
         // A stride that visits all of them in no order that a cache likes.
@@ -68,6 +71,9 @@ pub fn measure(scale: &Scale, cgroups: &Cgroups, report: &mut Report) -> Result<
         report.bar("D1", format!("hit over no program, {services} services, ns"), Bound::AtMost(200.0), hit, sure);
         let miss = min(&format!("miss, {services} services"))? - none;
         report.bar("D1", format!("miss over no program, {services} services, ns"), Bound::AtMost(150.0), miss, sure);
+        let affinity = min(&format!("hit with affinity, {services} services"))? - none - hit;
+        let what = format!("connect, affinity over none, client remembered, {services} services, ns");
+        report.bar("D12", what, Bound::AtMost(150.0), affinity, sure);
         // No bar: it is mostly the kernel's allocation of the record, which lives and dies with the socket.
         let whole = min(&format!("hit, new socket, {services} services"))? - fresh;
         let what = format!("hit over no program, new socket, {services} services (min)");

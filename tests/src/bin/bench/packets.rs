@@ -15,7 +15,7 @@ use aya::{
 use proxy_common::{
     checksum,
     device::{DeviceValue, role},
-    frontend::{origin, verdict},
+    frontend::{algorithm, origin, verdict},
     globals::socket_lb,
     proto::{TCP, UDP},
 };
@@ -31,6 +31,9 @@ const BEST_OF: usize = 7;
 /// Room for half-open flows when they evict each other.
 const SMALL: u32 = 1_024;
 
+/// First of the ids of the frontends that differ in how they choose.
+const CHOICES: u32 = 1_000_000;
+
 const SYN: u8 = 0x02;
 const ACK: u8 = 0x10;
 
@@ -43,6 +46,11 @@ struct Family {
     mirror: SocketAddr,
     empty: SocketAddr,
     elsewhere: SocketAddr,
+    /// Three backends each: chosen at random; with session affinity; by Maglev.
+    random: SocketAddr,
+    sticky: SocketAddr,
+    maglev: SocketAddr,
+    backends: [SocketAddr; 3],
 }
 
 fn families() -> [Family; 2] {
@@ -56,6 +64,10 @@ fn families() -> [Family; 2] {
             mirror: v4(10, 111, 0, 2, 8080),
             empty: v4(10, 111, 0, 3, 80),
             elsewhere: v4(10, 2, 0, 9, 80),
+            random: v4(10, 111, 0, 4, 80),
+            sticky: v4(10, 111, 0, 5, 80),
+            maglev: v4(10, 111, 0, 6, 80),
+            backends: [21, 22, 23].map(|host| v4(10, 2, 0, host, 8080)),
         },
         Family {
             name: "v6",
@@ -64,6 +76,10 @@ fn families() -> [Family; 2] {
             mirror: v6(0x111, 2, 8080),
             empty: v6(0x111, 3, 80),
             elsewhere: v6(2, 9, 80),
+            random: v6(0x111, 4, 80),
+            sticky: v6(0x111, 5, 80),
+            maglev: v6(0x111, 6, 80),
+            backends: [0x21, 0x22, 0x23].map(|host| v6(2, host, 8080)),
         },
     ]
 }
@@ -136,7 +152,8 @@ impl Programs {
         if let Some(room) = half_open {
             sizes.extend([("half_open_v4", room), ("half_open_v6", room)]);
         }
-        let mut datapath = Datapath::load_sized(&globals, 2 * services + 1_024, 2 * services + 1_024, &sizes);
+        // Four Maglev tables of 4513 positions.
+        let mut datapath = Datapath::load_sized(&globals, 2 * services + 1_024, 2 * services + 20_480, &sizes);
         if datapath.ebpf.program("tc_ingress_ether").is_none() {
             return Ok(None);
         }
@@ -155,6 +172,13 @@ impl Programs {
                 datapath.frontend(family.vip, proto, &Spec::pick_all(1, &[family.mirror]));
                 datapath.frontend(family.mirror, proto, &Spec::pick_all(2, &[family.vip]));
                 datapath.frontend(family.empty, proto, &refused);
+                // The three kinds of choice; services of their own, below those of the many.
+                let random = Spec::pick_all(CHOICES, &family.backends);
+                let sticky = Spec { service: CHOICES + 1, affinity_secs: 10_800, ..random.clone() };
+                let maglev = Spec { service: CHOICES + 2, algorithm: algorithm::MAGLEV, ..random.clone() };
+                datapath.frontend(family.random, proto, &random);
+                datapath.frontend(family.sticky, proto, &sticky);
+                datapath.frontend(family.maglev, proto, &maglev);
             }
         }
         for index in 1..services {
@@ -210,6 +234,67 @@ impl Programs {
         }
         Ok(())
     }
+}
+
+/// A client of its own for each number.
+fn client(family: Family, number: u16) -> IpAddr {
+    let [high, low] = number.to_be_bytes();
+    match family.client {
+        IpAddr::V4(_) => Ipv4Addr::new(10, 3, high, low).into(),
+        IpAddr::V6(_) => Ipv6Addr::new(0xfd00, 0x10, 3, 0, 0, 0, 0, number).into(),
+    }
+}
+
+/// New flows by how their backend is chosen, and what session affinity adds to it: for a client that is remembered, and for one that is
+/// to be remembered (D12).
+fn choices(
+    programs: &Programs,
+    family: Family,
+    proto: u8,
+    scale: &Scale,
+    report: &mut Report,
+    name: &impl Fn(&str) -> String,
+) -> Result<()> {
+    // By turns: a slow minute of the machine falls on all of them.
+    let half = scale.new_flows / 2;
+    let mut figures: [Vec<Figure>; 5] = Default::default();
+    for round in 0..2 {
+        let numbers = || (1..=half).map(move |n| n + round * half);
+        let one = |frontend| move |port| packet(SocketAddr::new(family.client, port), frontend, proto, SYN);
+        let many = |frontend| move |n| packet(SocketAddr::new(client(family, n), 40_000), frontend, proto, SYN);
+        for (figures, figure) in figures.iter_mut().zip([
+            programs.singly(numbers().map(one(family.random)))?,
+            programs.singly(numbers().map(one(family.sticky)))?,
+            programs.singly(numbers().map(one(family.maglev)))?,
+            programs.singly(numbers().map(many(family.random)))?,
+            programs.singly(numbers().map(many(family.sticky)))?,
+        ]) {
+            figures.push(figure);
+        }
+    }
+    let figures = figures.map(|rounds| Figure {
+        median: rounds.iter().map(|round| round.median).sum::<f64>() / rounds.len() as f64,
+        min: rounds.iter().map(|round| round.min).fold(f64::INFINITY, f64::min),
+        max: rounds.iter().map(|round| round.max).fold(f64::NEG_INFINITY, f64::max),
+    });
+    let [random, remembered, maglev, random_many, new] = figures;
+    for (what, figure) in [
+        ("new flow, random of three", random),
+        ("new flow, affinity, client remembered", remembered),
+        ("new flow, Maglev", maglev),
+        ("new flow, random of three, another client each", random_many),
+        ("new flow, affinity, another client each", new),
+    ] {
+        report.row("D6", name(what), "ns", figure);
+    }
+    if proto == TCP {
+        // The best of thousands of runs: medians differ by more than this between two runs on a busy machine.
+        let (hit, insert) = (remembered.min - random.min, new.min - random_many.min);
+        let what = |what: &str| format!("affinity, {what}, over none, {} TCP, ns", family.name);
+        report.bar("D12", what("client remembered"), Bound::AtMost(150.0), hit, true);
+        report.bar("D12", what("client new"), Bound::AtMost(350.0), insert, true);
+    }
+    Ok(())
 }
 
 /// That the programs translate what is measured, and that the packet survives it.
@@ -275,6 +360,7 @@ fn inside(scale: &Scale, report: &mut Report) -> Result<()> {
                 if !last {
                     continue;
                 }
+                choices(&programs, family, proto, scale, report, &name)?;
                 let fill = small.singly((1..=scale.new_flows).map(|p| packet(of(p), family.vip, proto, SYN)))?;
                 report.row("D6", name("new flow, evicting another"), "ns", fill);
                 if family.name == "v4" && proto == TCP {

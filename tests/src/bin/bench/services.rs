@@ -37,6 +37,15 @@ pub fn load(services: u32, socket_lb: u8) -> Datapath {
     datapath
 }
 
+/// A Service with session affinity, apart from the others.
+pub const STICKY: SocketAddrV4 = SocketAddrV4::new(Ipv4Addr::new(10, 97, 0, 1), PORT);
+
+/// Adds it to a datapath of `services` others.
+pub fn add_sticky(datapath: &mut Datapath, services: u32) {
+    let spec = Spec { affinity_secs: 10_800, ..Spec::pick_all(services + 1, &[server(), server()]) };
+    datapath.frontend(STICKY.into(), UDP, &spec);
+}
+
 /// `connect4` that says yes and nothing else: what having any program costs. Attached while the result lives.
 pub fn empty_connect4(cgroup: &File) -> Result<[OwnedFd; 2]> {
     const BPF_PROG_LOAD: i32 = 5;
