@@ -3,6 +3,7 @@
 //! Programs see sockets by their process's cgroup, and processes choose addresses by their network namespace; so each test
 //! runs itself again as a child inside a cgroup and a namespace of its own. Needs root and the object; else it is skipped.
 
+#[allow(dead_code, reason = "the packet tests use the rest")]
 #[path = "../support/mod.rs"]
 mod support;
 
