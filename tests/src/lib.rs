@@ -6,8 +6,10 @@
 //! - [`apiserver`] is a real etcd and kube-apiserver.
 //! - [`conformance`] puts one table of cases to our dataplanes and to kube-proxy.
 //! - [`feed`] is a made-up API server for more changes than a real one takes.
+//! - [`ahead`] goes first on a busy machine.
 //! - [`suite`] runs cases and counts what passed, failed and was skipped.
 
+pub mod ahead;
 pub mod apiserver;
 pub mod cases;
 pub mod conformance;

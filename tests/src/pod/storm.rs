@@ -9,7 +9,7 @@ use std::{
         atomic::{AtomicU64, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::{Duration, Instant, SystemTime},
 };
 
 use anyhow::Result;
@@ -42,7 +42,16 @@ pub struct Args {
     /// Ask by UDP, a new connected socket each time
     #[arg(long)]
     pub udp: bool,
+    /// Bind to this port and those that follow it, each in turn: a UDP flow whose port is used again within its time-out is no new one
+    #[arg(long)]
+    pub source_port: Option<u16>,
+    /// Report each answer, too
+    #[arg(long)]
+    pub log: bool,
 }
+
+/// Source ports before the first is used again.
+pub const PORTS: u16 = 6_000;
 
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 pub struct Report {
@@ -54,6 +63,23 @@ pub struct Report {
     /// Answers from a backend that was not expected.
     pub wrong: BTreeMap<String, u64>,
     pub slowest_micros: u64,
+    /// With `--log`, in no order.
+    #[serde(default)]
+    pub log: Vec<Answered>,
+}
+
+/// One connection that was answered; times as [`now`] has them.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Answered {
+    pub began: u64,
+    pub ended: u64,
+    pub backend: String,
+}
+
+/// Microseconds since the epoch.
+pub fn now() -> u64 {
+    let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
 }
 
 pub fn run(args: &Args) -> Result<Report> {
@@ -75,17 +101,22 @@ pub fn run(args: &Args) -> Result<Report> {
                         return;
                     }
                     thread::sleep(due.saturating_duration_since(Instant::now()));
-                    let began = Instant::now();
-                    let outcome = ask(args);
-                    let micros = began.elapsed().as_micros().try_into().unwrap_or(u64::MAX);
+                    let port =
+                        args.source_port.map(|first| first + u16::try_from(mine % u64::from(PORTS)).unwrap_or(0));
+                    let began = now();
+                    let outcome = ask(args, port);
+                    let ended = now();
                     let Ok(mut report) = report.lock() else { return };
                     report.tries += 1;
-                    report.slowest_micros = report.slowest_micros.max(micros);
+                    report.slowest_micros = report.slowest_micros.max(ended.saturating_sub(began));
                     match outcome {
                         Ok(answer) => {
                             report.answered += 1;
                             if !expect.is_empty() && !expect.contains(answer.backend.as_str()) {
                                 *report.wrong.entry(answer.backend.clone()).or_insert(0) += 1;
+                            }
+                            if args.log {
+                                report.log.push(Answered { began, ended, backend: answer.backend.clone() });
                             }
                             *report.backends.entry(answer.backend).or_insert(0) += 1;
                         }
@@ -98,12 +129,12 @@ pub fn run(args: &Args) -> Result<Report> {
     Ok(report.into_inner().unwrap_or_default())
 }
 
-fn ask(args: &Args) -> Result<Answer, (&'static str, Errno)> {
+fn ask(args: &Args, source_port: Option<u16>) -> Result<Answer, (&'static str, Errno)> {
     let timeout = Duration::from_millis(args.timeout);
     let request = wire::request(0, 0);
     let mut line = Vec::new();
     if args.udp {
-        let socket = socket::udp(args.to, None, true).map_err(|errno| ("connect", errno))?;
+        let socket = socket::udp(args.to, source_port, true).map_err(|errno| ("connect", errno))?;
         let doing = |what| move |error: std::io::Error| (what, socket::errno(&error));
         socket.set_read_timeout(Some(timeout)).map_err(doing("connect"))?;
         socket.send(&request).map_err(doing("send"))?;
@@ -111,7 +142,7 @@ fn ask(args: &Args) -> Result<Answer, (&'static str, Errno)> {
         let length = socket.recv(&mut line).map_err(doing("receive"))?;
         line.truncate(length);
     } else {
-        let mut stream = socket::tcp(args.to, None, timeout).map_err(|errno| ("connect", errno))?;
+        let mut stream = socket::tcp(args.to, source_port, timeout).map_err(|errno| ("connect", errno))?;
         let doing = |what| move |error: std::io::Error| (what, socket::errno(&error));
         stream.set_read_timeout(Some(timeout)).map_err(doing("connect"))?;
         stream.write_all(&request).map_err(doing("send"))?;

@@ -11,7 +11,11 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-use super::{Node, pins::Pinned, trace};
+use super::{
+    Node,
+    pins::{self, Pinned},
+    trace,
+};
 
 /// Whose sockets are translated at connect time (`--socket-lb`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -132,6 +136,11 @@ impl Node {
     /// What the agent has pinned, as it is now.
     pub fn pinned(&self) -> Result<Pinned> {
         Pinned::read(&self.bpffs)
+    }
+
+    /// One of the maps that only the agent writes.
+    pub fn pinned_map(&self, name: &str) -> Result<pins::Elements> {
+        pins::map(&self.bpffs, name)
     }
 
     /// Every bpf(2) call of the running agent so far that succeeded. It has to be started as `traced`.

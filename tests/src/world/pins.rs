@@ -8,7 +8,7 @@ use std::{
         fd::{AsRawFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
     },
-    path::Path,
+    path::{Path, PathBuf},
     ptr, slice,
 };
 
@@ -38,7 +38,7 @@ pub struct Pinned {
 
 impl Pinned {
     pub(super) fn read(bpffs: &Path) -> Result<Self> {
-        let top = bpffs.join("v1");
+        let top = top(bpffs);
         let mut pinned = Self { maps: BTreeMap::new(), ids: BTreeMap::new() };
         for dir in ["maps", "links", "programs"] {
             let entries = fs::read_dir(top.join(dir)).with_context(|| format!("read {}/{dir}", top.display()))?;
@@ -83,6 +83,17 @@ impl Pinned {
         }
         lines
     }
+}
+
+fn top(bpffs: &Path) -> PathBuf {
+    bpffs.join("v1")
+}
+
+/// The elements of one map, as quickly as they can be had.
+pub(super) fn map(bpffs: &Path, name: &str) -> Result<Elements> {
+    let path = top(bpffs).join("maps").join(name);
+    let fd = open(&path).with_context(|| format!("open the pin {}", path.display()))?;
+    elements(&fd, &Facts::of(&fd)?).with_context(|| format!("read the map {name}"))
 }
 
 /// Keys whose elements came, went or are others now.

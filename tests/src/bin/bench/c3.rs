@@ -25,7 +25,10 @@ use proxy_common::{
     frontend::{FrontendKey, FrontendValue},
     proto::TCP,
 };
-use proxy_tests::feed::{self, Feed};
+use proxy_tests::{
+    ahead::Ahead,
+    feed::{self, Feed},
+};
 use serde_json::{Value, json};
 
 use crate::{
@@ -144,7 +147,7 @@ impl Start<'_> {
         let log = fs::File::create(log)?;
         // A child inherits the CPU it may run on.
         let before = pin_to(AGENT_CPU)?;
-        real_time(true);
+        let ahead = Ahead::of_others();
         let child = Command::new("nsenter")
             .arg(format!("--net={}", netns.path().display()))
             .arg(program)
@@ -159,7 +162,7 @@ impl Start<'_> {
             .stdout(log.try_clone()?)
             .stderr(log)
             .spawn();
-        real_time(false);
+        drop(ahead);
         sched_setaffinity(Pid::from_raw(0), &before)?;
         Ok(child?)
     }
@@ -177,15 +180,6 @@ impl Drop for Agent {
 /// Where a run of this name pins.
 pub fn bpffs(run: &Path) -> PathBuf {
     Path::new("/sys/fs/bpf").join(run.file_name().unwrap_or_default())
-}
-
-/// Ahead of what else runs on the machine, or waiting for a CPU is what is measured; children inherit it. Where it is
-/// refused the load in the report tells.
-fn real_time(on: bool) {
-    let (policy, priority) = if on { (libc::SCHED_FIFO, 1) } else { (libc::SCHED_OTHER, 0) };
-    let parameter = libc::sched_param { sched_priority: priority };
-    // SAFETY: this thread, and a parameter that lives through the call.
-    let _ = unsafe { libc::sched_setscheduler(0, policy, &raw const parameter) };
 }
 
 fn pin_to(cpu: usize) -> Result<CpuSet> {
@@ -286,7 +280,7 @@ fn changes(
     thread::sleep(Duration::from_secs(1));
 
     pin_to(OUR_CPU)?;
-    real_time(true);
+    let ahead = Ahead::of_others();
     let mut took = Vec::with_capacity(scale.changes);
     for change in 0..scale.changes {
         let change = u32::try_from(change)?;
@@ -306,7 +300,7 @@ fn changes(
         }
         took.push(start.elapsed().as_nanos() as f64 / 1e3);
     }
-    real_time(false);
+    drop(ahead);
     report.row("C3", format!("EndpointSlice event → map, {size}"), "µs", Figure::of(&took));
     took.sort_by(f64::total_cmp);
     let quantile = |q: f64| took.get((took.len() as f64 * q) as usize).copied().unwrap_or(f64::NAN);
