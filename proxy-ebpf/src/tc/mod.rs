@@ -102,8 +102,12 @@ fn handle<const HOOK: u8>(ctx: &TcContext, l3: u32) -> i32 {
 #[inline(always)]
 fn family<A: Header, const HOOK: u8>(ctx: &TcContext, l3: u32) -> i32 {
     let Some(Work { packet, key, value, .. }) = Room::Main.work::<A>() else { return NEXT };
+    if HOOK == hook::EGRESS {
+        packet.dst = A::UNSPECIFIED;
+    }
     if packet::parse(ctx, l3, HOOK, packet) != 0 {
-        return NEXT;
+        // What there was to read tells where it goes, if not what it is.
+        return if HOOK == hook::EGRESS { leave(ctx, packet) } else { NEXT };
     }
     if packet.kind <= kind::LATER_FRAGMENT {
         *key = ConnectionKey::new(HOOK, packet.proto, packet.src, packet.sport, packet.dst, packet.dport);
