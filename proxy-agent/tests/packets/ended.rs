@@ -6,7 +6,7 @@ use proxy_common::{connection::flags, counters::Reason};
 
 use super::{
     packet::{ACK, FIN, Packet, RST, SYN, Sums, ends, payload_at, sums},
-    world::{BOUNCE, DROP, Hook, NEXT, Options, TCP, UDP, at, casts, world},
+    world::{BOUNCE, DROP, Hook, NEXT, Options, TCP, UDP, at, casts, hex, world},
 };
 
 /// A pseudo-random number, the same ones in every run.
@@ -37,13 +37,54 @@ fn a_marked_flow_is_reset() {
             assert_eq!((&out[tcp + 4..tcp + 8], out[tcp + 13]), (acknowledged.as_slice(), RST));
             assert_eq!((&out[..6], &out[6..12]), (&packet[6..12], &packet[..6]));
         }
-        for flags in [RST, RST | ACK, 0] {
-            let (verdict, _) = world.run(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, flags).frame());
-            assert_eq!(verdict, DROP, "nobody answers a reset, nor what acknowledges nothing: {flags}");
+        // A backend that is there still, in no Service: it must hear that its client is gone, which it cannot know from us.
+        let answer = Packet::tcp(cast.backend, cast.client, ACK);
+        world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+        for flags in [RST, RST | ACK] {
+            let over = Packet::tcp(cast.client, cast.vip, flags);
+            world.expect(Hook::Ingress, &over, &over.to(cast.backend));
         }
+        // What cannot be answered: it acknowledges nothing, or is a piece.
+        let failed = world.reason(Reason::RejectFailed);
+        let bare = Packet::tcp(cast.client, cast.vip, 0);
+        let big = Packet::tcp(cast.client, cast.vip, ACK).with_payload(&[7; 2000]);
+        world.translate(Hook::Egress, &answer);
+        for (n, frame) in [bare.frame(), big.fragment(0, 1480)].into_iter().enumerate() {
+            assert_eq!(world.run(Hook::Ingress, &frame).0, [DROP, BOUNCE][n]);
+        }
+        assert_eq!(world.run(Hook::Ingress, &big.fragment(1480, 2020)).0, DROP);
+        assert_eq!(world.reason(Reason::RejectFailed), failed + 2);
         assert_eq!(world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, SYN)).1, cast.backend2);
         world.remove(|_| true);
     }
+}
+
+/// Whatever stands between the headers: it is cut out, the reset has none.
+#[test]
+fn a_marked_flow_with_options_is_reset() {
+    let Some(mut world) = world("a_marked_flow_with_options_is_reset", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.establish(TCP, cast.client, cast.vip);
+        world.mark(flags::RESET);
+        let plain = Packet::tcp(cast.client, cast.vip, ACK);
+        let (verdict, expected) = world.run(Hook::Ingress, &plain.frame());
+        assert_eq!(verdict, BOUNCE);
+        for words in 1..=5 {
+            for payload in [b"".as_slice(), &[7; 1200]] {
+                let mut packet = plain.clone().with_payload(payload);
+                if cast.v6 {
+                    packet.extensions = (0..words).map(|_| (60, vec![0, 0, 1, 4, 0, 0, 0, 0])).collect();
+                } else {
+                    packet.options = vec![1; words * 4];
+                }
+                let (verdict, out) = world.run(Hook::Ingress, &packet.frame());
+                assert_eq!((verdict, hex(&out)), (BOUNCE, hex(&expected)), "{words}");
+            }
+        }
+        world.remove(|_| true);
+    }
+    assert_eq!(world.reason(Reason::RejectFailed), 0);
 }
 
 /// Contract F46: a million SYNs from everywhere. Whoever talks meanwhile talks on, and opens new connections.

@@ -32,7 +32,7 @@ use proxy_common::{
 };
 
 use self::{
-    packet::Header,
+    packet::{Header, tcp_flags},
     rewrite::{End, rewrite},
     table::Room,
 };
@@ -225,11 +225,12 @@ fn ingress<A: Header>(
 ) -> i32 {
     let may_open = packet.kind == kind::WHOLE && packet.may_open();
     if let Some(hit) = table::find(key, value) {
-        let reset = value.flags & flags::RESET != 0;
-        if reset && !may_open {
+        // The client's own reset is for the backend: one that was taken out of the Service and is there still would send to nobody.
+        let marked = value.flags & flags::RESET != 0 && packet.tcp_flags & tcp_flags::RST == 0;
+        if marked && !may_open {
             return RESET;
         }
-        if !reset && (!may_open || !reopens(key, packet, value, hit.established)) {
+        if !marked && (!may_open || !reopens(key, packet, value, hit.established)) {
             hit.note(ctx, key, value, packet);
             return apply(ctx, l3, packet, End::Destination, value);
         }

@@ -4,7 +4,7 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{__sk_buff, TC_ACT_SHOT},
-    helpers::generated::{bpf_redirect, bpf_skb_change_tail},
+    helpers::generated::{bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail},
     programs::TcContext,
 };
 use proxy_common::{Be16, checksum, counters::Reason, proto};
@@ -20,8 +20,10 @@ use crate::{
 };
 
 const TCP: u32 = 20;
+const ADJ_ROOM_NET: u32 = 0;
 
-/// Turns the packet into the reset; what has no answer (a reset, a fragment, an odd header) is dropped. Returns the verdict.
+/// Turns the packet into the reset; what has no answer (a fragment, what acknowledges nothing) is dropped. Returns the verdict, and counts it
+/// under one reason.
 #[inline(never)]
 pub(crate) fn reset<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> i32 {
     match build(ctx, l3, packet) {
@@ -29,23 +31,33 @@ pub(crate) fn reset<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> 
             count::reason(Reason::Rejected);
             verdict
         }
-        None => TC_ACT_SHOT,
+        None => {
+            count::reason(Reason::RejectFailed);
+            TC_ACT_SHOT
+        }
     }
 }
 
 #[inline(always)]
 fn build<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<i32> {
-    let acknowledges = packet.tcp_flags & (tcp_flags::ACK | tcp_flags::RST) == tcp_flags::ACK;
-    if packet.kind != kind::WHOLE || !acknowledges || packet.l4 != l3 + A::LEN_MIN {
+    if packet.kind != kind::WHOLE || packet.tcp_flags & tcp_flags::ACK == 0 {
         return None;
     }
     // A reset counts where its number is the one expected next: the one just acknowledged.
     let number: [u16; 2] = load(ctx, packet.l4 + 8)?;
     let unfinished = is_unfinished(ctx, l3, packet)?;
     let skb = ctx.as_ptr().cast::<__sk_buff>();
+    // Options and extension headers are not answered. Cut out, and not written over: where the device is to finish the checksum, the
+    // kernel knows where that header begins.
+    let extra = packet.l4.wrapping_sub(l3 + A::LEN_MIN);
     // SAFETY: live context; packet pointers are derived anew below.
-    if unsafe { bpf_skb_change_tail(skb, l3 + A::LEN_MIN + TCP, 0) } != 0 {
-        return None;
+    unsafe {
+        if extra != 0 && bpf_skb_adjust_room(skb, -(extra as i32), ADJ_ROOM_NET, 0) != 0 {
+            return None;
+        }
+        if bpf_skb_change_tail(skb, l3 + A::LEN_MIN + TCP, 0) != 0 {
+            return None;
+        }
     }
     if A::VERSION == 4 {
         let old: Ipv4Header = load(ctx, l3)?;
