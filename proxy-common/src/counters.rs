@@ -10,8 +10,7 @@ use crate::pod;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[repr(C)]
 pub struct ServiceCounters {
-    /// New connections (TCP) and flows (UDP), translated at connect time or per packet. Also this CPU's
-    /// round-robin cursor.
+    /// New connections (TCP) and flows (UDP), translated at connect time or per packet.
     pub connections: u64,
     /// Packets that the per-packet path translated, both directions. Connect-time traffic passes no program.
     pub packets: u64,
@@ -19,6 +18,9 @@ pub struct ServiceCounters {
     pub bytes: u64,
     /// Connections refused or dropped by verdict.
     pub refused: u64,
+    /// This CPU's round-robin cursor: those connections that were sent where they went by turns, and not by what session affinity
+    /// remembers of their client.
+    pub turns: u64,
 }
 
 /// Why something was dropped, refused, repaired or left alone: the index into `reasons` (per-CPU array of `u64`).
@@ -154,7 +156,7 @@ impl Reason {
     }
 }
 
-const _: () = assert!(size_of::<ServiceCounters>() == 32);
+const _: () = assert!(size_of::<ServiceCounters>() == 40);
 pod!(ServiceCounters);
 
 #[cfg(test)]

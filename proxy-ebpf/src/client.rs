@@ -78,7 +78,7 @@ pub(crate) struct Sticky {
 /// it is still eligible (contract A98), and notes that there is a new connection (A96); else has `target` remembered. `chosen`
 /// tells what it was, once more.
 ///
-/// Once for each connection, by who takes it. Apart from the choice, and in small steps, because the stack has no room for them together.
+/// Once for each connection, by who takes it and has counted it. Apart from the choice, and in small steps, because the stack has no room for them together.
 #[inline(always)]
 pub(crate) fn stick<A: Family, C: Client<A>>(
     client: &C,
@@ -91,6 +91,7 @@ pub(crate) fn stick<A: Family, C: Client<A>>(
         return;
     }
     if recall(client, service, sticky.timeout_secs, target) != 0 && is_among(&sticky.range, target) != 0 {
+        count::turn_back(service);
         return;
     }
     *target = chosen();

@@ -23,22 +23,35 @@ fn of_service(service: u32) -> Option<*mut ServiceCounters> {
     SERVICE_COUNTERS.get_ptr_mut(service)
 }
 
-/// How many connections this CPU has counted: the round-robin cursor.
+/// The round-robin cursor of this CPU.
 #[inline(always)]
 pub(crate) fn cursor(service: u32) -> u64 {
     match SERVICE_COUNTERS.get_ptr_mut(service) {
         // SAFETY: a per-CPU element, see `reason`.
-        Some(counters) => unsafe { (*counters).connections },
+        Some(counters) => unsafe { (*counters).turns },
         None => 0,
     }
 }
 
-/// A new connection. Once for each, by who takes the pick: it moves the cursor on.
+/// A new connection. Once for each, by who takes the pick, which was its backend's turn.
 #[inline(always)]
 pub(crate) fn connection(service: u32) {
     if let Some(counters) = of_service(service) {
         // SAFETY: a per-CPU element, see `reason`.
-        unsafe { (*counters).connections += 1 };
+        unsafe {
+            (*counters).connections += 1;
+            (*counters).turns += 1;
+        }
+    }
+}
+
+/// The connection that was just counted goes where its client went before: the turn it was given is the next one's. Otherwise clients whose
+/// connections come in pairs would all be sent to the same backend of two.
+#[inline(always)]
+pub(crate) fn turn_back(service: u32) {
+    if let Some(counters) = SERVICE_COUNTERS.get_ptr_mut(service) {
+        // SAFETY: a per-CPU element, see `reason`.
+        unsafe { (*counters).turns -= 1 };
     }
 }
 

@@ -87,7 +87,7 @@ struct Document<'a> {
 
 impl Service {
     pub fn new(service: String, counters: ServiceCounters) -> Self {
-        let ServiceCounters { connections, packets, bytes, refused } = counters;
+        let ServiceCounters { connections, packets, bytes, refused, turns: _ } = counters;
         let name = ServiceName::parse(&service);
         Self {
             namespace: name.namespace.to_owned(),
@@ -179,7 +179,7 @@ mod tests {
         let services = [
             Service::new(
                 "default/web:http".into(),
-                ServiceCounters { connections: 12, packets: 340, bytes: 51_234, refused: 0 },
+                ServiceCounters { connections: 12, packets: 340, bytes: 51_234, ..Default::default() },
             ),
             Service::new("kube-system/dns:dns".into(), ServiceCounters { refused: 3, ..Default::default() }),
         ];

@@ -303,11 +303,12 @@ impl Pins {
             let mut sum = ServiceCounters::default();
             for cpu in cpus.chunks_exact(size_of::<ServiceCounters>()) {
                 let words = words(cpu);
-                let [connections, packets, bytes, refused] = words;
+                let [connections, packets, bytes, refused, turns] = words;
                 sum.connections += connections;
                 sum.packets += packets;
                 sum.bytes += bytes;
                 sum.refused += refused;
+                sum.turns += turns;
             }
             counters.insert(key, sum);
         })?;
