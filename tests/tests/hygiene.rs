@@ -27,12 +27,13 @@ fn main() -> ExitCode {
         suite.fail("preparation", &error);
         return suite.finish();
     }
+    unprivileged(&mut suite, &programs);
     for socket_lb in SocketLb::SERVING {
         let group = format!("hygiene/{}", socket_lb.name());
         if !suite.wants_group(&group) {
             continue;
         }
-        let mut world = match prepare(programs.clone(), socket_lb) {
+        let mut world = match prepare(programs.clone(), &AgentOptions::new(socket_lb)) {
             Ok(world) => world,
             Err(error) => {
                 suite.fail(&group, &error);
@@ -54,18 +55,49 @@ fn main() -> ExitCode {
         suite.case(&format!("{group}/A104: TCP is reset on demand, once its endpoint is deleted"), || {
             resets(&mut world)
         });
+        suite.case(&format!("{group}/A103: an idle socket is ended, and is none of those that are left"), || {
+            idle(&mut world)
+        });
+        suite.case(&format!("{group}/A103: at start with --socket-lb off, too"), || switched_off(&mut world));
     }
     suite.finish()
 }
 
-fn prepare(programs: Programs, socket_lb: SocketLb) -> Result<World> {
+/// With what the DaemonSet may do and no more: no namespace of a pod can be entered.
+fn unprivileged(suite: &mut Suite, programs: &Programs) {
+    let group = "hygiene/unprivileged";
+    if !suite.wants_group(group) {
+        return;
+    }
+    let options = shipped_capabilities()
+        .map(|capabilities| AgentOptions { capabilities: Some(capabilities), ..AgentOptions::new(SocketLb::All) });
+    let mut world = match options.and_then(|options| prepare(programs.clone(), &options)) {
+        Ok(world) => world,
+        Err(error) => return suite.fail(group, &error),
+    };
+    for (name, before, after) in MOVES {
+        suite.case(&format!("{group}/A108: {name}"), || moves(&mut world, before, after));
+    }
+    suite.case(&format!("{group}/A103: an idle socket is ended, and is none of those that are left"), || {
+        idle(&mut world)
+    });
+}
+
+/// Of the DaemonSet's container, as setpriv(1) wants them: `+bpf,+perfmon`.
+fn shipped_capabilities() -> Result<String> {
+    let manifest = include_str!("../../manifests/base/daemonset.yaml");
+    let list = manifest.split_once("add: [").and_then(|(_, rest)| rest.split_once(']')).context("no capabilities")?.0;
+    Ok(list.split(", ").map(|name| format!("+{}", name.to_lowercase())).collect::<Vec<_>>().join(","))
+}
+
+fn prepare(programs: Programs, options: &AgentOptions) -> Result<World> {
     let pods = [["client", "s1", "s2"], ["s3", "s4", "s5"]];
     let nodes = pods.iter().map(|names| names.iter().map(|&name| name.to_owned()).collect()).collect();
     let mut world = World::new(&Spec { nodes, ..Spec::two_nodes(Topology::Routed) }, programs)?;
     for (node, zone) in world.nodes.iter().zip(["zone-a", "zone-b"]) {
         world.write(&objects::node(&node.place, zone))?;
     }
-    world.start_agents(&AgentOptions::new(socket_lb))?;
+    world.start_agents(options)?;
     Ok(world)
 }
 
@@ -345,6 +377,53 @@ fn meanwhile(world: &mut World, options: &AgentOptions) -> Result<()> {
         ensure!(broken.is_none(), "{what}: {broken:?} although nothing had changed");
     }
     found_its_way(&reports, changed, state)
+}
+
+/// A socket of the node's that nobody reads from: what was destroyed stays open, and keeps its note.
+fn idle(world: &mut World) -> Result<()> {
+    let number = fresh(world, (&[("s1", "")], 8080))?;
+    let node = world.node(1).place.clone();
+    let mut talks = Talks(Vec::new());
+    for family in Family::BOTH {
+        talks.add(world, &node, family, number, Transport::Udp, &["--interval=600000"])?;
+    }
+    talks.ready()?;
+    let counted = ended(world)?;
+    apply(world, (&[("s2", "")], 8080))?;
+    pause(WITHIN);
+    let after = ended(world)?;
+    ensure!(after >= counted + 2.0, "{} sockets or flows were ended", after - counted);
+    // Something else is lost: those are not looked for again.
+    apply(world, (&[("s3", "")], 8080))?;
+    pause(WITHIN + 2_500);
+    ensure!(ended(world)? == after, "the same sockets were ended once more");
+    let log = world.node(1).agent_log();
+    let complaint = log.lines().find(|line| line.contains("WARN") && line.contains("removed backends"));
+    ensure!(complaint.is_none(), "{complaint:?}");
+    Ok(())
+}
+
+/// What an earlier run pointed at a backend does not stay there because this one points nothing anywhere.
+fn switched_off(world: &mut World) -> Result<()> {
+    let number = fresh(world, (&[("s1", "")], 8080))?;
+    let node = world.node(1).place.clone();
+    let mut talks = Talks(Vec::new());
+    talks.add(world, &node, Family::V4, number, Transport::Udp, &[])?;
+    talks.ready()?;
+    for node in [1, 2] {
+        world.kill_agent(node)?;
+    }
+    for object in slices(world, "dns", "UDP", (&[("s2", "")], 8080)) {
+        world.write(&object)?;
+    }
+    world.start_agents(&AgentOptions::new(SocketLb::Off))?;
+    let changed = talk::now();
+    pause(WITHIN + 500);
+    for (what, report) in talks.finish()? {
+        let seen = report.backends(changed + WITHIN, u64::MAX);
+        ensure!(seen.is_empty(), "{what}: {seen:?} answered after its removal");
+    }
+    Ok(())
 }
 
 fn resets(world: &mut World) -> Result<()> {

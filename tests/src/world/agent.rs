@@ -1,6 +1,7 @@
 //! The real agent on a node.
 
 use std::{
+    ffi::OsString,
     fs::{self, File},
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
@@ -51,11 +52,13 @@ pub struct AgentOptions {
     pub extra: Vec<String>,
     /// Note every bpf(2) call that it makes, for [`Node::bpf_calls`].
     pub traced: bool,
+    /// Its only capabilities, as setpriv(1) names them.
+    pub capabilities: Option<String>,
 }
 
 impl AgentOptions {
     pub fn new(socket_lb: SocketLb) -> Self {
-        Self { socket_lb, source: None, kubeconfig: None, extra: Vec::new(), traced: false }
+        Self { socket_lb, source: None, kubeconfig: None, extra: Vec::new(), traced: false, capabilities: None }
     }
 }
 
@@ -73,7 +76,7 @@ impl Agent {
         logs: &Path,
         options: &AgentOptions,
     ) -> Result<Self> {
-        let AgentOptions { socket_lb, source, kubeconfig, extra, traced } = options;
+        let AgentOptions { socket_lb, source, kubeconfig, extra, traced, capabilities } = options;
         let name = &node.place.name;
         let log = logs.join(format!("{name}.log"));
         let stderr =
@@ -83,11 +86,21 @@ impl Agent {
             None => ["--source".as_ref(), source.as_deref().unwrap_or(objects).as_os_str()],
         };
         let trace = traced.then(|| logs.join(format!("{name}.trace")));
-        let mut command = node.place.command(trace.as_ref().map_or(program, |_| Path::new("strace")))?;
-        if let Some(trace) = &trace {
-            command.args(trace::ARGUMENTS).arg("-o").arg(trace).arg(program);
+        let mut words: Vec<OsString> = Vec::new();
+        if let Some(capabilities) = capabilities {
+            words.extend(["setpriv".into(), format!("--bounding-set=-all,{capabilities}").into()]);
         }
-        let child = command
+        if let Some(trace) = &trace {
+            words.push("strace".into());
+            words.extend(trace::ARGUMENTS.iter().map(OsString::from));
+            words.extend(["-o".into(), trace.into()]);
+        }
+        words.push(program.into());
+        let (first, rest) = words.split_first().context("a program to start")?;
+        let child = node
+            .place
+            .command(first)?
+            .args(rest)
             .arg("run")
             .args(input)
             .args(["--hostname-override", name, "--socket-lb", socket_lb.name()])

@@ -15,6 +15,7 @@ const HEADER: usize = 16;
 /// States of a socket that has a peer: all but closed, listening, TIME_WAIT and those without a socket.
 const WITH_PEER: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
 const ANY_STATE: u32 = u32::MAX;
+const NO_STATE: u32 = 0;
 
 /// `struct inet_diag_sockid`: source and destination port, source and destination address, interface, cookie.
 pub(crate) type Id = [u8; 48];
@@ -32,16 +33,20 @@ impl Socket {
     /// Calls `each` with every connected socket of `family` and `protocol`.
     ///
     /// A socket that comes or goes meanwhile may be missed: nobody can list what does not stand still.
-    pub(crate) fn connected(&self, family: u8, protocol: u8, mut each: impl FnMut(&Id)) -> io::Result<()> {
-        self.send(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, family, protocol, WITH_PEER, &[0; 48])?;
+    pub(crate) fn connected(&self, family: u8, protocol: u8, each: impl FnMut(&Id)) -> io::Result<()> {
+        self.list(family, protocol, WITH_PEER, each)
+    }
+
+    fn list(&self, family: u8, protocol: u8, states: u32, mut each: impl FnMut(&Id)) -> io::Result<()> {
+        self.send(SOCK_DIAG_BY_FAMILY, NLM_F_DUMP, family, protocol, states, &[0; 48])?;
         let mut buffer = vec![0_u8; 64 * 1024];
         loop {
             let (_, length) = rustix::net::recv(&self.0, buffer.as_mut_slice(), RecvFlags::empty())?;
             let mut rest = buffer.get(..length).unwrap_or_default();
             while let Some((kind, message, next)) = split(rest) {
                 match kind {
-                    NLMSG_DONE => return Ok(()),
-                    NLMSG_ERROR => return Err(error(message).unwrap_or_else(|| io::ErrorKind::InvalidData.into())),
+                    // Both say how it went; the kernel has no list of a protocol that it does not know (ENOENT).
+                    NLMSG_DONE | NLMSG_ERROR => return error(message).map_or(Ok(()), Err),
                     _ => {
                         // `struct inet_diag_msg`: family, state, timer, retransmissions, id.
                         if let Some(id) = message.get(4..).and_then(|rest| rest.first_chunk()) {
@@ -87,16 +92,27 @@ impl Socket {
     }
 }
 
-/// Asks for the end of a UDP socket that cannot exist (port 0 to port 0): ENOENT where the operation is known, EOPNOTSUPP
-/// where it is not compiled in.
-pub(crate) fn can_destroy() -> io::Result<bool> {
-    match Socket::open()?.destroy(libc::AF_INET as u8, libc::IPPROTO_UDP as u8, &[0; 48]) {
-        Ok(_) => Ok(true),
-        Err(error) => match error.raw_os_error() {
-            Some(libc::EOPNOTSUPP) => Ok(false),
-            Some(libc::EINVAL) => Ok(true),
-            _ => Err(error),
-        },
+/// Whether the kernel destroys sockets of `protocol`; if not, why. It is asked for the end of one that cannot exist (port 0 to port 0).
+pub(crate) fn can_destroy(protocol: u8) -> Result<(), String> {
+    let family = libc::AF_INET as u8;
+    let socket = Socket::open().map_err(|error| error.to_string())?;
+    let listed = socket.list(family, protocol, NO_STATE, |_| {});
+    judge(listed, || socket.destroy(family, protocol, &[0; 48]))
+}
+
+/// What the answers mean. No such socket and no such protocol are one errno to who asks for an end (ENOENT), so a list that there is
+/// tells first that the kernel knows the protocol.
+fn judge(listed: io::Result<()>, destroyed: impl FnOnce() -> io::Result<bool>) -> Result<(), String> {
+    if let Err(error) = listed {
+        return Err(match error.raw_os_error() {
+            Some(libc::ENOENT) => "the kernel has no socket diagnostics, or may not load them".into(),
+            _ => error.to_string(),
+        });
+    }
+    match destroyed() {
+        Ok(_) => Ok(()),
+        Err(error) if error.raw_os_error() == Some(libc::EOPNOTSUPP) => Err("not in this kernel".into()),
+        Err(error) => Err(error.to_string()),
     }
 }
 
@@ -108,7 +124,7 @@ fn split(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
     Some((kind, message, bytes.get(length.next_multiple_of(4)..).unwrap_or_default()))
 }
 
-/// What `NLMSG_ERROR` says; nothing if it is an acknowledgement.
+/// What `NLMSG_ERROR` and `NLMSG_DONE` say; nothing if all went well.
 fn error(message: &[u8]) -> Option<io::Error> {
     let code = message.first_chunk().map_or(-libc::EINVAL, |code| i32::from_ne_bytes(*code));
     (code != 0).then(|| io::Error::from_raw_os_error(-code))
@@ -135,5 +151,28 @@ mod tests {
         assert_eq!((kind, error(body).unwrap().raw_os_error()), (NLMSG_ERROR, Some(libc::ENOENT)));
         assert!(rest.is_empty() && split(rest).is_none());
         assert!(error(&0_i32.to_ne_bytes()).is_none());
+    }
+
+    /// 99 is nobody's: as if UDP's or TCP's diagnostics were missing.
+    const NOBODYS: u8 = 99;
+
+    #[test]
+    fn a_protocol_without_diagnostics_is_told_from_a_socket_that_is_not_there() {
+        let of = |errno| io::Error::from_raw_os_error(errno);
+        let there = || Ok(false);
+        assert_eq!(judge(Ok(()), there), Ok(()));
+        assert!(judge(Err(of(libc::ENOENT)), there).unwrap_err().contains("diagnostics"));
+        assert!(judge(Err(of(libc::EPERM)), there).is_err());
+        assert_eq!(judge(Ok(()), || Err(of(libc::EOPNOTSUPP))), Err("not in this kernel".into()));
+        assert!(judge(Ok(()), || Err(of(libc::EPERM))).is_err());
+    }
+
+    #[test]
+    fn the_kernel_tells_them_apart() {
+        // Listing needs no privileges, and a kernel without any diagnostics answers as one without this protocol's.
+        let socket = Socket::open().unwrap();
+        let error = socket.list(libc::AF_INET as u8, NOBODYS, NO_STATE, |_| {}).unwrap_err();
+        assert_eq!(error.raw_os_error(), Some(libc::ENOENT));
+        assert!(can_destroy(NOBODYS).is_err());
     }
 }

@@ -210,7 +210,9 @@ impl Ebpf {
             resize::copy(layout, written_by_agents, sys::ANY, &mut steps)?;
         }
         let maps = Maps::open(path).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
-        let hygiene = Hygiene::start(layout.clone(), options.socket_lb != SocketLb::Off, Arc::clone(&options.ended))
+        let pods = hygiene::reaches_sockets(Protocol::Udp)
+            .or_else(|why| hygiene::reaches_sockets(Protocol::Tcp).map_err(|_| why));
+        let hygiene = Hygiene::start(layout.clone(), pods, Arc::clone(&options.ended))
             .map_err(kernel("start the thread that ends stale flows"))?;
         Ok(Self {
             hygiene,

@@ -12,6 +12,7 @@ use rustix::thread::CapabilitySet;
 use serde::Serialize;
 
 use super::{Options, SocketLb, cgroup as cgroups, hooks, hygiene, pins};
+use crate::model::Protocol;
 
 pub const PROC_SYS: &str = "/proc/sys";
 
@@ -256,15 +257,27 @@ fn programs(options: &Options) -> Vec<Check> {
     vec![Check::good("load", format!("{loaded} programs pass the verifier")), Check::good("tc", attach)]
 }
 
-/// Whether connected UDP sockets can be taken off a backend that is gone; where not, pods' are served per packet.
+/// Whether sockets can be taken off a backend that is gone; where not, pods' are served per packet.
 fn socket_destroy() -> Check {
-    match hygiene::reaches_sockets() {
-        Ok(()) => Check::good("socket destroy", "supported"),
-        Err(hygiene::Unreachable { why, remedy }) => {
-            let without = "connected UDP of pods is served per packet, the node's own stays on a removed backend until it gives up";
-            Check::bad("socket destroy", format!("{why}: {without}"), remedy).optional()
+    let reached = [Protocol::Udp, Protocol::Tcp]
+        .map(|protocol| hygiene::reaches_sockets(protocol).map_err(|why| (protocol, why)));
+    let Some((protocol, hygiene::Unreachable { why, remedy, but_the_nodes })) =
+        reached.into_iter().find_map(Result::err)
+    else {
+        return Check::good("socket destroy", "supported");
+    };
+    let pods = match protocol {
+        Protocol::Udp => {
+            "connected UDP of pods, and TCP to Services that reset deleted endpoints, are served per packet"
         }
-    }
+        _ => "TCP of pods to Services that reset deleted endpoints is served per packet",
+    };
+    let node = if but_the_nodes {
+        ""
+    } else {
+        "; the node's own sockets stay on a removed backend until their owner gives up"
+    };
+    Check::bad("socket destroy", format!("{why}: {pods}{node}"), remedy).optional()
 }
 
 /// Whether the node passes packets on, IPv4 and IPv6: without it nothing that comes from one device leaves by another. A kernel

@@ -9,9 +9,12 @@ use aya::{
 };
 use proxy_common::globals;
 
-use crate::dataplane::{
-    DataplaneError,
-    ebpf::{Options, SocketLb, Tc, Timeouts, hygiene, kernel, layout::MapName, object::Digest, unavailable},
+use crate::{
+    dataplane::{
+        DataplaneError,
+        ebpf::{Options, SocketLb, Tc, Timeouts, hygiene, kernel, layout::MapName, object::Digest, unavailable},
+    },
+    model::Protocol,
 };
 
 /// What programs are loaded with; together with the object, what tells one set of programs from another.
@@ -47,7 +50,7 @@ impl Globals {
             node_netns_cookie: netns_cookie().map_err(kernel("SO_NETNS_COOKIE (kernel 5.14)"))?,
             masquerade_ports: options.masquerade_ports,
             timeouts: options.timeouts,
-            connected_udp: u8::from(hygiene::reaches_sockets().is_ok()),
+            connected_udp: u8::from(hygiene::reaches_sockets(Protocol::Udp).is_ok()),
             have_set_retval: helper(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval)?,
             have_coarse_clock: helper(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_ktime_get_coarse_ns)?,
             log_level: options.log_level,

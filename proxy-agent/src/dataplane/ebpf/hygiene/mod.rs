@@ -10,8 +10,9 @@
 //! ```
 //!
 //! On a thread of its own: a walk over full tables takes longer than a change may wait, and a thread that is in another
-//! network namespace must not do anything else. It sleeps until something was lost. Each round is followed by another
-//! one: a program that read a frontend just before it changed may have entered a flow just after we looked.
+//! network namespace must not do anything else. It sleeps until something was lost. Each such round is followed by another
+//! one: a program that read a frontend just before it changed may have entered a flow just after we looked. What fails is
+//! tried again, after longer and longer pauses.
 //!
 //! Only what is in force counts: a frontend that could not be written is as it was, and its flows stay.
 
@@ -20,6 +21,7 @@ mod datagrams;
 mod flows;
 mod notes;
 mod sockets;
+mod types;
 
 use std::{
     collections::BTreeSet,
@@ -35,7 +37,7 @@ use std::{
 use self::{
     alive::{Alive, Change, Keep},
     flows::Tables,
-    sockets::Notes,
+    sockets::{Home, Notes},
 };
 use super::pins::Layout;
 use crate::{
@@ -47,6 +49,8 @@ pub(crate) use sockets::{Unreachable, reaches_sockets};
 
 /// The second look.
 const AGAIN: Duration = Duration::from_secs(1);
+/// The longest pause between two tries at what fails.
+const LONGEST: Duration = Duration::from_secs(300);
 /// Rounds take at most one part in so many of the time, whatever is lost meanwhile.
 const SHARE: u32 = 4;
 
@@ -82,17 +86,19 @@ pub(crate) struct Hygiene {
 }
 
 impl Hygiene {
-    /// `sockets`: programs point sockets at backends.
-    pub(crate) fn start(layout: Layout, sockets: bool, ended: Arc<Ended>) -> io::Result<Self> {
+    /// `pods`: whether sockets of pods can be found and destroyed.
+    pub(crate) fn start(layout: Layout, pods: Result<(), Unreachable>, ended: Arc<Ended>) -> io::Result<Self> {
         let (jobs, queue) = mpsc::channel();
         let mut worker = Worker {
             layout,
-            sockets,
+            pods,
             ended,
             notes: None,
+            home: None,
             alive: Alive::default(),
             due: None,
             again: None,
+            pause: AGAIN,
             fades: None,
             not_before: Instant::now(),
             complaint: None,
@@ -139,14 +145,17 @@ impl Hygiene {
 
 struct Worker {
     layout: Layout,
-    sockets: bool,
+    pods: Result<(), Unreachable>,
     ended: Arc<Ended>,
     /// Made with the first round.
     notes: Option<Notes>,
+    home: Option<Home>,
     alive: Alive,
     /// When to go round: something was lost; for the second look; a TCP backend is gone for long enough.
     due: Option<Instant>,
     again: Option<Instant>,
+    /// Until what failed is tried again; longer each time, until something else is lost.
+    pause: Duration,
     fades: Option<Instant>,
     not_before: Instant,
     complaint: Option<String>,
@@ -199,56 +208,137 @@ impl Worker {
         if !due && !again && !faded {
             return;
         }
-        let result = self.round();
-        let failed = result.is_err();
-        match result {
-            Ok(complaint) => self.complain(complaint),
-            // A directory that is cleared away has nothing to look at.
-            Err(_) if !self.layout.maps.exists() => {}
-            Err(error) => self.complain(Some(format!("flows of removed backends may go on: {error}"))),
+        let trouble = self.round();
+        let again = next_try(due, trouble.iter().any(|trouble| trouble.may_pass), &mut self.pause);
+        if let Some(pause) = again {
+            self.again = Some(start + pause);
         }
-        if due || failed {
-            self.again = Some(start + AGAIN);
+        // A directory that is cleared away has nothing to look at.
+        if trouble.is_empty() || self.layout.maps.exists() {
+            self.complain(&trouble);
         }
         self.not_before = start + start.elapsed() * SHARE;
     }
 
     /// Looks at everything once; what could not be looked at.
-    fn round(&mut self) -> io::Result<Option<String>> {
-        let Self { layout, alive, ended, notes, sockets, .. } = self;
-        let (v4, v6) = (Tables::open_v4(layout)?, Tables::open_v6(layout)?);
-        let udp_flows = v4.end_udp(alive)? + v6.end_udp(alive)? + datagrams::end(layout, alive)?;
-        let tcp_flows = if alive.resets_tcp() { v4.end_tcp(alive)? + v6.end_tcp(alive)? } else { 0 };
-        ended.udp_flows.fetch_add(udp_flows, Ordering::Relaxed);
-        ended.tcp_flows.fetch_add(tcp_flows, Ordering::Relaxed);
-        let mut complaint = None;
+    fn round(&mut self) -> Vec<Trouble> {
+        let mut trouble = Vec::new();
+        let (mut udp_flows, mut tcp_flows) = (0, 0);
+        let flows = self.flows(&mut udp_flows, &mut tcp_flows);
+        trouble
+            .extend(flows.err().map(|error| Trouble::passing(format!("flows to removed backends may go on: {error}"))));
         let mut destroyed = 0;
-        if *sockets {
-            let notes = match notes {
-                Some(notes) => notes,
-                None => notes.insert(Notes::open()?),
-            };
-            let round = sockets::end(notes, layout, alive)?;
-            destroyed = round.destroyed;
-            ended.sockets.fetch_add(destroyed, Ordering::Relaxed);
-            complaint = round.why.map(|why| {
-                format!(
-                    "sockets of {} network namespaces are left on removed backends: {why}; see `proxy-agent check`",
-                    round.unseen
-                )
-            });
+        match self.end_sockets() {
+            Ok(round) => {
+                destroyed = round.destroyed;
+                trouble.extend(self.left(round));
+            }
+            Err(error) => {
+                trouble.push(Trouble::passing(format!("sockets on removed backends cannot be looked for: {error}")));
+            }
+        }
+        for (counter, count) in
+            [(&self.ended.udp_flows, udp_flows), (&self.ended.tcp_flows, tcp_flows), (&self.ended.sockets, destroyed)]
+        {
+            counter.fetch_add(count, Ordering::Relaxed);
         }
         if udp_flows + tcp_flows + destroyed > 0 {
             tracing::info!(udp_flows, tcp_flows, sockets = destroyed, "ended what led to removed backends");
         }
-        Ok(complaint)
+        trouble
+    }
+
+    /// Counts what was ended also if it fails in the midst.
+    fn flows(&self, udp: &mut u64, tcp: &mut u64) -> io::Result<()> {
+        let Self { layout, alive, .. } = self;
+        let (v4, v6) = (Tables::open_v4(layout)?, Tables::open_v6(layout)?);
+        *udp += v4.end_udp(alive)?;
+        *udp += v6.end_udp(alive)?;
+        *udp += datagrams::end(layout, alive)?;
+        if alive.resets_tcp() {
+            *tcp += v4.end_tcp(alive)?;
+            *tcp += v6.end_tcp(alive)?;
+        }
+        Ok(())
+    }
+
+    /// Whatever `--socket-lb` says: an earlier run may have pointed sockets at backends.
+    fn end_sockets(&mut self) -> io::Result<sockets::Round> {
+        let Self { layout, alive, notes, home, pods, .. } = self;
+        let notes = match notes {
+            Some(notes) => notes,
+            None => notes.insert(Notes::open()?),
+        };
+        let home = match home {
+            Some(home) => home,
+            None => home.insert(Home::open()?),
+        };
+        sockets::end(notes, layout, alive, home, pods.is_ok())
+    }
+
+    fn left(&self, sockets::Round { destroyed: _, left, why }: sockets::Round) -> Option<Trouble> {
+        let may_pass = self.pods.is_ok();
+        let why = match &self.pods {
+            Err(Unreachable { why, .. }) => why.clone(),
+            Ok(()) => why.unwrap_or_else(|| "they are in no network namespace that can be found".into()),
+        };
+        let text = format!("sockets are left on removed backends: {why}; see `proxy-agent check`");
+        (left > 0).then_some(Trouble { text, left, may_pass })
     }
 
     /// Says a thing once, until it changes.
-    fn complain(&mut self, complaint: Option<String>) {
+    fn complain(&mut self, trouble: &[Trouble]) {
+        let text: Vec<_> = trouble.iter().map(|trouble| trouble.text.as_str()).collect();
+        let complaint = (!text.is_empty()).then(|| text.join("; "));
         if let Some(text) = complaint.as_ref().filter(|text| self.complaint.as_ref() != Some(text)) {
-            tracing::warn!("{text}");
+            let sockets: usize = trouble.iter().map(|trouble| trouble.left).sum();
+            tracing::warn!(sockets, "{text}");
         }
         self.complaint = complaint;
+    }
+}
+
+/// Something that could not be ended.
+struct Trouble {
+    text: String,
+    /// Sockets that are known to be concerned.
+    left: usize,
+    /// Trying again may help.
+    may_pass: bool,
+}
+
+impl Trouble {
+    const fn passing(text: String) -> Self {
+        Self { text, left: 0, may_pass: true }
+    }
+}
+
+/// How long after a round the next one is: the second look at a loss (`due`), or another try at what failed.
+fn next_try(due: bool, failed: bool, pause: &mut Duration) -> Option<Duration> {
+    if due {
+        *pause = AGAIN;
+    }
+    if !failed {
+        return due.then_some(AGAIN);
+    }
+    let now = *pause;
+    *pause = (now * 2).min(LONGEST);
+    Some(now)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_fails_is_tried_less_and_less_until_something_else_is_lost() {
+        let mut pause = AGAIN;
+        let seconds = |pause: Option<Duration>| pause.map(|pause| pause.as_secs());
+        assert_eq!(seconds(next_try(true, false, &mut pause)), Some(1));
+        assert_eq!(seconds(next_try(false, false, &mut pause)), None);
+        let tries: Vec<_> = (0..12).map(|round| seconds(next_try(round == 0, true, &mut pause)).unwrap()).collect();
+        assert_eq!(tries, [1, 2, 4, 8, 16, 32, 64, 128, 256, 300, 300, 300]);
+        assert_eq!(seconds(next_try(true, true, &mut pause)), Some(1));
+        assert_eq!(seconds(next_try(false, true, &mut pause)), Some(2));
     }
 }

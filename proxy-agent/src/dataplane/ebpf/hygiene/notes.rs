@@ -9,13 +9,10 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
 };
 
-use aya::{Btf, Pod};
-use aya_obj::btf::BtfKind;
+use aya::Pod;
 
+use super::types::Kernel;
 use crate::dataplane::ebpf::sys;
-
-/// The kernel's function whose type says what such a program gets.
-const HOOK: &str = "bpf_iter_bpf_sk_storage_map";
 
 /// `struct bpf_insn`.
 const fn instruction(code: u8, dst: u8, src: u8, offset: i16, immediate: i32) -> [u8; 8] {
@@ -23,14 +20,19 @@ const fn instruction(code: u8, dst: u8, src: u8, offset: i16, immediate: i32) ->
     [code, src << 4 | dst, o0, o1, i0, i1, i2, i3]
 }
 
-/// For each socket with a note: its cookie (8 bytes) and the note (`size` bytes).
-const fn program(size: i32) -> [[u8; 8]; 19] {
+/// For each socket with a note that is not closed: its cookie (8 bytes) and the note (`size` bytes). `state`: where a socket's state
+/// is.
+///
+/// A socket that was destroyed or disconnected keeps its note, and is in the same state as a new one.
+const fn program(size: i32, state: i16) -> [[u8; 8]; 21] {
+    const TCP_CLOSE: i32 = 7;
     const LOAD: u8 = 0x79;
+    const LOAD_BYTE: u8 = 0x71;
     const STORE: u8 = 0x7b;
     const MOVE: u8 = 0xbf;
     const SET: u8 = 0xb7;
     const ADD: u8 = 0x07;
-    const IF_ZERO: u8 = 0x15;
+    const IF: u8 = 0x15;
     const CALL: u8 = 0x85;
     const EXIT: u8 = 0x95;
     const GET_SOCKET_COOKIE: i32 = 46;
@@ -40,8 +42,10 @@ const fn program(size: i32) -> [[u8; 8]; 19] {
         instruction(LOAD, 8, 1, 0, 0),
         instruction(LOAD, 7, 1, 24, 0),
         instruction(LOAD, 1, 1, 16, 0),
-        instruction(IF_ZERO, 1, 0, 13, 0),
-        instruction(IF_ZERO, 7, 0, 12, 0),
+        instruction(IF, 1, 0, 15, 0),
+        instruction(IF, 7, 0, 14, 0),
+        instruction(LOAD_BYTE, 2, 1, state, 0),
+        instruction(IF, 2, 0, 12, TCP_CLOSE),
         instruction(LOAD, 8, 8, 0, 0),
         instruction(CALL, 0, 0, 0, GET_SOCKET_COOKIE),
         instruction(STORE, 10, 0, -8, 0),
@@ -68,9 +72,10 @@ pub(super) struct Reader {
 
 impl Reader {
     /// For maps whose values are `N`s.
-    pub(super) fn new<N: Pod>(hook: u32) -> io::Result<Self> {
+    pub(super) fn new<N: Pod>(kernel: &Kernel) -> io::Result<Self> {
+        let Kernel { hook, state } = *kernel;
         let size = size_of::<N>();
-        let instructions = program(i32::try_from(size).map_err(|_| io::ErrorKind::InvalidInput)?);
+        let instructions = program(i32::try_from(size).map_err(|_| io::ErrorKind::InvalidInput)?, state);
         Ok(Self { program: sys::load_iterator(instructions.as_flattened(), hook)?, size })
     }
 
@@ -88,10 +93,4 @@ impl Reader {
         }
         Ok(())
     }
-}
-
-/// What [`Reader::new`] wants to know of the running kernel. Reads all of its types: a few hundred milliseconds.
-pub(super) fn hook() -> io::Result<u32> {
-    let btf = Btf::from_sys_fs().map_err(io::Error::other)?;
-    btf.id_by_type_name_kind(HOOK, BtfKind::Func).map_err(io::Error::other)
 }

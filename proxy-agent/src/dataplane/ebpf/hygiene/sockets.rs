@@ -1,10 +1,10 @@
 //! Sockets that were pointed at a backend at connect time: finds those whose backend is gone, in every network namespace, and
-//! destroys them (`SOCK_DESTROY`). Their owner sees ECONNABORTED and asks anew.
+//! destroys them (`SOCK_DESTROY`). Their owner sees ECONNABORTED when it reads, EDESTADDRREQ when it sends a datagram, and asks anew.
 //!
 //! What our programs noted in sockets tells which ones those are, by their cookies: exactly those that *we* pointed there. A socket
 //! that its owner connected to the backend itself has no note that says so. Only if there are any, the namespaces are gone
-//! through for them. Where it is destroyed a socket is named by its addresses and cookie: one that connected elsewhere
-//! meanwhile is not found.
+//! through for them, if this process may enter them. Where it is destroyed a socket is named by its addresses and cookie: one
+//! that connected elsewhere meanwhile is not found.
 //!
 //! A namespace is entered by the one thread that does this, which does nothing else.
 
@@ -19,10 +19,7 @@ use std::{
 use proxy_common::{Address, Ipv4Be, Ipv6Be, proto, socket::PeerRecord};
 use rustix::thread::{CapabilitySet, LinkNameSpaceType, move_into_link_name_space};
 
-use super::{
-    alive::Alive,
-    notes::{self, Reader},
-};
+use super::{alive::Alive, notes::Reader, types::Kernel};
 use crate::{
     dataplane::ebpf::{diag, layout::MapName, pins::Layout, sys},
     desired::{Backend, Frontend},
@@ -37,9 +34,9 @@ const MOUNTED: &str = "/run/netns";
 #[derive(Debug, Default)]
 pub(super) struct Round {
     pub(super) destroyed: u64,
-    /// Namespaces whose sockets could not be looked at, and the last reason.
-    pub(super) unseen: u64,
-    pub(super) why: Option<io::Error>,
+    /// Sockets that are still on a removed backend, and the last thing that was in the way.
+    pub(super) left: usize,
+    pub(super) why: Option<String>,
 }
 
 /// How the notes are read.
@@ -49,14 +46,17 @@ pub(super) struct Notes {
     v6: Reader,
 }
 
+/// Cookies, and whom these sockets talk to.
+type Lost = HashMap<u64, (Protocol, Backend)>;
+
 impl Notes {
     pub(super) fn open() -> io::Result<Self> {
-        let hook = notes::hook()?;
-        Ok(Self { v4: Reader::new::<PeerRecord<Ipv4Be>>(hook)?, v6: Reader::new::<PeerRecord<Ipv6Be>>(hook)? })
+        let kernel = Kernel::read()?;
+        Ok(Self { v4: Reader::new::<PeerRecord<Ipv4Be>>(&kernel)?, v6: Reader::new::<PeerRecord<Ipv6Be>>(&kernel)? })
     }
 
-    /// The sockets whose note says that they were pointed at a backend that is gone: cookie, whom they talk to.
-    fn lost(&self, layout: &Layout, alive: &Alive) -> io::Result<HashMap<u64, (Protocol, Backend)>> {
+    /// The sockets whose note says that they were pointed at a backend that is gone.
+    fn lost(&self, layout: &Layout, alive: &Alive) -> io::Result<Lost> {
         let mut lost = HashMap::new();
         self.v4.each(sys::open(&layout.map(MapName::PeersV4))?.as_fd(), |cookie, note: PeerRecord<Ipv4Be>| {
             lost.extend(judge(&note, alive).map(|whom| (cookie, whom)));
@@ -65,6 +65,37 @@ impl Notes {
             lost.extend(judge(&note, alive).map(|whom| (cookie, whom)));
         })?;
         Ok(lost)
+    }
+}
+
+/// The network namespace that this thread belongs to, and whether it is in another one.
+#[derive(Debug)]
+pub(super) struct Home {
+    namespace: fs::File,
+    away: bool,
+}
+
+impl Home {
+    /// Of a thread that has not been anywhere yet.
+    pub(super) fn open() -> io::Result<Self> {
+        Ok(Self { namespace: fs::File::open("/proc/thread-self/ns/net")?, away: false })
+    }
+
+    fn leave_for(&mut self, path: &Path) -> io::Result<()> {
+        let namespace = fs::File::open(path)?;
+        // A file of that name may be another by now; what is no network namespace is refused.
+        move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+        self.away = true;
+        Ok(())
+    }
+
+    /// Asks for nothing where there is no way to go: even that would take CAP_SYS_ADMIN.
+    fn back(&mut self) -> io::Result<()> {
+        if self.away {
+            move_into_link_name_space(self.namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
+            self.away = false;
+        }
+        Ok(())
     }
 }
 
@@ -79,74 +110,129 @@ fn judge<A: Address>(note: &PeerRecord<A>, alive: &Alive) -> Option<(Protocol, B
 }
 
 /// Why the sockets of pods cannot be destroyed, and what helps.
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Unreachable {
     pub(crate) why: String,
     pub(crate) remedy: &'static str,
+    /// The node's own can be, all the same.
+    pub(crate) but_the_nodes: bool,
 }
 
-/// Whether the kernel can destroy a socket, and this process can find the namespaces of all pods and enter them: it sees the
-/// processes of the whole host, or has the directory in which the container runtime mounts namespaces.
-pub(crate) fn reaches_sockets() -> Result<(), Unreachable> {
-    const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
-    let kernel =
-        |why| Unreachable { why, remedy: "use a kernel with CONFIG_INET_DIAG_DESTROY and run with CAP_NET_ADMIN" };
-    match diag::can_destroy() {
-        Ok(true) => {}
-        Ok(false) => return Err(kernel("not in this kernel".into())),
-        Err(error) => return Err(kernel(error.to_string())),
+/// Whether the kernel can destroy a socket of this protocol, and this process can find the namespaces of all pods and enter them.
+pub(crate) fn reaches_sockets(protocol: Protocol) -> Result<(), Unreachable> {
+    diag::can_destroy(protocol.number()).map_err(|why| Unreachable {
+        why,
+        remedy: "use a kernel with CONFIG_INET_UDP_DIAG, CONFIG_INET_TCP_DIAG and CONFIG_INET_DIAG_DESTROY and run with CAP_NET_ADMIN",
+        but_the_nodes: false,
+    })?;
+    Means::held().enter()
+}
+
+/// What this process has to find and enter namespaces with.
+#[derive(Clone, Copy, Debug)]
+struct Means {
+    /// CAP_SYS_ADMIN.
+    admin: bool,
+    /// It sees all processes of the host, and where each of them is.
+    sees_all: bool,
+    sees_processes: bool,
+    /// The directory in which the container runtime mounts namespaces is there, and those that it mounts from now on will be.
+    mounts: bool,
+    has_directory: bool,
+}
+
+impl Means {
+    fn held() -> Self {
+        const INITIAL_PID_NAMESPACE: u64 = 0xEFFF_FFFC;
+        let capabilities = rustix::thread::capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
+        let sees_processes = fs::metadata("/proc/self/ns/pid").is_ok_and(|ns| ns.ino() == INITIAL_PID_NAMESPACE);
+        let has_directory = Path::new(MOUNTED).is_dir();
+        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
+        Self {
+            admin: capabilities.contains(CapabilitySet::SYS_ADMIN),
+            // The first process may do everything: who may look at it may look at all (ptrace(2): CAP_SYS_PTRACE).
+            sees_all: sees_processes && fs::read_link("/proc/1/ns/net").is_ok(),
+            sees_processes,
+            mounts: has_directory && receives_mounts(&mounts, Path::new(MOUNTED)),
+            has_directory,
+        }
     }
-    let capabilities = rustix::thread::capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
-    if !capabilities.contains(CapabilitySet::SYS_ADMIN) {
+
+    fn enter(self) -> Result<(), Unreachable> {
+        let Self { admin, sees_all, sees_processes, mounts, has_directory } = self;
+        let but = |why: &str, remedy| Err(Unreachable { why: why.into(), remedy, but_the_nodes: true });
         let remedy =
-            "add SYS_ADMIN to the container's capabilities and mount the host's /run/netns, or run with hostPID";
-        return Err(Unreachable {
-            why: "network namespaces of pods may not be entered without CAP_SYS_ADMIN".into(),
-            remedy,
-        });
+            "mount the host's /run/netns with mountPropagation: HostToContainer, or run with hostPID and SYS_PTRACE";
+        if !admin {
+            but(
+                "network namespaces of pods may not be entered without CAP_SYS_ADMIN",
+                "add SYS_ADMIN to the container's capabilities, and mount the host's /run/netns with mountPropagation: HostToContainer, \
+                 or run with hostPID and SYS_PTRACE",
+            )
+        } else if sees_all || mounts {
+            Ok(())
+        } else if sees_processes {
+            but("it may not be seen which network namespace a process is in without CAP_SYS_PTRACE", remedy)
+        } else if has_directory {
+            but("network namespaces that come later do not appear in this container's /run/netns", remedy)
+        } else {
+            but("network namespaces of pods cannot be found from this container", remedy)
+        }
     }
-    let whole_host = fs::metadata("/proc/self/ns/pid").is_ok_and(|ns| ns.ino() == INITIAL_PID_NAMESPACE);
-    if !whole_host && !Path::new(MOUNTED).is_dir() {
-        let remedy = "mount the host's /run/netns, or run with hostPID";
-        return Err(Unreachable {
-            why: "network namespaces of pods cannot be found from this container".into(),
-            remedy,
-        });
-    }
-    Ok(())
 }
 
-/// Finds and destroys them.
-pub(super) fn end(notes: &Notes, layout: &Layout, alive: &Alive) -> io::Result<Round> {
+/// Whether what others mount below `path` appears here, too, by `/proc/self/mountinfo`: there its mount has a peer (`shared`) or
+/// a master.
+fn receives_mounts(mountinfo: &str, path: &Path) -> bool {
+    // Number, parent, device, root, mount point, options; then words of which some may be missing, up to a dash.
+    let mounts = mountinfo.lines().filter_map(|line| Some((Path::new(line.split(' ').nth(4)?), line)));
+    // Of two at one place the later one is on top.
+    let over = mounts.filter(|(point, _)| path.starts_with(point)).max_by_key(|(point, _)| point.components().count());
+    over.is_some_and(|(_, line)| {
+        let words = line.split(' ').skip(6).take_while(|word| *word != "-");
+        words.into_iter().any(|word| word.starts_with("shared:") || word.starts_with("master:"))
+    })
+}
+
+/// Finds and destroys them: everywhere, or where `pods` is false, those of the thread's own namespace.
+pub(super) fn end(notes: &Notes, layout: &Layout, alive: &Alive, home: &mut Home, pods: bool) -> io::Result<Round> {
+    home.back()?;
     let mut round = Round::default();
     let mut lost = notes.lost(layout, alive)?;
     if lost.is_empty() {
         return Ok(round);
     }
-    let home = fs::File::open("/proc/thread-self/ns/net")?;
-    let own = home.metadata()?;
-    end_here(&mut lost, &mut round)?;
-    for (_, path) in namespaces(Path::new(PROC), Path::new(MOUNTED), own.dev(), own.ino()) {
+    end_here(&mut lost, &mut round);
+    let Ok(own) = home.namespace.metadata().inspect_err(|error| round.note("its own network namespace", error)) else {
+        return Ok(round);
+    };
+    let all = if pods { namespaces(Path::new(PROC), Path::new(MOUNTED), own.dev(), own.ino()) } else { HashMap::new() };
+    for (_, path) in all {
         if lost.is_empty() {
             break;
         }
-        let entered = fs::File::open(&path).and_then(|ns| {
-            // A file of that name may be another by now; what is no network namespace is refused.
-            move_into_link_name_space(ns.as_fd(), Some(LinkNameSpaceType::Network)).map_err(io::Error::from)
-        });
-        if let Err(error) = entered.and_then(|()| end_here(&mut lost, &mut round)) {
+        match home.leave_for(&path) {
+            Ok(()) => end_here(&mut lost, &mut round),
             // Gone since it was listed.
-            if !matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) {
-                round.unseen += 1;
-                round.why = Some(error);
-            }
+            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {}
+            Err(error) => round.note(&path.to_string_lossy(), &error),
         }
     }
-    move_into_link_name_space(home.as_fd(), Some(LinkNameSpaceType::Network))?;
-    if lost.is_empty() {
-        // Whoever could not be looked at had none of them.
-        (round.unseen, round.why) = (0, None);
+    if let Err(error) = home.back() {
+        round.note("the way back from the network namespaces of pods", &error);
+    }
+    if !lost.is_empty() {
+        // Not those that were closed or connected elsewhere meanwhile.
+        let still = notes.lost(layout, alive)?;
+        round.left = lost.iter().filter(|(cookie, whom)| still.get(cookie) == Some(whom)).count();
     }
     Ok(round)
+}
+
+impl Round {
+    fn note(&mut self, what: &str, error: &io::Error) {
+        self.why = Some(format!("{what}: {error}"));
+    }
 }
 
 /// Every network namespace but the own one, each once, by inode number.
@@ -176,31 +262,41 @@ fn namespaces(proc: &Path, mounted: &Path, device: u64, own: u64) -> HashMap<u64
     found
 }
 
-/// Sockets of the namespace that this thread is in; takes out of `lost` those that it found.
-fn end_here(lost: &mut HashMap<u64, (Protocol, Backend)>, round: &mut Round) -> io::Result<()> {
-    let socket = diag::Socket::open()?;
+/// Sockets of the namespace that this thread is in; takes out of `lost` those that it found. What fails concerns one socket, or
+/// one kind of them.
+fn end_here(lost: &mut Lost, round: &mut Round) {
+    let socket = match diag::Socket::open() {
+        Ok(socket) => socket,
+        Err(error) => return round.note("socket diagnostics", &error),
+    };
     for (number, protocol) in [(proto::UDP, Protocol::Udp), (proto::TCP, Protocol::Tcp)] {
         if !lost.values().any(|(of, _)| *of == protocol) {
             continue;
         }
         for family in [libc::AF_INET, libc::AF_INET6] {
             let mut found = Vec::new();
-            socket.connected(family as u8, number, |id| {
+            let listed = socket.connected(family as u8, number, |id| {
                 let Some(cookie) = cookie(id) else { return };
-                // A note of an earlier connection does not match what the socket is connected to.
-                if let Some((_, backend)) = lost.get(&cookie)
-                    && peer(id, family) == Some((backend.addr, backend.port))
-                {
-                    found.push((cookie, *id));
+                if let Some((_, backend)) = lost.get(&cookie) {
+                    found.push((cookie, *id, peer(id, family) == Some((backend.addr, backend.port))));
                 }
-            })?;
-            for (cookie, id) in found {
-                lost.remove(&cookie);
-                round.destroyed += u64::from(socket.destroy(family as u8, number, &id)?);
+            });
+            if let Err(error) = listed {
+                round.note(&format!("the list of {protocol} sockets"), &error);
+            }
+            for (cookie, id, is_there) in found {
+                // A note of an earlier connection does not match what the socket is connected to.
+                let destroyed = if is_there { socket.destroy(family as u8, number, &id) } else { Ok(false) };
+                match destroyed {
+                    Ok(destroyed) => {
+                        lost.remove(&cookie);
+                        round.destroyed += u64::from(destroyed);
+                    }
+                    Err(error) => round.note(&format!("the end of a {protocol} socket"), &error),
+                }
             }
         }
     }
-    Ok(())
 }
 
 /// The last two words of `struct inet_diag_sockid`, the lower one first.
@@ -247,6 +343,51 @@ mod tests {
         assert_eq!(numbers(about.dev(), 7), [8, about.ino()]);
         assert_eq!(numbers(about.dev() + 1, 8), [7], "no namespace, a file of another filesystem");
         assert_eq!(namespaces(Path::new("/nowhere"), Path::new("/nowhere"), 0, 0).len(), 0);
+    }
+
+    #[test]
+    fn pods_are_reached_where_they_are_found_and_may_be_entered() {
+        let none = Means { admin: false, sees_all: false, sees_processes: false, mounts: false, has_directory: false };
+        let all = Means { admin: true, sees_all: true, sees_processes: true, mounts: true, has_directory: true };
+        assert_eq!(all.enter(), Ok(()));
+        assert_eq!(Means { mounts: false, ..all }.enter(), Ok(()));
+        assert_eq!(Means { sees_all: false, sees_processes: false, ..all }.enter(), Ok(()));
+        let why = |means: Means| means.enter().unwrap_err().why;
+        assert!(why(Means { admin: false, ..all }).contains("CAP_SYS_ADMIN"));
+        let admin = Means { admin: true, ..none };
+        // hostPID alone: other users' processes, and the capable ones, are closed books.
+        assert!(why(Means { sees_processes: true, has_directory: true, ..admin }).contains("CAP_SYS_PTRACE"));
+        assert!(why(Means { has_directory: true, ..admin }).contains("come later"));
+        assert!(why(admin).contains("cannot be found"));
+        assert!(all.enter().is_ok() && Means { admin: false, ..all }.enter().unwrap_err().but_the_nodes);
+    }
+
+    #[test]
+    fn mounts_come_along_only_where_they_are_passed_on() {
+        let netns = Path::new("/run/netns");
+        let root = "27 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n";
+        assert!(receives_mounts(root, netns));
+        let private = format!("{root}42 27 0:25 /netns /run/netns rw - tmpfs tmpfs rw,shared:9\n");
+        assert!(!receives_mounts(&private, netns), "mounted without propagation");
+        let nested = format!("{private}44 42 0:4 net:[4026532177] /run/netns/cni-1 rw shared:2 - nsfs nsfs rw\n");
+        assert!(!receives_mounts(&nested, netns), "what is below it does not matter");
+        let slave = format!("{root}42 27 0:25 /netns /run/netns rw master:7 - tmpfs tmpfs rw\n");
+        assert!(receives_mounts(&slave, netns));
+        let above = "27 1 254:0 / / rw - ext4 /dev/vda rw\n30 27 0:25 / /run rw,nosuid master:3 propagate_from:2 - tmpfs tmpfs rw\n";
+        assert!(receives_mounts(above, netns) && !receives_mounts(above, Path::new("/runnetns")));
+        assert!(
+            !receives_mounts(&format!("{slave}43 42 0:26 / /run/netns rw - tmpfs tmpfs rw\n"), netns),
+            "mounted over"
+        );
+    }
+
+    #[test]
+    fn home_is_where_one_never_left_without_asking() {
+        let mut home = Home::open().unwrap();
+        // By whoever may do nothing, too.
+        home.back().unwrap();
+        assert!(home.leave_for(Path::new("/proc/self/ns/mnt")).is_err());
+        assert!(!home.away);
     }
 
     #[test]
