@@ -142,6 +142,10 @@ pub struct Device {
     pub bridge: Option<u32>,
     /// Its packets may have met the programs of another device already: a bridge whose pods' links are hooked.
     pub behind: bool,
+    /// Its own Ethernet address.
+    pub mac: Option<[u8; 6]>,
+    /// Why XDP would do nothing or harm on it, whatever its driver can.
+    pub without_xdp: Option<&'static str>,
 }
 
 /// By interface index.

@@ -68,6 +68,8 @@ pub struct Status {
     pub problems: Arc<BTreeMap<String, Vec<String>>>,
     pub devices: Arc<BTreeMap<u32, Device>>,
     pub failed_devices: Arc<BTreeMap<String, Failure>>,
+    /// Device → why it is served without the XDP that was asked for.
+    pub without_xdp: Arc<BTreeMap<String, Failure>>,
     pub hooks: Arc<Vec<Hook>>,
     pub fill: Arc<Vec<Fill>>,
     pub drift_repaired: u64,
@@ -99,6 +101,7 @@ impl Status {
             problems: Arc::default(),
             devices: Arc::default(),
             failed_devices: Arc::default(),
+            without_xdp: Arc::default(),
             hooks: Arc::default(),
             fill: Arc::default(),
             drift_repaired: 0,

@@ -15,7 +15,7 @@ use std::{
 use proxy_agent::{
     dataplane::{
         Dataplane, Failure,
-        ebpf::{Ebpf, Options, Sizes, SocketLb, Tc, probe::probe, read::Pins},
+        ebpf::{Ebpf, Options, Sizes, SocketLb, Tc, Xdp, probe::probe, read::Pins},
     },
     desired::{
         Action, Algorithm, Backend, DesiredState, Device, DeviceRole, Devices, Frontend, FrontendKind, FrontendSpec,
@@ -176,6 +176,8 @@ fn device_list(devices: &[(u32, &str)]) -> Devices {
                 netns: None,
                 bridge: None,
                 behind: false,
+                mac: None,
+                without_xdp: None,
             };
             (*index, device)
         })
@@ -398,4 +400,123 @@ fn a_change_from_filters_to_links_leaves_no_filter() {
     start(&mut world.open(), &state, &devices);
     assert!(sh("tc filter show dev veth-a ingress").contains("pref 80 "));
     assert_eq!(program_ids(&world).len(), 8);
+}
+
+/// Devices that lead outward, with the Ethernet addresses that they have.
+fn outward(devices: &[(u32, &str)]) -> Devices {
+    let mac = |name: &str| {
+        let text = sh(&format!("ip -o link show {name} | sed 's/.*link.ether \\([^ ]*\\).*/\\1/'"));
+        let bytes: Vec<u8> = text.trim().split(':').map(|b| u8::from_str_radix(b, 16).unwrap()).collect();
+        bytes.try_into().unwrap()
+    };
+    device_list(devices)
+        .into_iter()
+        .map(|(index, device)| (index, Device { role: DeviceRole::Outward, mac: Some(mac(&device.name)), ..device }))
+        .collect()
+}
+
+fn xdp_hooks(ebpf: &Ebpf) -> Vec<String> {
+    let hooks = ebpf.hooks().into_iter().filter(|hook| hook.kind.starts_with("xdp/"));
+    hooks.map(|hook| format!("{} {}", hook.kind, hook.target)).collect()
+}
+
+/// As the programs find it: interface index, and whether it may be sent to.
+fn xdp_entries(world: &World) -> BTreeMap<u32, bool> {
+    use aya::maps::{HashMap, Map, MapData};
+    let data = MapData::from_pin(world.options.bpffs.join("v1/maps/xdp_devices")).unwrap();
+    let map: HashMap<_, u32, proxy_common::device::XdpDevice> = HashMap::try_from(Map::HashMap(data)).unwrap();
+    map.iter().map(Result::unwrap).map(|(index, value)| (index, value.flags != 0)).collect()
+}
+
+#[test]
+fn xdp_is_attached_to_outward_devices_and_moves_with_the_option() {
+    let Some(mut world) = World::new("xdp") else { return };
+    devices();
+    let state = state(2);
+    let mut devices = outward(&[(701, "veth-a"), (702, "veth-b")]);
+    sh("ip link add pod index 703 type veth peer name pod-peer");
+    devices.extend(device_list(&[(703, "pod")]));
+    world.options.xdp = Xdp::Native;
+    let mut ebpf = world.open();
+    start(&mut ebpf, &state, &devices);
+    assert_eq!(xdp_hooks(&ebpf), ["xdp/native veth-a", "xdp/native veth-b"]);
+    assert_eq!(ebpf.set_devices(&devices).without_xdp, BTreeMap::new());
+    // What is sent to a veth needs another end that polls.
+    assert_eq!(xdp_entries(&world), BTreeMap::from([(701, false), (702, false)]));
+    sh("ip link set veth-a up && ip link set peer-a up && ethtool -K peer-a gro on");
+    assert_eq!(ebpf.observe().unwrap().hooks, ["xdp_devices"]);
+    ebpf.set_devices(&devices);
+    assert_eq!(xdp_entries(&world), BTreeMap::from([(701, true), (702, false)]));
+    drop(ebpf);
+
+    let links = link_ids(&world);
+    let mut ebpf = world.open();
+    assert_eq!(start(&mut ebpf, &state, &devices), 0, "nothing changed, nothing written");
+    assert_eq!(link_ids(&world), links);
+    let pinned = world.pins().hooks().unwrap();
+    assert_eq!(pinned.iter().filter(|hook| hook.kind == "xdp/native").count(), 2);
+
+    // A link is lost, and is put back.
+    fs::remove_file(world.options.bpffs.join("v1/links/xdp-702-native")).unwrap();
+    assert_eq!(ebpf.observe().unwrap().hooks, ["xdp/native veth-b"]);
+    assert!(ebpf.set_devices(&devices).without_xdp.is_empty());
+    assert!(ebpf.observe().unwrap().is_empty());
+    // A device goes, and what XDP knows of it.
+    ebpf.set_devices(&outward(&[(701, "veth-a")]));
+    assert_eq!((xdp_hooks(&ebpf).len(), xdp_entries(&world).len()), (1, 1));
+    drop(ebpf);
+
+    world.options.xdp = Xdp::Generic;
+    let mut ebpf = world.open();
+    start(&mut ebpf, &state, &devices);
+    assert_eq!(xdp_hooks(&ebpf), ["xdp/generic veth-a", "xdp/generic veth-b"]);
+    assert!(!world.options.bpffs.join("v1/links/xdp-701-native").exists());
+    drop(ebpf);
+
+    world.options.xdp = Xdp::Off;
+    let mut ebpf = world.open();
+    start(&mut ebpf, &state, &devices);
+    assert!(xdp_hooks(&ebpf).is_empty() && xdp_entries(&world).is_empty());
+    assert!(!world.options.bpffs.join("v1/programs/xdp_ingress").exists());
+    assert!(!sh("ip -o link").contains("xdp"), "nothing of it is left on a device");
+}
+
+/// tc serves all the same.
+#[test]
+fn where_xdp_is_not_to_be_had_it_is_said_why() {
+    let Some(mut world) = World::new("noxdp") else { return };
+    devices();
+    sh(
+        "ip link add br0 index 704 type bridge; ip link add big index 705 mtu 9000 type veth peer name big-peer mtu 9000",
+    );
+    let mut devices = outward(&[(701, "veth-a"), (702, "veth-b"), (704, "br0"), (705, "big")]);
+    devices.get_mut(&702).unwrap().without_xdp = Some("VLANs are on it");
+    // Somebody else's program.
+    let mut other = aya::EbpfLoader::new().load(&fs::read(env::var_os("PROXY_EBPF_OBJECT").unwrap()).unwrap()).unwrap();
+    let program: &mut aya::programs::Xdp = other.program_mut("xdp_ingress").unwrap().try_into().unwrap();
+    program.load().unwrap();
+    let foreign = program.info().unwrap().id();
+    program.attach_to_if_index(701, aya::programs::xdp::XdpMode::Driver).unwrap();
+    for (option, retried) in [(Xdp::Auto, false), (Xdp::Native, true)] {
+        world.options.xdp = option;
+        let mut ebpf = world.open();
+        ebpf.resync(&state(1));
+        let report = ebpf.set_devices(&devices);
+        assert!(report.is_clean(), "{report:?}");
+        ebpf.activate().unwrap();
+        let expected = [
+            ("big", "MTU is too large", retried),
+            ("br0", "no XDP", retried),
+            ("veth-a", "another XDP program", retried),
+            ("veth-b", "VLANs are on it", false),
+        ];
+        assert_eq!(report.without_xdp.len(), expected.len(), "{report:?}");
+        for ((device, why), (name, text, again)) in report.without_xdp.iter().zip(expected) {
+            assert_eq!((device.as_str(), matches!(why, Failure::Retry(_))), (name, again), "{why}");
+            assert!(why.to_string().contains(text), "{device}: {why}");
+        }
+        assert!(xdp_hooks(&ebpf).is_empty());
+        assert_eq!(ebpf.hooks().iter().filter(|hook| hook.kind.starts_with("tcx/")).count(), 8);
+    }
+    assert!(sh("ip -d link show veth-a").contains(&format!("prog/xdp id {foreign} ")), "the other one stays");
 }

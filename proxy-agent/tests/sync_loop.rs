@@ -371,6 +371,8 @@ async fn devices_are_followed_and_failures_tried_again() {
         netns: None,
         bridge: None,
         behind: false,
+        mac: None,
+        without_xdp: None,
     };
     world.devices.send_replace([(7, device("veth0")), (8, device("veth1"))].into());
     let status = world.wait("said", |status| status.failed_devices.contains_key("veth1")).await;
@@ -446,6 +448,8 @@ async fn whatever_call_hangs_livez_says_so() {
                     netns: None,
                     bridge: None,
                     behind: false,
+                    mac: None,
+                    without_xdp: None,
                 };
                 world.devices.send_replace([(7, device)].into());
             }

@@ -110,6 +110,31 @@ impl SocketLb {
     }
 }
 
+/// Whether packets that leave again by an outward device are taken from the stack.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+pub enum Xdp {
+    /// On devices whose driver can
+    Auto,
+    /// The same; a device whose driver cannot is a fault, and tried again
+    Native,
+    /// By the kernel instead of the driver, on every Ethernet device; slower
+    Generic,
+    /// Nowhere
+    #[default]
+    Off,
+}
+
+impl From<Xdp> for ebpf::Xdp {
+    fn from(xdp: Xdp) -> Self {
+        match xdp {
+            Xdp::Auto => Self::Auto,
+            Xdp::Native => Self::Native,
+            Xdp::Generic => Self::Generic,
+            Xdp::Off => Self::Off,
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -224,7 +224,8 @@ fn map_line(fill: &MapFill) -> Vec<String> {
 
 /// Devices, and what is not as it should be.
 fn trouble(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
-    let Report { unprogrammed, failed_guards, health_checks, problems, devices, failed_devices, .. } = report;
+    let Report { unprogrammed, failed_guards, health_checks, problems, devices, failed_devices, without_xdp, .. } =
+        report;
     let device = |device: &Device| {
         let Device { index: _, name, role, source4, source6 } = device;
         let sources = [source4.map(|a| a.to_string()), source6.map(|a| a.to_string())];
@@ -235,6 +236,7 @@ fn trouble(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
         map.iter().map(|(object, reason)| vec![object.clone(), reason.clone()]).collect()
     };
     page.list("Devices that could not be attached to", pairs(failed_devices))?;
+    page.list("Devices without XDP", pairs(without_xdp))?;
     page.list("Health-check node ports", health_checks.iter().map(check_line).collect())?;
     let line = |frontend: &Unprogrammed| {
         let Unprogrammed { service, kind: _, address, port, protocol, state, reason, since } = frontend;

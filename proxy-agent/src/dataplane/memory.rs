@@ -207,7 +207,7 @@ impl Dataplane for Memory {
         let mut state = self.call("apply");
         let report = state.carry_out(changes, &self.held);
         drop(state);
-        let Report { failed, failed_guards, failed_devices: _, writes: _ } = &report;
+        let Report { failed, failed_guards, failed_devices: _, without_xdp: _, writes: _ } = &report;
         let mut done = changes.clone();
         done.set.retain(|frontend, _| !failed.contains_key(frontend));
         done.remove.retain(|frontend| !failed.contains_key(frontend));

@@ -69,13 +69,15 @@ pub struct Report {
     pub failed_guards: BTreeMap<IpAddr, Failure>,
     /// Devices (by name) that could not be attached to, and why.
     pub failed_devices: BTreeMap<String, Failure>,
+    /// Devices (by name) that XDP was asked for and that are served without, and why.
+    pub without_xdp: BTreeMap<String, Failure>,
     /// Kernel writes this apply made (0: nothing changed).
     pub writes: u64,
 }
 
 impl Report {
     pub fn is_clean(&self) -> bool {
-        let Self { failed, failed_guards, failed_devices, writes: _ } = self;
+        let Self { failed, failed_guards, failed_devices, without_xdp: _, writes: _ } = self;
         failed.is_empty() && failed_guards.is_empty() && failed_devices.is_empty()
     }
 }

@@ -54,6 +54,9 @@ pub struct Link {
     pub default_route: bool,
     /// A bridge that is aware of VLANs.
     pub vlan_filtering: bool,
+    pub mac: Option<[u8; 6]>,
+    /// The device that it is on top of; of a veth the other end.
+    pub lower: Option<u32>,
 }
 
 /// One of `--devices`: a glob (`*`, `?`), with `!` in front to exclude.
@@ -162,6 +165,20 @@ impl World<'_> {
         self.ports.get(&bridge).is_some_and(|ports| ports.iter().any(hooked))
     }
 
+    fn without_xdp(&self, index: u32, link: &Link) -> Option<&'static str> {
+        if matches!(link.kind.as_str(), "bond" | "team" | "bridge") {
+            return Some("XDP sees its ports, and not the device that routes lead to");
+        }
+        if link.master.is_some() {
+            return Some("it is a port of a bridge or of a VRF: routes do not lead to it");
+        }
+        let tagged = |above: &Link| above.kind == "vlan" && above.lower == Some(index);
+        if self.links.values().any(tagged) {
+            return Some("VLANs are on it: XDP cannot tell their packets where the device takes the tags off");
+        }
+        None
+    }
+
     fn role(&self, index: u32, link: &Link) -> Option<DeviceRole> {
         if link.loopback || matches!(link.kind.as_str(), "dummy" | "vrf" | "ifb" | "nlmon") {
             return None;
@@ -257,6 +274,8 @@ pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, patterns: &[Patt
             source6: source(link, master, fallback6, v6),
             netns: link.peer_netns.filter(|_| role == DeviceRole::Pod),
             behind: link.kind == "bridge" && world.has_hooked_pods(*index),
+            mac: link.mac,
+            without_xdp: world.without_xdp(*index, link),
             bridge: link.master.filter(|_| master.is_some_and(|master| master.kind == "bridge")),
         };
         Some((*index, device))

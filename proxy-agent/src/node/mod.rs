@@ -320,6 +320,8 @@ fn link_of(message: LinkMessage) -> Link {
     for attribute in attributes {
         match attribute {
             LinkAttribute::IfName(name) => link.name = name,
+            LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok(),
+            LinkAttribute::Link(index) => link.lower = Some(index),
             LinkAttribute::Controller(index) => link.master = Some(index).filter(|index| *index != 0),
             LinkAttribute::LinkNetNsId(id) => {
                 link.peer_elsewhere = true;

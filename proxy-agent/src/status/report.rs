@@ -53,6 +53,9 @@ pub struct Report {
     pub problems: BTreeMap<String, Vec<String>>,
     pub devices: Vec<Device>,
     pub failed_devices: BTreeMap<String, String>,
+    /// Devices that XDP was asked for and that are served without, and why.
+    #[serde(default)]
+    pub without_xdp: BTreeMap<String, String>,
     pub hooks: Vec<Hook>,
     pub maps: Vec<MapFill>,
 }
@@ -168,6 +171,7 @@ impl Report {
             problems,
             devices,
             failed_devices,
+            without_xdp,
             hooks,
             fill,
             drift_repaired,
@@ -213,6 +217,7 @@ impl Report {
             problems: all_problems(problems, ports),
             devices: devices.iter().map(|(index, device)| Device::of(*index, device)).collect(),
             failed_devices: failed_devices.iter().map(|(name, failure)| (name.clone(), failure.to_string())).collect(),
+            without_xdp: without_xdp.iter().map(|(name, why)| (name.clone(), why.to_string())).collect(),
             hooks: hooks.iter().map(Hook::from).collect(),
             maps: fill.iter().map(MapFill::from).collect(),
         }
@@ -303,8 +308,18 @@ fn all_problems(problems: &BTreeMap<String, Vec<String>>, ports: &CheckPorts) ->
 
 impl Device {
     fn of(index: u32, device: &crate::desired::Device) -> Self {
-        let crate::desired::Device { name, role, ethernet: _, source4, source6, netns: _, bridge: _, behind: _ } =
-            device;
+        let crate::desired::Device {
+            name,
+            role,
+            ethernet: _,
+            source4,
+            source6,
+            netns: _,
+            bridge: _,
+            behind: _,
+            mac: _,
+            without_xdp: _,
+        } = device;
         let role = match role {
             DeviceRole::Pod => "pod",
             DeviceRole::Outward => "outward",
@@ -437,11 +452,17 @@ pub(crate) mod tests {
                     netns: None,
                     bridge: None,
                     behind: false,
+                    mac: None,
+                    without_xdp: None,
                 },
             )])),
             failed_devices: Arc::new(BTreeMap::from([(
                 "veth9".to_owned(),
                 Failure::Retry("device veth9: no such device".into()),
+            )])),
+            without_xdp: Arc::new(BTreeMap::from([(
+                "eth0".to_owned(),
+                Failure::Unsupported("its driver has no XDP".into()),
             )])),
             hooks: Arc::new(vec![crate::dataplane::Hook {
                 kind: "tcx/ingress".into(),

@@ -363,7 +363,7 @@ impl Engine {
 
     fn settle(&mut self, changes: &Changes, report: &Report) {
         let Changes { set, remove, guard, unguard } = changes;
-        let Report { failed, failed_guards, failed_devices: _, writes: _ } = report;
+        let Report { failed, failed_guards, failed_devices: _, without_xdp: _, writes: _ } = report;
         let now = SystemTime::now();
         for (frontend, spec) in set {
             let failure = failed.get(frontend);
@@ -412,7 +412,7 @@ impl Engine {
             let report = dataplane.set_devices(&devices);
             (report, dataplane.hooks())
         });
-        let Report { failed, failed_guards: _, failed_devices, writes: _ } = report;
+        let Report { failed, failed_guards: _, failed_devices, without_xdp, writes: _ } = report;
         let now = SystemTime::now();
         for (frontend, failure) in failed {
             if let Some(spec) = self.planner.state().frontends.get(&frontend) {
@@ -423,10 +423,20 @@ impl Engine {
         for (device, failure) in &failed_devices {
             tracing::warn!(%device, %failure, "not attached");
         }
-        self.retry.devices = failed_devices.values().any(|failure| matches!(failure, Failure::Retry(_)));
+        let failures = failed_devices.values().chain(without_xdp.values());
+        self.retry.devices = failures.into_iter().any(|failure| matches!(failure, Failure::Retry(_)));
         let status = self.table.edit();
         status.devices = Arc::new(devices);
         status.failed_devices = Arc::new(failed_devices);
+        if *status.without_xdp != without_xdp {
+            for (device, reason) in &without_xdp {
+                match reason {
+                    Failure::Retry(reason) => tracing::warn!(%device, %reason, "without XDP"),
+                    Failure::Unsupported(reason) => tracing::info!(%device, %reason, "without XDP"),
+                }
+            }
+            status.without_xdp = Arc::new(without_xdp);
+        }
         status.hooks = Arc::new(hooks);
     }
 

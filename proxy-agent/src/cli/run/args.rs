@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Duration};
 use clap::{Arg, ArgAction, Args as ClapArgs, ValueEnum, value_parser};
 
 use crate::{
-    cli::shapes::SocketLb,
+    cli::shapes::{SocketLb, Xdp},
     config::{self, BPFFS, Bind, PortRange, ProxyMode},
     desired::Algorithm,
     model::address::NodePortAddresses,
@@ -39,6 +39,9 @@ pub struct Args {
     /// Whose sockets are translated at connect time; what is not goes per packet
     #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_SOCKET_LB")]
     pub socket_lb: SocketLb,
+    /// Whether what leaves again by an outward device goes past the stack, its firewall included
+    #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_XDP")]
+    pub xdp: Xdp,
     /// Attach only to devices that match; patterns with * and ?, ! in front excludes
     #[arg(long, value_name = "PATTERN,…", value_delimiter = ',', env = "PROXY_AGENT_DEVICES")]
     pub devices: Vec<String>,

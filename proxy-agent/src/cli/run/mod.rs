@@ -85,6 +85,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         // Both modes there are lead to the one dataplane there is.
         proxy_mode: _,
         socket_lb,
+        xdp,
         devices,
         algorithm,
         masquerade_all,
@@ -145,6 +146,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             bpffs,
             cgroup_root,
             socket_lb: socket_lb.into(),
+            xdp: xdp.into(),
             sizes: sizes(maps),
             masquerade_ports: (min, max),
             timeouts: timeouts(conntrack),

@@ -3,11 +3,11 @@
 //!
 //! Entries come before a device's programs are attached, and go once they are gone.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use proxy_common::{
     Ipv4Be, Ipv6Be,
-    device::{DeviceValue, flags, role},
+    device::{DeviceValue, XdpDevice, flags, role},
 };
 
 use super::store::{Store, StoreError};
@@ -50,6 +50,26 @@ pub(crate) fn put<S: Store>(store: &mut S, devices: &Devices, report: &mut Repor
     report.writes += store.writes() - before;
 }
 
+/// Brings the entries of the XDP program to exactly `devices`.
+pub(crate) fn put_xdp<S: Store>(store: &mut S, devices: &BTreeMap<u32, XdpDevice>, report: &mut Report) {
+    let before = store.writes();
+    let mut put = || -> Result<(), StoreError> {
+        let present: BTreeMap<_, _> = store.xdp_devices()?.into_iter().collect();
+        for index in present.keys().filter(|index| !devices.contains_key(index)) {
+            store.remove_xdp_device(*index)?;
+        }
+        for (index, value) in devices.iter().filter(|(index, value)| present.get(index) != Some(value)) {
+            store.put_xdp_device(*index, value)?;
+        }
+        Ok(())
+    };
+    if let Err(error) = put() {
+        // What has no entry goes on to tc.
+        tracing::warn!(%error, "XDP does less than it could");
+    }
+    report.writes += store.writes() - before;
+}
+
 /// Removes the entries of devices that are not in `devices`, but for those that still have a filter: a filter is found by its
 /// device's entry alone.
 pub(crate) fn prune<S: Store>(
@@ -74,7 +94,8 @@ pub(crate) fn prune<S: Store>(
 }
 
 fn device_value(device: &Device) -> DeviceValue {
-    let Device { name: _, role, ethernet: _, source4, source6, netns, bridge: _, behind } = device;
+    let Device { name: _, role, ethernet: _, source4, source6, netns, bridge: _, behind, mac: _, without_xdp: _ } =
+        device;
     DeviceValue {
         source6: source6.map(|a| Ipv6Be::from_octets(a.octets())).unwrap_or_default(),
         source4: source4.map(|a| Ipv4Be::from_octets(a.octets())).unwrap_or_default(),
@@ -104,6 +125,8 @@ mod tests {
             netns: Some(6),
             bridge: None,
             behind: false,
+            mac: None,
+            without_xdp: None,
         };
         let devices: Devices = [(3, device("a")), (4, device("b"))].into();
         let mut store = Memory::new(0, 0);

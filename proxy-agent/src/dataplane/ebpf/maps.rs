@@ -12,7 +12,7 @@ use proxy_common::{
     Ipv4Be, Ipv6Be,
     affinity::{AffinityKey, AffinityValue},
     counters::ServiceCounters,
-    device::DeviceValue,
+    device::{DeviceValue, XdpDevice},
     frontend::{FrontendKey, FrontendValue},
     meta::{Meta, ServiceName},
     slot::{Slot, SlotV4, SlotV6},
@@ -129,6 +129,7 @@ pub(crate) struct Maps {
     counters: OwnedFd,
     devices: Map<u32, DeviceValue>,
     bridges: Map<u32, u32>,
+    xdp_devices: Map<u32, XdpDevice>,
     meta: Map<u32, Meta>,
     writes: u64,
 }
@@ -156,6 +157,7 @@ impl Maps {
             counters: fd(MapName::ServiceCounters)?,
             devices: typed(MapName::Devices, fd(MapName::Devices)?)?,
             bridges: typed(MapName::Bridges, fd(MapName::Bridges)?)?,
+            xdp_devices: typed(MapName::XdpDevices, fd(MapName::XdpDevices)?)?,
             meta: typed(MapName::Meta, fd(MapName::Meta)?)?,
             writes: 0,
         })
@@ -306,6 +308,25 @@ impl Store for Maps {
 
     fn remove_bridge(&mut self, port: u32) -> Result<()> {
         let removed = self.bridges.remove(&port).map_err(|source| StoreError::Io { map: MapName::Bridges, source })?;
+        self.writes += u64::from(removed);
+        Ok(())
+    }
+
+    fn xdp_devices(&self) -> Result<Vec<(u32, XdpDevice)>> {
+        self.xdp_devices.entries().map_err(|source| StoreError::Io { map: MapName::XdpDevices, source })
+    }
+
+    fn put_xdp_device(&mut self, index: u32, value: &XdpDevice) -> Result<()> {
+        self.xdp_devices
+            .put(&index, value, sys::ANY)
+            .map_err(|source| self.refused(MapName::XdpDevices, self.xdp_devices.fd(), source))?;
+        self.writes += 1;
+        Ok(())
+    }
+
+    fn remove_xdp_device(&mut self, index: u32) -> Result<()> {
+        let removed =
+            self.xdp_devices.remove(&index).map_err(|source| StoreError::Io { map: MapName::XdpDevices, source })?;
         self.writes += u64::from(removed);
         Ok(())
     }

@@ -14,7 +14,7 @@
 //! nothing changed loads nothing and writes nothing.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     os::fd::AsFd,
     path::PathBuf,
@@ -51,10 +51,12 @@ mod services;
 mod store;
 mod sys;
 mod table;
+mod xdp;
 
 pub use hygiene::Ended;
 pub use layout::Sizes;
 pub use pins::PinError;
+pub use xdp::Xdp;
 
 use hooks::Hooks;
 use hygiene::Hygiene;
@@ -96,6 +98,7 @@ pub struct Options {
     pub cgroup_root: Option<PathBuf>,
     pub socket_lb: SocketLb,
     pub tc: Tc,
+    pub xdp: Xdp,
     pub sizes: Sizes,
     /// First and last source port for masquerading; apart from the kernel's ephemeral ports.
     pub masquerade_ports: (u16, u16),
@@ -115,6 +118,7 @@ impl Default for Options {
             cgroup_root: None,
             socket_lb: SocketLb::All,
             tc: Tc::Auto,
+            xdp: Xdp::Off,
             sizes: Sizes::default(),
             masquerade_ports: (1024, 29_999),
             log_level: 0,
@@ -353,6 +357,7 @@ impl Dataplane for Ebpf {
             return report;
         }
         self.hooks.set_devices(devices, &mut report);
+        devices::put_xdp(self.table.store_mut(), &self.hooks.xdp_devices(), &mut report);
         self.clear_other_devices(devices, &mut report);
         if let Err(error) = self.settle() {
             tracing::warn!(%error, "the next start will load the programs again");
@@ -374,6 +379,11 @@ impl Dataplane for Ebpf {
     fn observe(&mut self) -> Result<Drift, DataplaneError> {
         let mut drift = self.table.observe().map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
         drift.hooks = self.hooks.lost();
+        // What a device can send changes with settings of it that nobody tells of.
+        let known = self.table.store_mut().xdp_devices().map(|entries| entries.into_iter().collect());
+        if known.is_ok_and(|known: BTreeMap<_, _>| known != self.hooks.xdp_devices()) {
+            drift.hooks.push("xdp_devices".to_owned());
+        }
         Ok(drift)
     }
 

@@ -396,6 +396,12 @@ impl Pins {
                     target: hooks::interface_name(index),
                     program: self.program_name(info.program_id).unwrap_or_else(|| format!("tc_{direction}")),
                 }
+            } else if let Some((index, mode)) = hooks::parse_xdp_name(&name) {
+                Hook {
+                    kind: format!("xdp/{mode}"),
+                    target: hooks::interface_name(index),
+                    program: self.program_name(info.program_id).unwrap_or_else(|| "xdp_ingress".to_owned()),
+                }
             } else if CGROUP_PROGRAMS.iter().any(|(program, _)| *program == name) {
                 Hook { kind: format!("cgroup/{name}"), target: format!("cgroup {}", info.target), program: name }
             } else {

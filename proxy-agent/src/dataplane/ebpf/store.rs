@@ -6,7 +6,7 @@
 use std::io;
 
 use proxy_common::{
-    device::DeviceValue,
+    device::{DeviceValue, XdpDevice},
     frontend::{FrontendKey, FrontendValue},
     meta::ServiceName,
     source_range::SourceRangeKey,
@@ -57,6 +57,10 @@ pub(crate) trait Store {
     fn put_bridge(&mut self, port: u32, bridge: u32) -> Result<()>;
     fn remove_bridge(&mut self, port: u32) -> Result<()>;
 
+    fn xdp_devices(&self) -> Result<Vec<(u32, XdpDevice)>>;
+    fn put_xdp_device(&mut self, index: u32, value: &XdpDevice) -> Result<()>;
+    fn remove_xdp_device(&mut self, index: u32) -> Result<()>;
+
     /// Writes so far.
     fn writes(&self) -> u64;
 }
@@ -97,6 +101,7 @@ pub(crate) mod memory {
         pub(crate) name_capacity: Option<usize>,
         devices: BTreeMap<u32, DeviceValue>,
         bridges: BTreeMap<u32, u32>,
+        xdp_devices: BTreeMap<u32, XdpDevice>,
         pub(crate) frontend_capacity: usize,
         writes: u64,
         pub(crate) fault: Fault,
@@ -330,6 +335,22 @@ pub(crate) mod memory {
         fn remove_bridge(&mut self, port: u32) -> Result<()> {
             self.write(MapName::Bridges)?;
             self.bridges.remove(&port);
+            Ok(())
+        }
+
+        fn xdp_devices(&self) -> Result<Vec<(u32, XdpDevice)>> {
+            Ok(self.xdp_devices.iter().map(|(k, v)| (*k, *v)).collect())
+        }
+
+        fn put_xdp_device(&mut self, index: u32, value: &XdpDevice) -> Result<()> {
+            self.write(MapName::XdpDevices)?;
+            self.xdp_devices.insert(index, *value);
+            Ok(())
+        }
+
+        fn remove_xdp_device(&mut self, index: u32) -> Result<()> {
+            self.write(MapName::XdpDevices)?;
+            self.xdp_devices.remove(&index);
             Ok(())
         }
 

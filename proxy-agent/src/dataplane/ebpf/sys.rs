@@ -151,18 +151,19 @@ fn info(fd: BorrowedFd<'_>) -> io::Result<[u32; 64]> {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct LinkInfo {
     pub(crate) program_id: u32,
-    /// Interface index (TCX) or cgroup id; 0 once the device or the cgroup is gone, or the link was detached.
+    /// Interface index (TCX, XDP) or cgroup id; 0 once the device or the cgroup is gone, or the link was detached.
     pub(crate) target: u64,
 }
 
 const LINK_TYPE_CGROUP: u32 = 3;
+const LINK_TYPE_XDP: u32 = 6;
 const LINK_TYPE_TCX: u32 = 11;
 
 pub(crate) fn link_info(fd: BorrowedFd<'_>) -> io::Result<LinkInfo> {
     let [kind, _id, program_id, _pad, low, high, ..] = info(fd)?;
     let target = match kind {
         LINK_TYPE_CGROUP => u64::from(high) << 32 | u64::from(low),
-        LINK_TYPE_TCX => u64::from(low),
+        LINK_TYPE_XDP | LINK_TYPE_TCX => u64::from(low),
         other => return Err(io::Error::new(io::ErrorKind::InvalidData, format!("link of unknown type {other}"))),
     };
     Ok(LinkInfo { program_id, target })
@@ -219,6 +220,8 @@ pub(crate) fn create(name: &str, info: MapInfo) -> io::Result<OwnedFd> {
 pub(crate) enum Target<'a> {
     Cgroup(BorrowedFd<'a>),
     Interface(u32),
+    /// An interface's XDP hook, by `XDP_FLAGS_*`.
+    Xdp(u32, u32),
 }
 
 #[repr(C)]
@@ -233,13 +236,16 @@ struct LinkCreateAttr {
     expected_revision: u64,
 }
 
-/// Attaches behind whatever is there already: cgroup links always allow others beside them, TCX links queue at the end.
+/// Attaches behind whatever is there already: cgroup links always allow others beside them, TCX links queue at the end. XDP takes one alone:
+/// EBUSY says that there is another.
 pub(crate) fn link_create(program: BorrowedFd<'_>, target: Target<'_>, attach_type: u32) -> io::Result<OwnedFd> {
-    let target = match target {
-        Target::Cgroup(fd) => raw(fd),
-        Target::Interface(index) => index,
+    let (target, flags) = match target {
+        Target::Cgroup(fd) => (raw(fd), 0),
+        Target::Interface(index) => (index, 0),
+        Target::Xdp(index, flags) => (index, flags),
     };
-    bpf_fd(cmd::LINK_CREATE, &mut LinkCreateAttr { program: raw(program), target, attach_type, ..Default::default() })
+    let program = raw(program);
+    bpf_fd(cmd::LINK_CREATE, &mut LinkCreateAttr { program, target, attach_type, flags, ..Default::default() })
 }
 
 /// `expected_attach_type` and `attach_btf_id` stand where the kernel has them; what lies between is zero.

@@ -11,6 +11,7 @@ use crate::dataplane::ebpf::{
     clsact::Direction,
     pins::Layout,
     sys::{self, Target},
+    xdp::Mode,
 };
 
 const TCX_INGRESS: u32 = 46;
@@ -25,6 +26,23 @@ pub(super) const fn tcx_type(direction: Direction) -> u32 {
 
 pub(super) fn tcx_name(index: u32, direction: Direction) -> String {
     format!("tcx-{index}-{}", direction.as_str())
+}
+
+pub(super) const XDP: u32 = 37;
+
+pub(super) fn xdp_name(index: u32, mode: Mode) -> String {
+    format!("xdp-{index}-{}", mode.as_str())
+}
+
+/// The index and the mode in a pin's name.
+pub(crate) fn parse_xdp_name(name: &str) -> Option<(u32, &str)> {
+    let (index, mode) = name.strip_prefix("xdp-")?.split_once('-')?;
+    Some((index.parse().ok()?, mode))
+}
+
+/// Whether the pin is of a link on a device.
+pub(super) fn is_devices(name: &str) -> bool {
+    name.starts_with("tcx-") || name.starts_with("xdp-")
 }
 
 /// The index and the direction in a pin's name.

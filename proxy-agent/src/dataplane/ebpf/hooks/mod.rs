@@ -16,26 +16,31 @@
 //!   So whoever starts next, of whichever version or configuration, adopts only what was in force as a whole.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     fs, io,
     os::fd::AsFd,
     path::{Path, PathBuf},
 };
 
-use proxy_common::{LAYOUT_VERSION, meta::Meta};
+use proxy_common::{
+    LAYOUT_VERSION,
+    device::{self, XdpDevice},
+    meta::Meta,
+};
 
 use super::{
-    Options, SocketLb, Tc,
+    Options, SocketLb, Tc, Xdp,
     cgroup::Cgroup,
     clsact::{self, Direction},
     kernel,
     layout::MapName,
     pins::Layout,
     sys::{self, Target},
+    xdp::{self, Mode},
 };
 use crate::{
     dataplane::{DataplaneError, Failure, Hook, Report},
-    desired::{Device, Devices},
+    desired::{Device, DeviceRole, Devices},
 };
 
 mod globals;
@@ -43,10 +48,10 @@ mod links;
 mod programs;
 
 pub(crate) use globals::{Globals, netns_cookie};
-pub(crate) use links::{has_tcx, interface_name, list, parse_tcx_name};
-use links::{tcx_name, tcx_type};
+pub(crate) use links::{has_tcx, interface_name, list, parse_tcx_name, parse_xdp_name};
+use links::{tcx_name, tcx_type, xdp_name};
 pub(crate) use programs::{CGROUP_PROGRAMS, chain};
-use programs::{Program, tc_program};
+use programs::{Program, XDP_PROGRAM, tc_program};
 
 /// Programs and links of one agent.
 #[derive(Debug)]
@@ -55,6 +60,9 @@ pub(crate) struct Hooks {
     programs: Vec<Program>,
     cgroup: Option<Cgroup>,
     tcx: bool,
+    xdp: Xdp,
+    /// Devices that XDP was attached to.
+    bypassing: BTreeMap<u32, Mode>,
     meta: Meta,
     /// Until they are known, links of an earlier run stay as they are.
     devices: Option<Devices>,
@@ -76,15 +84,14 @@ impl Hooks {
     ) -> Result<Self, DataplaneError> {
         let object = options.object()?;
         let globals = Globals::of(options)?;
-        let wanted = programs::wanted(options.socket_lb);
+        let wanted = programs::wanted(options.socket_lb, options.xdp);
         let digest = globals.digest(object, &wanted, maps);
         let found = stored.get(&0).map_err(kernel("map meta"))?.unwrap_or_default();
         let mut meta =
             Meta { layout: LAYOUT_VERSION, pad: 0, programs: 0, node_netns_cookie: globals.node_netns_cookie };
         if found.node_netns_cookie != 0 && found.node_netns_cookie != meta.node_netns_cookie {
             // Interface indexes in the names of the links mean devices of another namespace.
-            links::remove(layout, |name| name.starts_with("tcx-"))
-                .map_err(kernel("links of another network namespace"))?;
+            links::remove(layout, links::is_devices).map_err(kernel("links of another network namespace"))?;
         }
         // Programs whose maps lost their pins would go on with maps that nobody else sees. And a logger can only be had from
         // programs loaded by this process.
@@ -125,7 +132,18 @@ impl Hooks {
                 .find(|p| p.name == "tc_ingress_ether")
                 .is_some_and(|program| has_tcx(program.fd.as_fd())),
         };
-        Ok(Self { layout: layout.clone(), programs, cgroup, tcx, meta, devices: None, activated: false, fresh })
+        Ok(Self {
+            layout: layout.clone(),
+            programs,
+            cgroup,
+            tcx,
+            xdp: options.xdp,
+            bypassing: BTreeMap::new(),
+            meta,
+            devices: None,
+            activated: false,
+            fresh,
+        })
     }
 
     pub(crate) const fn meta(&self) -> &Meta {
@@ -157,10 +175,10 @@ impl Hooks {
                 .map_err(kernel(format!("attach {name} to cgroup {}", cgroup.path.display())))?;
             }
         }
-        report.writes += links::remove(&self.layout, |name| !name.starts_with("tcx-") && !wanted.contains(name))
+        report.writes += links::remove(&self.layout, |name| !links::is_devices(name) && !wanted.contains(name))
             .map_err(kernel("links that are not wanted any more"))?;
-        if let Some(devices) = &self.devices {
-            self.attach_devices(devices, report);
+        if let Some(devices) = self.devices.take() {
+            self.set_devices(&devices, report);
         }
         Ok(())
     }
@@ -168,6 +186,7 @@ impl Hooks {
     /// Attaches to exactly these devices.
     pub(crate) fn set_devices(&mut self, devices: &Devices, report: &mut Report) {
         self.attach_devices(devices, report);
+        self.attach_xdp(devices, report);
         self.devices = Some(devices.clone());
     }
 
@@ -181,7 +200,7 @@ impl Hooks {
     pub(crate) fn lagging(&self) -> Vec<String> {
         let ours = |id: u32| self.programs.iter().any(|program| program.id == id);
         // A link without a target is dead: its device is gone. A connect-time one is not to move before it is activated.
-        let is_due = |name: &String| if name.starts_with("tcx-") { self.devices.is_some() } else { self.activated };
+        let is_due = |name: &String| if links::is_devices(name) { self.devices.is_some() } else { self.activated };
         let link = |name: &String| {
             sys::open(&self.layout.links.join(name))
                 .and_then(|link| sys::link_info(link.as_fd()))
@@ -242,6 +261,55 @@ impl Hooks {
         }
     }
 
+    /// To exactly the outward ones of these devices that it is of use on; of the others the report says why not.
+    fn attach_xdp(&mut self, devices: &Devices, report: &mut Report) {
+        let mode = self.xdp.mode();
+        let outward = devices.iter().filter(|(_, device)| mode.is_some() && device.role == DeviceRole::Outward);
+        let (barred, wanted): (Vec<_>, Vec<_>) = outward.partition(|(_, device)| xdp::bars(device).is_some());
+        let names: BTreeSet<String> =
+            mode.iter().flat_map(|mode| wanted.iter().map(|(index, _)| xdp_name(**index, *mode))).collect();
+        // Before others come: a device has one in one mode.
+        match links::remove(&self.layout, |name| name.starts_with("xdp-") && !names.contains(name)) {
+            Ok(writes) => report.writes += writes,
+            Err(error) => tracing::warn!(%error, "XDP links that are not wanted any more stay pinned"),
+        }
+        self.bypassing.clear();
+        for (_, device) in barred {
+            let why = Failure::Unsupported(xdp::bars(device).unwrap_or_default().into());
+            report.without_xdp.insert(device.name.clone(), why);
+        }
+        let Some(mode) = mode else { return };
+        for (index, device) in wanted {
+            let attached = self.program(XDP_PROGRAM).and_then(|program| {
+                let target = Target::Xdp(*index, mode.flags());
+                let pin = self.layout.links.join(xdp_name(*index, mode));
+                links::ensure(&pin, program, target, u64::from(*index), links::XDP)
+            });
+            match attached {
+                Ok(writes) => {
+                    report.writes += writes;
+                    self.bypassing.insert(*index, mode);
+                }
+                // The device is gone; the next list of devices will not have it.
+                Err(error) if error.raw_os_error() == Some(libc::ENODEV) => {}
+                Err(error) => {
+                    report.without_xdp.insert(device.name.clone(), self.xdp.refusal(mode, &error));
+                }
+            }
+        }
+    }
+
+    /// What the XDP program must know of the devices that it is on. Asked for once it is there: a driver may need it to be able to send.
+    pub(crate) fn xdp_devices(&self) -> BTreeMap<u32, XdpDevice> {
+        let value = |(index, mode): (&u32, &Mode)| {
+            let [a, b, c, d, e, f] = self.devices.as_ref()?.get(index)?.mac?;
+            let mac = [[a, b], [c, d], [e, f]].map(u16::from_ne_bytes);
+            let sends = *mode == Mode::Generic || xdp::sends(*index);
+            Some((*index, XdpDevice { mac, flags: if sends { device::xdp::SENDS } else { 0 } }))
+        };
+        self.bypassing.iter().filter_map(value).collect()
+    }
+
     /// Takes our filters off devices that may carry some (`known`) and should not: all others than `devices`, and with TCX all.
     /// (TCX links go with their pins.) Returns the devices that still have one, which are reported, so that it is tried again.
     pub(crate) fn detach_others(&mut self, known: &[u32], devices: &Devices, report: &mut Report) -> BTreeSet<u32> {
@@ -297,6 +365,16 @@ impl Hooks {
                 };
                 hooks.push((hook, holds));
             }
+        }
+        for (index, mode) in &self.bypassing {
+            let name = self.devices.iter().flatten().find(|(i, _)| *i == index).map(|(_, device)| device.name.clone());
+            let hook = Hook {
+                kind: format!("xdp/{}", mode.as_str()),
+                target: name.unwrap_or_else(|| format!("interface {index}")),
+                program: XDP_PROGRAM.to_owned(),
+            };
+            let pin = self.layout.links.join(xdp_name(*index, *mode));
+            hooks.push((hook, self.holds(&pin, XDP_PROGRAM, u64::from(*index))));
         }
         hooks
     }

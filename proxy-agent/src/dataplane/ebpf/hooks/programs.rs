@@ -11,7 +11,9 @@ use aya::{EbpfLoader, programs::Program as AyaProgram};
 use super::{globals::Globals, links::list};
 use crate::dataplane::{
     DataplaneError,
-    ebpf::{SocketLb, clsact::Direction, kernel, layout::MapName, log, object::Digest, pins::Layout, sys, unavailable},
+    ebpf::{
+        SocketLb, Xdp, clsact::Direction, kernel, layout::MapName, log, object::Digest, pins::Layout, sys, unavailable,
+    },
 };
 
 /// Connect-time programs and their attach types (`enum bpf_attach_type`).
@@ -38,12 +40,12 @@ pub(super) const fn tc_program(direction: Direction, ethernet: bool) -> &'static
     }
 }
 
-/// The programs that this way of serving sockets needs.
-pub(super) fn wanted(socket_lb: SocketLb) -> Vec<&'static str> {
-    match socket_lb {
-        SocketLb::Off => TC_PROGRAMS.to_vec(),
-        SocketLb::All | SocketLb::Node => CGROUP_PROGRAMS.iter().map(|(name, _)| *name).chain(TC_PROGRAMS).collect(),
-    }
+pub(super) const XDP_PROGRAM: &str = "xdp_ingress";
+
+/// The programs that this way of serving needs.
+pub(super) fn wanted(socket_lb: SocketLb, xdp: Xdp) -> Vec<&'static str> {
+    let cgroup = CGROUP_PROGRAMS.iter().map(|(name, _)| *name).filter(|_| socket_lb != SocketLb::Off);
+    cgroup.chain(TC_PROGRAMS).chain((xdp != Xdp::Off).then_some(XDP_PROGRAM)).collect()
 }
 
 #[derive(Debug)]
@@ -115,9 +117,11 @@ pub(super) fn load(
         let loaded = match program {
             AyaProgram::CgroupSockAddr(program) => program.load(),
             AyaProgram::SchedClassifier(program) => program.load(),
+            AyaProgram::Xdp(program) => program.load(),
             _ => return Err(unavailable(format!("the embedded program {name} is of an unexpected kind"))),
         };
-        loaded.map_err(|error| unavailable(format!("program {name} cannot be loaded: {}", chain(&error))))?;
+        let remedy = if *name == XDP_PROGRAM { "; --xdp off does without" } else { "" };
+        loaded.map_err(|error| unavailable(format!("program {name} cannot be loaded: {}{remedy}", chain(&error))))?;
         let fd = program
             .fd()
             .map_err(|error| unavailable(format!("program {name}: {}", chain(&error))))?

@@ -4,7 +4,7 @@ use proptest::prelude::*;
 
 use proxy_common::{
     Address as _, Be16,
-    device::DeviceValue,
+    device::{DeviceValue, XdpDevice},
     frontend::{FrontendValue, Range, algorithm, verdict},
     maglev, proto,
     slot::Slot,

@@ -102,6 +102,15 @@ impl Store for Dying {
     fn remove_bridge(&mut self, port: u32) -> Result<()> {
         self.maps.remove_bridge(port)
     }
+    fn xdp_devices(&self) -> Result<Vec<(u32, XdpDevice)>> {
+        self.maps.xdp_devices()
+    }
+    fn put_xdp_device(&mut self, index: u32, value: &XdpDevice) -> Result<()> {
+        self.maps.put_xdp_device(index, value)
+    }
+    fn remove_xdp_device(&mut self, index: u32) -> Result<()> {
+        self.maps.remove_xdp_device(index)
+    }
     fn writes(&self) -> u64 {
         self.maps.writes()
     }
@@ -124,6 +133,7 @@ impl Pins {
             MapName::ServiceCounters,
             MapName::Devices,
             MapName::Bridges,
+            MapName::XdpDevices,
             MapName::SourceRangesV4,
             MapName::SourceRangesV6,
             MapName::AffinityV4,
