@@ -18,7 +18,7 @@ use crate::{
 /// Sizes of a table, by index less one; primes, so that every walk comes past every position.
 ///
 /// Few and far apart: where a set outgrows its table, nearly every flow moves. So a table is outgrown where Deployments are not wont to
-/// be while they roll: beyond [`MOST`] backends, 5 and a quarter, and 30 and a quarter.
+/// be while they roll: beyond 7 and 38 backends, 5 and a quarter, and 30 and a quarter.
 pub const SIZES: [u16; 3] = [4513, 16_381, 65_521];
 
 /// The most backends that a table serves, by index less one. With these, one of them that leaves moves less than one in a hundred
