@@ -89,20 +89,7 @@ impl Hygiene {
     /// `pods`: whether sockets of pods can be found and destroyed.
     pub(crate) fn start(layout: Layout, pods: Result<(), Unreachable>, ended: Arc<Ended>) -> io::Result<Self> {
         let (jobs, queue) = mpsc::channel();
-        let mut worker = Worker {
-            layout,
-            pods,
-            ended,
-            notes: None,
-            home: None,
-            alive: Alive::default(),
-            due: None,
-            again: None,
-            pause: AGAIN,
-            fades: None,
-            not_before: Instant::now(),
-            complaint: None,
-        };
+        let mut worker = Worker::new(layout, pods, ended);
         std::thread::Builder::new().name("hygiene".into()).spawn(move || worker.run(&queue))?;
         Ok(Self { jobs })
     }
@@ -162,6 +149,23 @@ struct Worker {
 }
 
 impl Worker {
+    fn new(layout: Layout, pods: Result<(), Unreachable>, ended: Arc<Ended>) -> Self {
+        Self {
+            layout,
+            pods,
+            ended,
+            notes: None,
+            home: None,
+            alive: Alive::default(),
+            due: None,
+            again: None,
+            pause: AGAIN,
+            fades: None,
+            not_before: Instant::now(),
+            complaint: None,
+        }
+    }
+
     fn run(&mut self, queue: &Receiver<Job>) {
         loop {
             let job = match [self.due, self.again, self.fades].into_iter().flatten().min() {
@@ -209,7 +213,7 @@ impl Worker {
             return;
         }
         let trouble = self.round();
-        let again = next_try(due, trouble.iter().any(|trouble| trouble.may_pass), &mut self.pause);
+        let again = next_try(due || faded, trouble.iter().any(|trouble| trouble.may_pass), &mut self.pause);
         if let Some(pause) = again {
             self.again = Some(start + pause);
         }
@@ -313,13 +317,13 @@ impl Trouble {
     }
 }
 
-/// How long after a round the next one is: the second look at a loss (`due`), or another try at what failed.
-fn next_try(due: bool, failed: bool, pause: &mut Duration) -> Option<Duration> {
-    if due {
+/// How long after a round the next one is: the second look at a loss, or another try at what failed.
+fn next_try(lost: bool, failed: bool, pause: &mut Duration) -> Option<Duration> {
+    if lost {
         *pause = AGAIN;
     }
     if !failed {
-        return due.then_some(AGAIN);
+        return lost.then_some(AGAIN);
     }
     let now = *pause;
     *pause = (now * 2).min(LONGEST);
@@ -329,6 +333,27 @@ fn next_try(due: bool, failed: bool, pause: &mut Duration) -> Option<Duration> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{
+        desired::Backend,
+        model::{Port, Protocol},
+    };
+
+    /// A connection may move between two tables while they are walked over; TCP's grace is no second look.
+    #[test]
+    fn the_end_of_a_grace_is_a_loss_like_any_other() {
+        let empty = tempfile::tempdir().unwrap();
+        let mut worker = Worker::new(Layout::of(empty.path()), Ok(()), Arc::default());
+        let port = Port::new(80).unwrap();
+        let frontend = Frontend { addr: [10, 96, 0, 1].into(), port, protocol: Protocol::Tcp };
+        let keep = Keep::Only(vec![Backend { addr: [10, 0, 0, 1].into(), port }].into());
+        let now = Instant::now();
+        let change = Change { set: vec![(frontend, keep)], removed: BTreeSet::new() };
+        worker.alive.apply(change, now.checked_sub(alive::TCP_GRACE).unwrap());
+        // As if something else had failed for long: there is nothing here to look at.
+        worker.pause = LONGEST;
+        worker.turn();
+        assert!(worker.again.is_some_and(|at| at < now + AGAIN * 30), "{:?} from {now:?}", worker.again);
+    }
 
     #[test]
     fn what_fails_is_tried_less_and_less_until_something_else_is_lost() {

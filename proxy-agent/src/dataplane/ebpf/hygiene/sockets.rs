@@ -46,8 +46,9 @@ pub(super) struct Notes {
     v6: Reader,
 }
 
-/// Cookies, and whom these sockets talk to.
-type Lost = HashMap<u64, (Protocol, Backend)>;
+/// Cookies, and whom these sockets talk to by their notes. One that speaks both families may have a note of each, of which the older
+/// one is not true any more.
+type Lost = HashMap<u64, Vec<(Protocol, Backend)>>;
 
 impl Notes {
     pub(super) fn open() -> io::Result<Self> {
@@ -57,15 +58,30 @@ impl Notes {
 
     /// The sockets whose note says that they were pointed at a backend that is gone.
     fn lost(&self, layout: &Layout, alive: &Alive) -> io::Result<Lost> {
-        let mut lost = HashMap::new();
+        let mut lost = Lost::new();
+        let mut add = |cookie, whom| lost.entry(cookie).or_default().push(whom);
         self.v4.each(sys::open(&layout.map(MapName::PeersV4))?.as_fd(), |cookie, note: PeerRecord<Ipv4Be>| {
-            lost.extend(judge(&note, alive).map(|whom| (cookie, whom)));
+            if let Some(whom) = judge(&note, alive) {
+                add(cookie, whom);
+            }
         })?;
         self.v6.each(sys::open(&layout.map(MapName::PeersV6))?.as_fd(), |cookie, note: PeerRecord<Ipv6Be>| {
-            lost.extend(judge(&note, alive).map(|whom| (cookie, whom)));
+            if let Some(whom) = judge(&note, alive) {
+                add(cookie, whom);
+            }
         })?;
         Ok(lost)
     }
+}
+
+/// What two looks agree on. A note has no seal: read while its socket writes it, it may be half of the last connection and half of this one,
+/// which may well be to a backend that serves.
+fn agreed(mut one: Lost, other: &Lost) -> Lost {
+    one.retain(|cookie, notes| {
+        notes.retain(|note| other.get(cookie).is_some_and(|notes| notes.contains(note)));
+        !notes.is_empty()
+    });
+    one
 }
 
 /// The network namespace that this thread belongs to, and whether it is in another one.
@@ -87,6 +103,19 @@ impl Home {
         move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
         self.away = true;
         Ok(())
+    }
+
+    /// By the first way that there still is: a process may end at any time, and its pod live on. `false`: there is none any more.
+    fn leave_by(&mut self, ways: &[PathBuf], round: &mut Round) -> bool {
+        for path in ways {
+            match self.leave_for(path) {
+                Ok(()) => return true,
+                // Gone since it was listed.
+                Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {}
+                Err(error) => round.note(&path.to_string_lossy(), &error),
+            }
+        }
+        false
     }
 
     /// Asks for nothing where there is no way to go: even that would take CAP_SYS_ADMIN.
@@ -199,6 +228,9 @@ pub(super) fn end(notes: &Notes, layout: &Layout, alive: &Alive, home: &mut Home
     home.back()?;
     let mut round = Round::default();
     let mut lost = notes.lost(layout, alive)?;
+    if !lost.is_empty() {
+        lost = agreed(lost, &notes.lost(layout, alive)?);
+    }
     if lost.is_empty() {
         return Ok(round);
     }
@@ -207,15 +239,12 @@ pub(super) fn end(notes: &Notes, layout: &Layout, alive: &Alive, home: &mut Home
         return Ok(round);
     };
     let all = if pods { namespaces(Path::new(PROC), Path::new(MOUNTED), own.dev(), own.ino()) } else { HashMap::new() };
-    for (_, path) in all {
+    for ways in all.values() {
         if lost.is_empty() {
             break;
         }
-        match home.leave_for(&path) {
-            Ok(()) => end_here(&mut lost, &mut round),
-            // Gone since it was listed.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::ENOENT | libc::ESRCH)) => {}
-            Err(error) => round.note(&path.to_string_lossy(), &error),
+        if home.leave_by(ways, &mut round) {
+            end_here(&mut lost, &mut round);
         }
     }
     if let Err(error) = home.back() {
@@ -223,8 +252,7 @@ pub(super) fn end(notes: &Notes, layout: &Layout, alive: &Alive, home: &mut Home
     }
     if !lost.is_empty() {
         // Not those that were closed or connected elsewhere meanwhile.
-        let still = notes.lost(layout, alive)?;
-        round.left = lost.iter().filter(|(cookie, whom)| still.get(cookie) == Some(whom)).count();
+        round.left = agreed(lost, &notes.lost(layout, alive)?).len();
     }
     Ok(round)
 }
@@ -235,9 +263,17 @@ impl Round {
     }
 }
 
-/// Every network namespace but the own one, each once, by inode number.
-fn namespaces(proc: &Path, mounted: &Path, device: u64, own: u64) -> HashMap<u64, PathBuf> {
-    let mut found = HashMap::new();
+/// Every network namespace but the own one, by inode number, and the ways there: a mount, which outlives processes, first.
+fn namespaces(proc: &Path, mounted: &Path, device: u64, own: u64) -> HashMap<u64, Vec<PathBuf>> {
+    let mut found: HashMap<u64, Vec<PathBuf>> = HashMap::new();
+    for entry in fs::read_dir(mounted).into_iter().flatten().flatten() {
+        let path = entry.path();
+        if let Ok(about) = fs::metadata(&path)
+            && about.dev() == device
+        {
+            found.entry(about.ino()).or_default().push(path);
+        }
+    }
     for entry in fs::read_dir(proc).into_iter().flatten().flatten() {
         if !entry.file_name().as_encoded_bytes().first().is_some_and(u8::is_ascii_digit) {
             continue;
@@ -247,15 +283,7 @@ fn namespaces(proc: &Path, mounted: &Path, device: u64, own: u64) -> HashMap<u64
         let Ok(link) = fs::read_link(&path) else { continue };
         let number = link.to_str().and_then(|link| link.strip_prefix("net:[")?.strip_suffix(']')?.parse().ok());
         if let Some(number) = number {
-            found.entry(number).or_insert(path);
-        }
-    }
-    for entry in fs::read_dir(mounted).into_iter().flatten().flatten() {
-        let path = entry.path();
-        if let Ok(about) = fs::metadata(&path)
-            && about.dev() == device
-        {
-            found.entry(about.ino()).or_insert(path);
+            found.entry(number).or_default().push(path);
         }
     }
     found.remove(&own);
@@ -270,15 +298,16 @@ fn end_here(lost: &mut Lost, round: &mut Round) {
         Err(error) => return round.note("socket diagnostics", &error),
     };
     for (number, protocol) in [(proto::UDP, Protocol::Udp), (proto::TCP, Protocol::Tcp)] {
-        if !lost.values().any(|(of, _)| *of == protocol) {
+        if !lost.values().flatten().any(|(of, _)| *of == protocol) {
             continue;
         }
         for family in [libc::AF_INET, libc::AF_INET6] {
             let mut found = Vec::new();
             let listed = socket.connected(family as u8, number, |id| {
                 let Some(cookie) = cookie(id) else { return };
-                if let Some((_, backend)) = lost.get(&cookie) {
-                    found.push((cookie, *id, peer(id, family) == Some((backend.addr, backend.port))));
+                if let Some(notes) = lost.get(&cookie) {
+                    let peer = peer(id, family);
+                    found.push((cookie, *id, notes.iter().any(|(_, to)| peer == Some((to.addr, to.port)))));
                 }
             });
             if let Err(error) = listed {
@@ -343,6 +372,14 @@ mod tests {
         assert_eq!(numbers(about.dev(), 7), [8, about.ino()]);
         assert_eq!(numbers(about.dev() + 1, 8), [7], "no namespace, a file of another filesystem");
         assert_eq!(namespaces(Path::new("/nowhere"), Path::new("/nowhere"), 0, 0).len(), 0);
+        // All the ways there.
+        let mut ways = namespaces(&proc, &mounted, about.dev(), 7).remove(&8).unwrap();
+        ways.sort_unstable();
+        assert_eq!(ways, ["20", "21"].map(|pid| proc.join(pid).join("ns/net")));
+        std::os::unix::fs::symlink(format!("net:[{}]", about.ino()), proc.join("22/ns/again")).unwrap();
+        fs::rename(proc.join("22/ns/again"), proc.join("22/ns/net")).unwrap();
+        let ways = namespaces(&proc, &mounted, about.dev(), 7).remove(&about.ino()).unwrap();
+        assert_eq!(ways, [mounted.join("cni-1"), proc.join("22/ns/net")], "a mount first");
     }
 
     #[test]
@@ -388,6 +425,32 @@ mod tests {
         home.back().unwrap();
         assert!(home.leave_for(Path::new("/proc/self/ns/mnt")).is_err());
         assert!(!home.away);
+    }
+
+    #[test]
+    fn a_namespace_is_entered_by_whatever_way_is_left() {
+        if !rustix::process::geteuid().is_root() {
+            println!("SKIP a_namespace_is_entered_by_whatever_way_is_left: not root");
+            return;
+        }
+        let (mut home, mut round) = (Home::open().unwrap(), Round::default());
+        let [gone, own] = ["/proc/4294967295/ns/net", "/proc/thread-self/ns/net"].map(PathBuf::from);
+        assert!(!home.leave_by(std::slice::from_ref(&gone), &mut round) && !home.away);
+        assert!(home.leave_by(&[gone, own], &mut round) && home.away);
+        assert_eq!(round.why, None);
+        home.back().unwrap();
+    }
+
+    #[test]
+    fn notes_count_if_two_looks_agree_on_them() {
+        let to = |addr: &str| (Protocol::Udp, Backend { addr: addr.parse().unwrap(), port: Port::new(53).unwrap() });
+        let lost = |rows: &[(u64, &[&str])]| -> Lost {
+            rows.iter().map(|(cookie, addrs)| (*cookie, addrs.iter().map(|addr| to(addr)).collect())).collect()
+        };
+        let first = lost(&[(1, &["10.0.0.1", "fd00::1"]), (2, &["10.0.0.1"]), (3, &["10.0.0.1"]), (4, &["fd00::1"])]);
+        // One changed of two, another backend, none any more.
+        let second = lost(&[(1, &["10.0.0.1"]), (2, &["10.0.0.2"]), (4, &["fd00::1"]), (5, &["fd00::1"])]);
+        assert_eq!(agreed(first, &second), lost(&[(1, &["10.0.0.1"]), (4, &["fd00::1"])]));
     }
 
     #[test]
