@@ -165,10 +165,20 @@ fn dying_anywhere_while_maps_change_their_size_costs_nothing() {
         if step % 3 == 0 {
             world.options.sizes = before;
         }
-        start(&mut world.open(), &state, &devices);
+        // Every kind of links writes on until it is moved.
+        let mut ebpf = world.open();
+        for (number, map) in (10..).zip(map_in_force(&world, "datagrams_v4").into_values()) {
+            datagrams(map).insert(key(number), [number; size_of::<Value>()], 0).unwrap();
+            written.push(number);
+        }
+        start(&mut ebpf, &state, &devices);
         assert_whole(&world);
         assert_holds(&world.pins(), &state);
         assert!(!world.options.bpffs.join("v1/moving").exists());
+        let left = fs::read_dir(world.options.bpffs.join("v1/maps")).unwrap();
+        let left: Vec<_> = left.map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+        assert!(left.iter().all(|name| !name.contains('-')), "{left:?}");
+        drop(ebpf);
         let mut after = datagrams(MapData::from_pin(world.options.bpffs.join("v1/maps/datagrams_v4")).unwrap());
         for number in written {
             assert_eq!(after.get(&key(number), 0).unwrap(), [number; size_of::<Value>()], "step {step}");

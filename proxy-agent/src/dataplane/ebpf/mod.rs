@@ -166,6 +166,8 @@ pub struct Ebpf {
     resized: Vec<MapName>,
     /// Links began to move to programs that use those.
     moving: bool,
+    /// Maps that links of two changes ago may still use.
+    former: Vec<MapName>,
     /// Links that could not be moved: they go on with the old maps, which nobody writes to any more.
     lagging: Vec<String>,
     steps: Steps,
@@ -201,6 +203,7 @@ impl Ebpf {
         let layout = &pinned.layout;
         // An earlier process may have died with its links half moved.
         let moving = resize::recover(layout, &options.sizes, &mut steps)?;
+        let former = resize::former(layout);
         let resized = resize::check(layout, &options.sizes, moving)?;
         for map in MapName::ALL.iter().copied().filter(|map| map.is_unknown_to_programs()) {
             ensure_map(layout, map, &options.sizes, &resized)?;
@@ -225,6 +228,7 @@ impl Ebpf {
             sizes: options.sizes,
             resized,
             moving,
+            former,
             lagging: Vec::new(),
             steps,
             started: Instant::now(),
@@ -263,22 +267,28 @@ impl Ebpf {
     /// maps are written to as well, and what is in them stands, also for a process that comes after this one.
     fn before_links_move(&mut self) -> Result<(), DataplaneError> {
         // Where nothing moves but what could not, nothing is brought along: that would revive what was deleted since.
-        if self.resized.is_empty() || (!self.lagging.is_empty() && self.hooks.lagging() == self.lagging) {
+        if !self.changes_maps() || (!self.lagging.is_empty() && self.hooks.lagging() == self.lagging) {
             return Ok(());
         }
         self.copy_what_programs_wrote()
     }
 
+    /// There are links that use, or may use, other maps than they should.
+    const fn changes_maps(&self) -> bool {
+        !self.resized.is_empty() || !self.former.is_empty()
+    }
+
     fn copy_what_programs_wrote(&mut self) -> Result<(), DataplaneError> {
         let flags = if self.moving { sys::NOEXIST } else { sys::ANY };
-        let Self { pinned: Pinned { layout, .. }, resized, steps, .. } = self;
+        let Self { pinned: Pinned { layout, .. }, resized, former, steps, .. } = self;
         resize::copy(
             layout,
             resized.iter().copied().filter(|map| map.is_written_by_programs() && layout.resized(*map).exists()),
             flags,
             steps,
         )?;
-        if !self.moving {
+        resize::copy_former(layout, former, steps)?;
+        if !self.moving && !self.resized.is_empty() {
             self.steps.next()?;
             resize::begin_moving(layout)?;
             self.moving = true;
@@ -303,16 +313,18 @@ impl Ebpf {
 
     /// Once every link holds our programs: maps of a new size take the place of the old ones, and `meta` says what runs.
     fn settle(&mut self) -> Result<(), DataplaneError> {
-        self.lagging = if self.moving { self.hooks.lagging() } else { Vec::new() };
+        self.lagging = if self.moving || !self.former.is_empty() { self.hooks.lagging() } else { Vec::new() };
         if !self.hooks.is_settled() {
             return Ok(());
         }
-        if !self.resized.is_empty() {
+        if self.changes_maps() {
             // What the old programs wrote meanwhile comes along.
             self.copy_what_programs_wrote()?;
             resize::put_in_place(&self.pinned.layout, &self.resized, &mut self.steps)?;
             self.resized.clear();
             self.moving = false;
+            resize::forget_former(&self.pinned.layout, &self.former, &mut self.steps)?;
+            self.former.clear();
             self.hygiene.look();
         }
         self.steps.next()?;

@@ -79,6 +79,11 @@ impl Layout {
         self.maps.join(format!("{}-resized", name.as_str()))
     }
 
+    /// A map that links of two changes ago may still use.
+    pub(crate) fn former(&self, name: MapName) -> PathBuf {
+        self.maps.join(format!("{}-former", name.as_str()))
+    }
+
     /// There from the moment a link may use a map that waits until all are in place.
     pub(crate) fn moving(&self) -> PathBuf {
         self.version.join("moving")

@@ -4,13 +4,15 @@
 //! v1/maps/<name>            what the programs in force use                ─┐ replaced by one rename each
 //! v1/maps/<name>-resized    the same of the new size, waiting             ─┘ once no link uses the old ones
 //! v1/moving                 all that wait are whole; links may be using them
+//! v1/maps/<name>-former     what links use that had not moved when yet other sizes were wanted
 //! ```
 //!
 //! INVARIANT: whatever instant the process dies at, each link runs programs whose maps hold everything that was in force, and the next
 //! process finds what either kind of programs wrote. Without `moving` no link has moved: what waits is nothing and goes. With it
-//! what waits is as good as in place, and newer: it is gone on with, or put in place first where yet other sizes are wanted.
+//! what waits is as good as in place, and newer: it is gone on with, or put in place first where yet other sizes are wanted. What was in
+//! that place is kept until no link uses it: its programs go on writing to it meanwhile.
 
-use std::{collections::HashSet, fs, io, os::fd::AsFd};
+use std::{collections::HashSet, fs, io, os::fd::AsFd, path::Path};
 
 use super::{
     kernel,
@@ -69,6 +71,16 @@ pub(super) fn recover(layout: &Layout, sizes: &Sizes, steps: &mut Steps) -> Resu
         return Ok(true);
     }
     let maps: Vec<_> = waiting().collect();
+    for map in maps.iter().copied().filter(|map| map.is_written_by_programs()) {
+        steps.next()?;
+        match fs::hard_link(layout.map(map), layout.former(map)) {
+            // By an earlier process that died here, or before its links had moved.
+            Err(error) if error.kind() != io::ErrorKind::AlreadyExists => {
+                return Err(kernel(format!("keep map {map}"))(error));
+            }
+            _ => {}
+        }
+    }
     copy(layout, maps.iter().copied().filter(|map| map.is_written_by_programs()), sys::NOEXIST, steps)?;
     put_in_place(layout, &maps, steps)?;
     Ok(false)
@@ -186,25 +198,58 @@ pub(super) fn copy(
     flags: u64,
     steps: &mut Steps,
 ) -> Result<(), DataplaneError> {
+    for map in maps {
+        steps.next()?;
+        copy_one(layout, map, &layout.map(map), &layout.resized(map), flags)?;
+    }
+    Ok(())
+}
+
+fn copy_one(layout: &Layout, map: MapName, from: &Path, to: &Path, flags: u64) -> Result<(), DataplaneError> {
     use proxy_common::slot::{SlotV4, SlotV6};
-    fn slots<T: proxy_common::slot::Slot + aya::Pod>(from: &std::path::Path, to: &std::path::Path) -> io::Result<()> {
+    fn slots<T: proxy_common::slot::Slot + aya::Pod>(from: &Path, to: &Path) -> io::Result<()> {
         let from = maps::SlotArray::<T>::new(sys::open(from)?.as_fd(), false)?;
         maps::SlotArray::<T>::new(sys::open(to)?.as_fd(), true)?.copy_from(&from);
         Ok(())
     }
+    let copied = match map {
+        MapName::SlotsV4 => slots::<SlotV4>(from, to),
+        MapName::SlotsV6 => slots::<SlotV6>(from, to),
+        MapName::ServiceCounters => counted(layout).and_then(|ids| {
+            let is_counted = |key: &[u8]| key.try_into().is_ok_and(|id| ids.contains(&u32::from_ne_bytes(id)));
+            maps::copy_entries(map, from, to, flags, &is_counted)
+        }),
+        _ => maps::copy_entries(map, from, to, flags, &|_| true),
+    };
+    copied.map_err(kernel(format!("copy map {map}")))
+}
+
+/// Maps of two changes ago that links may still use.
+pub(super) fn former(layout: &Layout) -> Vec<MapName> {
+    MapName::ALL.iter().copied().filter(|map| layout.former(*map).exists()).collect()
+}
+
+/// Brings what programs wrote to those to the newest maps there are.
+pub(super) fn copy_former(layout: &Layout, maps: &[MapName], steps: &mut Steps) -> Result<(), DataplaneError> {
+    for map in maps.iter().copied() {
+        steps.next()?;
+        let resized = layout.resized(map);
+        let to = if resized.exists() { resized } else { layout.map(map) };
+        copy_one(layout, map, &layout.former(map), &to, sys::NOEXIST)?;
+    }
+    Ok(())
+}
+
+/// Ends it: no link uses them any more.
+pub(super) fn forget_former(layout: &Layout, maps: &[MapName], steps: &mut Steps) -> Result<(), DataplaneError> {
     for map in maps {
         steps.next()?;
-        let (from, to) = (layout.map(map), layout.resized(map));
-        let copied = match map {
-            MapName::SlotsV4 => slots::<SlotV4>(&from, &to),
-            MapName::SlotsV6 => slots::<SlotV6>(&from, &to),
-            MapName::ServiceCounters => counted(layout).and_then(|ids| {
-                let is_counted = |key: &[u8]| key.try_into().is_ok_and(|id| ids.contains(&u32::from_ne_bytes(id)));
-                maps::copy_entries(map, &from, &to, flags, &is_counted)
-            }),
-            _ => maps::copy_entries(map, &from, &to, flags, &|_| true),
-        };
-        copied.map_err(kernel(format!("copy map {map}")))?;
+        match fs::remove_file(layout.former(*map)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(kernel(format!("former map {map}"))(error));
+            }
+            _ => {}
+        }
     }
     Ok(())
 }
