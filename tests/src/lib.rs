@@ -5,6 +5,7 @@
 //! - [`cases`] are the questions, each with the number of the contract that answers it.
 //! - [`apiserver`] is a real etcd and kube-apiserver.
 //! - [`conformance`] puts one table of cases to our dataplanes and to kube-proxy.
+//! - [`extent`] is how much the benchmarks measure.
 //! - [`feed`] is a made-up API server for more changes than a real one takes.
 //! - [`ahead`] goes first on a busy machine.
 //! - [`suite`] runs cases and counts what passed, failed and was skipped.
@@ -13,6 +14,7 @@ pub mod ahead;
 pub mod apiserver;
 pub mod cases;
 pub mod conformance;
+pub mod extent;
 pub mod feed;
 pub mod pod;
 pub mod suite;

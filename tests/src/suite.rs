@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Result;
 
-use crate::world::{Programs, World};
+use crate::world::{Programs, SocketLb, World, cleanup_on_signals};
 
 /// Outcome counts of one test binary. `cargo xtask test` reads what it prints.
 pub struct Suite {
@@ -28,6 +28,36 @@ impl Suite {
     pub fn new(name: &'static str) -> Self {
         let only = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
         Self { name, only, passed: 0, failed: Vec::new(), skipped: 0, started: Instant::now() }
+    }
+
+    /// A suite whose cases need worlds: for each shape of which any case is to run it makes one, and runs the cases in it.
+    pub fn in_worlds<S>(
+        name: &'static str,
+        shapes: impl IntoIterator<Item = (String, S)>,
+        prepare: impl Fn(Programs, &S) -> Result<World>,
+        cases: impl Fn(&mut Self, &str, &S, &mut World),
+    ) -> ExitCode {
+        let mut suite = Self::new(name);
+        let Some(programs) = suite.programs() else { return suite.finish() };
+        if let Err(error) = cleanup_on_signals().and_then(|()| World::sweep().map(drop)) {
+            suite.fail("preparation", &error);
+            return suite.finish();
+        }
+        for (group, shape) in shapes {
+            if !suite.wants_group(&group) {
+                continue;
+            }
+            match prepare(programs.clone(), &shape) {
+                Ok(mut world) => cases(&mut suite, &group, &shape, &mut world),
+                Err(error) => suite.fail(&group, &error),
+            }
+        }
+        suite.finish()
+    }
+
+    /// The shapes of suites that hold for pods translated at connect time and per packet alike.
+    pub fn both_ways(name: &str) -> [(String, SocketLb); 2] {
+        SocketLb::SERVING.map(|socket_lb| (format!("{name}/{}", socket_lb.name()), socket_lb))
     }
 
     /// Whether any of the cases called `<group>/…` may run: a world that nobody needs is not built.

@@ -15,8 +15,7 @@ use proxy_tests::{
     pod::{hold, socket::Transport},
     suite::Suite,
     world::{
-        AgentOptions, Ask, Client, Family, Place, Programs, SocketLb, Spec, Topology, World, cleanup_on_signals,
-        external, objects, vip,
+        AgentOptions, Ask, Client, Family, Place, Programs, SocketLb, Spec, Topology, World, external, objects, vip,
     },
 };
 use serde_json::Value;
@@ -25,46 +24,25 @@ const BACKENDS: [&str; 4] = ["b1", "c1", "b2", "c2"];
 const HOUR: u32 = 3600;
 
 fn main() -> ExitCode {
-    let mut suite = Suite::new("affinity");
-    let Some(programs) = suite.programs() else { return suite.finish() };
-    if let Err(error) = cleanup_on_signals().and_then(|()| World::sweep().map(drop)) {
-        suite.fail("preparation", &error);
-        return suite.finish();
-    }
-    for socket_lb in SocketLb::SERVING {
-        let group = format!("affinity/{}", socket_lb.name());
-        if !suite.wants_group(&group) {
-            continue;
-        }
-        let options = AgentOptions::new(socket_lb);
-        let mut world = match prepare(programs.clone(), &options) {
-            Ok(world) => world,
-            Err(error) => {
-                suite.fail(&group, &error);
-                continue;
-            }
-        };
-        let world = &mut world;
-        suite.case(&format!("{group}/A95 A100: one backend for every address of a port"), || shared(world));
-        suite.case(&format!("{group}/A97: ports of a Service are apart"), || ports(world));
-        suite.case(&format!("{group}/A96 A101: until nobody has connected for so long"), || expiry(world));
-        suite.case(&format!("{group}/A98: a backend that goes is forgotten"), || fail_over(world));
-        suite.case(&format!("{group}/A98 A100: a policy that takes the backend out goes first"), || policy(world));
-        suite.case(&format!("{group}/A99: on, off and on again"), || toggle(world));
-        suite.case(&format!("{group}/the command shows who is remembered"), || shown(world, socket_lb));
-        suite.case(&format!("{group}/A102: a restart forgets nobody"), || restart(world, &options));
-        suite.case(&format!("{group}/a new Service inherits nobody's clients"), || inherits_nothing(world, &options));
-    }
-    suite.finish()
+    Suite::in_worlds("affinity", Suite::both_ways("affinity"), prepare, cases)
 }
 
-fn prepare(programs: Programs, options: &AgentOptions) -> Result<World> {
-    let mut world = World::new(&Spec::two_nodes(Topology::Routed), programs)?;
-    for (node, zone) in world.nodes.iter().zip(["zone-a", "zone-b"]) {
-        world.write(&objects::node(&node.place, zone))?;
-    }
-    world.start_agents(options)?;
-    Ok(world)
+fn cases(suite: &mut Suite, group: &str, socket_lb: &SocketLb, world: &mut World) {
+    let options = AgentOptions::new(*socket_lb);
+    suite.case(&format!("{group}/A95 A100: one backend for every address of a port"), || shared(world));
+    suite.case(&format!("{group}/A97: ports of a Service are apart"), || ports(world));
+    suite.case(&format!("{group}/A96 A101: until nobody has connected for so long"), || expiry(world));
+    suite.case(&format!("{group}/A98: a backend that goes is forgotten"), || fail_over(world));
+    suite.case(&format!("{group}/A98 A100: a policy that takes the backend out goes first"), || policy(world));
+    suite.case(&format!("{group}/A99: on, off and on again"), || toggle(world));
+    suite.case(&format!("{group}/the command shows who is remembered"), || shown(world, *socket_lb));
+    suite.case(&format!("{group}/A102: a restart forgets nobody"), || restart(world, &options));
+    suite.case(&format!("{group}/a new Service inherits nobody's clients"), || inherits_nothing(world, &options));
+}
+
+fn prepare(programs: Programs, socket_lb: &SocketLb) -> Result<World> {
+    let spec = Spec::two_nodes(Topology::Routed);
+    World::serving(&spec, programs, &AgentOptions::new(*socket_lb), objects::nodes)
 }
 
 fn port(transport: Transport) -> u16 {

@@ -22,8 +22,7 @@ use proxy_tests::{
     },
     suite::Suite,
     world::{
-        AgentOptions, Ask, Client, Family, Place, Programs, SocketLb, Spec, Topology, World, cleanup_on_signals,
-        objects,
+        AgentOptions, Ask, Client, Family, Place, Programs, SocketLb, Spec, Topology, World, objects,
         pins::{Elements, Pinned, changed},
         trace::Call,
         vip,
@@ -37,60 +36,37 @@ const BLUE: &str = "blue";
 const STILL: &str = "still";
 
 fn main() -> ExitCode {
-    let mut suite = Suite::new("churn");
-    let Some(programs) = suite.programs() else { return suite.finish() };
-    if let Err(error) = cleanup_on_signals().and_then(|()| World::sweep().map(drop)) {
-        suite.fail("preparation", &error);
-        return suite.finish();
-    }
-    for socket_lb in SocketLb::SERVING {
-        let group = format!("churn/{}", socket_lb.name());
-        if !suite.wants_group(&group) {
-            continue;
-        }
-        let mut world = match prepare(programs.clone(), socket_lb) {
-            Ok(world) => world,
-            Err(error) => {
-                suite.fail(&group, &error);
-                continue;
-            }
-        };
-        suite.case(&format!("{group}/endpoints and Services come and go"), || lifecycle(&mut world));
-        suite.case(&format!("{group}/two Services claim one address, one claims a port twice: what is said"), || {
-            conflicts(&mut world)
-        });
-        suite.case(&format!("{group}/A45: connections outlive their endpoint's removal"), || {
-            removed_endpoint(&mut world)
-        });
-        let options = AgentOptions::new(socket_lb);
-        suite.case(
-            &format!("{group}/1000 connections, new ones over TCP and UDP, 100 changes a second, each in force"),
-            || endpoint_churn(&mut world, &options),
-        );
-        suite.case(&format!("{group}/A135: killed and started again under traffic"), || killed(&mut world, &options));
-        suite
-            .case(&format!("{group}/a restart without a change writes nothing"), || idle_restart(&mut world, &options));
-        suite.case(&format!("{group}/what changed while no agent ran"), || changed_meanwhile(&mut world, &options));
-    }
-    suite.finish()
+    Suite::in_worlds("churn", Suite::both_ways("churn"), prepare, cases)
 }
 
-fn prepare(programs: Programs, socket_lb: SocketLb) -> Result<World> {
+fn cases(suite: &mut Suite, group: &str, socket_lb: &SocketLb, world: &mut World) {
+    let options = AgentOptions::new(*socket_lb);
+    suite.case(&format!("{group}/endpoints and Services come and go"), || lifecycle(world));
+    suite.case(&format!("{group}/two Services claim one address, one claims a port twice: what is said"), || {
+        conflicts(world)
+    });
+    suite.case(&format!("{group}/A45: connections outlive their endpoint's removal"), || removed_endpoint(world));
+    suite.case(
+        &format!("{group}/1000 connections, new ones over TCP and UDP, 100 changes a second, each in force"),
+        || endpoint_churn(world, &options),
+    );
+    suite.case(&format!("{group}/A135: killed and started again under traffic"), || killed(world, &options));
+    suite.case(&format!("{group}/a restart without a change writes nothing"), || idle_restart(world, &options));
+    suite.case(&format!("{group}/what changed while no agent ran"), || changed_meanwhile(world, &options));
+}
+
+fn prepare(programs: Programs, socket_lb: &SocketLb) -> Result<World> {
     let pods = [["client", "r1", "r2", "b1"], ["r3", "r4", "b2", "b3"]];
     let nodes = pods.iter().map(|names| names.iter().map(|&name| name.to_owned()).collect()).collect();
-    let mut world = World::new(&Spec { nodes, ..Spec::two_nodes(Topology::Routed) }, programs)?;
-    for (node, zone) in world.nodes.iter().zip(["zone-a", "zone-b"]) {
-        world.write(&objects::node(&node.place, zone))?;
-    }
-    for name in [RED, BLUE] {
-        world.write(&service(name, number(name)))?;
-    }
-    world.write(&service(STILL, 63))?;
-    write_endpoints(&world, STILL, &[world.pod("b1"), world.pod("b2")])?;
-    write_endpoints(&world, RED, &reds(&world))?;
-    write_endpoints(&world, BLUE, &blues(&world))?;
-    world.start_agents(&AgentOptions::new(socket_lb))?;
-    Ok(world)
+    let spec = Spec { nodes, ..Spec::two_nodes(Topology::Routed) };
+    World::serving(&spec, programs, &AgentOptions::new(*socket_lb), |world| {
+        let services =
+            [(RED, number(RED)), (BLUE, number(BLUE)), (STILL, 63)].map(|(name, number)| service(name, number));
+        let still = [world.pod("b1"), world.pod("b2")].to_vec();
+        let places = [(RED, reds(world)), (BLUE, blues(world)), (STILL, still)];
+        let slices = places.iter().flat_map(|(name, places)| Family::BOTH.map(|family| slice(name, family, places)));
+        objects::nodes(world).into_iter().chain(services).chain(slices).collect()
+    })
 }
 
 /// Both Services with all their endpoints, whatever the case before left.
@@ -611,9 +587,7 @@ fn endpoint_churn(world: &mut World, options: &AgentOptions) -> Result<()> {
     const HUNDREDS: usize = 10;
     all_in_force(world)?;
     let feed = Feed::default();
-    for (node, zone) in world.nodes.iter().zip(["zone-a", "zone-b"]) {
-        feed.set(&objects::node(&node.place, zone))?;
-    }
+    objects::nodes(world).iter().try_for_each(|node| feed.set(node))?;
     for name in [RED, BLUE] {
         feed.set(&service(name, number(name)))?;
         for family in Family::BOTH {

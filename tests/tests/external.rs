@@ -2,47 +2,25 @@
 
 use std::process::ExitCode;
 
-use anyhow::Result;
 use proxy_tests::{
     cases::{Ground, external},
     suite::Suite,
-    world::{AgentOptions, Programs, SocketLb, Spec, Topology, World, cleanup_on_signals},
+    world::{AgentOptions, SocketLb, Spec, Topology, World},
 };
 
 fn main() -> ExitCode {
-    let mut suite = Suite::new("external");
-    let Some(programs) = suite.programs() else { return suite.finish() };
-    if let Err(error) = cleanup_on_signals().and_then(|()| World::sweep().map(drop)) {
-        suite.fail("preparation", &error);
-        return suite.finish();
-    }
-    let worlds = [
+    let shapes = [
         (Topology::Routed, SocketLb::All),
         (Topology::Routed, SocketLb::Node),
         // With the kernel's own connection tracking and masquerading beside ours.
         (Topology::Vxlan, SocketLb::Node),
     ];
-    for (topology, socket_lb) in worlds {
-        let group = format!("{}/{}", topology.name(), socket_lb.name());
-        if !suite.wants_group(&group) {
-            continue;
-        }
-        match prepare(&Spec { rp_filter: true, ..Spec::two_nodes(topology) }, programs.clone(), socket_lb) {
-            Ok(world) => {
-                external::all(&mut suite, &group, &Ground { world: &world, socket_lb, large_segments: true });
-            }
-            Err(error) => suite.fail(&group, &error),
-        }
-    }
-    suite.finish()
-}
-
-fn prepare(spec: &Spec, programs: Programs, socket_lb: SocketLb) -> Result<World> {
-    let mut world = World::new(spec, programs)?;
-    for object in external::objects(&world) {
-        world.write(&object)?;
-    }
-    world.start_agents(&AgentOptions::new(socket_lb))?;
-    world.settle()?;
-    Ok(world)
+    let shapes = shapes.map(|shape| (format!("{}/{}", shape.0.name(), shape.1.name()), shape));
+    let prepare = |programs, (topology, socket_lb): &_| {
+        let spec = Spec { rp_filter: true, ..Spec::two_nodes(*topology) };
+        World::serving(&spec, programs, &AgentOptions::new(*socket_lb), external::objects)
+    };
+    Suite::in_worlds("external", shapes, prepare, |suite, group, (_, socket_lb), world| {
+        external::all(suite, group, &Ground { world, socket_lb: *socket_lb, large_segments: true });
+    })
 }

@@ -10,10 +10,7 @@ use proxy_tests::{
         talk::{self, Report},
     },
     suite::Suite,
-    world::{
-        AgentOptions, Client, Family, Place, Programs, SocketLb, Spec, Topology, World, cleanup_on_signals, objects,
-        vip,
-    },
+    world::{AgentOptions, Client, Family, Place, Programs, SocketLb, Spec, Topology, World, objects, vip},
 };
 use serde_json::{Value, json};
 
@@ -21,66 +18,26 @@ use serde_json::{Value, json};
 const WITHIN: u64 = 1_000;
 
 fn main() -> ExitCode {
-    let mut suite = Suite::new("hygiene");
-    let Some(programs) = suite.programs() else { return suite.finish() };
-    if let Err(error) = cleanup_on_signals().and_then(|()| World::sweep().map(drop)) {
-        suite.fail("preparation", &error);
-        return suite.finish();
-    }
-    unprivileged(&mut suite, &programs);
-    for socket_lb in SocketLb::SERVING {
-        let group = format!("hygiene/{}", socket_lb.name());
-        if !suite.wants_group(&group) {
-            continue;
-        }
-        let mut world = match prepare(programs.clone(), &AgentOptions::new(socket_lb)) {
-            Ok(world) => world,
-            Err(error) => {
-                suite.fail(&group, &error);
-                continue;
-            }
-        };
-        for (name, before, after) in MOVES {
-            suite.case(&format!("{group}/A108: {name}"), || moves(&mut world, before, after));
-        }
-        suite.case(&format!("{group}/A104: flows to whoever still serves stay"), || stays(&mut world));
-        suite.case(&format!("{group}/A104: a policy ends no flow"), || policy(&mut world));
-        suite.case(&format!("{group}/A106, F54: nobody serves any more, and somebody again"), || empties(&mut world));
-        suite.case(&format!("{group}/F54: the Service is deleted"), || deleted(&mut world));
-        suite.case(&format!("{group}/a socket that was connected to the backend itself is left alone"), || {
-            direct(&mut world)
-        });
-        let options = AgentOptions::new(socket_lb);
-        suite.case(&format!("{group}/what changed while no agent ran"), || meanwhile(&mut world, &options));
-        suite.case(&format!("{group}/A104: TCP is reset on demand, once its endpoint is deleted"), || {
-            resets(&mut world)
-        });
-        suite.case(&format!("{group}/A103: an idle socket is ended, and is none of those that are left"), || {
-            idle(&mut world)
-        });
-        suite.case(&format!("{group}/A103: at start with --socket-lb off, too"), || switched_off(&mut world));
-    }
-    suite.finish()
+    let unprivileged = [("hygiene/unprivileged".to_owned(), None)];
+    let shapes = Suite::both_ways("hygiene").map(|(group, socket_lb)| (group, Some(socket_lb)));
+    Suite::in_worlds("hygiene", unprivileged.into_iter().chain(shapes), prepare, cases)
 }
 
-/// With what the DaemonSet may do and no more: no namespace of a pod can be entered.
-fn unprivileged(suite: &mut Suite, programs: &Programs) {
-    let group = "hygiene/unprivileged";
-    if !suite.wants_group(group) {
-        return;
-    }
-    let options = shipped_capabilities()
-        .map(|capabilities| AgentOptions { capabilities: Some(capabilities), ..AgentOptions::new(SocketLb::All) });
-    let mut world = match options.and_then(|options| prepare(programs.clone(), &options)) {
-        Ok(world) => world,
-        Err(error) => return suite.fail(group, &error),
-    };
+fn cases(suite: &mut Suite, group: &str, socket_lb: &Option<SocketLb>, world: &mut World) {
     for (name, before, after) in MOVES {
-        suite.case(&format!("{group}/A108: {name}"), || moves(&mut world, before, after));
+        suite.case(&format!("{group}/A108: {name}"), || moves(world, before, after));
     }
-    suite.case(&format!("{group}/A103: an idle socket is ended, and is none of those that are left"), || {
-        idle(&mut world)
-    });
+    suite.case(&format!("{group}/A103: an idle socket is ended, and is none of those that are left"), || idle(world));
+    let Some(socket_lb) = socket_lb else { return };
+    suite.case(&format!("{group}/A104: flows to whoever still serves stay"), || stays(world));
+    suite.case(&format!("{group}/A104: a policy ends no flow"), || policy(world));
+    suite.case(&format!("{group}/A106, F54: nobody serves any more, and somebody again"), || empties(world));
+    suite.case(&format!("{group}/F54: the Service is deleted"), || deleted(world));
+    suite.case(&format!("{group}/a socket that was connected to the backend itself is left alone"), || direct(world));
+    let options = AgentOptions::new(*socket_lb);
+    suite.case(&format!("{group}/what changed while no agent ran"), || meanwhile(world, &options));
+    suite.case(&format!("{group}/A104: TCP is reset on demand, once its endpoint is deleted"), || resets(world));
+    suite.case(&format!("{group}/A103: at start with --socket-lb off, too"), || switched_off(world));
 }
 
 /// Of the DaemonSet's container, as setpriv(1) wants them: `+bpf,+perfmon`.
@@ -90,15 +47,16 @@ fn shipped_capabilities() -> Result<String> {
     Ok(list.split(", ").map(|name| format!("+{}", name.to_lowercase())).collect::<Vec<_>>().join(","))
 }
 
-fn prepare(programs: Programs, options: &AgentOptions) -> Result<World> {
+/// `None`: with what the DaemonSet may do and no more, so that no namespace of a pod can be entered.
+fn prepare(programs: Programs, socket_lb: &Option<SocketLb>) -> Result<World> {
     let pods = [["client", "s1", "s2"], ["s3", "s4", "s5"]];
     let nodes = pods.iter().map(|names| names.iter().map(|&name| name.to_owned()).collect()).collect();
-    let mut world = World::new(&Spec { nodes, ..Spec::two_nodes(Topology::Routed) }, programs)?;
-    for (node, zone) in world.nodes.iter().zip(["zone-a", "zone-b"]) {
-        world.write(&objects::node(&node.place, zone))?;
-    }
-    world.start_agents(options)?;
-    Ok(world)
+    let spec = Spec { nodes, ..Spec::two_nodes(Topology::Routed) };
+    let options = match socket_lb {
+        Some(socket_lb) => AgentOptions::new(*socket_lb),
+        None => AgentOptions { capabilities: Some(shipped_capabilities()?), ..AgentOptions::new(SocketLb::All) },
+    };
+    World::serving(&spec, programs, &options, objects::nodes)
 }
 
 /// An endpoint: its pod, and a word on its state.

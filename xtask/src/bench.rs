@@ -3,24 +3,11 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
+use proxy_tests::extent::Extent;
 
 use crate::{build, build_ebpf, command};
 
-#[derive(clap::Args)]
-pub struct Args {
-    /// Under a minute: few rounds, small rulesets, wide spread
-    #[arg(long, conflicts_with = "full")]
-    smoke: bool,
-    /// A quarter of an hour: what docs/bench.md quotes (the default)
-    #[arg(long)]
-    full: bool,
-    /// Only these (d1, d2, d3, d5, d6, d9, c3)
-    #[arg(long, value_delimiter = ',')]
-    only: Vec<String>,
-}
-
-pub fn run(args: Args) -> Result<ExitCode> {
-    let Args { smoke, full: _, only } = args;
+pub fn run(extent: &Extent) -> Result<ExitCode> {
     let object = build_ebpf::object()?;
     command::check(command::cargo().args([
         "build",
@@ -36,14 +23,9 @@ pub fn run(args: Args) -> Result<ExitCode> {
     let target = command::target_dir();
     let mut bench = command::as_root(target.join("release/bench"), "measuring in network namespaces")?;
     bench.env("PROXY_EBPF_OBJECT", &object).arg("--out").arg(target.join("bench"));
-    if smoke {
-        bench.arg("--smoke");
-    }
-    if only.is_empty() || only.iter().any(|id| id == "c3") {
+    bench.args(extent.options());
+    if extent.wants("c3") {
         bench.arg("--agent").arg(build::agent()?);
-    }
-    if !only.is_empty() {
-        bench.arg("--only").arg(only.join(","));
     }
     match bench.status()?.code() {
         // 1: a bar was missed. That is what measuring is for, and no failure of this command.

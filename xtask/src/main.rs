@@ -35,7 +35,7 @@ enum Verb {
     /// Formatting, clippy, docs, lint inheritance, licences
     Lint,
     /// Measure, and compare with a direct connection and with kube-proxy's kind of rules
-    Bench(bench::Args),
+    Bench(proxy_tests::extent::Extent),
     /// Render the manifests and check them
     Manifests(manifests::Args),
 }
@@ -48,7 +48,7 @@ fn main() -> ExitCode {
         Verb::Build => build::run(),
         Verb::BuildEbpf => build_ebpf::run(),
         Verb::Lint => lint::run(),
-        Verb::Bench(args) => bench::run(args),
+        Verb::Bench(args) => bench::run(&args),
         Verb::Manifests(args) => manifests::run(&args),
     };
     match outcome {

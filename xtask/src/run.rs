@@ -23,7 +23,6 @@ use proxy_tests::world::{
     AgentOptions, Programs, SocketLb, Spec, Topology, World, cleanup_on_signals, set_exit_status, wait_if_ending,
 };
 
-use self::expected::Protocol;
 use crate::{build, command, setup};
 
 #[derive(clap::Args)]
@@ -295,11 +294,11 @@ fn what_next(world: &World, source: &Path, plan: &expected::Plan) -> String {
     let kinds = [("ClusterIP", "ask as a pod"), ("NodePort", "ask from outside"), ("LoadBalancer", "ask from outside")];
     for (kind, what) in kinds {
         let fits = |f: &&expected::Frontend| {
-            f.kind == kind && f.protocol != Protocol::Sctp && !f.all.is_empty() && !f.address.is_loopback()
+            f.kind == kind && f.protocol != "SCTP" && !f.all.is_empty() && !f.address.is_loopback()
         };
         let Some(frontend) = plan.frontends.iter().find(fits) else { continue };
         let at = SocketAddr::new(frontend.address, frontend.port);
-        let transport = if frontend.protocol == Protocol::Udp { " --transport udp" } else { "" };
+        let transport = if frontend.protocol == "UDP" { " --transport udp" } else { "" };
         let probe = format!("{testpod} probe {at}{transport} --count 4");
         let place = if kind == "ClusterIP" { world.pod("client") } else { world.outside() };
         line(what, &place.by_hand(&probe));

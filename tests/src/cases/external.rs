@@ -143,8 +143,7 @@ impl Ext {
 
 /// Nodes, Services and slices.
 pub fn objects(world: &World) -> Vec<Value> {
-    let nodes = world.nodes.iter().zip(["zone-a", "zone-b"]).map(|(node, zone)| objects::node(&node.place, zone));
-    nodes.chain(Ext::ALL.iter().flat_map(|ext| ext.objects(world))).collect()
+    objects::nodes(world).into_iter().chain(Ext::ALL.iter().flat_map(|ext| ext.objects(world))).collect()
 }
 
 const CASES: [Case; 16] = [
@@ -168,17 +167,7 @@ const CASES: [Case; 16] = [
 
 /// Every case, under names that begin with `group`.
 pub fn all(suite: &mut Suite, group: &str, ground: &Ground<'_>) {
-    for (name, case) in CASES {
-        suite.case(&format!("{group}/{name}"), || {
-            ground.world.leaks()?;
-            case(ground)?;
-            let leaks = ground.world.leaks()?;
-            ensure!(leaks.is_empty(), "packets for Services went to the default route: {leaks:?}");
-            let bad = ground.world.bad_checksums()?;
-            ensure!(bad.is_empty(), "wrong checksums: {bad:?}");
-            Ok(())
-        });
-    }
+    super::each(suite, group, ground, CASES);
 }
 
 /// Asks often; exactly these must answer, each having seen one of `sources`.

@@ -79,7 +79,11 @@ pub fn all(suite: &mut Suite, group: &str, ground: &Ground<'_>) {
     let node = if ground.socket_lb == SocketLb::Off { NODE_UNSERVED } else { NODE };
     let everything = ground.socket_lb != SocketLb::Off && ground.world.topology != Topology::Tun;
     let further = FURTHER.into_iter().filter(|_| everything);
-    for (name, case) in [node].into_iter().chain(EVERYWHERE).chain(further) {
+    each(suite, group, ground, [node].into_iter().chain(EVERYWHERE).chain(further));
+}
+
+fn each(suite: &mut Suite, group: &str, ground: &Ground<'_>, cases: impl IntoIterator<Item = Case>) {
+    for (name, case) in cases {
         suite.case(&format!("{group}/{name}"), || {
             ground.world.leaks()?;
             case(ground)?;

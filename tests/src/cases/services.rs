@@ -133,6 +133,5 @@ impl Svc {
 
 /// Nodes (node1 in zone-a, node2 in zone-b), Services and slices for a world of two nodes.
 pub fn objects(world: &World) -> Vec<Value> {
-    let nodes = world.nodes.iter().zip(["zone-a", "zone-b"]).map(|(node, zone)| objects::node(&node.place, zone));
-    nodes.chain(Svc::ALL.iter().flat_map(|svc| svc.objects(world))).collect()
+    objects::nodes(world).into_iter().chain(Svc::ALL.iter().flat_map(|svc| svc.objects(world))).collect()
 }

@@ -67,9 +67,7 @@ impl Lab {
         let server = ApiServer::start(servers, seat)?;
         let dir = world.objects_dir();
         let lab = Self { proxies: Vec::new(), server, world, kube_proxy, dir, markers: 0, subject: None };
-        let nodes =
-            lab.world.nodes.iter().zip(["zone-a", "zone-b"]).map(|(node, zone)| objects::node(&node.place, zone));
-        lab.apply(&nodes.collect::<Vec<_>>())?;
+        lab.apply(&objects::nodes(&lab.world))?;
         Ok(lab)
     }
 

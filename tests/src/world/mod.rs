@@ -181,6 +181,20 @@ impl World {
         cgroup::root().err().map(|error| format!("{error:#}"))
     }
 
+    /// A world in which agents serve the objects that are made for it.
+    pub fn serving(
+        spec: &Spec,
+        programs: Programs,
+        options: &AgentOptions,
+        objects: impl FnOnce(&Self) -> Vec<serde_json::Value>,
+    ) -> Result<Self> {
+        let mut world = Self::new(spec, programs)?;
+        objects(&world).iter().try_for_each(|object| world.write(object))?;
+        world.start_agents(options)?;
+        world.settle()?;
+        Ok(world)
+    }
+
     /// Builds namespaces, cgroups and links, and starts a server in every pod and on every node. No agent runs yet.
     pub fn new(spec: &Spec, programs: Programs) -> Result<Self> {
         if spec.nodes.is_empty() || spec.nodes.len() > 9 || spec.nodes.iter().any(|pods| pods.len() > 200) {

@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result};
 use serde_json::{Value, json};
 
-use super::{Family, Place};
+use super::{Family, Place, World};
 
 /// A Service in the namespace `default`.
 pub fn service(name: &str) -> Service {
@@ -228,6 +228,11 @@ impl Slice {
             "endpoints": endpoints,
         })
     }
+}
+
+/// Every node of a world, each in a zone of its own.
+pub fn nodes(world: &World) -> Vec<Value> {
+    world.nodes.iter().zip(["zone-a", "zone-b"]).map(|(at, zone)| node(&at.place, zone)).collect()
 }
 
 /// A Node object, in the zone given.

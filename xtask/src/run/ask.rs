@@ -14,7 +14,7 @@ use proxy_tests::{
 };
 use serde::Serialize;
 
-use super::expected::{Action, Frontend, Plan, Protocol};
+use super::expected::{Frontend, Plan};
 
 /// The JSON of `run -o json`.
 #[derive(Debug, Serialize)]
@@ -38,7 +38,7 @@ pub struct Asked {
     pub kind: String,
     pub address: String,
     pub port: u16,
-    pub protocol: Protocol,
+    pub protocol: String,
     /// Who asked: `pod`, `node` or `outside`.
     pub from: &'static str,
     pub expected: Expected,
@@ -89,11 +89,11 @@ pub fn all(world: &World, plan: &Plan, node_is_served: bool, tries: u32) -> Resu
     let origins = [("pod", world.pod("client")), ("node", &world.node(1).place), ("outside", world.outside())];
     let mut asked = Vec::new();
     for frontend in frontends {
-        let transport = match frontend.protocol {
-            Protocol::Tcp => Transport::Tcp,
-            Protocol::Udp => Transport::Udp,
-            Protocol::Sctp => {
-                problems.push(format!("{}: nobody here can ask over SCTP", frontend.service));
+        let transport = match frontend.protocol.as_str() {
+            "TCP" => Transport::Tcp,
+            "UDP" => Transport::Udp,
+            other => {
+                problems.push(format!("{}: nobody here can ask over {other}", frontend.service));
                 continue;
             }
         };
@@ -125,14 +125,14 @@ fn expect(world: &World, frontend: &Frontend, from: &str, place: &Place) -> Expe
         _ => &verdicts.external,
     };
     let own: IpAddr = if address.is_ipv4() { place.v4.into() } else { place.v6.into() };
-    let backends = match verdict.action {
+    let backends = match verdict.action.as_str() {
         // What the node itself sends is decided by its verdict.
-        Action::PickAll | Action::PickLocal if from != "node" && frontend.shuts_out(own) => return Expected::Dropped,
-        Action::PickAll => all,
-        Action::PickLocal => local,
-        Action::Drop => return Expected::Dropped,
-        // Where it is passed on nobody listens.
-        Action::Reject | Action::Pass => return Expected::Refused,
+        "pick-all" | "pick-local" if from != "node" && frontend.shuts_out(own) => return Expected::Dropped,
+        "pick-all" => all,
+        "pick-local" => local,
+        "drop" => return Expected::Dropped,
+        // `reject`; and where it is passed on nobody listens.
+        _ => return Expected::Refused,
     };
     let name = |backend: &SocketAddr| {
         at(world, backend.ip()).map_or_else(|| backend.ip().to_string(), |place| place.name.clone())
@@ -195,7 +195,7 @@ fn one(
         kind: frontend.kind.clone(),
         address: frontend.address.to_string(),
         port: frontend.port,
-        protocol: frontend.protocol,
+        protocol: frontend.protocol.clone(),
         from,
         expected,
         tries,
@@ -238,7 +238,7 @@ impl Report {
                 format!(
                     "{}/{}",
                     SocketAddr::new(asked.address.parse().unwrap_or([0; 4].into()), asked.port),
-                    asked.protocol.name()
+                    asked.protocol
                 ),
                 asked.from.to_owned(),
                 shares.chain(errors).collect::<Vec<_>>().join(", "),

@@ -10,7 +10,7 @@ use std::{
 
 use anyhow::{Context as _, Result};
 use ipnet::IpNet;
-use serde::{Deserialize, Serialize};
+use serde::Deserialize;
 
 use crate::command;
 
@@ -30,7 +30,8 @@ pub struct Frontend {
     pub kind: String,
     pub address: IpAddr,
     pub port: u16,
-    pub protocol: Protocol,
+    /// `TCP`, `UDP` or `SCTP`.
+    pub protocol: String,
     /// `address:port` of each backend.
     pub all: Vec<SocketAddr>,
     pub local: Vec<SocketAddr>,
@@ -38,24 +39,6 @@ pub struct Frontend {
     pub algorithm: String,
     pub affinity_secs: Option<u32>,
     pub source_ranges: Option<Vec<IpNet>>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "UPPERCASE")]
-pub enum Protocol {
-    Tcp,
-    Udp,
-    Sctp,
-}
-
-impl Protocol {
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Tcp => "TCP",
-            Self::Udp => "UDP",
-            Self::Sctp => "SCTP",
-        }
-    }
 }
 
 #[derive(Clone, Debug, Deserialize)]
@@ -67,17 +50,8 @@ pub struct Verdicts {
 
 #[derive(Clone, Debug, Deserialize)]
 pub struct Verdict {
-    pub action: Action,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum Action {
-    PickAll,
-    PickLocal,
-    Drop,
-    Reject,
-    Pass,
+    /// `pick-all`, `pick-local`, `drop`, `reject` or `pass`.
+    pub action: String,
 }
 
 /// What an agent with these options would put in force on `node`, which has `addresses`.

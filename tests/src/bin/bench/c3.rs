@@ -16,7 +16,6 @@ use std::{
 use anyhow::{Context as _, Result, bail};
 use aya::maps::{HashMap, Map, MapData};
 use nix::{
-    libc,
     sched::{CpuSet, sched_getaffinity, sched_setaffinity},
     unistd::Pid,
 };

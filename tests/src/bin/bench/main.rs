@@ -44,21 +44,15 @@ use nix::{
     unistd::Pid,
 };
 
+use proxy_tests::extent::Extent;
 use report::Report;
 use world::Cgroups;
 
 #[derive(Parser, Clone)]
 #[command(about = "Benchmarks of the datapath and of the control plane")]
 struct Args {
-    /// Under a minute: few rounds, small rulesets, wide spread
-    #[arg(long, conflicts_with = "full")]
-    smoke: bool,
-    /// A quarter of an hour: what docs/bench.md quotes (the default)
-    #[arg(long)]
-    full: bool,
-    /// Only these (d1, d2, d3, d5, d6, d9, c3)
-    #[arg(long, value_delimiter = ',')]
-    only: Vec<String>,
+    #[command(flatten)]
+    extent: Extent,
     /// Where the JSON and the table go
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
@@ -159,10 +153,11 @@ fn measure(args: &Args, cgroup: &Path) -> Result<ExitCode> {
     SigSet::all().thread_unblock()?;
     // Dies with the supervisor, and the namespaces' holders with it.
     nix::sys::prctl::set_pdeathsig(Signal::SIGTERM)?;
-    let scale = if args.smoke { SMOKE } else { FULL };
-    let wants = |id: &str| args.only.is_empty() || args.only.iter().any(|only| only == id);
+    let Extent { smoke, .. } = args.extent;
+    let scale = if smoke { SMOKE } else { FULL };
+    let wants = |id: &str| args.extent.wants(id);
     let cgroups = Cgroups::new(cgroup);
-    let mut report = Report::new(if args.smoke { "smoke" } else { "full" });
+    let mut report = Report::new(if smoke { "smoke" } else { "full" });
 
     if wants("d1") {
         connect_cost::measure(&scale, &cgroups, &mut report).context("D1")?;
