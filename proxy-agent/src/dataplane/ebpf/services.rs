@@ -35,7 +35,9 @@ pub(crate) struct Services {
     idle: BTreeSet<u32>,
     /// Ids whose name is not in the kernel, or not as it should be.
     unnamed: BTreeSet<u32>,
-    /// Rested, but what the kernel remembers under them is still to be forgotten.
+    /// Ids under which the kernel may remember clients.
+    sticky: BTreeSet<u32>,
+    /// Those of them that have rested: what is remembered under them is still to be forgotten.
     rested: BTreeSet<u32>,
     /// Used before, and free again.
     free: BTreeSet<u32>,
@@ -60,6 +62,7 @@ impl Services {
             by_id: BTreeMap::new(),
             idle: BTreeSet::new(),
             unnamed: BTreeSet::new(),
+            sticky: BTreeSet::new(),
             rested: BTreeSet::new(),
             free: BTreeSet::new(),
             resting: VecDeque::new(),
@@ -115,8 +118,20 @@ impl Services {
         let highest = self.by_id.keys().next_back().copied().into_iter().chain(also).max().unwrap_or(0).min(MAX_ID);
         self.next = self.next.max(highest + 1);
         for id in (1..=highest).filter(|id| !self.by_id.contains_key(id)) {
+            // What it was used for is not known.
+            self.sticky.insert(id);
             self.resting.push_back((now + self.rest, id));
         }
+    }
+
+    /// From now on the kernel may remember clients of `id`.
+    pub(crate) fn remembers(&mut self, id: u32) {
+        self.sticky.insert(id);
+    }
+
+    /// Whether the kernel may remember anybody.
+    pub(crate) fn remember_somebody(&self) -> bool {
+        !self.sticky.is_empty()
     }
 
     /// One more frontend carries `id`.
@@ -166,7 +181,8 @@ impl Services {
                 return Some(until - now);
             }
             self.resting.pop_front();
-            self.rested.insert(id);
+            let ids = if self.sticky.contains(&id) { &mut self.rested } else { &mut self.free };
+            ids.insert(id);
         }
         None
     }
@@ -178,6 +194,7 @@ impl Services {
 
     /// Nothing is remembered any more under ids that nobody carries.
     pub(crate) fn free_rested(&mut self) {
+        self.sticky.retain(|id| !self.rested.contains(id));
         self.free.append(&mut self.rested);
     }
 
@@ -211,15 +228,20 @@ mod tests {
         assert_eq!(services.acquire(&name("a/a")), Acquired::Known(1));
         services.lost_name(1);
         assert_eq!(services.acquire(&name("a/a")), Acquired::Unnamed(1));
+        services.remembers(1);
         services.reap(1, now);
-        assert_eq!(services.acquire(&name("a/c")), Acquired::Unnamed(3), "1 rests");
+        services.reap(2, now);
+        assert_eq!(services.acquire(&name("a/c")), Acquired::Unnamed(3), "both rest");
         services.settle(now + REST);
+        assert_eq!(services.acquire(&name("a/f")), Acquired::Unnamed(2), "it never had clients to remember");
+        assert!(services.waits() && services.remember_somebody());
         assert_eq!(
             services.acquire(&name("a/e")),
             Acquired::Unnamed(4),
             "what is remembered of its clients is still there"
         );
         services.free_rested();
+        assert!(!services.waits() && !services.remember_somebody());
         assert_eq!(services.acquire(&name("a/d")), Acquired::Unnamed(1));
         assert_eq!(
             services.acquire(&Name { protocol: Protocol::Udp, ..name("a/d") }),

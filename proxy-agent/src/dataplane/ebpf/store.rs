@@ -97,6 +97,8 @@ pub(crate) mod memory {
         pub(crate) source_capacity: Option<usize>,
         /// Clients: service and second of the last connection.
         pub(crate) affinity: Vec<(u32, u32)>,
+        /// How often those were gone through.
+        pub(crate) walks: u32,
         pub(crate) names: BTreeMap<u32, ServiceName>,
         pub(crate) name_capacity: Option<usize>,
         devices: BTreeMap<u32, DeviceValue>,
@@ -278,6 +280,7 @@ pub(crate) mod memory {
         }
 
         fn prune_affinity(&mut self, is_over: &dyn Fn(u32, u32) -> bool) -> Result<usize> {
+            self.walks += 1;
             self.affinity.retain(|(service, seen)| !is_over(*service, *seen));
             Ok(self.affinity.len())
         }

@@ -277,6 +277,9 @@ impl<S: Store> Table<S> {
                 id
             }
         };
+        if spec.affinity_secs.is_some() {
+            services.remembers(service);
+        }
         half.prepare(store, Asked { key, spec, service }, now)
     }
 
@@ -339,6 +342,9 @@ impl<S: Store> Table<S> {
         let strays4 = v4.adopt(store, services, &names, rest, now)?;
         let strays6 = v6.adopt(store, services, &names, rest, now)?;
         services.adopted(names.keys().copied().filter(|id| *id < MAX_ID), now);
+        for value in v4.shadow.values().chain(v6.shadow.values()).filter(|value| value.affinity_secs != 0) {
+            services.remembers(value.service);
+        }
         let known: HashSet<u32> = services.iter().map(|(id, _)| id).collect();
         // The highest ids may be given again at once, if nothing tells that they were in use: who took one over would inherit its clients.
         store.prune_affinity(&|id, _| !known.contains(&id))?;
@@ -407,10 +413,10 @@ impl<S: Store> Table<S> {
         next.into_iter().chain([self.prune_affinity(now, clock)]).flatten().min()
     }
 
-    /// Forgets the clients whose time is over, and those of services without affinity. Ids that have rested come back only then: a Service
-    /// that gets one inherits nobody's clients.
+    /// Forgets the clients whose time is over, and those of services without affinity. Ids of those that had it come back only then: a Service
+    /// that gets one inherits nobody's clients. Where no Service has affinity, changes do not wait for a walk over maps that are empty.
     fn prune_affinity(&mut self, now: Duration, clock: u32) -> Option<Duration> {
-        if !self.adopted {
+        if !self.adopted || !self.services.remember_somebody() {
             return None;
         }
         let waiting = self.services.waits();

@@ -23,6 +23,33 @@ fn clients_are_forgotten_with_their_time_and_their_service() {
     assert_eq!(table.store().names.keys().collect::<Vec<_>>(), [&1]);
 }
 
+#[test]
+fn where_nobody_is_remembered_nobody_is_looked_for() {
+    let state = desired(&example().0);
+    let mut table = fresh();
+    table.resync(&state, NOW);
+    let walks = |table: &Table<Memory>| table.store().walks;
+    let before = walks(&table);
+    table.resync(&DesiredState::default(), NOW);
+    table.tick(NOW + REST, 1000);
+    table.tick(NOW + REST + PRUNE_EVERY, 1000);
+    assert_eq!(walks(&table), before);
+    table.resync(&state, NOW + REST);
+    assert!(table.store().names.contains_key(&1), "their ids come back");
+
+    // Only those without affinity now, but one had it once.
+    let mut sticky = state.clone();
+    let (_, spec) = sticky.frontends.iter_mut().next().unwrap();
+    *spec = Arc::new(FrontendSpec { affinity_secs: Some(100), ..(**spec).clone() });
+    table.resync(&sticky, NOW + REST);
+    table.resync(&state, NOW + REST);
+    table.resync(&DesiredState::default(), NOW + REST);
+    table.tick(NOW + REST + REST, 1000);
+    assert_eq!(walks(&table), before + 1);
+    table.tick(NOW + REST + REST + PRUNE_EVERY, 1000);
+    assert_eq!(walks(&table), before + 1);
+}
+
 /// An id that was freed just before the agent ended leaves no trace but its clients.
 #[test]
 fn clients_outlive_a_restart_but_not_their_service() {
