@@ -10,6 +10,8 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
+
 use crate::model::address::NodePortAddresses;
 
 /// Where the pins are, unless told otherwise.
@@ -33,6 +35,16 @@ pub enum ConfigError {
         "{0:?} is no address range of the node; write it as a CIDR (192.0.2.0/24), several with commas between, or primary alone"
     )]
     NodePortAddresses(String),
+    #[error(
+        "{0:?} is no way to tell pods; the modes are ClusterCIDR, NodeCIDR, BridgeInterface and InterfaceNamePrefix"
+    )]
+    LocalMode(String),
+    #[error(
+        "{0:?} is no range of pod addresses; write it as a CIDR (10.244.0.0/16), or one of each family with a comma between"
+    )]
+    ClusterCidr(String),
+    #[error("--detect-local-mode {mode} tells pods by a name: give it with {option}")]
+    NoName { mode: &'static str, option: &'static str },
     #[error("{0:?} is no address to listen on; write it as ADDRESS:PORT, [ADDRESS]:PORT, ADDRESS, or leave it empty")]
     Bind(String),
 }
@@ -168,6 +180,42 @@ pub fn node_port_addresses(text: &str) -> Result<NodePortAddresses, ConfigError>
     }
 }
 
+/// How pods of this node are told, in kube-proxy's words (contract A72).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LocalMode {
+    ClusterCidr,
+    NodeCidr,
+    BridgeInterface,
+    InterfaceNamePrefix,
+}
+
+impl FromStr for LocalMode {
+    type Err = ConfigError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text {
+            "ClusterCIDR" => Ok(Self::ClusterCidr),
+            "NodeCIDR" => Ok(Self::NodeCidr),
+            "BridgeInterface" => Ok(Self::BridgeInterface),
+            "InterfaceNamePrefix" => Ok(Self::InterfaceNamePrefix),
+            other => Err(ConfigError::LocalMode(other.to_owned())),
+        }
+    }
+}
+
+/// `--cluster-cidr`: one range, or one of each family (contract A73). Empty: none.
+pub fn cluster_cidr(text: &str) -> Result<ClusterCidr, ConfigError> {
+    let error = || ConfigError::ClusterCidr(text.to_owned());
+    let parts = text.split(',').map(str::trim).filter(|part| !part.is_empty());
+    let cidrs: Vec<IpNet> = parts.map(|part| part.parse().map_err(|_| error())).collect::<Result<_, _>>()?;
+    let of_family = |v4: bool| cidrs.iter().filter(|cidr| cidr.addr().is_ipv4() == v4).count();
+    if of_family(true) > 1 || of_family(false) > 1 { Err(error()) } else { Ok(ClusterCidr(cidrs)) }
+}
+
+/// Addresses of the cluster's pods.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct ClusterCidr(pub Vec<IpNet>);
+
 /// An address to listen on, in kube-proxy's ways of writing it; empty: not at all.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Bind {
@@ -236,6 +284,18 @@ mod tests {
         assert_eq!(node_port_addresses("10.0.0.0/8, fd00::/8"), Ok(cidrs(&["10.0.0.0/8", "fd00::/8"])));
         for bad in ["10.0.0.1", "eth0", "primary,10.0.0.0/8", "10.0.0.0/33"] {
             assert!(node_port_addresses(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn ways_to_tell_pods() {
+        assert_eq!("NodeCIDR".parse(), Ok(LocalMode::NodeCidr));
+        assert!("nodecidr".parse::<LocalMode>().unwrap_err().to_string().contains("InterfaceNamePrefix"));
+        for (text, count) in [("", 0), ("10.244.0.0/16", 1), ("fd00::/56, 10.244.0.0/16", 2)] {
+            assert_eq!(cluster_cidr(text).map(|ClusterCidr(cidrs)| cidrs.len()), Ok(count), "{text}");
+        }
+        for bad in ["10.244.0.1", "10.244.0.0/16,10.245.0.0/16", "10.244.0.0/33", "eth0"] {
+            assert!(cluster_cidr(bad).is_err(), "{bad}");
         }
     }
 

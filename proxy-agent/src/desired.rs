@@ -146,6 +146,8 @@ pub struct Device {
     pub mac: Option<[u8; 6]>,
     /// Why XDP would do nothing or harm on it, whatever its driver can.
     pub without_xdp: Option<&'static str>,
+    /// What comes in there counts as coming from pods of this node, where that is told by devices (contract A72).
+    pub local: bool,
 }
 
 /// By interface index.
@@ -157,6 +159,8 @@ pub struct DesiredState {
     pub frontends: BTreeMap<Frontend, Arc<FrontendSpec>>,
     /// Addresses that are ours whatever the port: what no frontend claims there is refused (contract A48).
     pub guards: BTreeSet<IpAddr>,
+    /// Addresses that tell a pod of this node, where that is not told by devices (contract A72).
+    pub local_cidrs: BTreeSet<IpNet>,
 }
 
 /// A port of the node at which a load balancer asks how many endpoints of one Service are here (contract A111).
@@ -185,19 +189,21 @@ pub struct Changes {
     pub remove: BTreeSet<Frontend>,
     pub guard: BTreeSet<IpAddr>,
     pub unguard: BTreeSet<IpAddr>,
+    /// All of them, if they are other ones.
+    pub local_cidrs: Option<BTreeSet<IpNet>>,
 }
 
 impl Changes {
     pub fn is_empty(&self) -> bool {
-        let Self { set, remove, guard, unguard } = self;
-        set.is_empty() && remove.is_empty() && guard.is_empty() && unguard.is_empty()
+        let Self { set, remove, guard, unguard, local_cidrs } = self;
+        set.is_empty() && remove.is_empty() && guard.is_empty() && unguard.is_empty() && local_cidrs.is_none()
     }
 }
 
 impl DesiredState {
     /// What turns `self` into `to`.
     pub fn diff(&self, to: &Self) -> Changes {
-        let Self { frontends, guards } = self;
+        let Self { frontends, guards, local_cidrs } = self;
         Changes {
             set: to
                 .frontends
@@ -208,12 +214,16 @@ impl DesiredState {
             remove: frontends.keys().filter(|f| !to.frontends.contains_key(f)).copied().collect(),
             guard: to.guards.difference(guards).copied().collect(),
             unguard: guards.difference(&to.guards).copied().collect(),
+            local_cidrs: (*local_cidrs != to.local_cidrs).then(|| to.local_cidrs.clone()),
         }
     }
 
     /// Carries `changes` out on this value.
     pub fn apply(&mut self, changes: &Changes) {
-        let Changes { set, remove, guard, unguard } = changes;
+        let Changes { set, remove, guard, unguard, local_cidrs } = changes;
+        if let Some(local_cidrs) = local_cidrs {
+            self.local_cidrs.clone_from(local_cidrs);
+        }
         for frontend in remove {
             self.frontends.remove(frontend);
         }

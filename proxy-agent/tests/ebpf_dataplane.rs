@@ -178,6 +178,7 @@ fn device_list(devices: &[(u32, &str)]) -> Devices {
                 behind: false,
                 mac: None,
                 without_xdp: None,
+                local: true,
             };
             (*index, device)
         })

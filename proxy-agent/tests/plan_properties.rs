@@ -13,7 +13,7 @@ use proxy_agent::{
         address::NodePortAddresses,
         index::{Index, Touched},
     },
-    plan::{Defaults, Planner},
+    plan::{Defaults, DetectLocal, Planner},
 };
 
 /// The snapshot as events define it, without any cleverness.
@@ -55,14 +55,22 @@ impl Naive {
     }
 }
 
+fn detection() -> impl Strategy<Value = DetectLocal> {
+    prop_oneof![
+        2 => Just(DetectLocal::Device),
+        1 => Just(DetectLocal::Cidrs(["10.244.0.0/16".parse().unwrap()].into())),
+        1 => Just(DetectLocal::NodeCidrs),
+    ]
+}
+
 fn defaults() -> impl Strategy<Value = Defaults> {
     let which = prop_oneof![
         2 => Just(NodePortAddresses::All),
         1 => Just(NodePortAddresses::Primary),
         1 => Just(NodePortAddresses::Cidrs(vec!["192.0.2.0/29".parse().unwrap()])),
     ];
-    (which, any::<(bool, bool, bool, bool)>()).prop_map(
-        |(node_port_addresses, (masquerade_all, detect_local, localhost_node_ports, external_ips))| Defaults {
+    (which, detection(), any::<(bool, bool, bool)>()).prop_map(
+        |(node_port_addresses, detect_local, (masquerade_all, localhost_node_ports, external_ips))| Defaults {
             algorithm: Algorithm::Random,
             masquerade_all,
             detect_local,

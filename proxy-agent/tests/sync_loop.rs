@@ -373,6 +373,7 @@ async fn devices_are_followed_and_failures_tried_again() {
         behind: false,
         mac: None,
         without_xdp: None,
+        local: true,
     };
     world.devices.send_replace([(7, device("veth0")), (8, device("veth1"))].into());
     let status = world.wait("said", |status| status.failed_devices.contains_key("veth1")).await;
@@ -450,6 +451,7 @@ async fn whatever_call_hangs_livez_says_so() {
                     behind: false,
                     mac: None,
                     without_xdp: None,
+                    local: true,
                 };
                 world.devices.send_replace([(7, device)].into());
             }

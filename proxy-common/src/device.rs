@@ -16,6 +16,9 @@ pub mod role {
 pub mod flags {
     /// Packets may come here from another device's hook, translated already: a bridge whose pods' links have hooks of their own.
     pub const BEHIND: u8 = 1;
+    /// Local detection says the opposite of the role: what comes in by a pod's link is from outside, what comes in by another device is
+    /// from pods (contract A72).
+    pub const OTHERWISE: u8 = 2;
 }
 
 /// Value of the devices map; key: `u32` interface index. Written by the agent.

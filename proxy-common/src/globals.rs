@@ -20,6 +20,8 @@ pub const UDP_STREAM_SECS: &str = "UDP_STREAM_SECS";
 /// `u8`: connected UDP sockets of pods are translated at connect time; 0 where the agent could not destroy them once their
 /// backend is gone.
 pub const CONNECTED_UDP: &str = "CONNECTED_UDP";
+/// `u8`, [`detect_local`]: how packets of this node's pods are told from others.
+pub const DETECT_LOCAL: &str = "DETECT_LOCAL";
 /// `u8`: the kernel has `bpf_set_retval` (5.18); without it a refused connect gets EPERM.
 pub const HAVE_SET_RETVAL: &str = "HAVE_SET_RETVAL";
 /// `u8`: the kernel has `bpf_ktime_get_coarse_ns` (5.11); without it the exact clock is read.
@@ -28,6 +30,13 @@ pub const HAVE_COARSE_CLOCK: &str = "HAVE_COARSE_CLOCK";
 ///
 /// aya-log's own symbol. The object's default logs everything, so the loader always sets it.
 pub const LOG_LEVEL: &str = "AYA_LOG_LEVEL";
+
+pub mod detect_local {
+    /// By the device that they come in by.
+    pub const DEVICE: u8 = 0;
+    /// By their source address: `local_cidrs`.
+    pub const ADDRESS: u8 = 1;
+}
 
 pub mod socket_lb {
     /// Pods and the node's own processes.

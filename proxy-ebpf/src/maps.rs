@@ -15,6 +15,7 @@ use proxy_common::{
     counters::{Reason, ServiceCounters},
     device::{DeviceValue, XdpDevice},
     frontend::{FrontendKey, FrontendValue},
+    local_cidr::LocalCidrValue,
     slot::{Slot, SlotV4, SlotV6, Target},
     socket::{DatagramKey, DatagramValue, PeerRecord},
     source_range::{SourceRange, SourceRangeValue},
@@ -37,6 +38,7 @@ pub(crate) type Fragments<A> = LruHashMap<FragmentKey<A>, FragmentValue, 8_192>;
 pub(crate) type Peers<A> = SkStorage<PeerRecord<A>>;
 pub(crate) type Datagrams<A> = LruHashMap<DatagramKey<A>, DatagramValue<A>, 65_536>;
 pub(crate) type Affinity<A> = LruHashMap<AffinityKey, AffinityValue<A>, 65_536>;
+pub(crate) type LocalCidrs<A> = LpmTrie<A, LocalCidrValue, 256>;
 pub(crate) type SourceRanges<A> = LpmTrie<SourceRange<A>, SourceRangeValue, 65_536>;
 
 /// (address, port, protocol) → ranges, verdicts. Writer: agent. Full: that frontend is reported, others go on.
@@ -100,6 +102,12 @@ static AFFINITY_V6: Affinity<Ipv6Be> = Affinity::new();
 static SOURCE_RANGES_V4: SourceRanges<Ipv4Be> = SourceRanges::new();
 #[btf_map(name = "source_ranges_v6")]
 static SOURCE_RANGES_V6: SourceRanges<Ipv6Be> = SourceRanges::new();
+
+/// Prefix → that pods of this node may have its addresses. Writer: agent. Full: that is reported, and what has no room is outside.
+#[btf_map(name = "local_cidrs_v4")]
+static LOCAL_CIDRS_V4: LocalCidrs<Ipv4Be> = LocalCidrs::new();
+#[btf_map(name = "local_cidrs_v6")]
+static LOCAL_CIDRS_V6: LocalCidrs<Ipv6Be> = LocalCidrs::new();
 
 /// Interface index → role and masquerade source. Writer: agent.
 #[btf_map(name = "devices")]
@@ -207,11 +215,12 @@ pub(crate) trait Family: Address + Client<Self> {
     fn datagrams() -> &'static Datagrams<Self>;
     fn affinity() -> &'static Affinity<Self>;
     fn source_ranges() -> &'static SourceRanges<Self>;
+    fn local_cidrs() -> &'static LocalCidrs<Self>;
     fn work() -> &'static PerCpuArray<Work<Self>, 8>;
 }
 
 macro_rules! family {
-    ($addr:ty, $slot:ty, $shown:ty, $show:expr, $frontends:ident, $slots:ident, $established:ident, $answered:ident, $half_open:ident, $fragments:ident, $peers:ident, $datagrams:ident, $affinity:ident, $source_ranges:ident, $work:ident) => {
+    ($addr:ty, $slot:ty, $shown:ty, $show:expr, $frontends:ident, $slots:ident, $established:ident, $answered:ident, $half_open:ident, $fragments:ident, $peers:ident, $datagrams:ident, $affinity:ident, $source_ranges:ident, $local_cidrs:ident, $work:ident) => {
         impl Family for $addr {
             type Slot = $slot;
             type Shown = $shown;
@@ -261,6 +270,10 @@ macro_rules! family {
                 &$source_ranges
             }
             #[inline(always)]
+            fn local_cidrs() -> &'static LocalCidrs<Self> {
+                &$local_cidrs
+            }
+            #[inline(always)]
             fn work() -> &'static PerCpuArray<Work<Self>, 8> {
                 &$work
             }
@@ -283,6 +296,7 @@ family!(
     DATAGRAMS_V4,
     AFFINITY_V4,
     SOURCE_RANGES_V4,
+    LOCAL_CIDRS_V4,
     WORK_V4
 );
 family!(
@@ -300,5 +314,6 @@ family!(
     DATAGRAMS_V6,
     AFFINITY_V6,
     SOURCE_RANGES_V6,
+    LOCAL_CIDRS_V6,
     WORK_V6
 );

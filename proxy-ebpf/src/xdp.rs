@@ -29,7 +29,7 @@ use crate::{
     count, log,
     maps::{Packet, ROUTES, Work, XDP_DEVICES, kind},
     tc::{
-        ETH_P_IP, ETH_P_IPV6, ETHERNET, PICKED, PICKED_FILTERED, enter, masquerade, may_ask,
+        ETH_P_IP, ETH_P_IPV6, ETHERNET, PICKED, PICKED_FILTERED, enter, masquerade, may_ask, origin_of,
         packet::{Frame, Header, Ipv4Header, Ipv6Header, at, pair32, words},
         pick, reopens,
         rewrite::{address_diff, halves, ports_diff},
@@ -267,6 +267,10 @@ fn new_flow<A: Plain>(
     value: &mut ConnectionValue<A>,
 ) -> u32 {
     let Some(Work { key: pair_key, found, sticky, picked, .. }) = Room::Enter.work::<A>() else { return XDP_PASS };
+    // A pod by its address, of another node: its packets are few, and not from outside.
+    if origin_of(&packet.src, origin::EXTERNAL, 0) != origin::EXTERNAL {
+        return XDP_PASS;
+    }
     let outcome = pick::<A, false>(packet, origin::EXTERNAL, value, sticky);
     if outcome > PICKED_FILTERED || !may_ask(packet) {
         return XDP_PASS;

@@ -227,9 +227,15 @@ fn trouble(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
     let Report { unprogrammed, failed_guards, health_checks, problems, devices, failed_devices, without_xdp, .. } =
         report;
     let device = |device: &Device| {
-        let Device { index: _, name, role, source4, source6 } = device;
+        let Device { index: _, name, role, counts_as, source4, source6 } = device;
+        // Said where it is not what the role says.
+        let role = match (role.as_str(), counts_as.as_str()) {
+            ("pod", "outside") => "pod, counts as outside".to_owned(),
+            ("outward" | "overlay", "pod") => format!("{role}, counts as pods"),
+            _ => role.clone(),
+        };
         let sources = [source4.map(|a| a.to_string()), source6.map(|a| a.to_string())];
-        vec![name.clone(), role.clone(), sources.into_iter().flatten().collect::<Vec<_>>().join(" ")]
+        vec![name.clone(), role, sources.into_iter().flatten().collect::<Vec<_>>().join(" ")]
     };
     page.list("Devices", devices.iter().map(device).collect())?;
     let pairs = |map: &std::collections::BTreeMap<String, String>| {

@@ -102,7 +102,7 @@ impl State {
     }
 
     fn carry_out(&mut self, changes: &Changes, held: &BTreeSet<ServiceKey>) -> Report {
-        let Changes { mut set, mut remove, guard, mut unguard } = changes.clone();
+        let Changes { mut set, mut remove, guard, mut unguard, local_cidrs } = changes.clone();
         let mut report = Report::default();
         for (frontend, _) in self.desired.frontends.iter().filter(|(_, spec)| held.contains(&spec.service.service)) {
             if set.remove(frontend).is_some() || remove.remove(frontend) {
@@ -137,6 +137,14 @@ impl State {
                     Some(failure) => drop(report.failed_guards.insert(addr, failure)),
                     None => self.set_guard(addr, wanted),
                 }
+            }
+        }
+        if let Some(local_cidrs) = local_cidrs
+            && self.desired.local_cidrs != local_cidrs
+        {
+            match self.fault() {
+                Some(failure) => report.failed_local_cidrs = Some(failure),
+                None => self.desired.local_cidrs = local_cidrs,
             }
         }
         report.writes = self.writes - before;
@@ -207,12 +215,16 @@ impl Dataplane for Memory {
         let mut state = self.call("apply");
         let report = state.carry_out(changes, &self.held);
         drop(state);
-        let Report { failed, failed_guards, failed_devices: _, without_xdp: _, writes: _ } = &report;
+        let Report { failed, failed_guards, failed_devices: _, without_xdp: _, failed_local_cidrs, writes: _ } =
+            &report;
         let mut done = changes.clone();
         done.set.retain(|frontend, _| !failed.contains_key(frontend));
         done.remove.retain(|frontend| !failed.contains_key(frontend));
         done.guard.retain(|addr| !failed_guards.contains_key(addr));
         done.unguard.retain(|addr| !failed_guards.contains_key(addr));
+        if failed_local_cidrs.is_some() {
+            done.local_cidrs = None;
+        }
         self.believed.apply(&done);
         report
     }
@@ -237,7 +249,7 @@ impl Dataplane for Memory {
 
     fn observe(&mut self) -> Result<Drift, DataplaneError> {
         let state = self.entered("observe");
-        let Changes { set, remove, guard, unguard } = state.desired.diff(&self.believed);
+        let Changes { set, remove, guard, unguard, local_cidrs: _ } = state.desired.diff(&self.believed);
         let hooks = if state.active { Vec::new() } else { vec!["memory/hook".into()] };
         Ok(Drift {
             frontends: set.into_keys().chain(remove).collect(),

@@ -71,14 +71,16 @@ pub struct Report {
     pub failed_devices: BTreeMap<String, Failure>,
     /// Devices (by name) that XDP was asked for and that are served without, and why.
     pub without_xdp: BTreeMap<String, Failure>,
+    /// Why not all addresses that tell a pod are in force.
+    pub failed_local_cidrs: Option<Failure>,
     /// Kernel writes this apply made (0: nothing changed).
     pub writes: u64,
 }
 
 impl Report {
     pub fn is_clean(&self) -> bool {
-        let Self { failed, failed_guards, failed_devices, without_xdp: _, writes: _ } = self;
-        failed.is_empty() && failed_guards.is_empty() && failed_devices.is_empty()
+        let Self { failed, failed_guards, failed_devices, without_xdp: _, failed_local_cidrs, writes: _ } = self;
+        failed.is_empty() && failed_guards.is_empty() && failed_devices.is_empty() && failed_local_cidrs.is_none()
     }
 }
 

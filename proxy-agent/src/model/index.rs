@@ -203,11 +203,12 @@ impl Index {
         self.unknown_slices.retain(|key, _| !self.owners.contains_key(key));
     }
 
-    /// Only what planning reads touches anything: the node's name and zone (contract A41), and its addresses (A127).
+    /// Only what planning reads touches anything: the node's name and zone (contract A41), the networks of its pods (A72), and its
+    /// addresses (A127).
     fn set_node(&mut self, facts: NodeFacts, touched: &mut Touched) {
         self.heard.node = true;
         let known = &self.snapshot.node;
-        if known.name != facts.name || known.zone != facts.zone {
+        if known.name != facts.name || known.zone != facts.zone || known.pod_cidrs != facts.pod_cidrs {
             touched.services.extend(self.snapshot.services.keys().cloned());
         } else if known.internal_ips != facts.internal_ips {
             self.touch_askers(touched);

@@ -75,6 +75,18 @@ impl Pattern {
     }
 }
 
+/// Which devices' packets count as those of this node's pods (contract A72).
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum Detect {
+    /// Those of pods' links.
+    #[default]
+    Roles,
+    /// Those that come in by this bridge.
+    Bridge(String),
+    /// Those that come in by a device of such a name.
+    Prefix(String),
+}
+
 /// Excluded by no pattern, and matched by one if there are any that include.
 fn is_wanted(name: &str, patterns: &[Pattern]) -> bool {
     let matches = |p: &Pattern| glob(p.glob.as_bytes(), name.as_bytes());
@@ -115,6 +127,7 @@ struct World<'a> {
     links: &'a BTreeMap<u32, Link>,
     facts: &'a NodeFacts,
     patterns: &'a [Pattern],
+    detect: &'a Detect,
     /// Devices with another one on top of them as its ports.
     ports: BTreeMap<u32, Vec<&'a Link>>,
 }
@@ -141,6 +154,31 @@ impl World<'_> {
             && link.peer_elsewhere
             && !link.default_route
             && !self.has_node_address(link)
+    }
+
+    /// Whether what comes in there is from pods of this node. Ports of a bridge are the bridge, by whose name netfilter knows them; but for
+    /// an uplink, whose packets are from elsewhere whatever it is a port of.
+    fn is_local(&self, role: DeviceRole, link: &Link) -> bool {
+        let master = self.master(link).map(|(_, master)| master).filter(|master| master.kind == "bridge");
+        let by_bridge = master.filter(|_| role == DeviceRole::Pod);
+        match self.detect {
+            Detect::Roles => role == DeviceRole::Pod,
+            Detect::Bridge(name) => link.name == *name || by_bridge.is_some_and(|master| master.name == *name),
+            Detect::Prefix(prefix) => {
+                let named = |link: &Link| link.name.starts_with(prefix);
+                named(link) || by_bridge.is_some_and(named)
+            }
+        }
+    }
+
+    /// XDP takes everything that comes in for the outside's.
+    fn not_outside(&self, role: DeviceRole, link: &Link) -> Option<&'static str> {
+        (role != DeviceRole::Pod && self.is_local(role, link)).then_some("what comes in there counts as pods' traffic")
+    }
+
+    /// Said to be a pod's by its name, although nothing else tells: a tap of a virtual machine, a kind that is not known here.
+    fn is_named(&self, link: &Link) -> bool {
+        matches!(self.detect, Detect::Prefix(prefix) if link.name.starts_with(prefix)) && !self.has_node_address(link)
     }
 
     fn master<'b>(&'b self, link: &Link) -> Option<(u32, &'b Link)> {
@@ -194,6 +232,9 @@ impl World<'_> {
         // Its packets are its master's.
         if port && !joined {
             return None;
+        }
+        if self.is_named(link) && !link.default_route {
+            return Some(DeviceRole::Pod);
         }
         if TUNNELS.contains(&link.kind.as_str()) {
             return link.up.then_some(DeviceRole::Overlay);
@@ -253,7 +294,7 @@ fn fallback<T: Copy>(
 }
 
 /// Every device the programs belong on.
-pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, patterns: &[Pattern]) -> Devices {
+pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, patterns: &[Pattern], detect: &Detect) -> Devices {
     let node_ips = facts.internal_ips.as_slice();
     let mut ports: BTreeMap<u32, Vec<&Link>> = BTreeMap::new();
     for link in links.values() {
@@ -261,7 +302,7 @@ pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, patterns: &[Patt
             ports.entry(master).or_default().push(link);
         }
     }
-    let world = World { links, facts, patterns, ports };
+    let world = World { links, facts, patterns, detect, ports };
     let (fallback4, fallback6) = (fallback(links, node_ips, v4), fallback(links, node_ips, v6));
     let device = |(index, link): (&u32, &Link)| {
         let role = world.role(*index, link).filter(|_| is_wanted(&link.name, patterns))?;
@@ -275,7 +316,8 @@ pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, patterns: &[Patt
             netns: link.peer_netns.filter(|_| role == DeviceRole::Pod),
             behind: link.kind == "bridge" && world.has_hooked_pods(*index),
             mac: link.mac,
-            without_xdp: world.without_xdp(*index, link),
+            without_xdp: world.without_xdp(*index, link).or_else(|| world.not_outside(role, link)),
+            local: world.is_local(role, link),
             bridge: link.master.filter(|_| master.is_some_and(|master| master.kind == "bridge")),
         };
         Some((*index, device))
@@ -350,7 +392,10 @@ mod tests {
             ..Default::default()
         };
         let patterns: Vec<_> = patterns.iter().map(|p| Pattern::new(p)).collect();
-        let devices = classify(&links(lines), &facts, &patterns);
+        show(&classify(&links(lines), &facts, &patterns, &Detect::Roles))
+    }
+
+    fn show(devices: &Devices) -> String {
         let one = |d: &Device| {
             let l3 = if d.ethernet { "" } else { ":l3" };
             let source = d.source4.map(|s| s.to_string()).unwrap_or_else(|| "none".into());
@@ -358,6 +403,49 @@ mod tests {
             format!("{}:{:?}:{source}{l3}{behind}", d.name, d.role)
         };
         devices.values().map(one).collect::<Vec<_>>().join(" ")
+    }
+
+    /// A72: what counts as a pod's, by name. Roles are as ever, so that packets go the same ways.
+    #[test]
+    fn local_by_name() {
+        let lines = [
+            "eth0 - default 192.168.0.1/24",
+            "cni0 bridge 10.244.1.1/24",
+            "veth1 veth peer master=2",
+            "br1 bridge 192.168.9.1/24",
+            "veth2 veth peer master=4",
+            "eth1 - master=4",
+            "cali1 veth peer",
+            "tap0 unknown",
+            "lo - lo 127.0.0.1/8",
+        ];
+        let prefix = |text: &str| Detect::Prefix(text.into());
+        for (detect, expected) in [
+            (Detect::Roles, "veth1 veth2 cali1"),
+            (Detect::Bridge("cni0".into()), "veth1"),
+            // The uplink is not on the node, whatever it is a port of.
+            (Detect::Bridge("br1".into()), "veth2"),
+            (Detect::Bridge("absent".into()), ""),
+            (prefix("cali"), "cali1"),
+            (prefix("veth"), "veth1 veth2"),
+            (prefix("cni"), "veth1"),
+            // Nobody else knew that it is a pod's.
+            (prefix("tap"), "tap0"),
+            // Carries the node's address: named or not, that is what its role says.
+            (prefix("eth0"), "eth0"),
+        ] {
+            let devices = classify(&links(&lines), &NodeFacts::default(), &[], &detect);
+            let local: Vec<&str> = devices.values().filter(|d| d.local).map(|d| d.name.as_str()).collect();
+            assert_eq!(local.join(" "), expected, "{detect:?}");
+            let plain = classify(&links(&lines), &NodeFacts::default(), &[], &Detect::Roles);
+            assert!(plain.iter().all(|(index, device)| devices[index].role == device.role), "{detect:?}");
+        }
+        let taps = classify(&links(&lines), &NodeFacts::default(), &[], &prefix("tap"));
+        assert_eq!(taps.values().find(|d| d.name == "tap0").unwrap().role, DeviceRole::Pod);
+        // A filtering bridge beside an uplink has a hook of its own, and what it passes up comes from there.
+        let filtering = ["br1 bridge vlans default 192.168.9.1/24", "veth2 veth peer master=1", "eth1 - master=1"];
+        let devices = classify(&links(&filtering), &NodeFacts::default(), &[], &Detect::Bridge("br1".into()));
+        assert!(devices.values().all(|device| device.local), "{devices:?}");
     }
 
     #[test]
@@ -528,7 +616,7 @@ mod tests {
     fn secondary_addresses_come_last() {
         let mut links = links(&["eth0 - default 192.168.0.9/24 192.168.0.1/24"]);
         links.get_mut(&1).unwrap().addresses[0].secondary = true;
-        let devices = classify(&links, &NodeFacts::default(), &[]);
+        let devices = classify(&links, &NodeFacts::default(), &[], &Detect::Roles);
         assert_eq!(devices[&1].source4, Some([192, 168, 0, 1].into()));
     }
 }

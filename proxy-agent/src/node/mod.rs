@@ -35,8 +35,8 @@ use crate::{
 
 pub mod classify;
 
-pub use classify::Pattern;
 use classify::{Address, Link, classify, own_addresses, route_devices};
+pub use classify::{Detect, Pattern};
 
 /// How long events are gathered: a pod's link makes half a dozen of them.
 const GATHER: Duration = Duration::from_millis(10);
@@ -50,6 +50,7 @@ const DEVICES: &str = "network devices";
 pub struct Options {
     /// `--devices`.
     pub patterns: Vec<Pattern>,
+    pub detect: Detect,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -273,7 +274,7 @@ impl Watcher {
             }
         }
         self.routes = route_devices(&links);
-        Ok(classify(&links, facts, &self.options.patterns))
+        Ok(classify(&links, facts, &self.options.patterns, &self.options.detect))
     }
 }
 

@@ -9,7 +9,7 @@ pub struct Dump<'a>(pub &'a DesiredState);
 
 impl fmt::Display for Dump<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let DesiredState { frontends, guards } = self.0;
+        let DesiredState { frontends, guards, local_cidrs } = self.0;
         for (frontend, spec) in frontends {
             let FrontendSpec { service, kind, all, local, verdicts, algorithm, affinity_secs, source_ranges, alive } =
                 &**spec;
@@ -38,6 +38,9 @@ impl fmt::Display for Dump<'_> {
         }
         for addr in guards {
             writeln!(f, "guard {addr}")?;
+        }
+        for cidr in local_cidrs {
+            writeln!(f, "pods {cidr}")?;
         }
         Ok(())
     }

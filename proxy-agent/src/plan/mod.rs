@@ -47,9 +47,7 @@ pub struct Defaults {
     pub algorithm: Algorithm,
     /// Masquerade pods' traffic to ClusterIPs, too (contract A79).
     pub masquerade_all: bool,
-    /// Pods of this node can be told from the rest of the world. Where they cannot, nothing to a ClusterIP is masqueraded, and
-    /// a pod is as far away as anybody (A68, A78).
-    pub detect_local: bool,
+    pub detect_local: DetectLocal,
     pub node_port_addresses: NodePortAddresses,
     /// NodePorts answer the node's own processes on 127.0.0.1, too (A54).
     pub localhost_node_ports: bool,
@@ -62,11 +60,39 @@ impl Default for Defaults {
         Self {
             algorithm: Algorithm::default(),
             masquerade_all: false,
-            detect_local: true,
+            detect_local: DetectLocal::Device,
             node_port_addresses: NodePortAddresses::All,
             localhost_node_ports: true,
             external_ips: true,
         }
+    }
+}
+
+/// How pods of this node are told from the rest of the world (contract A72). Where they cannot be, nothing to a ClusterIP is
+/// masqueraded, and a pod is as far away as anybody (A68, A78).
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub enum DetectLocal {
+    /// By the device that their packets come in by: the dataplane knows.
+    #[default]
+    Device,
+    /// By these addresses; of a family that none is of nobody can be told (A73).
+    Cidrs(BTreeSet<IpNet>),
+    /// By the pod networks of the own Node.
+    NodeCidrs,
+}
+
+impl DetectLocal {
+    /// Addresses that tell a pod.
+    fn cidrs(&self, node: &NodeFacts) -> BTreeSet<IpNet> {
+        match self {
+            Self::Device => BTreeSet::new(),
+            Self::Cidrs(cidrs) => cidrs.iter().map(IpNet::trunc).collect(),
+            Self::NodeCidrs => node.pod_cidrs.iter().map(IpNet::trunc).collect(),
+        }
+    }
+
+    fn tells(&self, family: Family, node: &NodeFacts) -> bool {
+        *self == Self::Device || self.cidrs(node).iter().any(|cidr| Family::of(cidr.addr()) == family)
     }
 }
 
@@ -129,7 +155,9 @@ pub fn plan_service<'a>(
             let candidates = candidates::unite(slices.clone(), port, family, here.node);
             let choice = topology::choose(&candidates, needs(service, port, family), here.node);
             let alive = candidates::alive(&candidates, port.protocol, resets_deleted);
-            let mut specs = Specs::new(service, port, choice, alive, algorithm, defaults);
+            let detect_local = defaults.detect_local.tells(family, here.node);
+            let mut specs =
+                Specs::new(service, port, choice, alive, algorithm, (defaults.masquerade_all, detect_local));
             addresses.claims(port, family, &mut |kind, addr, number| {
                 let spec = match kind {
                     Claim::Localhost => specs.localhost(),
@@ -211,7 +239,7 @@ impl<'a> Specs<'a> {
         choice: Choice,
         alive: Option<BackendSet>,
         algorithm: Algorithm,
-        defaults: &Defaults,
+        (masquerade_all, detect_local): (bool, bool),
     ) -> Self {
         let Choice { cluster, local, has_any } = choice;
         let (cluster, local) = (cluster.unwrap_or_default(), local.unwrap_or_default());
@@ -220,8 +248,8 @@ impl<'a> Specs<'a> {
             external: service.external_policy,
             has_any,
             has_local: !local.is_empty(),
-            masquerade_all: defaults.masquerade_all,
-            detect_local: defaults.detect_local,
+            masquerade_all,
+            detect_local,
         };
         Self { service, port, situation, cluster, local, sets: [None, None], alive, algorithm, made: Vec::new() }
     }

@@ -8,10 +8,10 @@ use std::{
     sync::Arc,
 };
 
-use super::{Defaults, Here, PlannedService, plan_service, precedence};
+use super::{Defaults, DetectLocal, Here, PlannedService, plan_service, precedence};
 use crate::{
     desired::{Changes, DesiredState, Frontend, FrontendKind, FrontendSpec, HealthChecks},
-    model::{EndpointSlice, Service, ServiceKey, Snapshot},
+    model::{EndpointSlice, Family, Service, ServiceKey, Snapshot},
 };
 
 struct Planned {
@@ -105,8 +105,11 @@ impl Planner {
                 owned.push((frontend, Arc::clone(claim.spec)));
             }
         }
-        self.state =
-            DesiredState { frontends: owned.into_iter().collect(), guards: self.holders.keys().copied().collect() };
+        self.state = DesiredState {
+            frontends: owned.into_iter().collect(),
+            guards: self.holders.keys().copied().collect(),
+            local_cidrs: self.defaults.detect_local.cidrs(&snapshot.node),
+        };
         &self.state
     }
 
@@ -114,6 +117,12 @@ impl Planner {
     pub fn update<'k>(&mut self, snapshot: &Snapshot, changed: impl IntoIterator<Item = &'k ServiceKey>) -> Changes {
         let mut claims: BTreeMap<Frontend, Vec<ServiceKey>> = BTreeMap::new();
         let mut changes = Changes::default();
+        let local_cidrs = self.defaults.detect_local.cidrs(&snapshot.node);
+        if self.state.local_cidrs != local_cidrs {
+            self.state.local_cidrs.clone_from(&local_cidrs);
+            changes.local_cidrs = Some(local_cidrs);
+            self.problems_version += 1;
+        }
         for key in changed {
             let service = snapshot.services.get(key);
             let old = self.planned.remove(key);
@@ -176,6 +185,8 @@ impl Planner {
             // Given up earlier in the same update: then it stands as it stood.
             if *holders == 1 && self.state.guards.insert(addr) && !changes.unguard.remove(&addr) {
                 changes.guard.insert(addr);
+                // The first of a family may be one too many for local detection.
+                self.problems_version += u64::from(self.defaults.detect_local != DetectLocal::Device);
             }
         }
         for &addr in old.into_iter().flat_map(|planned| &planned.plan.guards) {
@@ -185,6 +196,7 @@ impl Planner {
                 self.holders.remove(&addr);
                 if self.state.guards.remove(&addr) && !changes.guard.remove(&addr) {
                     changes.unguard.insert(addr);
+                    self.problems_version += u64::from(self.defaults.detect_local != DetectLocal::Device);
                 }
             }
         }
@@ -239,6 +251,7 @@ impl Planner {
         for (key, planned) in self.planned.iter().filter(|(_, planned)| !planned.plan.problems.is_empty()) {
             problems.entry(format!("Service {key}")).or_default().extend_from_slice(&planned.plan.problems);
         }
+        problems.extend(self.undetected().map(|problem| ("local detection".to_owned(), vec![problem])));
         for (frontend, losers) in &self.losers {
             let Some(owner) = self.state.frontends.get(frontend).map(|spec| &spec.service) else { continue };
             for loser in losers {
@@ -249,6 +262,31 @@ impl Planner {
             }
         }
         problems
+    }
+
+    /// Families that are served although nobody can tell their pods (contract A73).
+    fn undetected(&self) -> Option<String> {
+        let (whose, remedy) = match &self.defaults.detect_local {
+            DetectLocal::Device => return None,
+            DetectLocal::Cidrs(_) => ("--cluster-cidr names no", "name one, or leave --detect-local-mode out"),
+            DetectLocal::NodeCidrs => {
+                ("the Node has no pod CIDR of", "see that it gets one, or leave --detect-local-mode out")
+            }
+        };
+        let served = |family| self.state.guards.iter().any(|addr| Family::of(*addr) == family);
+        let told = |family| self.state.local_cidrs.iter().any(|cidr| Family::of(cidr.addr()) == family);
+        let blind: Vec<&str> = [(Family::V4, "IPv4"), (Family::V6, "IPv6")]
+            .into_iter()
+            .filter(|(family, _)| served(*family) && !told(*family))
+            .map(|(_, name)| name)
+            .collect();
+        (!blind.is_empty()).then(|| {
+            format!(
+                "{whose} {} addresses, so pods of this node cannot be told: nothing to a ClusterIP is masqueraded, and with \
+                 externalTrafficPolicy Local a pod counts as outside; {remedy}",
+                blind.join(" and ")
+            )
+        })
     }
 
     /// What decided between two claims; see [`Claim::rank`].

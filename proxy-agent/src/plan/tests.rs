@@ -15,6 +15,7 @@ mod common;
 use common::port;
 
 mod choice;
+mod detection;
 mod endpoints;
 mod frontends;
 mod health;

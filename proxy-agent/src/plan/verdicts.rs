@@ -14,7 +14,7 @@ pub(super) struct Situation {
     pub(super) has_any: bool,
     pub(super) has_local: bool,
     pub(super) masquerade_all: bool,
-    /// See [`Defaults::detect_local`](super::Defaults::detect_local).
+    /// Pods of this node can be told, see [`DetectLocal`](super::DetectLocal).
     pub(super) detect_local: bool,
 }
 

@@ -120,10 +120,14 @@ pub struct HealthCheck {
 pub type CheckPorts = BTreeMap<(ServiceKey, SocketAddr), Option<String>>;
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Device {
     pub index: u32,
     pub name: String,
     pub role: String,
+    /// What local detection makes of what comes in there, where it goes by devices: `pod` or `outside`.
+    #[serde(default)]
+    pub counts_as: String,
     pub source4: Option<Ipv4Addr>,
     pub source6: Option<Ipv6Addr>,
 }
@@ -319,13 +323,22 @@ impl Device {
             behind: _,
             mac: _,
             without_xdp: _,
+            local,
         } = device;
+        let told = if *local { "pod" } else { "outside" };
         let role = match role {
             DeviceRole::Pod => "pod",
             DeviceRole::Outward => "outward",
             DeviceRole::Overlay => "overlay",
         };
-        Self { index, name: name.clone(), role: role.to_owned(), source4: *source4, source6: *source6 }
+        Self {
+            index,
+            name: name.clone(),
+            role: role.to_owned(),
+            counts_as: told.to_owned(),
+            source4: *source4,
+            source6: *source6,
+        }
     }
 }
 
@@ -454,6 +467,7 @@ pub(crate) mod tests {
                     behind: false,
                     mac: None,
                     without_xdp: None,
+                    local: false,
                 },
             )])),
             failed_devices: Arc::new(BTreeMap::from([(

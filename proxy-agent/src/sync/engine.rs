@@ -362,8 +362,8 @@ impl Engine {
     }
 
     fn settle(&mut self, changes: &Changes, report: &Report) {
-        let Changes { set, remove, guard, unguard } = changes;
-        let Report { failed, failed_guards, failed_devices: _, without_xdp: _, writes: _ } = report;
+        let Changes { set, remove, guard, unguard, local_cidrs } = changes;
+        let Report { failed, failed_guards, failed_devices: _, without_xdp: _, failed_local_cidrs, writes: _ } = report;
         let now = SystemTime::now();
         for (frontend, spec) in set {
             let failure = failed.get(frontend);
@@ -378,6 +378,10 @@ impl Engine {
                 None => self.table.remove(frontend),
             }
             self.retry.frontend(*frontend, failure);
+        }
+        if local_cidrs.is_some() {
+            self.retry.local_cidrs = failed_local_cidrs.is_some();
+            self.complain("local CIDRs", failed_local_cidrs.as_ref().map(ToString::to_string));
         }
         for addr in guard.iter().chain(unguard) {
             let failure = failed_guards.get(addr);
@@ -398,6 +402,7 @@ impl Engine {
             remove: gone.filter(|frontend| !state.frontends.contains_key(frontend)).collect(),
             guard: state.guards.union(&report.failed_guards.keys().copied().collect()).copied().collect(),
             unguard: BTreeSet::new(),
+            local_cidrs: Some(state.local_cidrs.clone()),
         };
         self.retry.frontends.clear();
         self.retry.guards.clear();
@@ -412,7 +417,7 @@ impl Engine {
             let report = dataplane.set_devices(&devices);
             (report, dataplane.hooks())
         });
-        let Report { failed, failed_guards: _, failed_devices, without_xdp, writes: _ } = report;
+        let Report { failed, failed_guards: _, failed_devices, without_xdp, failed_local_cidrs: _, writes: _ } = report;
         let now = SystemTime::now();
         for (frontend, failure) in failed {
             if let Some(spec) = self.planner.state().frontends.get(&frontend) {

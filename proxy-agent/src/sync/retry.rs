@@ -22,6 +22,7 @@ pub(super) struct Retry {
     pub(super) guards: BTreeSet<IpAddr>,
     pub(super) devices: bool,
     pub(super) hooks: bool,
+    pub(super) local_cidrs: bool,
 }
 
 impl Retry {
@@ -36,6 +37,7 @@ impl Retry {
             guards: BTreeSet::new(),
             devices: false,
             hooks: false,
+            local_cidrs: false,
         }
     }
 
@@ -56,8 +58,8 @@ impl Retry {
 
     /// How much is waiting.
     pub(super) fn waiting(&self) -> usize {
-        let Self { frontends, guards, devices, hooks, .. } = self;
-        frontends.len() + guards.len() + usize::from(*devices) + usize::from(*hooks)
+        let Self { frontends, guards, devices, hooks, local_cidrs, .. } = self;
+        frontends.len() + guards.len() + [devices, hooks, local_cidrs].into_iter().filter(|waits| **waits).count()
     }
 
     pub(super) fn at(&self) -> Option<Instant> {
@@ -86,7 +88,8 @@ impl Retry {
 
     /// The failed part of what is desired *now*.
     pub(super) fn changes(&self, desired: &DesiredState) -> Changes {
-        let mut changes = Changes::default();
+        let local_cidrs = self.local_cidrs.then(|| desired.local_cidrs.clone());
+        let mut changes = Changes { local_cidrs, ..Changes::default() };
         for frontend in &self.frontends {
             match desired.frontends.get(frontend) {
                 Some(spec) => drop(changes.set.insert(*frontend, spec.clone())),

@@ -133,6 +133,10 @@ pub(crate) fn services() -> impl Strategy<Value = Arc<Service>> {
             }
             (service.external_ips, service.load_balancer_ips) = (external_ips, load_balancer_ips);
             service.source_ranges = source_ranges;
+            if !service.load_balancer_ips.is_empty() {
+                service.kind = ServiceType::LoadBalancer;
+                service.health_check_node_port = Some(port(30_105));
+            }
             if local {
                 service.external_policy = TrafficPolicy::Local;
             }
@@ -193,8 +197,10 @@ pub(crate) fn slices() -> impl Strategy<Value = Arc<EndpointSlice>> {
 pub(crate) fn nodes() -> impl Strategy<Value = NodeFacts> {
     let zone = prop_oneof![Just(None), Just(Some("x")), Just(Some("y"))];
     let ips = prop::sample::subsequence(vec!["192.0.2.1", "192.0.2.9", "2001:db8::1"], 0..3);
-    (prop_oneof![3 => Just("x"), 1 => Just("y")], zone, ips).prop_map(|(name, zone, ips)| NodeFacts {
+    let cidrs = prop::sample::subsequence(vec!["10.244.1.0/24", "fd00:244:1::/64"], 0..=2);
+    (prop_oneof![3 => Just("x"), 1 => Just("y")], zone, ips, cidrs).prop_map(|(name, zone, ips, cidrs)| NodeFacts {
         internal_ips: ips.iter().map(|ip| ip.parse().unwrap()).collect(),
+        pod_cidrs: cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect(),
         ..node(name, zone)
     })
 }

@@ -11,6 +11,7 @@ mod ended;
 mod flows;
 mod headers;
 mod icmp;
+mod local;
 mod maglev;
 mod packet;
 mod programs;

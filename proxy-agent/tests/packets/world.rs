@@ -92,11 +92,12 @@ pub(crate) struct Options {
     pub(crate) established: u32,
     /// A second, for each CPU.
     pub(crate) refusals: u32,
+    pub(crate) detect_local: u8,
 }
 
 impl Default for Options {
     fn default() -> Self {
-        Self { ports: (20_000, 29_999), half_open: 16_384, established: 16_384, refusals: 100_000 }
+        Self { ports: (20_000, 29_999), half_open: 16_384, established: 16_384, refusals: 100_000, detect_local: 0 }
     }
 }
 
@@ -157,7 +158,7 @@ pub(crate) fn world(test: &str, options: Options) -> Option<World> {
 
 impl World {
     pub(crate) fn load(options: Options) -> Self {
-        let Options { ports: (min, max), half_open, established, refusals } = options;
+        let Options { ports: (min, max), half_open, established, refusals, detect_local } = options;
         let object = fs::read(env::var_os("PROXY_EBPF_OBJECT").expect("checked by skip()")).unwrap();
         let mut loader = EbpfLoader::new();
         loader.override_global(globals::MASQUERADE_PORT_MIN, &min, true).override_global(
@@ -166,6 +167,7 @@ impl World {
             true,
         );
         loader.override_global(globals::REFUSALS_PER_SECOND, &refusals, true);
+        loader.override_global(globals::DETECT_LOCAL, &detect_local, true);
         for name in ["frontends_v4", "frontends_v6", "fragments_v4", "fragments_v6", "affinity_v4", "affinity_v6"] {
             loader.map_max_entries(name, 1024);
         }
@@ -197,8 +199,12 @@ impl World {
     /// Makes the device an outward one behind another that has the programs, too.
     pub(crate) fn device_behind(&mut self) {
         self.device(role::OUTWARD);
+        self.device_flags(proxy_common::device::flags::BEHIND);
+    }
+
+    /// Gives the device these flags.
+    pub(crate) fn device_flags(&mut self, flags: u8) {
         let device = self.devices().get(&1, 0).unwrap();
-        let flags = proxy_common::device::flags::BEHIND;
         self.devices().insert(1, DeviceValue { flags, ..device }, 0).unwrap();
     }
 

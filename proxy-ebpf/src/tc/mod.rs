@@ -17,16 +17,19 @@ pub(crate) mod table;
 use aya_ebpf::{
     EbpfContext,
     bindings::{__sk_buff, TC_ACT_SHOT, TC_ACT_UNSPEC},
+    btf_maps::lpm_trie::Key,
     helpers::bpf_get_prandom_u32,
     macros::classifier,
     programs::TcContext,
 };
 use proxy_common::{
     Be16, Ipv4Be, Ipv6Be,
-    connection::{ConnectionKey, ConnectionValue, flags, hook},
+    connection::{self, ConnectionKey, ConnectionValue, flags, hook},
     counters::Reason,
     device::{self, role},
     frontend::{FrontendKey, origin},
+    globals::detect_local,
+    local_cidr::LocalCidrKey,
     maglev, proto,
     slot::Target,
 };
@@ -40,7 +43,7 @@ use crate::{
     client::{Sticky, admit, stick},
     count, globals, log,
     lookup::{self, Choice},
-    maps::{BRIDGES, DEVICES, Packet, Work, kind},
+    maps::{BRIDGES, DEVICES, Family, Packet, Work, kind},
 };
 
 pub(crate) const ETHERNET: u32 = 14;
@@ -166,19 +169,31 @@ fn leave<A: Header>(ctx: &TcContext, packet: &Packet<A>) -> i32 {
     TC_ACT_SHOT
 }
 
-/// Where what comes in by this device comes from; of a pod's link, one more than the number of its network namespace; whether it may
-/// have met another device's hook.
+/// What is behind this device, a pod or the outside; of a pod's link, one more than the number of its network namespace; its flags.
 #[inline(always)]
-fn device(ctx: &TcContext) -> (usize, u32, bool) {
+fn device(ctx: &TcContext) -> (usize, u32, u32) {
     let skb = ctx.as_ptr().cast::<__sk_buff>();
     // SAFETY: the context is live.
     let ifindex = unsafe { (*skb).ifindex };
-    // SAFETY: copied at once; a byte and an aligned half-word, neither of which needs the other.
+    // SAFETY: copied at once; bytes and an aligned half-word, none of which needs another.
     match unsafe { DEVICES.get(ifindex) } {
-        Some(device) if device.role == role::POD => (origin::POD, device.netns as u32, false),
-        Some(device) => (origin::EXTERNAL, 0, device.flags & device::flags::BEHIND != 0),
-        None => (origin::EXTERNAL, 0, false),
+        Some(device) if device.role == role::POD => (origin::POD, device.netns as u32, device.flags as u32),
+        Some(device) => (origin::EXTERNAL, 0, device.flags as u32),
+        None => (origin::EXTERNAL, 0, 0),
     }
+}
+
+/// Whether a new flow comes from a pod of this node: by its source address, or by the device that it comes in by (contract A72). Who is behind
+/// the device (`from`) is another matter.
+#[inline(never)]
+pub(crate) fn origin_of<A: Family>(src: &A, from: usize, flags: u32) -> usize {
+    let is_pod = if globals::detect_local() == detect_local::ADDRESS {
+        let LocalCidrKey { prefix, addr } = LocalCidrKey::host(*src);
+        A::local_cidrs().get(&Key::new(prefix, addr)).is_some()
+    } else {
+        (from == origin::POD) != (flags & device::flags::OTHERWISE as u32 != 0)
+    };
+    if is_pod { origin::POD } else { origin::EXTERNAL }
 }
 
 /// Whether the frame is for another host, or for all of them: a switch that floods, an interface that listens to everything, a macvlan on
@@ -299,14 +314,14 @@ pub(crate) fn reopens<A: Header>(
 
 #[inline(never)]
 fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &ConnectionKey<A>) -> i32 {
-    let (from, netns, behind) = device(ctx);
+    let (from, netns, flags) = device(ctx);
     if is_overheard(ctx, l3, from) {
         return NEXT;
     }
     let Some(Work { value, key: pair_key, found, sticky, picked, .. }) = Room::Enter.work::<A>() else {
         return TC_ACT_SHOT;
     };
-    let mut outcome = pick::<A, true>(packet, from, value, sticky);
+    let mut outcome = pick::<A, true>(packet, origin_of(&packet.src, from, flags), value, sticky);
     if outcome <= PICKED_REFUSAL && is_martian(packet) != 0 {
         return TC_ACT_SHOT;
     }
@@ -325,7 +340,7 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
             }
             // A pod that reaches itself must not see its own address as the sender (contract A70).
             if value.addr == packet.src {
-                value.flags |= flags::NEEDS_MASQUERADE;
+                value.flags |= connection::flags::NEEDS_MASQUERADE;
             }
             table::void(log::chosen(ctx, key.proto, (key.dst, key.dport), (value.addr, value.port)));
             // Answers to a connection that the pod has there already must not be taken for this flow's.
@@ -336,7 +351,8 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
         PICKED_NOTHING => {
             // Each datagram would be asked about, and of those from off the node hardly one is beside a Service flow. Nor is a packet that is
             // a Service flow's own, translated by another device's hook.
-            let asked = !behind && (packet.proto != proto::UDP || from == origin::POD);
+            let asked =
+                flags & device::flags::BEHIND as u32 == 0 && (packet.proto != proto::UDP || from == origin::POD);
             if !asked || !yields(packet, value, pair_key, found) {
                 return NEXT;
             }

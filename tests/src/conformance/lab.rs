@@ -102,6 +102,14 @@ impl Lab {
                 if configuration.masquerade_all {
                     options.extra.push("--masquerade-all".to_owned());
                 }
+                let detection: &[&str] = match (configuration.detector, configuration.masquerade_all) {
+                    // By devices, which is the default.
+                    (true, false) => &[],
+                    (true, true) => &["--detect-local-mode", "NodeCIDR"],
+                    // Nobody is told without addresses (A73).
+                    (false, _) => &["--detect-local-mode", "ClusterCIDR"],
+                };
+                options.extra.extend(detection.iter().map(|&word| word.to_owned()));
                 self.world.start_agents(&options)?;
             }
         }

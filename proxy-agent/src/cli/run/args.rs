@@ -6,7 +6,7 @@ use clap::{Arg, ArgAction, Args as ClapArgs, ValueEnum, value_parser};
 
 use crate::{
     cli::shapes::{SocketLb, Xdp},
-    config::{self, BPFFS, Bind, PortRange, ProxyMode},
+    config::{self, BPFFS, Bind, ClusterCidr, LocalMode, PortRange, ProxyMode},
     desired::Algorithm,
     model::address::NodePortAddresses,
 };
@@ -51,6 +51,29 @@ pub struct Args {
     /// Masquerade all traffic to ClusterIPs, pods' too
     #[arg(long, env = "PROXY_AGENT_MASQUERADE_ALL")]
     pub masquerade_all: bool,
+    /// How pods of this node are told: ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix [default: by the links of their devices]
+    #[arg(long, value_name = "MODE", env = "PROXY_AGENT_DETECT_LOCAL_MODE", help_heading = "Local detection")]
+    pub detect_local_mode: Option<LocalMode>,
+    /// Addresses of the cluster's pods, for ClusterCIDR
+    #[arg(
+        long,
+        value_name = "CIDR[,CIDR]",
+        value_parser = config::cluster_cidr,
+        env = "PROXY_AGENT_CLUSTER_CIDR",
+        help_heading = "Local detection"
+    )]
+    pub cluster_cidr: Option<ClusterCidr>,
+    /// Bridge that pods are on, for BridgeInterface
+    #[arg(long, value_name = "NAME", env = "PROXY_AGENT_POD_BRIDGE_INTERFACE", help_heading = "Local detection")]
+    pub pod_bridge_interface: Option<String>,
+    /// What the names of pods' devices begin with, for InterfaceNamePrefix
+    #[arg(
+        long,
+        value_name = "PREFIX",
+        env = "PROXY_AGENT_POD_INTERFACE_NAME_PREFIX",
+        help_heading = "Local detection"
+    )]
+    pub pod_interface_name_prefix: Option<String>,
     /// Source ports of masqueraded flows
     #[arg(long, value_name = "MIN-MAX", default_value_t = PortRange::MASQUERADE, env = "PROXY_AGENT_MASQUERADE_PORTS")]
     pub masquerade_ports: PortRange,

@@ -22,7 +22,7 @@ use tracing::{info, warn};
 
 use super::Exit;
 use crate::{
-    config::{HEALTHZ_PORT, METRICS_PORT, PortRange},
+    config::{ClusterCidr, ConfigError, HEALTHZ_PORT, LocalMode, METRICS_PORT, PortRange},
     dataplane::{Dataplane, Fill, ebpf},
     desired::{Algorithm, Devices},
     model::{NodeFacts, SourceState, Warning},
@@ -90,6 +90,10 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         algorithm,
         masquerade_all,
         masquerade_ports: PortRange { min, max },
+        detect_local_mode,
+        cluster_cidr,
+        pod_bridge_interface,
+        pod_interface_name_prefix,
         nodeport_addresses,
         iptables_localhost_nodeports,
         external_ips,
@@ -114,16 +118,19 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             source::Input::Kubernetes(source::KubernetesOptions { kubeconfig, server: master, ..Default::default() })
         }
     };
+    let detection = Detection::of(detect_local_mode, cluster_cidr, pod_bridge_interface, pod_interface_name_prefix)?;
     let (warnings, warned) = mpsc::channel(WARNINGS);
     Ok(Plan {
         source: source::Options { node, input },
-        node: node::Options { patterns: devices.iter().map(|pattern| node::Pattern::new(pattern)).collect() },
+        node: node::Options {
+            patterns: devices.iter().map(|pattern| node::Pattern::new(pattern)).collect(),
+            detect: detection.node,
+        },
         sync: sync::Options {
             defaults: plan::Defaults {
                 algorithm: Algorithm::from(algorithm),
                 masquerade_all,
-                // The role of the device tells pods.
-                detect_local: true,
+                detect_local: detection.plan,
                 node_port_addresses: nodeport_addresses.unwrap_or_default(),
                 localhost_node_ports: iptables_localhost_nodeports,
                 external_ips,
@@ -147,6 +154,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             cgroup_root,
             socket_lb: socket_lb.into(),
             xdp: xdp.into(),
+            detect_local: detection.dataplane,
             sizes: sizes(maps),
             masquerade_ports: (min, max),
             timeouts: timeouts(conntrack),
@@ -156,6 +164,43 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         },
         warnings: warned,
     })
+}
+
+/// How pods of this node are told (contract A72), for each who has a part in it.
+#[derive(Default)]
+struct Detection {
+    plan: plan::DetectLocal,
+    node: node::Detect,
+    dataplane: ebpf::DetectLocal,
+}
+
+impl Detection {
+    fn of(
+        mode: Option<LocalMode>,
+        cidrs: Option<ClusterCidr>,
+        bridge: Option<String>,
+        prefix: Option<String>,
+    ) -> Result<Self, ConfigError> {
+        let name = |name: Option<String>, mode, option| {
+            name.filter(|name| !name.is_empty()).ok_or(ConfigError::NoName { mode, option })
+        };
+        let by_address = |plan| Self { plan, dataplane: ebpf::DetectLocal::Address, ..Self::default() };
+        let by_device = |node| Self { node, ..Self::default() };
+        Ok(match mode {
+            None => Self::default(),
+            Some(LocalMode::ClusterCidr) => {
+                let ClusterCidr(cidrs) = cidrs.unwrap_or_default();
+                by_address(plan::DetectLocal::Cidrs(cidrs.into_iter().collect()))
+            }
+            Some(LocalMode::NodeCidr) => by_address(plan::DetectLocal::NodeCidrs),
+            Some(LocalMode::BridgeInterface) => {
+                by_device(node::Detect::Bridge(name(bridge, "BridgeInterface", "--pod-bridge-interface")?))
+            }
+            Some(LocalMode::InterfaceNamePrefix) => {
+                by_device(node::Detect::Prefix(name(prefix, "InterfaceNamePrefix", "--pod-interface-name-prefix")?))
+            }
+        })
+    }
 }
 
 fn timeouts(conntrack: Conntrack) -> ebpf::Timeouts {

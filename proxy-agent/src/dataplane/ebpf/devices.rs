@@ -94,8 +94,20 @@ pub(crate) fn prune<S: Store>(
 }
 
 fn device_value(device: &Device) -> DeviceValue {
-    let Device { name: _, role, ethernet: _, source4, source6, netns, bridge: _, behind, mac: _, without_xdp: _ } =
-        device;
+    let Device {
+        name: _,
+        role,
+        ethernet: _,
+        source4,
+        source6,
+        netns,
+        bridge: _,
+        behind,
+        mac: _,
+        without_xdp: _,
+        local,
+    } = device;
+    let otherwise = *local != (*role == DeviceRole::Pod);
     DeviceValue {
         source6: source6.map(|a| Ipv6Be::from_octets(a.octets())).unwrap_or_default(),
         source4: source4.map(|a| Ipv4Be::from_octets(a.octets())).unwrap_or_default(),
@@ -104,7 +116,7 @@ fn device_value(device: &Device) -> DeviceValue {
             DeviceRole::Outward => role::OUTWARD,
             DeviceRole::Overlay => role::OVERLAY,
         },
-        flags: if *behind { flags::BEHIND } else { 0 },
+        flags: if *behind { flags::BEHIND } else { 0 } | if otherwise { flags::OTHERWISE } else { 0 },
         netns: netns.and_then(|id| u16::try_from(id.checked_add(1)?).ok()).unwrap_or(0),
     }
 }
@@ -127,6 +139,7 @@ mod tests {
             behind: false,
             mac: None,
             without_xdp: None,
+            local: true,
         };
         let devices: Devices = [(3, device("a")), (4, device("b"))].into();
         let mut store = Memory::new(0, 0);

@@ -12,6 +12,7 @@ use proxy_common::{
     counters::{Reason, ServiceCounters},
     device::{DeviceValue, XdpDevice},
     frontend::{FrontendKey, FrontendValue},
+    local_cidr::{LocalCidrKey, LocalCidrValue},
     meta::{Meta, ServiceName},
     slot::{SlotV4, SlotV6},
     socket::{DatagramKey, DatagramValue, PeerRecord},
@@ -81,6 +82,8 @@ maps! {
     AffinityV6 = "affinity_v6": LRU_HASH<AffinityKey, AffinityValue<Ipv6Be>>, 0, |s: &Sizes| s.affinity, "--map-affinity";
     SourceRangesV4 = "source_ranges_v4": LPM_TRIE<SourceRangeKey<Ipv4Be>, SourceRangeValue>, map_flag::NO_PREALLOC, |s: &Sizes| s.source_ranges, "--map-source-ranges";
     SourceRangesV6 = "source_ranges_v6": LPM_TRIE<SourceRangeKey<Ipv6Be>, SourceRangeValue>, map_flag::NO_PREALLOC, |s: &Sizes| s.source_ranges, "--map-source-ranges";
+    LocalCidrsV4 = "local_cidrs_v4": LPM_TRIE<LocalCidrKey<Ipv4Be>, LocalCidrValue>, map_flag::NO_PREALLOC, |_: &Sizes| 256, "";
+    LocalCidrsV6 = "local_cidrs_v6": LPM_TRIE<LocalCidrKey<Ipv6Be>, LocalCidrValue>, map_flag::NO_PREALLOC, |_: &Sizes| 256, "";
     Devices = "devices": HASH<u32, DeviceValue>, map_flag::NO_PREALLOC, |_: &Sizes| 16_384, "";
     XdpDevices = "xdp_devices": HASH<u32, XdpDevice>, map_flag::NO_PREALLOC, |_: &Sizes| 1_024, "";
     Bridges = "bridges": HASH<u32, u32>, map_flag::NO_PREALLOC, |_: &Sizes| 16_384, "";
@@ -101,6 +104,8 @@ impl MapName {
                 | Self::SlotsV6
                 | Self::SourceRangesV4
                 | Self::SourceRangesV6
+                | Self::LocalCidrsV4
+                | Self::LocalCidrsV6
                 | Self::Devices
                 | Self::Bridges
                 | Self::XdpDevices

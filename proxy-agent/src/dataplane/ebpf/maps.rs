@@ -1,6 +1,7 @@
 //! The pinned maps, open: what [`Table`](super::table::Table) writes to in a real kernel.
 
 use std::{
+    collections::BTreeSet,
     io,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     path::{Path, PathBuf},
@@ -8,12 +9,14 @@ use std::{
     sync::atomic::{AtomicU64, Ordering},
 };
 
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use proxy_common::{
-    Ipv4Be, Ipv6Be,
+    Address, Ipv4Be, Ipv6Be,
     affinity::{AffinityKey, AffinityValue},
     counters::ServiceCounters,
     device::{DeviceValue, XdpDevice},
     frontend::{FrontendKey, FrontendValue},
+    local_cidr::{LocalCidrKey, LocalCidrValue},
     meta::{Meta, ServiceName},
     slot::{Slot, SlotV4, SlotV6},
     source_range::SourceRangeKey,
@@ -123,6 +126,8 @@ pub(crate) struct Maps {
     slots_v6: SlotArray<SlotV6>,
     sources_v4: SourceMap<Ipv4Be>,
     sources_v6: SourceMap<Ipv6Be>,
+    local_cidrs_v4: Map<LocalCidrKey<Ipv4Be>, LocalCidrValue>,
+    local_cidrs_v6: Map<LocalCidrKey<Ipv6Be>, LocalCidrValue>,
     affinity_v4: Map<AffinityKey, AffinityValue<Ipv4Be>>,
     affinity_v6: Map<AffinityKey, AffinityValue<Ipv6Be>>,
     names: Map<u32, ServiceName>,
@@ -151,6 +156,8 @@ impl Maps {
             slots_v6: slots(MapName::SlotsV6, fd(MapName::SlotsV6)?)?,
             sources_v4: typed(MapName::SourceRangesV4, fd(MapName::SourceRangesV4)?)?,
             sources_v6: typed(MapName::SourceRangesV6, fd(MapName::SourceRangesV6)?)?,
+            local_cidrs_v4: typed(MapName::LocalCidrsV4, fd(MapName::LocalCidrsV4)?)?,
+            local_cidrs_v6: typed(MapName::LocalCidrsV6, fd(MapName::LocalCidrsV6)?)?,
             affinity_v4: typed(MapName::AffinityV4, fd(MapName::AffinityV4)?)?,
             affinity_v6: typed(MapName::AffinityV6, fd(MapName::AffinityV6)?)?,
             names: typed(MapName::Names, fd(MapName::Names)?)?,
@@ -183,6 +190,28 @@ impl Maps {
             _ => StoreError::Io { map, source },
         }
     }
+}
+
+fn v4_key(cidr: Ipv4Net) -> LocalCidrKey<Ipv4Be> {
+    LocalCidrKey { prefix: u32::from(cidr.prefix_len()), addr: Ipv4Be::from_octets(cidr.network().octets()) }
+}
+
+fn v6_key(cidr: Ipv6Net) -> LocalCidrKey<Ipv6Be> {
+    LocalCidrKey { prefix: u32::from(cidr.prefix_len()), addr: Ipv6Be::from_octets(cidr.network().octets()) }
+}
+
+/// What nobody could have written is left out.
+fn cidrs<A: Address>(
+    map: &Map<LocalCidrKey<A>, LocalCidrValue>,
+    name: MapName,
+) -> Result<impl Iterator<Item = IpNet> + use<A>>
+where
+    LocalCidrKey<A>: aya::Pod,
+{
+    let entries = map.entries().map_err(|source| StoreError::Io { map: name, source })?;
+    let net =
+        |LocalCidrKey { prefix, addr }: LocalCidrKey<A>| IpNet::new(addr.to_ip(), u8::try_from(prefix).ok()?).ok();
+    Ok(entries.into_iter().filter_map(move |(key, _)| net(key)))
 }
 
 impl Store for Maps {
@@ -245,6 +274,36 @@ impl Store for Maps {
             .remove(&A::SourceKey::from(*key))
             .map_err(|source| StoreError::Io { map: A::SOURCE_RANGES, source })?;
         self.writes += u64::from(removed);
+        Ok(())
+    }
+
+    fn local_cidrs(&self) -> Result<BTreeSet<IpNet>> {
+        let Self { local_cidrs_v4: v4, local_cidrs_v6: v6, .. } = self;
+        Ok(cidrs(v4, MapName::LocalCidrsV4)?.chain(cidrs(v6, MapName::LocalCidrsV6)?).collect())
+    }
+
+    fn put_local_cidr(&mut self, cidr: IpNet) -> Result<()> {
+        let (map, fd, put) = match cidr {
+            IpNet::V4(cidr) => {
+                let map = &self.local_cidrs_v4;
+                (MapName::LocalCidrsV4, map.fd(), map.put(&v4_key(cidr), &1, sys::ANY))
+            }
+            IpNet::V6(cidr) => {
+                let map = &self.local_cidrs_v6;
+                (MapName::LocalCidrsV6, map.fd(), map.put(&v6_key(cidr), &1, sys::ANY))
+            }
+        };
+        put.map_err(|source| self.refused(map, fd, source))?;
+        self.writes += 1;
+        Ok(())
+    }
+
+    fn remove_local_cidr(&mut self, cidr: IpNet) -> Result<()> {
+        let (map, removed) = match cidr {
+            IpNet::V4(cidr) => (MapName::LocalCidrsV4, self.local_cidrs_v4.remove(&v4_key(cidr))),
+            IpNet::V6(cidr) => (MapName::LocalCidrsV6, self.local_cidrs_v6.remove(&v6_key(cidr))),
+        };
+        self.writes += u64::from(removed.map_err(|source| StoreError::Io { map, source })?);
         Ok(())
     }
 

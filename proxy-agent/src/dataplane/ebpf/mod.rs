@@ -80,6 +80,16 @@ pub enum SocketLb {
     Off,
 }
 
+/// How packets of this node's pods are told from others.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum DetectLocal {
+    /// By the device that they come in by.
+    #[default]
+    Device,
+    /// By their source, with what is desired (`local_cidrs`).
+    Address,
+}
+
 /// How the per-packet programs are attached.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Tc {
@@ -97,6 +107,7 @@ pub struct Options {
     /// Where connect-time programs are attached; by default the root of the cgroup v2 hierarchy.
     pub cgroup_root: Option<PathBuf>,
     pub socket_lb: SocketLb,
+    pub detect_local: DetectLocal,
     pub tc: Tc,
     pub xdp: Xdp,
     pub sizes: Sizes,
@@ -117,6 +128,7 @@ impl Default for Options {
             bpffs: "/sys/fs/bpf/proxy-agent".into(),
             cgroup_root: None,
             socket_lb: SocketLb::All,
+            detect_local: DetectLocal::Device,
             tc: Tc::Auto,
             xdp: Xdp::Off,
             sizes: Sizes::default(),

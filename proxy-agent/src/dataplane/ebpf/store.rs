@@ -3,8 +3,9 @@
 //!
 //! Each method that writes is counted by the implementation; `writes` is how "nothing changed, nothing written" is proved.
 
-use std::io;
+use std::{collections::BTreeSet, io};
 
+use ipnet::IpNet;
 use proxy_common::{
     device::{DeviceValue, XdpDevice},
     frontend::{FrontendKey, FrontendValue},
@@ -39,6 +40,11 @@ pub(crate) trait Store {
     fn source_ranges<A: Family>(&self) -> Result<Vec<SourceRangeKey<A>>>;
     fn put_source_range<A: Family>(&mut self, key: &SourceRangeKey<A>) -> Result<()>;
     fn remove_source_range<A: Family>(&mut self, key: &SourceRangeKey<A>) -> Result<()>;
+
+    /// Addresses that tell a pod of this node, of both families.
+    fn local_cidrs(&self) -> Result<BTreeSet<IpNet>>;
+    fn put_local_cidr(&mut self, cidr: IpNet) -> Result<()>;
+    fn remove_local_cidr(&mut self, cidr: IpNet) -> Result<()>;
 
     /// Forgets the clients that `is_over` says so of, by service and second of the last connection. How many are remembered still.
     fn prune_affinity(&mut self, is_over: &dyn Fn(u32, u32) -> bool) -> Result<usize>;
@@ -95,6 +101,7 @@ pub(crate) mod memory {
         sources4: BTreeMap<Vec<u8>, ()>,
         sources6: BTreeMap<Vec<u8>, ()>,
         pub(crate) source_capacity: Option<usize>,
+        local_cidrs: BTreeSet<IpNet>,
         /// Clients: service and second of the last connection.
         pub(crate) affinity: Vec<(u32, u32)>,
         /// How often those were gone through.
@@ -276,6 +283,22 @@ pub(crate) mod memory {
         fn remove_source_range<A: Family>(&mut self, key: &SourceRangeKey<A>) -> Result<()> {
             self.write(A::SOURCE_RANGES)?;
             self.sources_of::<A>().remove(&bytes(&A::SourceKey::from(*key)));
+            Ok(())
+        }
+
+        fn local_cidrs(&self) -> Result<BTreeSet<IpNet>> {
+            Ok(self.local_cidrs.clone())
+        }
+
+        fn put_local_cidr(&mut self, cidr: IpNet) -> Result<()> {
+            self.write(MapName::LocalCidrsV4)?;
+            self.local_cidrs.insert(cidr);
+            Ok(())
+        }
+
+        fn remove_local_cidr(&mut self, cidr: IpNet) -> Result<()> {
+            self.write(MapName::LocalCidrsV4)?;
+            self.local_cidrs.remove(&cidr);
             Ok(())
         }
 

@@ -24,6 +24,7 @@ use std::{
     time::Duration,
 };
 
+use ipnet::IpNet;
 use proxy_common::{Ipv4Be, Ipv6Be, affinity::is_expired, frontend::FrontendKey, meta::ServiceName};
 
 use super::{
@@ -182,8 +183,13 @@ impl<S: Store> Table<S> {
 
     /// Everything desired, and the removal of everything else the shadow holds.
     fn towards(&self, desired: &DesiredState) -> Changes {
-        let DesiredState { frontends, guards } = desired;
-        let mut changes = Changes { set: frontends.clone(), guard: guards.clone(), ..Default::default() };
+        let DesiredState { frontends, guards, local_cidrs } = desired;
+        let mut changes = Changes {
+            set: frontends.clone(),
+            guard: guards.clone(),
+            local_cidrs: Some(local_cidrs.clone()),
+            ..Default::default()
+        };
         let mut excess = |addr: IpAddr, frontend: Option<Frontend>| match frontend {
             Some(frontend) if !frontends.contains_key(&frontend) => {
                 changes.remove.insert(frontend);
@@ -208,7 +214,12 @@ impl<S: Store> Table<S> {
         if !self.held.is_empty() {
             self.spare(changes.to_mut(), &mut report);
         }
-        let Changes { set, remove, guard, unguard } = &*changes;
+        let Changes { set, remove, guard, unguard, local_cidrs } = &*changes;
+        if let Some(local_cidrs) = local_cidrs {
+            let error = self.set_local_cidrs(local_cidrs).err();
+            report.failed_local_cidrs =
+                error.map(|error| Failure::Retry(format!("addresses that tell a pod of this node: {error}")));
+        }
         // INVARIANT: slots, then frontends, then removals (see the head of this file).
         self.set::<Ipv4Be>(set, guard, &mut report, now);
         self.set::<Ipv6Be>(set, guard, &mut report, now);
@@ -220,6 +231,18 @@ impl<S: Store> Table<S> {
         v6.sweep_sources(store);
         self.reap(names, now);
         report
+    }
+
+    /// Brings exactly these in. What is new comes first: where two overlap, nobody is outside for a moment.
+    fn set_local_cidrs(&mut self, wanted: &BTreeSet<IpNet>) -> Result<(), StoreError> {
+        let present = self.store.local_cidrs()?;
+        for cidr in wanted.difference(&present) {
+            self.store.put_local_cidr(*cidr)?;
+        }
+        for cidr in present.difference(wanted) {
+            self.store.remove_local_cidr(*cidr)?;
+        }
+        Ok(())
     }
 
     fn half<A: HalfOf>(&mut self) -> (&mut S, &mut Services, &mut Half<A>) {

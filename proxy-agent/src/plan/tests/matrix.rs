@@ -8,8 +8,8 @@ use super::*;
 fn matrix_a6() {
     let base = Defaults::default();
     let all = Defaults { masquerade_all: true, ..base.clone() };
-    let blind = Defaults { detect_local: false, ..base.clone() };
-    let blind_all = Defaults { detect_local: false, ..all.clone() };
+    let blind = Defaults { detect_local: DetectLocal::Cidrs(BTreeSet::new()), ..base.clone() };
+    let blind_all = Defaults { detect_local: DetectLocal::Cidrs(BTreeSet::new()), ..all.clone() };
     let (cluster, node_port, load_balancer) = ("10.96.0.1:80/TCP", "192.0.2.1:30080/TCP", "203.0.113.1:80/TCP");
     let (secondary, external_ip) = ("10.244.1.1:30080/TCP", "198.51.100.1:80/TCP");
     let outside = |etp: &'static str| ["Am Am Am", etp, "Am Am Am"];

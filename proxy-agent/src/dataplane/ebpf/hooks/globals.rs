@@ -12,7 +12,9 @@ use proxy_common::globals;
 use crate::{
     dataplane::{
         DataplaneError,
-        ebpf::{Options, SocketLb, Tc, Timeouts, hygiene, kernel, layout::MapName, object::Digest, unavailable},
+        ebpf::{
+            DetectLocal, Options, SocketLb, Tc, Timeouts, hygiene, kernel, layout::MapName, object::Digest, unavailable,
+        },
     },
     model::Protocol,
 };
@@ -25,6 +27,7 @@ pub(crate) struct Globals {
     masquerade_ports: (u16, u16),
     timeouts: Timeouts,
     connected_udp: u8,
+    detect_local: u8,
     have_set_retval: u8,
     have_coarse_clock: u8,
     pub(super) log_level: u8,
@@ -50,6 +53,10 @@ impl Globals {
             node_netns_cookie: netns_cookie().map_err(kernel("SO_NETNS_COOKIE (kernel 5.14)"))?,
             masquerade_ports: options.masquerade_ports,
             timeouts: options.timeouts,
+            detect_local: match options.detect_local {
+                DetectLocal::Device => globals::detect_local::DEVICE,
+                DetectLocal::Address => globals::detect_local::ADDRESS,
+            },
             connected_udp: u8::from(hygiene::reaches_sockets(Protocol::Udp).is_ok()),
             have_set_retval: helper(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval)?,
             have_coarse_clock: helper(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_ktime_get_coarse_ns)?,
@@ -66,6 +73,7 @@ impl Globals {
             masquerade_ports: (low, high),
             timeouts: Timeouts { tcp_established, tcp_close_wait, udp, udp_stream },
             connected_udp,
+            detect_local,
             have_set_retval,
             have_coarse_clock,
             log_level,
@@ -81,6 +89,7 @@ impl Globals {
             .override_global(globals::UDP_SECS, udp, true)
             .override_global(globals::UDP_STREAM_SECS, udp_stream, true)
             .override_global(globals::CONNECTED_UDP, connected_udp, true)
+            .override_global(globals::DETECT_LOCAL, detect_local, true)
             .override_global(globals::HAVE_SET_RETVAL, have_set_retval, true)
             .override_global(globals::HAVE_COARSE_CLOCK, have_coarse_clock, true)
             .override_global(globals::LOG_LEVEL, log_level, true);
@@ -93,6 +102,7 @@ impl Globals {
             masquerade_ports,
             timeouts: Timeouts { tcp_established, tcp_close_wait, udp, udp_stream },
             connected_udp,
+            detect_local,
             have_set_retval,
             have_coarse_clock,
             log_level,
@@ -100,7 +110,8 @@ impl Globals {
         } = self;
         let mut digest = Digest::new()
             .bytes(object)
-            .bytes(&[*socket_lb, *connected_udp, *have_set_retval, *have_coarse_clock, *log_level, *tc as u8])
+            .bytes(&[*socket_lb, *connected_udp, *detect_local])
+            .bytes(&[*have_set_retval, *have_coarse_clock, *log_level, *tc as u8])
             .bytes(&node_netns_cookie.to_le_bytes())
             .bytes(&masquerade_ports.0.to_le_bytes())
             .bytes(&masquerade_ports.1.to_le_bytes());

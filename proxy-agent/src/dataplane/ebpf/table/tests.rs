@@ -20,6 +20,7 @@ use crate::{
 mod adoption;
 mod crashes;
 mod kernel;
+mod local_cidrs;
 mod room;
 mod services;
 mod sources;
@@ -100,6 +101,7 @@ fn desired(model: &Model) -> DesiredState {
     DesiredState {
         frontends: frontends.collect(),
         guards: model.guards.iter().map(|g| IpAddr::from([10, 96, 0, *g])).collect(),
+        local_cidrs: model.guards.iter().map(|g| format!("10.244.{g}.0/24").parse().unwrap()).collect(),
     }
 }
 

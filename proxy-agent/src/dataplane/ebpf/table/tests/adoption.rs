@@ -103,7 +103,8 @@ fn what_is_held_stays_as_it_is() {
     // 1 is not known at all, 2 seems to have lost its backends.
     let mut less = model(&[2, 3]);
     less.frontends.get_mut(&(2, true, false)).unwrap().0.clear();
-    let report = table.resync(&desired(&less), NOW);
+    let local_cidrs = desired(&model(&[1, 2, 3])).local_cidrs;
+    let report = table.resync(&DesiredState { local_cidrs, ..desired(&less) }, NOW);
     assert_eq!(report.failed.len(), 2, "{report:?}");
     assert!(report.failed.values().all(|failure| matches!(failure, Failure::Unsupported(_))), "{report:?}");
     assert_eq!((seen(table.store()), report.writes), (before, 0));

@@ -84,6 +84,17 @@ impl Store for Dying {
         self.live(MapName::ServiceCounters)?;
         self.maps.remove_counters(id)
     }
+    fn local_cidrs(&self) -> Result<BTreeSet<IpNet>> {
+        self.maps.local_cidrs()
+    }
+    fn put_local_cidr(&mut self, cidr: IpNet) -> Result<()> {
+        self.live(MapName::LocalCidrsV4)?;
+        self.maps.put_local_cidr(cidr)
+    }
+    fn remove_local_cidr(&mut self, cidr: IpNet) -> Result<()> {
+        self.live(MapName::LocalCidrsV4)?;
+        self.maps.remove_local_cidr(cidr)
+    }
     fn devices(&self) -> Result<Vec<(u32, DeviceValue)>> {
         self.maps.devices()
     }
@@ -136,6 +147,8 @@ impl Pins {
             MapName::XdpDevices,
             MapName::SourceRangesV4,
             MapName::SourceRangesV6,
+            MapName::LocalCidrsV4,
+            MapName::LocalCidrsV6,
             MapName::AffinityV4,
             MapName::AffinityV6,
             MapName::Meta,
@@ -183,6 +196,7 @@ fn every_crash_point_is_safe_in_the_kernel() {
         let mut restarted = pins.open(u64::MAX);
         assert!(restarted.resync(&to, NOW).is_clean());
         assert_eq!(seen(restarted.store()), oracle(&to), "after {crashes} writes");
+        assert_eq!(restarted.store().local_cidrs().unwrap(), to.local_cidrs, "after {crashes} writes");
         assert!(restarted.observe().unwrap().is_empty());
         assert_eq!(pins.open(u64::MAX).resync(&to, NOW).writes, 0, "after {crashes} writes");
         if writes < crashes {
