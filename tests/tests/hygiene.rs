@@ -28,6 +28,7 @@ fn cases(suite: &mut Suite, group: &str, socket_lb: &Option<SocketLb>, world: &m
         suite.case(&format!("{group}/A108: {name}"), || moves(world, before, after));
     }
     suite.case(&format!("{group}/A103: an idle socket is ended, and is none of those that are left"), || idle(world));
+    suite.case(&format!("{group}/A104: TCP is reset on demand, once its endpoint is deleted"), || resets(world));
     let Some(socket_lb) = socket_lb else { return };
     suite.case(&format!("{group}/A104: flows to whoever still serves stay"), || stays(world));
     suite.case(&format!("{group}/A104: a policy ends no flow"), || policy(world));
@@ -36,7 +37,6 @@ fn cases(suite: &mut Suite, group: &str, socket_lb: &Option<SocketLb>, world: &m
     suite.case(&format!("{group}/a socket that was connected to the backend itself is left alone"), || direct(world));
     let options = AgentOptions::new(*socket_lb);
     suite.case(&format!("{group}/what changed while no agent ran"), || meanwhile(world, &options));
-    suite.case(&format!("{group}/A104: TCP is reset on demand, once its endpoint is deleted"), || resets(world));
     suite.case(&format!("{group}/A103: at start with --socket-lb off, too"), || switched_off(world));
 }
 

@@ -331,7 +331,13 @@ pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, patterns: &[Patt
 /// have been killed a moment ago.
 pub(super) fn own_addresses(links: &BTreeMap<u32, Link>) -> BTreeSet<IpAddr> {
     let links = links.values().filter(|link| !(link.kind == "dummy" && link.name == "kube-ipvs0"));
-    links.flat_map(|link| &link.addresses).filter(|address| address.assigned).map(|address| address.ip).collect()
+    let assigned = links.flat_map(|link| &link.addresses).filter(|address| address.assigned);
+    assigned.map(|address| address.ip).filter(|ip| !is_of_one_link(*ip)).collect()
+}
+
+/// Each host-side link of a pod has an IPv6 one of its own, and no frontend is at such an address: they are no news (contract A27, A52).
+fn is_of_one_link(ip: IpAddr) -> bool {
+    matches!(ip, IpAddr::V6(ip) if ip.is_unicast_link_local())
 }
 
 /// Indexes whose devices carry a default route: where routes must be read again when they change.
@@ -604,7 +610,8 @@ mod tests {
             "eth0 - default 192.168.0.1/24 fd00::1/64",
             "nodelocaldns dummy 169.254.20.10/32",
             "kube-ipvs0 dummy 10.96.0.1/32",
-            "cni0 bridge 10.244.1.1/24",
+            "cni0 bridge 10.244.1.1/24 fe80::1/64",
+            "veth1 veth peer fe80::2/64",
         ]);
         links.get_mut(&2).unwrap().addresses[1].assigned = false;
         links.get_mut(&5).unwrap().addresses[0].usable = false;

@@ -1,7 +1,7 @@
 //! From slices to the endpoints of one port and family: united, without duplicates, without addresses that must not be
 //! aimed at.
 
-use std::{cmp::Reverse, net::IpAddr};
+use std::{cmp::Reverse, collections::BTreeSet, net::IpAddr};
 
 use crate::{
     desired::{Backend, BackendSet},
@@ -69,13 +69,25 @@ pub(super) fn unite<'a>(
     candidates
 }
 
-/// What flows of this port may go on with: for UDP whatever serves, terminating or not, and for TCP, where the Service asks for
-/// resets, whatever is still listed (contract A103, A104). Neither policy nor topology takes part.
-pub(super) fn alive(candidates: &[Candidate<'_>], protocol: Protocol, resets_deleted: bool) -> Option<BackendSet> {
-    let take = |keep: fn(&Candidate<'_>) -> bool| candidates.iter().filter(|c| keep(c)).map(|c| c.backend).collect();
-    match protocol {
-        Protocol::Udp => Some(take(|c| c.ready || c.serving)),
-        Protocol::Tcp if resets_deleted => Some(take(|_| true)),
+/// What flows of `port` may go on with: for UDP whatever serves, terminating or not, and for TCP, where the Service asks for
+/// resets, whoever is still listed (contract A103, A104). Neither policy nor topology takes part.
+///
+/// An endpoint is deleted when no slice of the Service has its address: a port that gets another number, or another name that its
+/// slices do not have yet, deletes nobody. So for TCP addresses alone count, each once, with the port of the Service.
+pub(super) fn alive<'a>(
+    candidates: &[Candidate<'_>],
+    slices: impl Iterator<Item = &'a EndpointSlice>,
+    port: &ServicePort,
+    family: Family,
+    resets_deleted: bool,
+) -> Option<BackendSet> {
+    match port.protocol {
+        Protocol::Udp => Some(candidates.iter().filter(|c| c.ready || c.serving).map(|c| c.backend).collect()),
+        Protocol::Tcp if resets_deleted => {
+            let endpoints = slices.filter(|slice| slice.family == family).flat_map(|slice| &slice.endpoints);
+            let listed: BTreeSet<_> = endpoints.map(|e| Backend { addr: e.address, port: port.port }).collect();
+            Some(listed.into_iter().collect())
+        }
         Protocol::Tcp | Protocol::Sctp => None,
     }
 }

@@ -154,7 +154,7 @@ pub fn plan_service<'a>(
         for (index, port) in service.ports.iter().enumerate() {
             let candidates = candidates::unite(slices.clone(), port, family, here.node);
             let choice = topology::choose(&candidates, needs(service, port, family), here.node);
-            let alive = candidates::alive(&candidates, port.protocol, resets_deleted);
+            let alive = candidates::alive(&candidates, slices.clone(), port, family, resets_deleted);
             let detect_local = defaults.detect_local.tells(family, here.node);
             let mut specs =
                 Specs::new(service, port, choice, alive, algorithm, (defaults.masquerade_all, detect_local));

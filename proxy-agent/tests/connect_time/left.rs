@@ -2,10 +2,14 @@
 
 use std::net::UdpSocket;
 
-use proxy_common::{globals::socket_lb, proto::UDP};
+use proxy_common::{
+    frontend::flags,
+    globals::socket_lb,
+    proto::{TCP, UDP},
+};
 
 use super::{
-    BACKENDS, BACKENDS6, SPELT, VIP, VIP6, addr, addrs, answer, as_pod, ask, ip, isolated, load_as, serve,
+    BACKENDS, BACKENDS6, SPELT, VIP, VIP6, addr, addrs, answer, as_pod, ask, ask_tcp, ip, isolated, load_as, serve,
     support::{Datapath, Globals, Spec, netns_cookie},
     udp,
 };
@@ -57,6 +61,26 @@ fn connected_sockets_of_pods_are_left_to_their_packets() {
                 let (who, shown) = ask(&udp(bind), addr(vip)).unwrap();
                 assert!(!addrs(&[VIP, VIP6]).contains(&who), "{who}: those that are not connected have a backend");
                 assert_eq!(shown, addr(vip));
+            }
+        }
+    });
+}
+
+/// What may have to be reset goes per packet where sockets are out of reach: for pods alone, and TCP is asked for by its frontend.
+#[test]
+fn connections_that_only_packets_can_reset_are_left_to_them() {
+    isolated("left::connections_that_only_packets_can_reset_are_left_to_them", |cgroup| {
+        serve_vips();
+        for (cookie, is_pod) in [(netns_cookie() + 1, true), (netns_cookie(), false)] {
+            let globals = Globals { socket_lb: socket_lb::ALL, node_netns_cookie: cookie, connected_udp: 1 };
+            let mut datapath = load_as(cgroup, &globals);
+            for flags in [0, flags::PODS_PER_PACKET] {
+                for (vip, backends) in [(VIP, &BACKENDS[..]), (VIP6, &BACKENDS6[..])] {
+                    let spec = Spec { flags, ..Spec::pick_all(1, &addrs(backends)) };
+                    datapath.frontend(addr(vip), TCP, &spec);
+                    let left = ask_tcp(addr(vip)).unwrap() == addr(vip);
+                    assert_eq!(left, is_pod && flags != 0, "{vip} {flags} pod: {is_pod}");
+                }
             }
         }
     });

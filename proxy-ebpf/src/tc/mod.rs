@@ -395,7 +395,7 @@ pub(crate) fn pick<A: Header, const COUNTS: bool>(
         }
     };
     match lookup::choose(&FrontendKey::new(packet.dst, packet.dport, packet.proto), from, 0, COUNTS, hash) {
-        Choice::Backend { target, service, masquerade, sticky: wanted, filtered } => {
+        Choice::Backend { target, service, masquerade, sticky: wanted, filtered, .. } => {
             *sticky = wanted;
             value.addr = target.addr;
             value.port = target.port;

@@ -229,13 +229,14 @@ impl Ebpf {
             resize::copy(layout, written_by_agents, sys::ANY, &mut steps)?;
         }
         let maps = Maps::open(path).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
-        let pods = hygiene::reaches_sockets(Protocol::Udp)
-            .or_else(|why| hygiene::reaches_sockets(Protocol::Tcp).map_err(|_| why));
+        let tcp = hygiene::reaches_sockets(Protocol::Tcp);
+        let reach = if tcp.is_ok() { render::Reach::Sockets } else { render::Reach::Packets };
+        let pods = hygiene::reaches_sockets(Protocol::Udp).or_else(|why| tcp.map_err(|_| why));
         let hygiene = Hygiene::start(layout.clone(), pods, Arc::clone(&options.ended))
             .map_err(kernel("start the thread that ends stale flows"))?;
         Ok(Self {
             hygiene,
-            table: Table::new(maps, alloc::REST),
+            table: Table::new(maps, alloc::REST).resetting_by(reach),
             hooks,
             sizes: options.sizes,
             resized,

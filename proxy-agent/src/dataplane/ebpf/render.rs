@@ -6,7 +6,10 @@ use proxy_common::{
 };
 
 use super::family::Family;
-use crate::desired::{Action, Algorithm, Frontend, FrontendKind, FrontendSpec, Verdict, Verdicts};
+use crate::{
+    desired::{Action, Algorithm, Frontend, FrontendKind, FrontendSpec, Verdict, Verdicts},
+    model::Protocol,
+};
 
 /// Service id of guards: they belong to no Service, and what they refuse is counted under it.
 pub(crate) const GUARD_SERVICE: u32 = u32::MAX;
@@ -80,6 +83,16 @@ pub(crate) fn needs(verdicts: &Verdicts) -> (bool, bool) {
     (any(Action::PickAll), any(Action::PickLocal))
 }
 
+/// What a TCP connection of a pod's can be reset by.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) enum Reach {
+    /// Its socket, wherever it was pointed.
+    #[default]
+    Sockets,
+    /// Its packets alone.
+    Packets,
+}
+
 /// The value of `key`, sealed.
 pub(crate) fn value<A: Family>(
     key: &FrontendKey<A>,
@@ -87,9 +100,10 @@ pub(crate) fn value<A: Family>(
     service: u32,
     all: Range,
     local: Range,
+    reach: Reach,
 ) -> FrontendValue {
     let FrontendSpec {
-        service: _,
+        service: service_port,
         kind,
         all: _,
         local: _,
@@ -97,8 +111,9 @@ pub(crate) fn value<A: Family>(
         algorithm: choice,
         affinity_secs,
         source_ranges,
-        alive: _,
+        alive,
     } = spec;
+    let resets = alive.is_some() && service_port.protocol == Protocol::Tcp;
     let Verdicts { pod, node, external } = verdicts;
     let mut bytes = [0; origin::COUNT];
     for (at, verdict) in [(origin::POD, pod), (origin::NODE, node), (origin::EXTERNAL, external)] {
@@ -123,7 +138,8 @@ pub(crate) fn value<A: Family>(
         flags: kind_flag(*kind)
             | table_flags(all, flags::ALL_TABLE_SHIFT)
             | table_flags(local, flags::LOCAL_TABLE_SHIFT)
-            | if source_ranges.is_some() { flags::HAS_SOURCE_RANGES } else { 0 },
+            | if source_ranges.is_some() { flags::HAS_SOURCE_RANGES } else { 0 }
+            | if resets && reach == Reach::Packets { flags::PODS_PER_PACKET } else { 0 },
         affinity_secs: affinity_secs.unwrap_or(0),
         seal: 0,
     }
@@ -141,7 +157,10 @@ mod tests {
     use proxy_common::Ipv4Be;
 
     use super::*;
-    use crate::model::{Protocol, ServiceKey, ServicePortName};
+    use crate::{
+        desired::Backend,
+        model::{ServiceKey, ServicePortName},
+    };
 
     fn spec(verdicts: Verdicts) -> FrontendSpec {
         FrontendSpec {
@@ -174,13 +193,32 @@ mod tests {
         let at = key::<Ipv4Be>(&frontend).unwrap();
         let all = Range { base: 7, count: 2, generation: 3, table: 1 };
         let local = Range { base: 9, count: 1, generation: 4, table: 3 };
-        let value = value(&at, &spec, 5, all, local);
+        let value = value(&at, &spec, 5, all, local, Reach::Packets);
         assert_eq!((value.all(), value.local(), value.service), (all, local, 5));
         assert_eq!(value.verdicts, [0, 0x81, 2]);
         assert_eq!((value.algorithm, value.affinity_secs), (algorithm::ROUND_ROBIN, 10_800));
         assert!(value.is_sealed_for(&at));
         assert_eq!(needs(&spec.verdicts), (true, true));
         assert_eq!(key::<proxy_common::Ipv6Be>(&frontend), None);
+    }
+
+    #[test]
+    fn pods_go_per_packet_where_only_that_way_resets_them() {
+        let frontend =
+            Frontend { addr: "10.96.0.1".parse().unwrap(), port: 443.try_into().unwrap(), protocol: Protocol::Tcp };
+        let at = key::<Ipv4Be>(&frontend).unwrap();
+        let pass = Verdict { action: Action::PickAll, masquerade: false };
+        let mut spec = spec(Verdicts { pod: pass, node: pass, external: pass });
+        let mut per_packet = |alive: Option<&[Backend]>, protocol, reach| {
+            spec.alive = alive.map(Into::into);
+            spec.service.protocol = protocol;
+            let value = value(&at, &spec, 5, Range::default(), Range::default(), reach);
+            value.flags & flags::PODS_PER_PACKET != 0
+        };
+        assert!(per_packet(Some(&[]), Protocol::Tcp, Reach::Packets));
+        assert!(!per_packet(Some(&[]), Protocol::Tcp, Reach::Sockets));
+        assert!(!per_packet(None, Protocol::Tcp, Reach::Packets), "nothing is reset");
+        assert!(!per_packet(Some(&[]), Protocol::Udp, Reach::Packets), "CONNECTED_UDP says it for all");
     }
 
     #[test]

@@ -29,7 +29,7 @@ use proxy_common::{Ipv4Be, Ipv6Be, affinity::is_expired, frontend::FrontendKey, 
 
 use super::{
     family::Family,
-    render,
+    render::{self, Reach},
     services::{Acquired, MAX_ID, Name, Services},
     store::{Store, StoreError},
 };
@@ -81,6 +81,7 @@ pub(crate) struct Table<S> {
     prune_at: Duration,
     /// Services (`namespace/name`) whose frontends stay as they are.
     held: BTreeSet<String>,
+    reach: Reach,
 }
 
 /// Keys to delete beyond those that `Changes` name.
@@ -104,7 +105,13 @@ impl<S: Store> Table<S> {
             adopted: false,
             held: BTreeSet::new(),
             prune_at: Duration::ZERO,
+            reach: Reach::default(),
         }
+    }
+
+    /// How connections of pods are reset where that is asked for.
+    pub(crate) fn resetting_by(self, reach: Reach) -> Self {
+        Self { reach, ..self }
     }
 
     #[cfg(test)]
@@ -227,8 +234,8 @@ impl<S: Store> Table<S> {
         self.unset::<Ipv4Be>(remove, unguard, v4, &mut report, now);
         self.unset::<Ipv6Be>(remove, unguard, v6, &mut report, now);
         let Self { store, v4, v6, .. } = self;
-        v4.sweep_sources(store);
-        v6.sweep_sources(store);
+        v4.sweep_sources(store, &mut report);
+        v6.sweep_sources(store, &mut report);
         self.reap(names, now);
         report
     }
@@ -289,6 +296,7 @@ impl<S: Store> Table<S> {
         spec: &FrontendSpec,
         now: Duration,
     ) -> Result<Option<Prepared<A>>, Refused> {
+        let reach = self.reach;
         let (store, services, half) = self.half::<A>();
         let name = Name { name: spec.service.to_string(), protocol: spec.service.protocol };
         let service = match services.acquire(&name) {
@@ -303,7 +311,7 @@ impl<S: Store> Table<S> {
         if spec.affinity_secs.is_some() {
             services.remembers(service);
         }
-        half.prepare(store, Asked { key, spec, service }, now)
+        half.prepare(store, Asked { key, spec, service, reach }, now)
     }
 
     fn unset<A: HalfOf>(

@@ -86,6 +86,25 @@ fn the_better_of_two_endpoints_of_one_address_whatever_slice_has_it() {
     }
 }
 
+/// TCP is reset for endpoints that are deleted: neither another number nor another name of their port deletes them (A104).
+#[test]
+fn a_port_that_changes_deletes_no_endpoint() {
+    let mut service = service(&["10.96.0.1"]);
+    service.reset_deleted = Some("true".into());
+    let mut old = slice("s", &["10.0.0.1 local", "10.0.0.2"]);
+    let listed = |service: &Service, slices: &[EndpointSlice]| only(&plan(service, slices)).alive.clone().unwrap();
+    let before = listed(&service, &[old.clone()]);
+    assert_eq!(addresses(&before), "10.0.0.1 10.0.0.2");
+    let mut new = slice("t", &["10.0.0.2", "10.0.0.3"]);
+    new.ports[0].port = port(9090);
+    assert_eq!(addresses(&listed(&service, &[old.clone(), new])), "10.0.0.1 10.0.0.2 10.0.0.3");
+    old.ports[0].port = port(9090);
+    assert_eq!(listed(&service, &[old.clone()]), before, "targetPort changes");
+    service.ports[0].name = "renamed".into();
+    assert_eq!(listed(&service, &[old]), before, "the Service's port is renamed, its slices are not yet");
+    assert_eq!(addresses(&listed(&service, &[])), "");
+}
+
 /// Who may go on with what it has is a matter of serving (UDP), or of being listed at all (TCP, on demand): no policy, no hint
 /// and no preference for what is ready ends a flow (contract A103, A104, A106).
 #[test]

@@ -2,6 +2,7 @@
 
 use std::{
     collections::{BTreeSet, HashMap},
+    net::IpAddr,
     time::{Duration, Instant},
 };
 
@@ -23,6 +24,14 @@ pub(crate) enum Keep {
     Only(BackendSet),
 }
 
+/// Whether a set has a backend; of TCP, whether it has its address (see [`FrontendSpec::alive`](crate::desired::FrontendSpec)).
+fn has(set: &BackendSet, protocol: Protocol, backend: &Backend) -> bool {
+    match protocol {
+        Protocol::Tcp => set.binary_search_by_key(&backend.addr, |backend| backend.addr).is_ok(),
+        Protocol::Udp | Protocol::Sctp => set.binary_search(backend).is_ok(),
+    }
+}
+
 impl From<Option<BackendSet>> for Keep {
     fn from(alive: Option<BackendSet>) -> Self {
         alive.map_or(Self::All, Self::Only)
@@ -39,21 +48,24 @@ pub(crate) struct Change {
 #[derive(Debug, Default)]
 pub(crate) struct Alive {
     frontends: HashMap<Frontend, Keep>,
+    /// All were named once: from then on one that is new had no flows, or they were seen to when it went.
+    complete: bool,
     /// How many of them are TCP and may end flows: mostly none, and then TCP's tables are left alone.
     resetting: usize,
     /// TCP backends that were lost a moment ago, and until when that does not count.
-    fading: HashMap<(Frontend, Backend), Instant>,
+    fading: HashMap<(Frontend, IpAddr), Instant>,
     /// TCP frontends of which it is not known yet what they lost, and until when.
     fresh: HashMap<Frontend, Instant>,
 }
 
 impl Alive {
     pub(crate) fn replace(&mut self, all: Vec<(Frontend, Keep)>, now: Instant) {
-        let Self { frontends, .. } = self;
+        let Self { frontends, .. } = &*self;
         // What stands stands on: its endpoints are gone for as long as they were.
         let kept: BTreeSet<Frontend> = all.iter().map(|(frontend, _)| *frontend).collect();
         let removed = frontends.keys().filter(|frontend| !kept.contains(frontend)).copied().collect();
         self.apply(Change { set: all, removed }, now);
+        self.complete = true;
     }
 
     /// Carries a change out; says whether UDP flows may have lost their backend by it. What only gained has lost nothing: a change
@@ -73,13 +85,15 @@ impl Alive {
 
     /// Whether the frontend may have lost a backend.
     fn put(&mut self, frontend: Frontend, new: Option<Keep>, now: Instant) -> bool {
+        let Frontend { protocol, .. } = frontend;
         let old = self.frontends.get(&frontend);
         let gone: Option<Vec<Backend>> = match (old, &new) {
             (_, None | Some(Keep::All)) => Some(vec![]),
             (Some(Keep::Only(old)), Some(Keep::Only(new))) => {
-                Some(old.iter().filter(|backend| new.binary_search(backend).is_err()).copied().collect())
+                Some(old.iter().filter(|backend| !has(new, protocol, backend)).copied().collect())
             }
-            // What the frontend led to before is not known, or there was none: entries may stem from an earlier one.
+            (None, Some(Keep::Only(_))) if self.complete && frontend.protocol == Protocol::Udp => Some(vec![]),
+            // What the frontend led to before is not known; entries may stem from an earlier one, which a TCP flow outlives.
             (None | Some(Keep::All), Some(Keep::Only(_))) => None,
         };
         let lost = gone.as_ref().is_none_or(|gone| !gone.is_empty());
@@ -89,8 +103,9 @@ impl Alive {
             match (gone, &new) {
                 (None, _) => drop(self.fresh.insert(frontend, now + TCP_GRACE)),
                 (Some(gone), Some(Keep::Only(new))) => {
-                    self.fading.retain(|(at, backend), _| *at != frontend || new.binary_search(backend).is_err());
-                    self.fading.extend(gone.into_iter().map(|backend| ((frontend, backend), now + TCP_GRACE)));
+                    let is_back = |addr: &IpAddr| new.binary_search_by_key(addr, |backend| backend.addr).is_ok();
+                    self.fading.retain(|(at, addr), _| *at != frontend || !is_back(addr));
+                    self.fading.extend(gone.into_iter().map(|backend| ((frontend, backend.addr), now + TCP_GRACE)));
                 }
                 (Some(_), _) => {}
             }
@@ -124,9 +139,9 @@ impl Alive {
     pub(crate) fn is_lost(&self, frontend: &Frontend, backend: &Backend) -> bool {
         match self.frontends.get(frontend) {
             Some(Keep::Only(alive)) => {
-                alive.binary_search(backend).is_err()
+                !has(alive, frontend.protocol, backend)
                     && !self.fresh.contains_key(frontend)
-                    && !self.fading.contains_key(&(*frontend, *backend))
+                    && !self.fading.contains_key(&(*frontend, backend.addr))
             }
             Some(Keep::All) => false,
             // Whatever is in our tables came by a frontend: this one is gone. A UDP flow goes with it, for its backend's address
@@ -178,8 +193,16 @@ mod tests {
         assert!(!alive.apply(set(dns, Keep::All), now));
         assert!(!alive.is_lost(&dns, &backend(1)));
         assert!(alive.apply(set(dns, only(&[1])), now));
+        assert!(alive.apply(set(frontend(55, Protocol::Udp), only(&[1])), now), "not all is known yet");
         alive.replace(vec![(frontend(54, Protocol::Udp), only(&[1]))], now);
         assert!(alive.is_lost(&dns, &backend(1)) && !alive.is_lost(&frontend(54, Protocol::Udp), &backend(1)));
+        // A Service that is made now: its flows, if there were any, ended with their frontend.
+        assert!(!alive.apply(set(frontend(56, Protocol::Udp), only(&[1])), now));
+        assert!(!alive.apply(set(dns, only(&[2])), now), "one that was seen to go");
+        assert!(alive.apply(set(dns, only(&[3])), now));
+        // What could not be programmed may be anything.
+        alive.apply(set(frontend(57, Protocol::Udp), Keep::All), now);
+        assert!(alive.apply(set(frontend(57, Protocol::Udp), only(&[1])), now));
     }
 
     #[test]
@@ -202,6 +225,21 @@ mod tests {
         assert!(alive.resets_tcp());
         alive.replace(vec![], now);
         assert!(!alive.resets_tcp());
+    }
+
+    #[test]
+    fn a_port_that_changes_resets_nobody() {
+        let (web, dns, now) = (frontend(80, Protocol::Tcp), frontend(53, Protocol::Udp), Instant::now());
+        let mut alive = Alive::default();
+        alive.apply(set(web, only(&[1])), now - TCP_GRACE);
+        alive.apply(set(dns, only(&[1])), now - TCP_GRACE);
+        alive.settle(now);
+        let other = Backend { port: Port::new(8080).unwrap(), ..backend(1) };
+        let elsewhere = Backend { port: Port::new(8080).unwrap(), ..backend(2) };
+        assert!(!alive.is_lost(&web, &other) && alive.is_lost(&web, &elsewhere));
+        assert!(alive.is_lost(&dns, &other), "a datagram to a port that nobody serves is lost");
+        assert!(!alive.apply(set(web, Keep::Only([other].into())), now));
+        assert_eq!(alive.settle(now), (false, None), "nothing fades");
     }
 
     #[test]

@@ -16,10 +16,10 @@ use super::{
 };
 use crate::{
     dataplane::{
-        Report,
+        Failure, Report,
         ebpf::{
             family::Family,
-            render,
+            render::{self, Reach},
             services::{Name, Services},
             store::{Store, StoreError},
         },
@@ -45,6 +45,7 @@ pub(super) struct Asked<'a, A> {
     pub(super) key: FrontendKey<A>,
     pub(super) spec: &'a FrontendSpec,
     pub(super) service: u32,
+    pub(super) reach: Reach,
 }
 
 /// A frontend's value, and the source ranges held for it.
@@ -102,7 +103,7 @@ impl<A: Family> Half<A> {
         asked: Asked<'_, A>,
         now: Duration,
     ) -> Result<Option<Prepared<A>>, Refused> {
-        let Asked { key, spec, service } = asked;
+        let Asked { key, spec, service, reach: _ } = asked;
         let sources = match &spec.source_ranges {
             Some(nets) => Some(self.sources.hold(store, service, nets)?),
             None => None,
@@ -123,7 +124,7 @@ impl<A: Family> Half<A> {
     fn prepare_ranges<S: Store>(
         &mut self,
         store: &mut S,
-        Asked { key, spec, service }: Asked<'_, A>,
+        Asked { key, spec, service, reach }: Asked<'_, A>,
         now: Duration,
     ) -> Result<Option<FrontendValue>, Refused> {
         let old = self.shadow.get(&key).copied().unwrap_or_default();
@@ -142,7 +143,7 @@ impl<A: Family> Half<A> {
         } else {
             Range::default()
         };
-        let value = render::value(&key, spec, service, all, local);
+        let value = render::value(&key, spec, service, all, local, reach);
         if self.shadow.get(&key) == Some(&value) {
             self.ranges.release_all(&value, now);
             return Ok(None);
@@ -278,15 +279,23 @@ impl<A: Family> Half<A> {
         }
     }
 
-    /// Takes out source ranges that no frontend holds.
-    pub(super) fn sweep_sources<S: Store>(&mut self, store: &mut S) {
+    /// Takes out source ranges that no frontend holds. A frontend that admits more than it should is not in force.
+    pub(super) fn sweep_sources<S: Store>(&mut self, store: &mut S, report: &mut Report) {
         if !self.sources.has_idle() {
             return;
         }
         // What a former process wrote, and this one could not take up or bring up to date yet.
         let unknown = self.shadow.iter().filter(|(key, value)| has_sources(value) && !self.sources.knows(key));
         let unknown = unknown.map(|(_, value)| value.service).collect();
-        self.sources.sweep(store, &unknown);
+        let failed = self.sources.sweep(store, &unknown);
+        if failed.is_empty() {
+            return;
+        }
+        for (key, value) in self.shadow.iter().filter(|(_, value)| has_sources(value)) {
+            let (Some(frontend), Some(error)) = (frontend_of(key), failed.get(&value.service)) else { continue };
+            let why = format!("frontend {frontend}: a source range that it has no longer is still admitted: {error}");
+            report.failed.entry(frontend).or_insert(Failure::Retry(why));
+        }
     }
 
     /// Compares the kernel with the shadow.

@@ -90,16 +90,23 @@ impl<A: Family> Sources<A> {
         !self.idle.is_empty()
     }
 
-    /// Takes out what nobody holds, but for those of services that are `unknown`. What cannot be taken out stays for the next time.
-    pub(super) fn sweep<S: Store>(&mut self, store: &mut S, unknown: &HashSet<u32>) {
+    /// Takes out what nobody holds, but for those of services that are `unknown`. What cannot be taken out stays for the next time:
+    /// which services admit more than they should by that, and why.
+    pub(super) fn sweep<S: Store>(&mut self, store: &mut S, unknown: &HashSet<u32>) -> HashMap<u32, StoreError> {
         let Self { entries, idle, .. } = self;
+        let mut failed = HashMap::new();
         idle.retain(|key| {
-            if unknown.contains(&key.range.service) || store.remove_source_range(key).is_err() {
+            if unknown.contains(&key.range.service) {
+                return true;
+            }
+            if let Err(error) = store.remove_source_range(key) {
+                failed.insert(key.range.service, error);
                 return true;
             }
             entries.remove(key);
             false
         });
+        failed
     }
 
     /// Takes up what the kernel holds.

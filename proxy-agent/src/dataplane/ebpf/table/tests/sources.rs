@@ -67,3 +67,17 @@ fn a_full_trie_fails_its_frontend_and_lost_ranges_come_back() {
         assert!(table.observe().unwrap().frontends.is_empty());
     }
 }
+
+/// It would go on admitting its sources, with nobody the wiser.
+#[test]
+fn a_range_that_cannot_be_taken_out_fails_its_frontend() {
+    let mut table = fresh();
+    assert!(table.resync(&filtered(Some(&["10.1.0.0/16", "10.2.0.0/16"])), NOW).is_clean());
+    table.store_mut().fault = Fault::DeadAfter(0);
+    let report = table.resync(&filtered(Some(&["10.1.0.0/16"])), NOW);
+    let Some(Failure::Retry(why)) = report.failed.values().next() else { panic!("{report:?}") };
+    assert!(why.contains("still admitted"), "{why}");
+    table.store_mut().fault = Fault::None;
+    assert!(table.resync(&filtered(Some(&["10.1.0.0/16"])), NOW).is_clean());
+    assert_eq!(in_trie(&table), [(IpAddr::from([10, 1, 0, 0]), 16)]);
+}
