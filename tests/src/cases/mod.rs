@@ -15,7 +15,7 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 
 use crate::{
     pod::{
@@ -179,30 +179,25 @@ impl Ground<'_> {
         Ok(own())
     }
 
-    /// Expects a refusal, at once: TCP and connected UDP by errno, an unconnected datagram at least unanswered.
+    /// Expects a refusal, at once, which every kind of socket hears of.
     fn refused(&self, from: &Place, ip: IpAddr, port: u16) -> Result<()> {
         let to = SocketAddr::new(ip, port);
         for transport in Transport::ALL {
-            let patience = if transport == Transport::UdpUnconnected { 250 } else { 3000 };
-            let report = self.world.ask(from, &Ask::new(to, transport).timeout(patience))?;
+            let ask = Ask::new(to, transport).timeout(3000);
+            let ask = if transport == Transport::UdpUnconnected { ask.with("--hear-errors") } else { ask };
+            let report = self.world.ask(from, &ask)?;
             let what = format!("{} -> {to} {transport}", from.name);
             let one = report.tries.first().context("no try")?;
-            match (transport, one.error.as_deref()) {
-                (_, Some("ECONNREFUSED")) => {
-                    // On a link without latency the ICMPv6 error arrives while connect() still holds the socket's lock, and the
-                    // kernel drops it (LockDroppedIcmps): it takes the second SYN, a second later. nftables' reject shows
-                    // the same.
-                    let slow = to.is_ipv6() && transport == Transport::Tcp && self.per_packet(from);
-                    ensure!(
-                        one.micros < if slow { 2_500_000 } else { 500_000 },
-                        "{what}: refused only after {} us",
-                        one.micros
-                    );
-                }
-                // The kernel tells an unconnected socket of an ICMP error only if it asks for them (IP_RECVERR).
-                (Transport::UdpUnconnected, Some("ETIMEDOUT")) if self.per_packet(from) => {}
-                _ => bail!("{what}: expected a refusal, saw {one:?}"),
-            }
+            ensure!(one.error.as_deref() == Some("ECONNREFUSED"), "{what}: expected a refusal, saw {one:?}");
+            // On a link without latency the ICMPv6 error arrives while connect() still holds the socket's lock, and the
+            // kernel drops it (LockDroppedIcmps): it takes the second SYN, a second later. nftables' reject shows
+            // the same.
+            let slow = to.is_ipv6() && transport == Transport::Tcp && self.per_packet(from);
+            ensure!(
+                one.micros < if slow { 2_500_000 } else { 500_000 },
+                "{what}: refused only after {} us",
+                one.micros
+            );
         }
         Ok(())
     }

@@ -48,6 +48,9 @@ pub struct Args {
     /// Send datagrams without a checksum (SO_NO_CHECK; IPv4 alone allows it)
     #[arg(long)]
     pub no_check: bool,
+    /// Have the kernel tell an unconnected UDP socket of ICMP errors, too (IP_RECVERR)
+    #[arg(long)]
+    pub hear_errors: bool,
     /// End TCP connections with a reset: a socket in TIME_WAIT would keep its port from the next try
     #[arg(long)]
     pub reset: bool,
@@ -127,7 +130,7 @@ pub fn run(args: &Args) -> Result<Report> {
 }
 
 fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()> {
-    let &Args { to, transport, timeout, mapped, size, reply, burst, no_check, reset, .. } = args;
+    let &Args { to, transport, timeout, mapped, size, reply, burst, no_check, hear_errors, reset, .. } = args;
     let to = socket::target(to, mapped);
     let timeout = Duration::from_millis(timeout);
     let request = wire::request(size, reply);
@@ -160,6 +163,9 @@ fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()>
             socket.set_read_timeout(Some(timeout)).map_err(io)?;
             if no_check {
                 socket::no_check(&socket)?;
+            }
+            if hear_errors {
+                socket::hear_errors(&socket, to)?;
             }
             if burst > 1 {
                 socket::segment(&socket, request.len())?;

@@ -94,6 +94,15 @@ pub fn udp(to: SocketAddr, source_port: Option<u16>, connected: bool) -> nix::Re
     Ok(UdpSocket::from(fd))
 }
 
+/// The kernel tells an unconnected socket of the ICMP errors that are about its datagrams.
+pub fn hear_errors(socket: &UdpSocket, to: SocketAddr) -> nix::Result<()> {
+    if to.is_ipv4() {
+        setsockopt(socket, sockopt::Ipv4RecvErr, &true)
+    } else {
+        setsockopt(socket, sockopt::Ipv6RecvErr, &true)
+    }
+}
+
 /// One call sends many datagrams of this length; the kernel cuts them as late as the link allows.
 pub fn segment(socket: &UdpSocket, length: usize) -> nix::Result<()> {
     option(socket, libc::SOL_UDP, libc::UDP_SEGMENT, i32::try_from(length).map_err(|_| Errno::EINVAL)?)

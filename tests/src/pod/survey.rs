@@ -51,6 +51,7 @@ impl Question {
             reply: 0,
             burst: 1,
             no_check: false,
+            hear_errors: false,
             reset: false,
             fail_fast: true,
         })

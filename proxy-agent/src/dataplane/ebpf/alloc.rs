@@ -359,11 +359,22 @@ mod tests {
         #[test]
         fn keeps_its_invariant(
             adopted: bool,
+            // Gaps before and lengths of what is in use when it is adopted.
+            found in prop::collection::vec((0u32..6, 1u32..6), 0..8),
             dirty in prop::collection::btree_set(0u32..64, 0..32),
             ops in prop::collection::vec((any::<bool>(), 1u32..9, any::<prop::sample::Index>(), 0u64..4), 1..200),
         ) {
-            let mut slots = if adopted { Slots::adopt(64, REST, &[], SEC) } else { Slots::new(64, REST) };
             let mut live: Vec<Extent> = vec![];
+            let mut at = 0;
+            for (gap, len) in found.into_iter().filter(|_| adopted) {
+                let base = at + gap;
+                at = base + len;
+                if at <= 64 {
+                    live.push(Extent { base, len });
+                }
+            }
+            let mut slots = if adopted { Slots::adopt(64, REST, &live, SEC) } else { Slots::new(64, REST) };
+            prop_assert_eq!(slots.used(), live.iter().map(|e| e.len).sum::<u32>());
             let mut freed: Vec<(Duration, Extent)> = vec![];
             let mut now = SEC;
             let overlap = |a: Extent, b: Extent| u64::from(a.base) < b.end() && u64::from(b.base) < a.end();
