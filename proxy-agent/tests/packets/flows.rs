@@ -6,6 +6,7 @@ use proxy_common::{connection::flags, counters::Reason, device::role};
 
 use super::{
     packet::{Packet, SYN, ends},
+    support::Spec,
     world::{DROP, Hook, NEXT, Options, PROTOS, TCP, UDP, World, at, casts, world},
 };
 
@@ -388,6 +389,35 @@ fn a_direct_connection_beside_one_through_the_vip() {
                 &Packet::answer(proto, cast.backend, cast.client),
                 &Packet::answer(proto, cast.vip, cast.client),
             );
+            world.remove(|_| true);
+        }
+    }
+}
+
+/// A NodePort of policy Local is not masqueraded, so a pod of another node that uses it and, from the same port, the backend itself (as
+/// connect-time translation there makes it) has one reply tuple for both. A SYN is asked about. A datagram is not, wherever it
+/// comes from off the node: its answers show the NodePort (README, Limits).
+#[test]
+fn a_direct_flow_from_off_the_node_beside_one_that_keeps_its_source() {
+    let test = "a_direct_flow_from_off_the_node_beside_one_that_keeps_its_source";
+    let Some(mut world) = world(test, Options::default()) else { return };
+    world.device(role::OUTWARD);
+    for cast in casts() {
+        let node_port = SocketAddr::new(cast.node, 30_080);
+        for proto in PROTOS {
+            world.datapath.frontend(node_port, proto, &Spec::pick_all(1, &[cast.backend]));
+            world.establish(proto, cast.client, node_port);
+            let direct = Packet::opening(proto, cast.client, cast.backend);
+            let answer = Packet::answer(proto, cast.backend, cast.client);
+            if proto == UDP {
+                world.untouched(Hook::Ingress, &direct.frame());
+            } else {
+                let (moved, to) = world.translate(Hook::Ingress, &direct);
+                assert!(to == cast.backend && moved.ip() == cast.client.ip() && moved != cast.client);
+                let answer = Packet::answer(proto, cast.backend, moved);
+                world.expect(Hook::Egress, &answer, &answer.to(cast.client));
+            }
+            world.expect(Hook::Egress, &answer, &answer.from(node_port));
             world.remove(|_| true);
         }
     }
