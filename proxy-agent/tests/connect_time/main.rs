@@ -26,7 +26,7 @@ use aya::maps::HashMap;
 use proxy_common::{
     Be16, Ipv4Be,
     counters::{Reason, ServiceCounters},
-    frontend::{FrontendKey, algorithm, verdict},
+    frontend::{FrontendKey, algorithm, flags, verdict},
     globals::socket_lb,
     proto::{TCP, UDP},
 };
@@ -423,6 +423,30 @@ fn a_drop_depends_on_the_origin() {
         let mut datapath = as_node(cgroup);
         datapath.frontend(addr(VIP), TCP, &per_origin);
         assert_eq!(ask_tcp(addr(VIP)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    });
+}
+
+/// Contract A91: only a packet tells whether its sender is in a range. What the node sends itself was decided by its verdict.
+#[test]
+fn source_ranges_leave_pods_to_their_packets() {
+    isolated("source_ranges_leave_pods_to_their_packets", |cgroup| {
+        // Untranslated, the VIP is an address here.
+        ip("addr add 10.96.0.1/32 dev lo");
+        serve(addr(VIP));
+        let spec = Spec { flags: flags::HAS_SOURCE_RANGES, ..Spec::pick_all(1, &addrs(&BACKENDS)) };
+        for (load, translated) in [(as_pod as fn(&fs::File) -> Datapath, false), (as_node, true)] {
+            let mut datapath = load(cgroup);
+            datapath.frontend(addr(VIP), TCP, &spec);
+            datapath.frontend(addr(VIP), UDP, &spec);
+            assert_eq!(ask_tcp(addr(VIP)).unwrap() != addr(VIP), translated);
+            let (who, shown) = ask(&udp("0.0.0.0:0"), addr(VIP)).unwrap();
+            assert_eq!((who != addr(VIP), shown), (translated, addr(VIP)));
+            let connected = udp("0.0.0.0:0");
+            connected.connect(addr(VIP)).unwrap();
+            connected.send(b"?").unwrap();
+            let (who, shown) = answer(&connected).unwrap();
+            assert_eq!((who != addr(VIP), shown), (translated, addr(VIP)));
+        }
     });
 }
 
