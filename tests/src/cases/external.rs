@@ -1,6 +1,6 @@
 //! What leads to a Service beside its ClusterIP: NodePorts, load balancers' addresses, external IPs, and the policy on them.
 //!
-//! Every Service here has `b1` on node1 and `b2` on node2 behind it, unless it says otherwise, and answers on TCP 80 and UDP 53;
+//! Every Service here has `b1` on node1 and `b2` on node2 behind it, unless it says otherwise, and answers on TCP 80, UDP 53 and SCTP 38412;
 //! on the nodes on NodePorts of its own.
 
 use std::{
@@ -65,11 +65,20 @@ impl Ext {
     }
 
     fn node_port(self, transport: Transport) -> u16 {
-        30_000 + 10 * u16::from(self.number()) + u16::from(transport != Transport::Tcp)
+        let of_transport = match transport {
+            Transport::Tcp => 0,
+            Transport::Udp | Transport::UdpUnconnected => 1,
+            Transport::Sctp => 2,
+        };
+        30_000 + 10 * u16::from(self.number()) + of_transport
     }
 
     fn port(transport: Transport) -> u16 {
-        if transport == Transport::Tcp { 80 } else { 53 }
+        match transport {
+            Transport::Tcp => 80,
+            Transport::Udp | Transport::UdpUnconnected => 53,
+            Transport::Sctp => 38_412,
+        }
     }
 
     fn at_node(self, node: &Place, family: Family, transport: Transport) -> SocketAddr {
@@ -113,6 +122,8 @@ impl Ext {
                     .node_port(self.node_port(Transport::Tcp))
                     .port("dns", "UDP", 53)
                     .node_port(self.node_port(Transport::Udp))
+                    .port("ngap", "SCTP", 38_412)
+                    .node_port(self.node_port(Transport::Sctp))
                     .load_balancer(&ips(self.number()))
                     .external_ips(&ips(100 + self.number()));
                 match self {
@@ -127,7 +138,10 @@ impl Ext {
     fn objects(self, world: &World) -> Vec<Value> {
         let name = format!("ext-{self:?}").to_lowercase();
         let slices = Family::BOTH.map(|family| {
-            let slice = objects::slice(&name, family).port("web", "TCP", 8080).port("dns", "UDP", 8080);
+            let slice = objects::slice(&name, family)
+                .port("web", "TCP", 8080)
+                .port("dns", "UDP", 8080)
+                .port("ngap", "SCTP", 8080);
             let slice = match self {
                 Self::Empty => slice,
                 Self::Elsewhere | Self::Own => slice.endpoint(world.pod("b2")),
@@ -146,7 +160,7 @@ pub fn objects(world: &World) -> Vec<Value> {
     objects::nodes(world).into_iter().chain(Ext::ALL.iter().flat_map(|ext| ext.objects(world))).collect()
 }
 
-const CASES: [Case; 16] = [
+const CASES: [Case; 17] = [
     ("A64 A77: policy Cluster, all endpoints", open),
     ("A66 A67 A77: policy Local, from pod and node all endpoints", local_inside),
     ("A65 A77: policy Local, from outside local endpoints with the true source", local_outside),
@@ -163,6 +177,7 @@ const CASES: [Case; 16] = [
     ("A62: fragmented datagrams", fragments),
     ("A127 A52: NodePorts follow the node's addresses", addresses_change),
     ("sockets see the address they asked", names),
+    ("SCTP: every way in, masqueraded and by policy Local", sctp),
 ];
 
 /// Every case, under names that begin with `group`.
@@ -394,6 +409,31 @@ fn host_network(ground: &Ground<'_>) -> Result<()> {
                 sources.insert(pod.ip(family));
                 served(ground, pod, (to, transport), &["node1", "node2"], &sources)?;
             }
+        }
+    }
+    Ok(())
+}
+
+/// Per packet, whoever else is translated at connect time.
+fn sctp(ground: &Ground<'_>) -> Result<()> {
+    let (pod, outside) = (ground.world.pod("a1"), ground.world.outside());
+    for family in Family::BOTH {
+        let own = |place: &Place| BTreeSet::from([place.ip(family)]);
+        let node = ground.world.node_addresses(1)?;
+        for (from, ext, backends, sources) in [
+            (outside, Ext::Open, &["b1", "b2"][..], node.clone()),
+            (outside, Ext::Local, &["b1"], own(outside)),
+            (pod, Ext::Open, &["b1", "b2"], node.clone()),
+            (pod, Ext::Local, &["b1", "b2"], own(pod)),
+            (pod, Ext::Hairpin, &["a1"], node),
+        ] {
+            for to in ext.ways(ground.world, family, Transport::Sctp) {
+                served(ground, from, (to, Transport::Sctp), backends, &sources)?;
+            }
+        }
+        for to in Ext::Elsewhere.ways(ground.world, family, Transport::Sctp) {
+            let report = ground.world.ask(outside, &Ask::new(to, Transport::Sctp).timeout(200))?;
+            ensure!(report.errors().keys().eq(["ETIMEDOUT"]), "outside -> {to}: expected silence, {report:?}");
         }
     }
     Ok(())

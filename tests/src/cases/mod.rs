@@ -8,6 +8,7 @@ pub mod external;
 pub mod matrix;
 pub mod packets;
 pub mod refusal;
+pub mod sctp;
 pub mod services;
 
 use std::{
@@ -40,7 +41,7 @@ pub struct Ground<'a> {
 type Case = (&'static str, fn(&Ground<'_>) -> Result<()>);
 
 /// What holds on every kind of link and for pods and clients outside, whoever is translated at connect time.
-const EVERYWHERE: [Case; 18] = [
+const EVERYWHERE: [Case; 20] = [
     ("A77: pod to ClusterIP, all endpoints, true source", matrix::pod),
     ("A77: outside to ClusterIP, all endpoints, masqueraded", matrix::outside),
     ("A77: internal policy Local, local endpoints only", matrix::local),
@@ -56,6 +57,8 @@ const EVERYWHERE: [Case; 18] = [
     ("datagrams without a checksum", packets::no_checksum),
     ("megabytes both ways", packets::bulk),
     ("path MTU is found through a VIP", packets::path_mtu),
+    ("SCTP: associations from pods and outside, both ways", sctp::served),
+    ("SCTP: refused, unserved, shown", sctp::others),
     ("two VIPs of one backend from one source port", collisions::two_vips),
     ("a VIP, then its backend from the same source port", collisions::vip_then_backend),
     ("a backend, then its VIP from the same source port", collisions::backend_then_vip),

@@ -13,7 +13,7 @@ use crate::{
     },
 };
 
-/// Every one is dual-stack and has TCP 80 and UDP 53, unless it says otherwise.
+/// Every one is dual-stack and has TCP 80, UDP 53 and SCTP 38412, unless it says otherwise.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub enum Svc {
@@ -37,7 +37,7 @@ pub enum Svc {
     Hairpin,
     /// `node1`, `node2`: host-network endpoints
     Host,
-    /// `b1`; TCP 80 leads to 8080, TCP 81 to 9090, no UDP
+    /// `b1`; TCP 80 leads to 8080, TCP 81 to 9090, nothing else
     TwoPorts,
     /// `c2`
     One,
@@ -75,7 +75,12 @@ impl Svc {
 
     /// Where it answers this transport.
     pub fn at(self, family: Family, transport: Transport) -> SocketAddr {
-        super::at(family, self, if transport == Transport::Tcp { 80 } else { 53 })
+        let port = match transport {
+            Transport::Tcp => 80,
+            Transport::Udp | Transport::UdpUnconnected => 53,
+            Transport::Sctp => 38_412,
+        };
+        super::at(family, self, port)
     }
 
     fn name(self) -> String {
@@ -118,9 +123,12 @@ impl Svc {
             service = service.local();
         }
         let (service, ports) = if self == Self::TwoPorts {
-            (service.port("http", "TCP", 80).port("alt", "TCP", 81), [("http", "TCP", 8080), ("alt", "TCP", 9090)])
+            (service.port("http", "TCP", 80).port("alt", "TCP", 81), vec![("http", "TCP", 8080), ("alt", "TCP", 9090)])
         } else {
-            (service.port("web", "TCP", 80).port("dns", "UDP", 53), [("web", "TCP", 8080), ("dns", "UDP", 8080)])
+            (
+                service.port("web", "TCP", 80).port("dns", "UDP", 53).port("ngap", "SCTP", 38_412),
+                vec![("web", "TCP", 8080), ("dns", "UDP", 8080), ("ngap", "SCTP", 8080)],
+            )
         };
         let slices = Family::BOTH.map(|family| {
             let slice = objects::slice(&name, family);

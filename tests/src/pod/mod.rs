@@ -7,6 +7,7 @@ pub mod bulk;
 pub mod frame;
 pub mod hold;
 pub mod probe;
+pub mod sctp;
 pub mod serve;
 pub mod socket;
 pub mod storm;
@@ -21,7 +22,7 @@ use clap::Parser;
 #[derive(Parser)]
 #[command(name = "testpod", about = "Server and clients for the pods of a test world")]
 enum Command {
-    /// Answer on TCP and UDP, one line of JSON for each line or datagram
+    /// Answer on TCP, UDP and SCTP, one line of JSON for each line or datagram
     Serve(serve::Args),
     /// Ask a few times and print what happened each time
     Probe(probe::Args),

@@ -12,6 +12,7 @@ use nix::errno::Errno;
 use serde::{Deserialize, Serialize};
 
 use super::{
+    sctp,
     socket::{self, Transport},
     wire::{self, Answer},
 };
@@ -153,6 +154,7 @@ fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()>
             }
             line
         }
+        Transport::Sctp => sctp::ask(to, source_port.unwrap_or(50_000), timeout, &request)?,
         Transport::Udp | Transport::UdpUnconnected => {
             let connected = transport == Transport::Udp;
             let socket = match socket::udp(to, source_port, connected) {

@@ -1,4 +1,4 @@
-//! The server: TCP and UDP on given addresses and ports.
+//! The server: TCP, UDP and SCTP on given addresses and ports.
 //!
 //! It binds addresses, not wildcards: a UDP answer from a wildcard socket may leave with another of the host's addresses.
 
@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::{Context, Result};
 
-use super::{bulk, wire};
+use super::{bulk, sctp, wire};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -21,7 +21,7 @@ pub struct Args {
     /// Addresses to listen on
     #[arg(long = "address", required = true)]
     pub addresses: Vec<IpAddr>,
-    /// Ports to listen on, TCP and UDP each
+    /// Ports to listen on, TCP, UDP and SCTP each
     #[arg(long = "port", required = true)]
     pub ports: Vec<u16>,
 }
@@ -34,6 +34,11 @@ pub fn run(args: &Args) -> Result<()> {
     let Args { name, addresses, ports } = args;
     let name: Arc<str> = name.as_str().into();
     let mut workers = Vec::new();
+    for &address in addresses {
+        let socket = sctp::listen(address)?;
+        let (name, ports) = (Arc::clone(&name), ports.clone());
+        workers.push(thread::spawn(move || sctp::serve(&socket, &name, address, &ports)));
+    }
     for &address in addresses {
         for &port in ports {
             let at = SocketAddr::new(address, port);

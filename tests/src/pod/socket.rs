@@ -26,11 +26,14 @@ pub enum Transport {
     Tcp,
     /// A connected UDP socket
     Udp,
+    /// Over a raw socket
+    Sctp,
     /// sendto and recvfrom on a UDP socket that is never connected
     UdpUnconnected,
 }
 
 impl Transport {
+    /// Those that the kernel has sockets for.
     pub const ALL: [Self; 3] = [Self::Tcp, Self::Udp, Self::UdpUnconnected];
 }
 
@@ -39,6 +42,7 @@ impl fmt::Display for Transport {
         f.write_str(match self {
             Self::Tcp => "tcp",
             Self::Udp => "udp",
+            Self::Sctp => "sctp",
             Self::UdpUnconnected => "udp-unconnected",
         })
     }
