@@ -5,6 +5,7 @@
 mod support;
 
 mod affinity;
+mod broken;
 mod choice;
 mod direct;
 mod ended;
