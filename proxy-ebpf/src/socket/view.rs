@@ -90,13 +90,25 @@ macro_rules! word {
     };
 }
 
-impl View for V4 {
-    type Addr = Ipv4Be;
+/// What both kinds of IPv4 address have in common: an IPv6 socket connected to a mapped one keeps the IPv4 one beside it.
+macro_rules! of_ipv4 {
+    () => {
+        type Addr = Ipv4Be;
 
-    #[inline(always)]
-    fn ctx(&self) -> &SockAddrContext {
-        &self.0
-    }
+        #[inline(always)]
+        fn ctx(&self) -> &SockAddrContext {
+            &self.0
+        }
+
+        #[inline(always)]
+        fn connected_addr(&self) -> Ipv4Be {
+            Ipv4Be(socket_field!(self, dst_ip4))
+        }
+    };
+}
+
+impl View for V4 {
+    of_ipv4!();
 
     #[inline(always)]
     fn addr(&self) -> Ipv4Be {
@@ -109,20 +121,10 @@ impl View for V4 {
         // SAFETY: the context.
         unsafe { (&raw mut (*self.0.sock_addr).user_ip4).write_volatile(addr.0) };
     }
-
-    #[inline(always)]
-    fn connected_addr(&self) -> Ipv4Be {
-        Ipv4Be(socket_field!(self, dst_ip4))
-    }
 }
 
 impl View for Mapped {
-    type Addr = Ipv4Be;
-
-    #[inline(always)]
-    fn ctx(&self) -> &SockAddrContext {
-        &self.0
-    }
+    of_ipv4!();
 
     #[inline(always)]
     fn addr(&self) -> Ipv4Be {
@@ -132,12 +134,6 @@ impl View for Mapped {
     #[inline(always)]
     fn set_addr(&self, addr: Ipv4Be) {
         word!(self, 3, addr.0);
-    }
-
-    #[inline(always)]
-    fn connected_addr(&self) -> Ipv4Be {
-        // An IPv6 socket connected to a mapped address keeps the IPv4 one beside it.
-        Ipv4Be(socket_field!(self, dst_ip4))
     }
 }
 

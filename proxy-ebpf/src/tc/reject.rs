@@ -134,6 +134,12 @@ fn build<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<i32>
         let old: Ipv6Header = load(ctx, icmp + 8)?;
         write_v6(ctx, l3, &old, quote, sum)?;
     }
+    send_back(ctx, l3)
+}
+
+/// Sends the packet out where it came in, to the hardware address that it came from. Returns the verdict.
+#[inline(always)]
+pub(crate) fn send_back(ctx: &TcContext, l3: u32) -> Option<i32> {
     if l3 != 0 {
         let ethernet = at::<[u16; 6]>(ctx, 0)?;
         // SAFETY: bounds checked, 2-byte aligned.
@@ -142,8 +148,47 @@ fn build<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<i32>
             *ethernet = [d, e, f, a, b, c];
         }
     }
-    // SAFETY: the interface the packet came in by; sent out there again.
+    let skb = ctx.as_ptr().cast::<__sk_buff>();
+    // SAFETY: live context; the interface the packet came in by.
     Some(unsafe { bpf_redirect((*skb).ifindex, 0) } as i32)
+}
+
+/// Header of what goes back for a packet with this one, with `length` bytes behind it.
+#[inline(always)]
+pub(crate) fn header_v4(old: &Ipv4Header, length: u32, proto: u8) -> Ipv4Header {
+    let total_length = Be16::from_host((20 + length) as u16);
+    let sum = u16::from_ne_bytes([0x45, 0]) as u64
+        + total_length.0 as u64
+        + u16::from_ne_bytes([64, proto]) as u64
+        + old.src[0] as u64
+        + old.src[1] as u64
+        + old.dst[0] as u64
+        + old.dst[1] as u64;
+    Ipv4Header {
+        version_ihl: 0x45,
+        tos: 0,
+        total_length,
+        id: Be16::ZERO,
+        fragment: Be16::ZERO,
+        ttl: 64,
+        proto,
+        checksum: checksum::finish(sum),
+        src: old.dst,
+        dst: old.src,
+    }
+}
+
+/// The same for IPv6.
+#[inline(always)]
+pub(crate) fn header_v6(old: &Ipv6Header, length: u32, next: u8) -> Ipv6Header {
+    Ipv6Header {
+        version_flow: [u16::from_ne_bytes([0x60, 0]), 0],
+        payload_length: Be16::from_host(length as u16),
+        next,
+        hop_limit: 64,
+        src: old.dst,
+        dst: old.src,
+    }
 }
 
 /// Where its checksum stands in a TCP or UDP header.
@@ -209,27 +254,7 @@ fn write_v4(ctx: &TcContext, l3: u32, old: &Ipv4Header, quote: u32, quoted: u64)
     // Destination unreachable, port unreachable.
     let unreachable = u16::from_ne_bytes([3, 3]);
     let icmp_sum = checksum::finish(quoted + unreachable as u64);
-    let mut header = Ipv4Header {
-        version_ihl: 0x45,
-        tos: 0,
-        total_length: Be16::from_host((20 + 8 + quote) as u16),
-        id: Be16::ZERO,
-        fragment: Be16::ZERO,
-        ttl: 64,
-        proto: proto::ICMP,
-        checksum: 0,
-        src: old.dst,
-        dst: old.src,
-    };
-    let sum = u16::from_ne_bytes([0x45, 0]) as u64
-        + header.total_length.0 as u64
-        + u16::from_ne_bytes([64, proto::ICMP]) as u64
-        + header.src[0] as u64
-        + header.src[1] as u64
-        + header.dst[0] as u64
-        + header.dst[1] as u64;
-    header.checksum = checksum::finish(sum);
-    ctx.store(l3 as usize, &header, 0).ok()?;
+    ctx.store(l3 as usize, &header_v4(old, 8 + quote, proto::ICMP), 0).ok()?;
     ctx.store(l3 as usize + 20, &[unreachable, icmp_sum, 0, 0], 0).ok()
 }
 
@@ -237,16 +262,9 @@ fn write_v4(ctx: &TcContext, l3: u32, old: &Ipv4Header, quote: u32, quoted: u64)
 fn write_v6(ctx: &TcContext, l3: u32, old: &Ipv6Header, quote: u32, quoted: u64) -> Option<()> {
     // Destination unreachable, port unreachable.
     let unreachable = u16::from_ne_bytes([1, 4]);
-    let length = Be16::from_host((8 + quote) as u16);
-    let header = Ipv6Header {
-        version_flow: [u16::from_ne_bytes([0x60, 0]), 0],
-        payload_length: length,
-        next: proto::ICMPV6,
-        hop_limit: 64,
-        src: old.dst,
-        dst: old.src,
-    };
-    let mut sum = quoted + unreachable as u64 + length.0 as u64 + u16::from_ne_bytes([0, proto::ICMPV6]) as u64;
+    let header = header_v6(old, 8 + quote, proto::ICMPV6);
+    let length = header.payload_length.0;
+    let mut sum = quoted + unreachable as u64 + length as u64 + u16::from_ne_bytes([0, proto::ICMPV6]) as u64;
     let mut i = 0;
     while i < 8 {
         sum += header.src[i] as u64 + header.dst[i] as u64;

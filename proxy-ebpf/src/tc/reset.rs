@@ -4,14 +4,14 @@
 use aya_ebpf::{
     EbpfContext as _,
     bindings::{__sk_buff, TC_ACT_SHOT},
-    helpers::generated::{bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail},
+    helpers::generated::{bpf_skb_adjust_room, bpf_skb_change_tail},
     programs::TcContext,
 };
 use proxy_common::{Be16, checksum, counters::Reason, proto};
 
 use super::{
-    packet::{Header, Ipv4Header, Ipv6Header, at, load, tcp_flags},
-    reject::is_unfinished,
+    packet::{Header, Ipv4Header, Ipv6Header, load, tcp_flags},
+    reject::{header_v4, header_v6, is_unfinished, send_back},
     rewrite::halves,
 };
 use crate::{
@@ -61,18 +61,10 @@ fn build<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<i32>
     }
     if A::VERSION == 4 {
         let old: Ipv4Header = load(ctx, l3)?;
-        write_v4(ctx, l3, &old)?;
+        ctx.store(l3 as usize, &header_v4(&old, TCP, proto::TCP), 0).ok()?;
     } else {
         let old: Ipv6Header = load(ctx, l3)?;
-        let header = Ipv6Header {
-            version_flow: [u16::from_ne_bytes([0x60, 0]), 0],
-            payload_length: Be16::from_host(TCP as u16),
-            next: proto::TCP,
-            hop_limit: 64,
-            src: old.dst,
-            dst: old.src,
-        };
-        ctx.store(l3 as usize, &header, 0).ok()?;
+        ctx.store(l3 as usize, &header_v6(&old, TCP, proto::TCP), 0).ok()?;
     }
     let ((src_hi, src_lo), (dst_hi, dst_lo)) = (packet.src.words(), packet.dst.words());
     let pseudo = halves(src_hi)
@@ -92,39 +84,5 @@ fn build<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<i32>
     let field = if unfinished { !checksum::finish(pseudo) } else { checksum::finish(sum) };
     let header: [u16; 10] = [packet.dport.0, packet.sport.0, number[0], number[1], 0, 0, length_and_flags, 0, field, 0];
     ctx.store((l3 + A::LEN_MIN) as usize, &header, 0).ok()?;
-    if l3 != 0 {
-        let ethernet = at::<[u16; 6]>(ctx, 0)?;
-        // SAFETY: bounds checked, 2-byte aligned.
-        unsafe {
-            let [a, b, c, d, e, f] = *ethernet;
-            *ethernet = [d, e, f, a, b, c];
-        }
-    }
-    // SAFETY: the interface the packet came in by; sent out there again.
-    Some(unsafe { bpf_redirect((*skb).ifindex, 0) } as i32)
-}
-
-#[inline(always)]
-fn write_v4(ctx: &TcContext, l3: u32, old: &Ipv4Header) -> Option<()> {
-    let mut header = Ipv4Header {
-        version_ihl: 0x45,
-        tos: 0,
-        total_length: Be16::from_host(20 + TCP as u16),
-        id: Be16::ZERO,
-        fragment: Be16::ZERO,
-        ttl: 64,
-        proto: proto::TCP,
-        checksum: 0,
-        src: old.dst,
-        dst: old.src,
-    };
-    let sum = u16::from_ne_bytes([0x45, 0]) as u64
-        + header.total_length.0 as u64
-        + u16::from_ne_bytes([64, proto::TCP]) as u64
-        + header.src[0] as u64
-        + header.src[1] as u64
-        + header.dst[0] as u64
-        + header.dst[1] as u64;
-    header.checksum = checksum::finish(sum);
-    ctx.store(l3 as usize, &header, 0).ok()
+    send_back(ctx, l3)
 }
