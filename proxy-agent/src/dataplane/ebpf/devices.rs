@@ -17,8 +17,13 @@ use crate::{
 };
 
 /// Brings the entries that programs need before they are attached; those of other devices stay until [`prune`].
-pub(crate) fn put<S: Store>(store: &mut S, devices: &Devices, report: &mut Report) {
+///
+/// Where a bridge takes over from its ports, or they from it, both have programs for a moment, and what one has translated must not be
+/// taken for a direct connection's by the other: so for that moment the bridge is behind its ports. True if that is to be taken
+/// back, by putting them once more when programs have moved.
+pub(crate) fn put<S: Store>(store: &mut S, devices: &Devices, report: &mut Report) -> bool {
     let before = store.writes();
+    let mut moves = false;
     let failed = |report: &mut Report, device: &Device, error: &StoreError| {
         let why = format!("device {}: {error}", device.name);
         report.failed_devices.insert(device.name.clone(), Failure::Retry(why));
@@ -27,8 +32,27 @@ pub(crate) fn put<S: Store>(store: &mut S, devices: &Devices, report: &mut Repor
         Ok((present, bridges)) => {
             let (present, bridges): (HashMap<_, _>, HashMap<_, _>) =
                 (present.into_iter().collect(), bridges.into_iter().collect());
+            let leaves = |index: &u32| present.contains_key(index) && !devices.contains_key(index);
+            let gives_way = |index: &u32| {
+                leaves(index)
+                    && devices.iter().any(|(port, device)| device.bridge == Some(*index) && !present.contains_key(port))
+            };
+            for (index, value) in &present {
+                if value.flags & flags::BEHIND == 0 && gives_way(index) {
+                    let behind = DeviceValue { flags: value.flags | flags::BEHIND, ..*value };
+                    if let Err(error) = store.put_device(*index, &behind) {
+                        tracing::warn!(index, %error, "a bridge that gives way to its ports is not marked so");
+                    }
+                }
+            }
             for (index, device) in devices {
-                let value = device_value(device);
+                let mut value = device_value(device);
+                let takes_over = !present.contains_key(index)
+                    && bridges.iter().any(|(port, bridge)| bridge == index && leaves(port));
+                if takes_over && value.flags & flags::BEHIND == 0 {
+                    value.flags |= flags::BEHIND;
+                    moves = true;
+                }
                 let mut put = || -> Result<(), StoreError> {
                     match (device.bridge, bridges.get(index)) {
                         (Some(bridge), has) if has != Some(&bridge) => store.put_bridge(*index, bridge)?,
@@ -48,6 +72,7 @@ pub(crate) fn put<S: Store>(store: &mut S, devices: &Devices, report: &mut Repor
         Err(error) => devices.values().for_each(|device| failed(report, device, &error)),
     }
     report.writes += store.writes() - before;
+    moves
 }
 
 /// Brings the entries of the XDP program to exactly `devices`.
@@ -125,6 +150,46 @@ fn device_value(device: &Device) -> DeviceValue {
 mod tests {
     use super::*;
     use crate::dataplane::ebpf::store::memory::Memory;
+
+    #[test]
+    fn a_bridge_and_its_ports_take_turns() {
+        let device = |name: &str, bridge: Option<u32>| Device {
+            name: name.into(),
+            role: DeviceRole::Outward,
+            ethernet: true,
+            source4: Some([10, 0, 0, 1].into()),
+            source6: None,
+            netns: None,
+            bridge,
+            behind: false,
+        };
+        let other = (7, device("eth1", None));
+        let alone: Devices = [(5, device("br0", None)), other.clone()].into();
+        let ports: Devices = [(3, device("eth0", Some(5))), (4, device("veth0", Some(5))), other].into();
+        let mut store = Memory::new(0, 0);
+        let behind = |store: &mut Memory| -> Vec<u32> {
+            let mut marked: Vec<_> = store.devices().unwrap();
+            marked.retain(|(_, value)| value.flags & flags::BEHIND != 0);
+            marked.into_iter().map(|(index, _)| index).collect()
+        };
+        let mut report = Report::default();
+        let mut turn = |store: &mut Memory, devices: &Devices| {
+            let moves = put(store, devices, &mut report);
+            let marked = behind(store);
+            // Here programs move.
+            prune(store, devices, &BTreeSet::new(), &mut report).unwrap();
+            if moves {
+                assert!(!put(store, devices, &mut report), "nothing is left to be taken back");
+            }
+            assert_eq!(behind(store), Vec::<u32>::new());
+            (marked, moves)
+        };
+        assert_eq!(turn(&mut store, &alone), (vec![], false));
+        assert_eq!(turn(&mut store, &ports), (vec![5], false), "the bridge's entry goes with its programs");
+        assert_eq!(turn(&mut store, &ports), (vec![], false));
+        assert_eq!(turn(&mut store, &alone), (vec![5], true));
+        assert_eq!(turn(&mut store, &alone), (vec![], false));
+    }
 
     #[test]
     fn devices_are_written_once_and_pruned() {

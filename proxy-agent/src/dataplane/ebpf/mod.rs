@@ -374,7 +374,7 @@ impl Dataplane for Ebpf {
     fn set_devices(&mut self, devices: &Devices) -> Report {
         let mut report = Report::default();
         // A program finds its device's entry from its first packet on.
-        devices::put(self.table.store_mut(), devices, &mut report);
+        let moves = devices::put(self.table.store_mut(), devices, &mut report);
         if let Err(error) = self.before_links_move() {
             // Links that moved now would leave connections behind.
             let failed = |device: &crate::desired::Device| (device.name.clone(), Failure::Retry(error.to_string()));
@@ -384,6 +384,9 @@ impl Dataplane for Ebpf {
         self.hooks.set_devices(devices, &mut report);
         devices::put_xdp(self.table.store_mut(), &self.hooks.xdp_devices(), &mut report);
         self.clear_other_devices(devices, &mut report);
+        if moves {
+            let _ = devices::put(self.table.store_mut(), devices, &mut report);
+        }
         if let Err(error) = self.settle() {
             tracing::warn!(%error, "the next start will load the programs again");
         }
