@@ -2,7 +2,7 @@
 //!
 //! A packet must meet the programs once on its way in and once on its way out:
 //! - *pod*: a veth or netkit whose peer lives in another namespace, unless it carries the node's address or a default route
-//!   (a node that is itself a container has such an `eth0`);
+//!   (a node that is itself a container has such an `eth0`), or is named as an uplink (one that is a port of a bridge has neither);
 //! - *outward*: carries a default route or an address of the node's networks;
 //! - *overlay*: a tunnel to other nodes.
 //!
@@ -18,6 +18,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
+use super::Options;
 use crate::{
     desired::{Device, DeviceRole, Devices},
     model::NodeFacts,
@@ -59,7 +60,7 @@ pub struct Link {
     pub lower: Option<u32>,
 }
 
-/// One of `--devices`: a glob (`*`, `?`), with `!` in front to exclude.
+/// One of `--devices` or `--uplinks`: a glob (`*`, `?`), with `!` in front to exclude.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Pattern {
     glob: String,
@@ -72,6 +73,10 @@ impl Pattern {
             Some(glob) => Self { glob: glob.to_owned(), exclude: true },
             None => Self { glob: text.to_owned(), exclude: false },
         }
+    }
+
+    pub fn all(texts: &[String]) -> Vec<Self> {
+        texts.iter().map(|text| Self::new(text)).collect()
     }
 }
 
@@ -126,8 +131,7 @@ const TUNNELS: [&str; 16] = [
 struct World<'a> {
     links: &'a BTreeMap<u32, Link>,
     facts: &'a NodeFacts,
-    patterns: &'a [Pattern],
-    detect: &'a Detect,
+    options: &'a Options,
     /// Devices with another one on top of them as its ports.
     ports: BTreeMap<u32, Vec<&'a Link>>,
 }
@@ -152,6 +156,7 @@ impl World<'_> {
     fn is_pod(&self, link: &Link) -> bool {
         matches!(link.kind.as_str(), "veth" | "netkit")
             && link.peer_elsewhere
+            && (self.options.uplinks.is_empty() || !is_wanted(&link.name, &self.options.uplinks))
             && !link.default_route
             && !self.has_node_address(link)
     }
@@ -161,7 +166,7 @@ impl World<'_> {
     fn is_local(&self, role: DeviceRole, link: &Link) -> bool {
         let master = self.master(link).map(|(_, master)| master).filter(|master| master.kind == "bridge");
         let by_bridge = master.filter(|_| role == DeviceRole::Pod);
-        match self.detect {
+        match &self.options.detect {
             Detect::Roles => role == DeviceRole::Pod,
             Detect::Bridge(name) => link.name == *name || by_bridge.is_some_and(|master| master.name == *name),
             Detect::Prefix(prefix) => {
@@ -178,7 +183,8 @@ impl World<'_> {
 
     /// Said to be a pod's by its name, although nothing else tells: a tap of a virtual machine, a kind that is not known here.
     fn is_named(&self, link: &Link) -> bool {
-        matches!(self.detect, Detect::Prefix(prefix) if link.name.starts_with(prefix)) && !self.has_node_address(link)
+        matches!(&self.options.detect, Detect::Prefix(prefix) if link.name.starts_with(prefix))
+            && !self.has_node_address(link)
     }
 
     fn master<'b>(&'b self, link: &Link) -> Option<(u32, &'b Link)> {
@@ -194,12 +200,12 @@ impl World<'_> {
             && self.ports.get(&bridge).is_some_and(|ports| {
                 ports.iter().any(|port| self.is_pod(port))
                     && ports.iter().any(|port| !self.is_pod(port))
-                    && ports.iter().all(|port| is_wanted(&port.name, self.patterns))
+                    && ports.iter().all(|port| is_wanted(&port.name, &self.options.patterns))
             })
     }
 
     fn has_hooked_pods(&self, bridge: u32) -> bool {
-        let hooked = |port: &&Link| self.is_pod(port) && is_wanted(&port.name, self.patterns);
+        let hooked = |port: &&Link| self.is_pod(port) && is_wanted(&port.name, &self.options.patterns);
         self.ports.get(&bridge).is_some_and(|ports| ports.iter().any(hooked))
     }
 
@@ -293,19 +299,38 @@ fn fallback<T: Copy>(
     by_route.or_else(by_node).or_else(any)
 }
 
-/// Every device the programs belong on.
-pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, patterns: &[Pattern], detect: &Detect) -> Devices {
-    let node_ips = facts.internal_ips.as_slice();
-    let mut ports: BTreeMap<u32, Vec<&Link>> = BTreeMap::new();
-    for link in links.values() {
-        if let Some(master) = link.master {
-            ports.entry(master).or_default().push(link);
+impl<'a> World<'a> {
+    fn new(links: &'a BTreeMap<u32, Link>, facts: &'a NodeFacts, options: &'a Options) -> Self {
+        let mut ports: BTreeMap<u32, Vec<&Link>> = BTreeMap::new();
+        for link in links.values() {
+            if let Some(master) = link.master {
+                ports.entry(master).or_default().push(link);
+            }
         }
+        Self { links, facts, options, ports }
     }
-    let world = World { links, facts, patterns, detect, ports };
+}
+
+/// Bridges that lead out of the node by a port that cannot be told from a pod's link, with their ports: one of those has to be named
+/// by `uplinks`.
+pub(super) fn without_uplink(links: &BTreeMap<u32, Link>, options: &Options) -> BTreeMap<String, Vec<String>> {
+    let facts = NodeFacts::default();
+    let world = World::new(links, &facts, options);
+    let bridges = links.iter().filter(|(_, link)| link.kind == "bridge" && link.default_route);
+    let all_pods = bridges.filter_map(|(index, bridge)| Some((bridge, world.ports.get(index)?)));
+    all_pods
+        .filter(|(_, ports)| ports.iter().all(|port| world.is_pod(port)))
+        .map(|(bridge, ports)| (bridge.name.clone(), ports.iter().map(|port| port.name.clone()).collect()))
+        .collect()
+}
+
+/// Every device the programs belong on.
+pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, options: &Options) -> Devices {
+    let node_ips = facts.internal_ips.as_slice();
+    let world = World::new(links, facts, options);
     let (fallback4, fallback6) = (fallback(links, node_ips, v4), fallback(links, node_ips, v6));
     let device = |(index, link): (&u32, &Link)| {
-        let role = world.role(*index, link).filter(|_| is_wanted(&link.name, patterns))?;
+        let role = world.role(*index, link).filter(|_| is_wanted(&link.name, &options.patterns))?;
         let master = world.master(link).map(|(_, master)| master);
         let device = Device {
             name: link.name.clone(),
@@ -397,8 +422,8 @@ mod tests {
             pod_cidrs: facts.iter().filter_map(|cidr| cidr.parse().ok()).collect(),
             ..Default::default()
         };
-        let patterns: Vec<_> = patterns.iter().map(|p| Pattern::new(p)).collect();
-        show(&classify(&links(lines), &facts, &patterns, &Detect::Roles))
+        let patterns = patterns.iter().map(|p| Pattern::new(p)).collect();
+        show(&classify(&links(lines), &facts, &Options { patterns, ..Default::default() }))
     }
 
     fn show(devices: &Devices) -> String {
@@ -425,6 +450,10 @@ mod tests {
             "tap0 unknown",
             "lo - lo 127.0.0.1/8",
         ];
+        let by = |lines: &[&str], detect: &Detect| {
+            let options = Options { detect: detect.clone(), ..Default::default() };
+            classify(&links(lines), &NodeFacts::default(), &options)
+        };
         let prefix = |text: &str| Detect::Prefix(text.into());
         for (detect, expected) in [
             (Detect::Roles, "veth1 veth2 cali1"),
@@ -440,17 +469,17 @@ mod tests {
             // Carries the node's address: named or not, that is what its role says.
             (prefix("eth0"), "eth0"),
         ] {
-            let devices = classify(&links(&lines), &NodeFacts::default(), &[], &detect);
+            let devices = by(&lines, &detect);
             let local: Vec<&str> = devices.values().filter(|d| d.local).map(|d| d.name.as_str()).collect();
             assert_eq!(local.join(" "), expected, "{detect:?}");
-            let plain = classify(&links(&lines), &NodeFacts::default(), &[], &Detect::Roles);
+            let plain = by(&lines, &Detect::Roles);
             assert!(plain.iter().all(|(index, device)| devices[index].role == device.role), "{detect:?}");
         }
-        let taps = classify(&links(&lines), &NodeFacts::default(), &[], &prefix("tap"));
+        let taps = by(&lines, &prefix("tap"));
         assert_eq!(taps.values().find(|d| d.name == "tap0").unwrap().role, DeviceRole::Pod);
         // A filtering bridge beside an uplink has a hook of its own, and what it passes up comes from there.
         let filtering = ["br1 bridge vlans default 192.168.9.1/24", "veth2 veth peer master=1", "eth1 - master=1"];
-        let devices = classify(&links(&filtering), &NodeFacts::default(), &[], &Detect::Bridge("br1".into()));
+        let devices = by(&filtering, &Detect::Bridge("br1".into()));
         assert!(devices.values().all(|device| device.local), "{devices:?}");
     }
 
@@ -619,11 +648,42 @@ mod tests {
         assert_eq!(own, ["10.244.1.1", "127.0.0.1", "169.254.20.10", "192.168.0.1", "203.0.113.9"]);
     }
 
+    /// A node that is a container, with its only way out in a bridge: nothing tells that veth from a pod's but its name.
+    #[test]
+    fn an_uplink_that_looks_like_a_pods_link_is_named() {
+        let lines = links(&["br0 bridge default 172.18.0.2/16", "out0 veth peer master=1", "veth1 veth peer master=1"]);
+        let none = Options::default();
+        let uplinks = |text: &str| Options { uplinks: vec![Pattern::new(text)], ..Default::default() };
+        let shown = |options: &Options| -> Vec<String> {
+            let devices = classify(&lines, &NodeFacts::default(), options);
+            devices
+                .values()
+                .map(|d| format!("{}:{:?}{}", d.name, d.role, if d.behind { ":behind" } else { "" }))
+                .collect()
+        };
+        assert_eq!(shown(&none), ["br0:Outward:behind", "out0:Pod", "veth1:Pod"]);
+        let named = uplinks("out*");
+        assert_eq!(shown(&named), ["out0:Outward", "veth1:Pod"]);
+        assert_eq!(shown(&uplinks("!veth*")), ["out0:Outward", "veth1:Pod"], "all but these");
+        let ports = vec!["out0".to_owned(), "veth1".to_owned()];
+        assert_eq!(without_uplink(&lines, &none), [("br0".to_owned(), ports)].into());
+        assert_eq!(without_uplink(&lines, &named), BTreeMap::new());
+        // One that a device of another kind leads out of, and one of pods alone.
+        let lines = links(&[
+            "br0 bridge default 172.18.0.2/16",
+            "eth0 - master=1",
+            "veth1 veth peer master=1",
+            "cni0 bridge 10.0.0.1/24",
+            "veth2 veth peer master=4",
+        ]);
+        assert_eq!(without_uplink(&lines, &none), BTreeMap::new());
+    }
+
     #[test]
     fn secondary_addresses_come_last() {
         let mut links = links(&["eth0 - default 192.168.0.9/24 192.168.0.1/24"]);
         links.get_mut(&1).unwrap().addresses[0].secondary = true;
-        let devices = classify(&links, &NodeFacts::default(), &[], &Detect::Roles);
+        let devices = classify(&links, &NodeFacts::default(), &Options::default());
         assert_eq!(devices[&1].source4, Some([192, 168, 0, 1].into()));
     }
 }

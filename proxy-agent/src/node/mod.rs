@@ -21,7 +21,7 @@ use netlink_packet_route::{
     link::{InfoBridge, InfoData, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
     route::{RouteAttribute, RouteMessage, RouteType},
 };
-use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_multicast_connection};
+use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection};
 use tokio::{
     sync::{mpsc, watch},
     task::JoinHandle,
@@ -51,6 +51,8 @@ pub struct Options {
     /// `--devices`.
     pub patterns: Vec<Pattern>,
     pub detect: Detect,
+    /// `--uplinks`.
+    pub uplinks: Vec<Pattern>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -243,17 +245,7 @@ impl Watcher {
 
     /// Lists links with their addresses, and tells the addresses if they are other ones than before.
     async fn tell_addresses(&mut self, handle: &Handle) -> Result<BTreeMap<u32, Link>, NodeError> {
-        let mut links = BTreeMap::new();
-        let mut listed = handle.link().get().execute();
-        while let Some(message) = listed.try_next().await.map_err(failed("network devices"))? {
-            links.insert(message.header.index, link_of(message));
-        }
-        let mut addresses = handle.address().get().execute();
-        while let Some(message) = addresses.try_next().await.map_err(failed("addresses"))? {
-            if let Some(link) = links.get_mut(&message.header.index) {
-                link.addresses.extend(address_of(&message));
-            }
-        }
+        let links = list_links(handle).await?;
         let own = own_addresses(&links);
         if self.addresses.as_ref() != Some(&own) {
             tracing::info!(addresses = own.len(), "the node's addresses");
@@ -274,8 +266,37 @@ impl Watcher {
             }
         }
         self.routes = route_devices(&links);
-        Ok(classify(&links, facts, &self.options.patterns, &self.options.detect))
+        Ok(classify(&links, facts, &self.options))
     }
+}
+
+/// Bridges that lead out of the node, none of whose ports does so visibly, with their ports (`check`).
+pub async fn without_uplink(options: &Options) -> Result<BTreeMap<String, Vec<String>>, NodeError> {
+    let (connection, handle, _) = new_connection().map_err(NodeError::Open)?;
+    let connection = Connection { task: tokio::spawn(connection), handle };
+    let mut links = list_links(&connection.handle).await?;
+    for index in list_routes(&connection.handle).await? {
+        if let Some(link) = links.get_mut(&index) {
+            link.default_route = true;
+        }
+    }
+    Ok(classify::without_uplink(&links, options))
+}
+
+/// Links with their addresses.
+async fn list_links(handle: &Handle) -> Result<BTreeMap<u32, Link>, NodeError> {
+    let mut links = BTreeMap::new();
+    let mut listed = handle.link().get().execute();
+    while let Some(message) = listed.try_next().await.map_err(failed("network devices"))? {
+        links.insert(message.header.index, link_of(message));
+    }
+    let mut addresses = handle.address().get().execute();
+    while let Some(message) = addresses.try_next().await.map_err(failed("addresses"))? {
+        if let Some(link) = links.get_mut(&message.header.index) {
+            link.addresses.extend(address_of(&message));
+        }
+    }
+    Ok(links)
 }
 
 async fn list_routes(handle: &Handle) -> Result<BTreeSet<u32>, NodeError> {

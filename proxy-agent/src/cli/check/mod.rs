@@ -1,6 +1,7 @@
 //! `check`: can this node run the agent, and what to do if not. One line each; it changes nothing.
 
 use std::{
+    collections::BTreeMap,
     io::{self, IsTerminal, Write},
     net::{SocketAddr, TcpListener},
     path::PathBuf,
@@ -21,6 +22,7 @@ use crate::{
         probe::{self, probe},
         read::Pins,
     },
+    node,
 };
 
 mod foreign;
@@ -41,6 +43,9 @@ pub struct Args {
     /// Source ports of masqueraded flows
     #[arg(long, value_name = "MIN-MAX", default_value_t = PortRange::MASQUERADE, env = "PROXY_AGENT_MASQUERADE_PORTS")]
     masquerade_ports: PortRange,
+    /// Links that lead out of the node although they look like pods'; patterns with * and ?, ! in front excludes
+    #[arg(long, value_name = "PATTERN,…", value_delimiter = ',', env = "PROXY_AGENT_UPLINKS")]
+    uplinks: Vec<String>,
     /// Where the agent is to answer /healthz
     #[arg(long, value_name = "ADDRESS", default_value = "0.0.0.0:10256", env = "PROXY_AGENT_HEALTHZ_BIND_ADDRESS")]
     healthz_bind_address: Bind,
@@ -100,8 +105,16 @@ impl Row for Check {
 }
 
 pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
-    let Args { bpffs, cgroup_root, socket_lb, masquerade_ports, healthz_bind_address, metrics_bind_address, output } =
-        args;
+    let Args {
+        bpffs,
+        cgroup_root,
+        socket_lb,
+        masquerade_ports,
+        uplinks,
+        healthz_bind_address,
+        metrics_bind_address,
+        output,
+    } = args;
     // A running agent holds its addresses itself.
     let running = Pins::open(&bpffs).is_ok_and(|pins| pins.agent_running());
     let options = ebpf::Options { bpffs, cgroup_root, socket_lb: socket_lb.into(), ..Default::default() };
@@ -109,6 +122,7 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     checks.extend(socket_lb_off(socket_lb));
     checks.push(masquerade(masquerade_ports, PortRange::ephemeral()));
     checks.push(other_proxies(foreign::look()));
+    checks.push(uplink(bridges(&uplinks)));
     if !running {
         checks.extend(address("health address", "--healthz-bind-address", healthz_bind_address.socket(HEALTHZ_PORT)));
         checks.extend(address("metrics address", "--metrics-bind-address", metrics_bind_address.socket(METRICS_PORT)));
@@ -182,6 +196,30 @@ fn masquerade(ports: PortRange, ephemeral: Option<PortRange>) -> Check {
     }
 }
 
+/// Bridges that lead out of the node by a port that looks like a pod's.
+fn bridges(uplinks: &[String]) -> anyhow::Result<BTreeMap<String, Vec<String>>> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    let options = node::Options { uplinks: node::Pattern::all(uplinks), ..Default::default() };
+    Ok(runtime.block_on(node::without_uplink(&options))?)
+}
+
+fn uplink(bridges: anyhow::Result<BTreeMap<String, Vec<String>>>) -> Check {
+    const NAME: &str = "uplinks";
+    let named = |(bridge, ports): (&String, &Vec<String>)| format!("{bridge} ({})", ports.join(", "));
+    match bridges {
+        Ok(bridges) if bridges.is_empty() => ok(NAME, "told from pods' links"),
+        Ok(bridges) => warning(
+            NAME,
+            format!(
+                "the default route leads by a bridge whose ports all look like pods' links: {}",
+                bridges.iter().map(named).collect::<Vec<_>>().join("; ")
+            ),
+            "name the port that leads out of the node with --uplinks, for run as for check",
+        ),
+        Err(error) => warning(NAME, format!("nobody could look: {error}"), "run this where netlink is allowed"),
+    }
+}
+
 fn other_proxies(foreign: Foreign) -> Check {
     const NAME: &str = "other proxies";
     match foreign {
@@ -225,6 +263,8 @@ mod tests {
             masquerade(PortRange { min: 1024, max: 40_000 }, Some(ephemeral)),
             other_proxies(Foreign::Found(vec!["table ip kube-proxy (kube-proxy in nftables mode)".into()])),
             other_proxies(Foreign::Unknown("nft: not found".into())),
+            uplink(Ok(BTreeMap::new())),
+            uplink(Ok([("br0".to_owned(), vec!["out0".to_owned(), "veth1".to_owned()])].into())),
         ]
     }
 

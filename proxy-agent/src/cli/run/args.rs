@@ -45,6 +45,9 @@ pub struct Args {
     /// Attach only to devices that match; patterns with * and ?, ! in front excludes
     #[arg(long, value_name = "PATTERN,…", value_delimiter = ',', env = "PROXY_AGENT_DEVICES")]
     pub devices: Vec<String>,
+    /// Links that lead out of the node although they look like pods' (a veth in a bridge); patterns as above
+    #[arg(long, value_name = "PATTERN,…", value_delimiter = ',', env = "PROXY_AGENT_UPLINKS")]
+    pub uplinks: Vec<String>,
     /// How a backend is chosen, where the Service does not say
     #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_ALGORITHM")]
     pub algorithm: AlgorithmArg,

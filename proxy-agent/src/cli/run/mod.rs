@@ -87,6 +87,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         socket_lb,
         xdp,
         devices,
+        uplinks,
         algorithm,
         masquerade_all,
         masquerade_ports: PortRange { min, max },
@@ -123,8 +124,9 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
     Ok(Plan {
         source: source::Options { node, input },
         node: node::Options {
-            patterns: devices.iter().map(|pattern| node::Pattern::new(pattern)).collect(),
+            patterns: node::Pattern::all(&devices),
             detect: detection.node,
+            uplinks: node::Pattern::all(&uplinks),
         },
         sync: sync::Options {
             defaults: plan::Defaults {
