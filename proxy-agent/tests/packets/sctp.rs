@@ -86,7 +86,8 @@ fn a_live_association_keeps_its_backend_and_an_ended_one_does_not() {
         return;
     };
     let (there, back) = (Hook::Ingress, Hook::Egress);
-    let ends: [(&[(Hook, u8)], u32, bool); 11] = [
+    type Chunks = &'static [(Hook, u8)];
+    let ends: [(Chunks, u32, bool); 11] = [
         (&[], 0, false),
         (&[(there, DATA), (back, SACK), (there, HEARTBEAT), (back, 5), (there, 9), (back, 130)], 0, false),
         (&[(there, SHUTDOWN)], 0, false),
@@ -167,7 +168,7 @@ fn the_checksum_is_right_for_any_length() {
         assert_ne!(moved.port(), client.port());
         let seen = masquerade(&mut world, SCTP, cast.client, cast.vip, cast.node);
         assert_ne!(seen.port(), cast.client.port());
-        let long: Vec<u8> = (0..8000_u32).map(|n| (n * 7 >> 2) as u8).collect();
+        let long: Vec<u8> = (0..8000_u32).map(|n| ((n * 7) >> 2) as u8).collect();
         for len in (0..140).chain([511, 512, 1023, 1024, 1025, 1400, 1452, 2047, 2048, 3400]) {
             let data = |from, to| Packet::sctp(from, to, DATA, ANSWERERS_TAG).with_payload(&long[..len]);
             let ahead = data(client, cast.vip2);
