@@ -79,24 +79,27 @@ fn an_association_is_established_under_the_tag_that_it_was_told() {
     assert_eq!(world.reasons(), []);
 }
 
+const THERE: Hook = Hook::Ingress;
+const BACK: Hook = Hook::Egress;
+
+type Chunks = &'static [(Hook, u8)];
+
 #[test]
 fn a_live_association_keeps_its_backend_and_an_ended_one_does_not() {
     let Some(mut world) = world("a_live_association_keeps_its_backend_and_an_ended_one_does_not", Options::default())
     else {
         return;
     };
-    let (there, back) = (Hook::Ingress, Hook::Egress);
-    type Chunks = &'static [(Hook, u8)];
     let ends: [(Chunks, u32, bool); 11] = [
         (&[], 0, false),
-        (&[(there, DATA), (back, SACK), (there, HEARTBEAT), (back, 5), (there, 9), (back, 130)], 0, false),
-        (&[(there, SHUTDOWN)], 0, false),
-        (&[(back, SHUTDOWN)], 0, false),
-        (&[(there, SHUTDOWN), (back, SHUTDOWN_ACK)], 0, true),
-        (&[(back, SHUTDOWN), (there, SHUTDOWN_ACK), (back, SHUTDOWN_COMPLETE)], 0, true),
-        (&[(there, SHUTDOWN_COMPLETE)], 0, true),
-        (&[(there, ABORT)], 0, true),
-        (&[(back, ABORT)], 0, true),
+        (&[(THERE, DATA), (BACK, SACK), (THERE, HEARTBEAT), (BACK, 5), (THERE, 9), (BACK, 130)], 0, false),
+        (&[(THERE, SHUTDOWN)], 0, false),
+        (&[(BACK, SHUTDOWN)], 0, false),
+        (&[(THERE, SHUTDOWN), (BACK, SHUTDOWN_ACK)], 0, true),
+        (&[(BACK, SHUTDOWN), (THERE, SHUTDOWN_ACK), (BACK, SHUTDOWN_COMPLETE)], 0, true),
+        (&[(THERE, SHUTDOWN_COMPLETE)], 0, true),
+        (&[(THERE, ABORT)], 0, true),
+        (&[(BACK, ABORT)], 0, true),
         (&[], 86_000, false),
         (&[], 86_402, true),
     ];
@@ -107,16 +110,16 @@ fn a_live_association_keeps_its_backend_and_an_ended_one_does_not() {
             world.service(1, cast.vip, &[cast.backend2]);
             for (hook, chunk) in chunks {
                 // What comes after the end still gets where the rest went.
-                let packet = if *hook == there {
+                let packet = if *hook == THERE {
                     Packet::sctp(cast.client, cast.vip, *chunk, ANSWERERS_TAG)
                 } else {
                     Packet::sctp(cast.backend, cast.client, *chunk, OPENERS_TAG)
                 };
-                let out = if *hook == there { packet.to(cast.backend) } else { packet.from(cast.vip) };
+                let out = if *hook == THERE { packet.to(cast.backend) } else { packet.from(cast.vip) };
                 world.expect(*hook, &packet, &out);
             }
             world.age(idle);
-            let (_, to) = world.translate(there, &Packet::opening(SCTP, cast.client, cast.vip));
+            let (_, to) = world.translate(THERE, &Packet::opening(SCTP, cast.client, cast.vip));
             assert_eq!(to, if over { cast.backend2 } else { cast.backend }, "{chunks:?} {idle}");
             assert_eq!(world.rows().len(), 2);
             world.remove(|_| true);
@@ -125,10 +128,10 @@ fn a_live_association_keeps_its_backend_and_an_ended_one_does_not() {
         for (idle, to) in [(55, cast.backend), (62, cast.backend2)] {
             world.service(1, cast.vip, &[cast.backend]);
             let open = Packet::opening(SCTP, cast.client, cast.vip);
-            world.translate(there, &open);
+            world.translate(THERE, &open);
             world.service(1, cast.vip, &[cast.backend2]);
             world.age(idle);
-            assert_eq!(world.translate(there, &open).1, to);
+            assert_eq!(world.translate(THERE, &open).1, to);
             world.remove(|_| true);
         }
     }

@@ -162,6 +162,8 @@ mod tests {
             netns: None,
             bridge,
             behind: false,
+            mac: None,
+            without_xdp: None,
         };
         let other = (7, device("eth1", None));
         let alone: Devices = [(5, device("br0", None)), other.clone()].into();

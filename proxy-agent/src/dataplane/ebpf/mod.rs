@@ -385,7 +385,7 @@ impl Dataplane for Ebpf {
         devices::put_xdp(self.table.store_mut(), &self.hooks.xdp_devices(), &mut report);
         self.clear_other_devices(devices, &mut report);
         if moves {
-            let _ = devices::put(self.table.store_mut(), devices, &mut report);
+            devices::put(self.table.store_mut(), devices, &mut report);
         }
         if let Err(error) = self.settle() {
             tracing::warn!(%error, "the next start will load the programs again");
