@@ -164,6 +164,7 @@ mod tests {
             behind: false,
             mac: None,
             without_xdp: None,
+            local: false,
         };
         let other = (7, device("eth1", None));
         let alone: Devices = [(5, device("br0", None)), other.clone()].into();
