@@ -78,7 +78,7 @@ pub(crate) struct Sticky {
 /// it is still eligible (contract A98), and notes that there is a new connection (A96); else has `target` remembered. `chosen`
 /// tells what it was, once more.
 ///
-/// Once for each connection, by who takes it and has counted it. Apart from the choice, and in small steps, because the stack has no room for them together.
+/// Once for each connection, by who takes it; `true`: its turn is somebody else's ([`count::turn_back`]). Apart from the choice, and in small steps, because the stack has no room for them together.
 #[inline(always)]
 pub(crate) fn stick<A: Family, C: Client<A>>(
     client: &C,
@@ -86,17 +86,17 @@ pub(crate) fn stick<A: Family, C: Client<A>>(
     sticky: &Sticky,
     target: &mut Target<A>,
     chosen: impl Fn() -> Target<A>,
-) {
+) -> bool {
     if sticky.timeout_secs == 0 {
-        return;
+        return false;
     }
     if recall(client, service, sticky.timeout_secs, target) != 0 && is_among(&sticky.range, target) != 0 {
-        count::turn_back(service);
-        return;
+        return true;
     }
     *target = chosen();
     // Its value is needed by nobody, but a function without one is no function to the verifier.
     core::hint::black_box(remember(client, service, target));
+    false
 }
 
 /// Where the client's last connection went, if its time is not over; from now on it is not for as long again. 0: nowhere, and `target` is as it was.

@@ -282,10 +282,12 @@ fn new_flow<A: Plain>(
     if route(ctx, packet, value, 1) == 0 {
         return XDP_PASS;
     }
+    let (mut remembered, mut noted) = (false, false);
     if sticky.timeout_secs != 0 {
         *picked = Target { addr: value.addr, port: value.port };
         let chosen = || Target { addr: value.addr, port: value.port };
-        stick(&packet.src, value.service, sticky, picked, chosen);
+        remembered = stick(&packet.src, value.service, sticky, picked, chosen);
+        noted = !remembered;
         value.addr = picked.addr;
         value.port = picked.port;
     }
@@ -293,9 +295,15 @@ fn new_flow<A: Plain>(
         value.flags |= flags::NEEDS_MASQUERADE;
     }
     if route(ctx, packet, value, 0) == 0 {
+        if noted {
+            count::turn(value.service);
+        }
         return XDP_PASS;
     }
     count::connection(value.service);
+    if remembered {
+        count::turn_back(value.service);
+    }
     table::void(log::chosen(ctx, key.proto, (key.dst, key.dport), (value.addr, value.port)));
     if enter(packet, key, value, pair_key, found) { XDP_TX } else { XDP_DROP }
 }

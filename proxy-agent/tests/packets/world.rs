@@ -354,6 +354,7 @@ impl World {
                 total.packets += value.packets;
                 total.bytes += value.bytes;
                 total.refused += value.refused;
+                total.turns += value.turns;
             }
         }
         total

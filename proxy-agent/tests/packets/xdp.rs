@@ -225,6 +225,30 @@ fn the_verdict_is_carried_out() {
     }
 }
 
+/// XDP asks where the client went before it knows whether it can send there; the stack asks once more.
+#[test]
+fn what_is_left_to_the_stack_counts_once() {
+    let Some(mut world) = outside("what_is_left_to_the_stack_counts_once", Options::default()) else { return };
+    world.device(role::OUTWARD);
+    for (cast, service) in casts().into_iter().zip([7, 8]) {
+        let far = SocketAddr::new(cast.router, 9);
+        let mut verdicts = [verdict::REJECT; origin::COUNT];
+        verdicts[origin::EXTERNAL] = verdict::PICK_ALL;
+        let sticky = Spec { verdicts, affinity_secs: 600, ..Spec::pick_all(service, &[far]) };
+        for proto in PROTOS {
+            world.datapath.frontend(cast.vip, proto, &sticky);
+            for port in 41_000..41_004 {
+                let open = Packet::opening(proto, at(cast.client, port), cast.vip);
+                let frame = arriving(&open, CLIENT);
+                assert_eq!(run(&mut world, &frame), (PASS, frame));
+                world.expect(Hook::Ingress, &open, &open.to(far));
+            }
+        }
+        let counters = world.counters(service);
+        assert_eq!((counters.connections, counters.turns), (8, 1), "one client, remembered from the first on");
+    }
+}
+
 /// A flow goes by either way with every packet.
 #[test]
 fn a_flow_changes_ways_at_any_packet() {

@@ -52,7 +52,9 @@ fn connect<V: View>(view: &V) -> i32 {
         Choice::Backend { target: mut backend, service, sticky, .. } => {
             count::connection(service);
             let chosen = backend;
-            stick(&client, service, &sticky, &mut backend, || chosen);
+            if stick(&client, service, &sticky, &mut backend, || chosen) {
+                count::turn_back(service);
+            }
             log::chosen(view.ctx(), proto, (vip.addr, vip.port), (backend.addr, backend.port));
             view.set_target(backend);
             if let Some(record) = Record::of_or_new(view) {

@@ -187,7 +187,9 @@ fn pick<V: View>(view: &V, key: &FrontendKey<V::Addr>, origin: usize, client: &B
                     continue;
                 }
                 count::connection(service);
-                stick(client, service, &sticky, &mut backend, || Target { addr: reply.addr, port: reply.port });
+                if stick(client, service, &sticky, &mut backend, || Target { addr: reply.addr, port: reply.port }) {
+                    count::turn_back(service);
+                }
                 reply.addr = backend.addr;
                 reply.port = backend.port;
                 view.set_target(backend);

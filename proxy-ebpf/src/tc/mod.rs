@@ -334,7 +334,9 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
             if sticky.timeout_secs != 0 {
                 *picked = Target { addr: value.addr, port: value.port };
                 let chosen = || Target { addr: value.addr, port: value.port };
-                stick(&packet.src, value.service, sticky, picked, chosen);
+                if stick(&packet.src, value.service, sticky, picked, chosen) {
+                    count::turn_back(value.service);
+                }
                 value.addr = picked.addr;
                 value.port = picked.port;
             }
