@@ -117,9 +117,9 @@ fn own_addresses() -> impl Strategy<Value = Event> {
 pub(crate) fn services() -> impl Strategy<Value = Arc<Service>> {
     let ports = prop::collection::vec((port_names(), protocols(), prop_oneof![Just(80_u16), Just(443)]), 0..3);
     let ips = prop::sample::subsequence(vec!["10.96.0.1", "10.96.0.2", "fd00::1", "127.0.0.1"], 0..3);
-    let algorithm = prop_oneof![4 => Just(None), 1 => Just(Some("round-robin")), 1 => Just(Some("nonsense"))];
-    (0..5_usize, 0..3_i64, 0..2_u8, ips, ports, any::<(bool, bool)>(), algorithm, outside()).prop_map(
-        |(name, created, uid, ips, ports, (internal_local, external_name), algorithm, outside)| {
+    let algorithm = prop_oneof![4 => Just(None), 1 => Just(Some("round-robin")), 1 => Just(Some("maglev")), 1 => Just(Some("nonsense"))];
+    (0..5_usize, 0..3_i64, 0..2_u8, ips, ports, any::<(bool, bool, bool)>(), algorithm, outside()).prop_map(
+        |(name, created, uid, ips, ports, (internal_local, external_name, resets), algorithm, outside)| {
             let mut service = service(["a", "b", "c", "d", "e"][name], &ips);
             service.created = created;
             service.uid = format!("{uid}").into();
@@ -147,6 +147,7 @@ pub(crate) fn services() -> impl Strategy<Value = Arc<Service>> {
                 service.kind = ServiceType::ExternalName;
             }
             service.algorithm = algorithm.map(Into::into);
+            service.reset_deleted = resets.then(|| "true".into());
             Arc::new(service)
         },
     )

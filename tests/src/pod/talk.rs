@@ -66,11 +66,6 @@ impl Report {
         seen
     }
 
-    /// The first answer of a request that was sent at `from` or later.
-    pub fn answered_after(&self, from: u64) -> Option<&Turn> {
-        self.turns.iter().find(|turn| turn.at >= from && turn.backend.is_some())
-    }
-
     /// Names of the errors, in order, without repetitions.
     pub fn errors(&self) -> Vec<&str> {
         let mut seen: Vec<&str> = self.turns.iter().filter_map(|turn| turn.error.as_deref()).collect();

@@ -1,11 +1,12 @@
 //! The table against a kernel of tree maps: every crash point, random faults, tampering, adoption.
 
+use ipnet::IpNet;
 use proptest::prelude::*;
 
 use proxy_common::{
     Address as _, Be16,
     device::{DeviceValue, XdpDevice},
-    frontend::{FrontendValue, Range, algorithm, verdict},
+    frontend::{FrontendValue, Range, algorithm, flags, verdict},
     maglev, proto,
     slot::Slot,
 };
@@ -66,6 +67,11 @@ struct Model {
     guards: BTreeSet<u8>,
 }
 
+/// The extra frontend of a service admits as many ranges as it has local members.
+fn net(v6: bool, member: u8) -> IpNet {
+    if v6 { format!("fd01:{member:x}::/32") } else { format!("10.200.{member}.0/24") }.parse().unwrap()
+}
+
 fn desired(model: &Model) -> DesiredState {
     let frontends = model.frontends.iter().map(|((service, v6, extra), (all, local, picks_local))| {
         let frontend = Frontend {
@@ -93,7 +99,7 @@ fn desired(model: &Model) -> DesiredState {
             },
             algorithm: if *service == BY_TABLE { Algorithm::Maglev } else { Algorithm::Random },
             affinity_secs: None,
-            source_ranges: None,
+            source_ranges: extra.then(|| local.iter().map(|member| net(*v6, *member)).collect()),
             alive: None,
         };
         (frontend, Arc::new(spec))
@@ -145,6 +151,36 @@ fn seen(store: &impl Store) -> Seen {
     look::<Ipv4Be>(store, &mut seen);
     look::<Ipv6Be>(store, &mut seen);
     seen
+}
+
+/// Whom frontends that ask admit.
+type Admitted = BTreeMap<(IpAddr, u16, u8), BTreeSet<IpNet>>;
+
+fn admitted(store: &impl Store) -> Admitted {
+    let mut admitted = Admitted::new();
+    look_at_sources::<Ipv4Be>(store, &mut admitted);
+    look_at_sources::<Ipv6Be>(store, &mut admitted);
+    admitted
+}
+
+fn look_at_sources<A: Family>(store: &impl Store, admitted: &mut Admitted) {
+    let ranges = store.source_ranges::<A>().unwrap();
+    for (key, value) in store.frontends::<A>().unwrap() {
+        if value.flags & flags::HAS_SOURCE_RANGES != 0 {
+            let own = ranges.iter().filter(|range| range.range.service == value.service);
+            // The service is a part of what is matched.
+            let nets = own.map(|range| IpNet::new(range.range.addr.to_ip(), (range.prefix - 32) as u8).unwrap());
+            admitted.insert((key.addr.to_ip(), key.port.to_host(), key.proto), nets.collect());
+        }
+    }
+}
+
+fn should_admit(desired: &DesiredState) -> Admitted {
+    let asking = desired.frontends.iter().filter_map(|(frontend, spec)| {
+        let at = (frontend.addr, frontend.port.get(), frontend.protocol.number());
+        Some((at, spec.source_ranges.as_ref()?.iter().copied().collect()))
+    });
+    asking.collect()
 }
 
 fn oracle(desired: &DesiredState) -> Seen {
@@ -220,9 +256,10 @@ fn example() -> (Model, Model) {
 }
 
 /// One frontend over IPv4 that may be asked from `nets`.
-fn filtered(nets: Option<&[&str]>) -> DesiredState {
+fn filtered<A: Family>(nets: Option<&[&str]>) -> DesiredState {
+    let v6 = A::LEN == 16;
     let mut state =
-        desired(&Model { frontends: [((1, false, false), (vec![1], vec![], false))].into(), guards: [].into() });
+        desired(&Model { frontends: [((1, v6, false), (vec![1], vec![], false))].into(), guards: [].into() });
     for spec in state.frontends.values_mut() {
         let mut with = (**spec).clone();
         with.source_ranges = nets.map(|nets| nets.iter().map(|net| net.parse().unwrap()).collect());

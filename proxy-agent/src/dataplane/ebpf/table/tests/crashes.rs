@@ -26,8 +26,21 @@ fn every_crash_point_is_safe() {
                         "{at:?} is {what:?} after {crashes} writes: neither old nor new"
                     );
                 }
+                let [old, new] = [from, to].map(|model| should_admit(&desired(model)));
+                for (at, nets) in admitted(table.store()) {
+                    let (old, new) = (old.get(&at), new.get(&at));
+                    let [less, more] = match (old, new) {
+                        (Some(old), Some(new)) => [old & new, old | new],
+                        (one, other) => [one.or(other).unwrap(), one.or(other).unwrap()].map(Clone::clone),
+                    };
+                    assert!(
+                        less.is_subset(&nets) && nets.is_subset(&more),
+                        "{at:?} admits {nets:?} after {crashes} writes"
+                    );
+                }
                 let mut restarted = reopen(&table);
                 assert!(restarted.resync(&desired(to), NOW).is_clean());
+                assert_eq!(admitted(restarted.store()), should_admit(&desired(to)), "after {crashes} writes");
                 assert_eq!(seen(restarted.store()), oracle(&desired(to)), "after {crashes} writes");
                 let mut again = reopen(&restarted);
                 assert_eq!(again.resync(&desired(to), NOW).writes, 0, "after {crashes} writes");
@@ -58,12 +71,15 @@ proptest! {
                 prop_assert!(table.apply(&current.diff(&to), now).is_clean());
             }
             prop_assert_eq!(seen(table.store()), oracle(&to));
+            prop_assert_eq!(admitted(table.store()), should_admit(&to));
             prop_assert_eq!(table.apply(&current.diff(&to), now).writes, 0, "applying twice");
             current = to;
         }
         table.resync(&DesiredState::default(), now);
         prop_assert_eq!(table.used(), [0; 5]);
         prop_assert!(table.store().names.is_empty());
+        prop_assert!(table.store().source_ranges::<Ipv4Be>().unwrap().is_empty());
+        prop_assert!(table.store().source_ranges::<Ipv6Be>().unwrap().is_empty());
     }
 
     /// F25: writes fail at random; the invariants hold throughout, and all is well once the faults stop.
@@ -82,6 +98,7 @@ proptest! {
         table.store_mut().fault = Fault::None;
         prop_assert!(table.resync(&current, NOW + REST).is_clean());
         prop_assert_eq!(seen(table.store()), oracle(&current));
+        prop_assert_eq!(admitted(table.store()), should_admit(&current));
         let mut restarted = reopen(&table);
         prop_assert_eq!(restarted.resync(&current, NOW).writes, 0);
         prop_assert_eq!(restarted.used(), table.used(), "no leak");

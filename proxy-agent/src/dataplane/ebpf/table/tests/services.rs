@@ -4,7 +4,7 @@ use super::*;
 
 #[test]
 fn clients_are_forgotten_with_their_time_and_their_service() {
-    let mut state = filtered(None);
+    let mut state = filtered::<Ipv4Be>(None);
     for spec in state.frontends.values_mut() {
         *spec = Arc::new(FrontendSpec { affinity_secs: Some(100), ..(**spec).clone() });
     }
