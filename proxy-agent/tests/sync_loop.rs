@@ -250,7 +250,8 @@ async fn what_a_dataplane_cannot_express_is_said_per_frontend() {
         FrontendState::Degraded(Failure::Unsupported(why)) => why.clone(),
         state => format!("{state:?}"),
     };
-    let status = world.wait("programmed", |status| status.syncs > 0 && status.frontends.len() == 5).await;
+    let settled = |status: &Status| status.frontends.values().all(|known| known.state != FrontendState::Pending);
+    let status = world.wait("programmed", |status| status.frontends.len() == 5 && settled(status)).await;
     assert_eq!(why(&status, &sctp), "frontend 10.96.0.4:80/SCTP: SCTP is not served by the memory dataplane");
     assert!(why(&status, &frontend("10.96.0.5")).contains("no session affinity"));
     assert_eq!(status.frontends[&frontend("10.96.0.1")].state, FrontendState::Programmed);
