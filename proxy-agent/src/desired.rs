@@ -144,6 +144,8 @@ pub struct Device {
     pub behind: bool,
     /// Its own Ethernet address.
     pub mac: Option<[u8; 6]>,
+    /// A virtual link whose other end `XDP_TX` does not wake (veth, unless that end has a program of its own).
+    pub veth: bool,
     /// Why XDP would do nothing or harm on it, whatever its driver can.
     pub without_xdp: Option<&'static str>,
     /// What comes in there counts as coming from pods of this node, where that is told by devices (contract A72).

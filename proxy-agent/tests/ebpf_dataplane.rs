@@ -177,6 +177,7 @@ fn device_list(devices: &[(u32, &str)]) -> Devices {
                 bridge: None,
                 behind: false,
                 mac: None,
+                veth: false,
                 without_xdp: None,
                 local: true,
             };
@@ -412,7 +413,9 @@ fn outward(devices: &[(u32, &str)]) -> Devices {
     };
     device_list(devices)
         .into_iter()
-        .map(|(index, device)| (index, Device { role: DeviceRole::Outward, mac: Some(mac(&device.name)), ..device }))
+        .map(|(index, device)| {
+            (index, Device { role: DeviceRole::Outward, mac: Some(mac(&device.name)), veth: true, ..device })
+        })
         .collect()
 }
 

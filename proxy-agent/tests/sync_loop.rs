@@ -373,6 +373,7 @@ async fn devices_are_followed_and_failures_tried_again() {
         bridge: None,
         behind: false,
         mac: None,
+        veth: false,
         without_xdp: None,
         local: true,
     };
@@ -451,6 +452,7 @@ async fn whatever_call_hangs_livez_says_so() {
                     bridge: None,
                     behind: false,
                     mac: None,
+                    veth: false,
                     without_xdp: None,
                     local: true,
                 };

@@ -50,8 +50,10 @@ pub struct XdpDevice {
 }
 
 pub mod xdp {
-    /// Takes frames that came in by another device.
+    /// Takes frames that are redirected to it, its own ones, too.
     pub const SENDS: u16 = 1;
+    /// Sends its own frames back by `XDP_TX`.
+    pub const BOUNCES: u16 = 2;
 }
 
 const _: () = assert!(size_of::<DeviceValue>() == 24);

@@ -45,15 +45,6 @@ pub(crate) fn connection(service: u32) {
     }
 }
 
-/// Somebody is remembered to have been sent where the turn was, whose connection is counted elsewhere.
-#[inline(always)]
-pub(crate) fn turn(service: u32) {
-    if let Some(counters) = of_service(service) {
-        // SAFETY: a per-CPU element, see `reason`.
-        unsafe { (*counters).turns += 1 };
-    }
-}
-
 /// The connection that was just counted goes where its client went before: the turn it was given is the next one's. Otherwise clients whose
 /// connections come in pairs would all be sent to the same backend of two.
 #[inline(always)]

@@ -23,7 +23,7 @@ use proxy_common::{
 
 use crate::{
     client::{Client, Sticky},
-    tc::source::Route,
+    tc::source::Way,
 };
 
 const NO_PREALLOC: usize = BPF_F_NO_PREALLOC as usize;
@@ -123,7 +123,7 @@ pub(crate) static XDP_DEVICES: HashMap<u32, XdpDevice, 1_024, NO_PREALLOC> = Has
 
 /// What the routing table is asked with by XDP, and its answer: of the packet, and of who sent it. Writer and reader: the program that runs on this CPU.
 #[btf_map(name = "routes")]
-pub(crate) static ROUTES: PerCpuArray<Route, 2> = PerCpuArray::new();
+pub(crate) static ROUTES: PerCpuArray<Way, 2> = PerCpuArray::new();
 
 /// Service id → counters. Writer: programs (entry appears with the first connection), agent deletes.
 #[btf_map(name = "service_counters")]

@@ -9,7 +9,7 @@ use core::mem::size_of;
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_TX},
+    bindings::xdp_action::{XDP_DROP, XDP_PASS, XDP_REDIRECT, XDP_TX},
     helpers::{bpf_redirect, generated::bpf_fib_lookup},
     macros::xdp,
     programs::XdpContext,
@@ -199,16 +199,16 @@ fn family<A: Plain>(ctx: &XdpContext) -> u32 {
                 return XDP_PASS;
             }
             let verdict = new_flow(ctx, packet, key, value);
-            if verdict != XDP_TX {
+            if verdict <= XDP_PASS {
                 return verdict;
             }
         }
     }
     let mut verdict = source(ctx, packet, value, spare_key, found);
     if verdict == ASKED_FOR {
-        let Some(route) = ROUTES.get_ptr(0) else { return XDP_PASS };
+        let Some(way) = ROUTES.get_ptr(0) else { return XDP_PASS };
         // SAFETY: an element of this CPU's own.
-        if masquerade(ctx, unsafe { (*route).ifindex }, spare_key, found) == 0 {
+        if masquerade(ctx, unsafe { (*way).route.ifindex }, spare_key, found) == 0 {
             return XDP_DROP;
         }
         verdict = REWRITTEN;
@@ -219,9 +219,9 @@ fn family<A: Plain>(ctx: &XdpContext) -> u32 {
 /// 1: `packet` is filled, and so is what only the headers tell of its route.
 #[inline(never)]
 fn parse<A: Plain>(ctx: &XdpContext, packet: &mut Packet<A>) -> u32 {
-    let Some(route) = ROUTES.get_ptr_mut(0) else { return 0 };
+    let Some(way) = ROUTES.get_ptr_mut(0) else { return 0 };
     // SAFETY: an element of this CPU's own; its words are integers.
-    let route = unsafe { &mut *route };
+    let route = unsafe { &mut (*way).route };
     if A::read(ctx, packet, route).is_none() {
         return 0;
     }
@@ -258,7 +258,7 @@ fn parse<A: Plain>(ctx: &XdpContext, packet: &mut Packet<A>) -> u32 {
     u32::from(sum != checksum::fold(pseudo + (packet.proto as u16).to_be() as u64 + length))
 }
 
-/// Chooses a backend, finds the way there, enters the flow. `XDP_TX`: `value` is its entry.
+/// Chooses a backend, finds the way there, enters the flow. `XDP_TX` or `XDP_REDIRECT`: `value` is its entry, and it can be sent from here.
 #[inline(never)]
 fn new_flow<A: Plain>(
     ctx: &XdpContext,
@@ -282,45 +282,57 @@ fn new_flow<A: Plain>(
     if route(ctx, packet, value, 1) == 0 {
         return XDP_PASS;
     }
-    let (mut remembered, mut noted) = (false, false);
+    let mut remembered = false;
     if sticky.timeout_secs != 0 {
         *picked = Target { addr: value.addr, port: value.port };
         let chosen = || Target { addr: value.addr, port: value.port };
         remembered = stick(&packet.src, value.service, sticky, picked, chosen);
-        noted = !remembered;
         value.addr = picked.addr;
         value.port = picked.port;
     }
     if value.addr == packet.src {
         value.flags |= flags::NEEDS_MASQUERADE;
     }
-    if route(ctx, packet, value, 0) == 0 {
-        if noted {
-            count::turn(value.service);
-        }
-        return XDP_PASS;
-    }
+    // A backend that is not reached from here is the choice all the same, and tc finds it: if tc chose anew, the others would get more
+    // than their share.
+    table::void(route(ctx, packet, value, 0));
     count::connection(value.service);
     if remembered {
         count::turn_back(value.service);
     }
     table::void(log::chosen(ctx, key.proto, (key.dst, key.dport), (value.addr, value.port)));
-    if enter(packet, key, value, pair_key, found) { XDP_TX } else { XDP_DROP }
+    if !enter(packet, key, value, pair_key, found) {
+        return XDP_DROP;
+    }
+    let Some(way) = ROUTES.get_ptr(0) else { return XDP_PASS };
+    // SAFETY: an element of this CPU's own.
+    unsafe { (*way).verdict }
 }
-const _: () = assert!(PICKED < PICKED_FILTERED);
+const _: () = assert!(PICKED < PICKED_FILTERED && XDP_DROP < XDP_PASS && XDP_PASS < XDP_TX && XDP_TX < XDP_REDIRECT);
 
 /// Asks for the way that the packet takes after its translation (`back` 0), or for the one back to its sender (1). 1: it leads by a device that XDP
-/// may send to, to a neighbour whose address is known; respectively by the device that the packet came in by, and
+/// may send to, to a neighbour whose address is known; respectively by the device that the packet came in by. And
 /// the frame was for this host. Else the stack is to judge, which knows of filters for reverse paths, of packets too long, of neighbours to be asked for.
 #[inline(never)]
 fn route<A: Plain>(ctx: &XdpContext, packet: &Packet<A>, value: &ConnectionValue<A>, back: u32) -> u32 {
-    let (Some(route), Some(reverse)) = (ROUTES.get_ptr_mut(0), ROUTES.get_ptr_mut(1)) else { return 0 };
+    let (Some(way), Some(reverse)) = (ROUTES.get_ptr_mut(0), ROUTES.get_ptr_mut(1)) else { return 0 };
+    // SAFETY: an element of this CPU's own.
+    unsafe { (*way).verdict = XDP_PASS };
     // SAFETY: live context.
     let ingress = unsafe { (*ctx.ctx).ingress_ifindex };
+    let Some(to) = at::<[u16; 3]>(ctx, 0) else { return 0 };
+    // SAFETY: bounds checked; 2-byte aligned.
+    let to = unsafe { *to };
+    // SAFETY: copied at once; a device's address changes rarely, and a torn one leaves the packet to the stack.
+    let Some(from) = (unsafe { XDP_DEVICES.get(ingress) }) else { return 0 };
+    if !is_same(to, from.mac) {
+        return 0;
+    }
+    let mut sends = from.flags;
     // SAFETY: elements of this CPU's own, of the size that is told; their words are integers.
     unsafe {
-        let (length, flow) = ((*route).length, (*route).flow);
-        let asked = if back == 0 { route } else { reverse };
+        let (length, flow) = ((*way).route.length, (*way).route.flow);
+        let asked = if back == 0 { &raw mut (*way).route } else { &raw mut (*reverse).route };
         (*asked).family = Route::family::<A>();
         (*asked).proto = packet.proto;
         (*asked).ifindex = ingress;
@@ -344,15 +356,19 @@ fn route<A: Plain>(ctx: &XdpContext, packet: &Packet<A>, value: &ConnectionValue
         if found != FOUND || (*asked).vlan != 0 {
             return 0;
         }
-        let Some(to) = at::<[u16; 3]>(ctx, 0) else { return 0 };
-        let to = *to;
-        if (*asked).ifindex == ingress {
-            return u32::from(is_same(to, (*asked).macs[0]));
+        let mut verdict = XDP_TX;
+        if (*asked).ifindex != ingress {
+            let Some(by) = XDP_DEVICES.get((*asked).ifindex) else { return 0 };
+            sends = by.flags & device::SENDS;
         }
-        match (XDP_DEVICES.get(ingress), XDP_DEVICES.get((*asked).ifindex)) {
-            (Some(from), Some(by)) => u32::from(is_same(to, from.mac) && by.flags & device::SENDS != 0),
-            _ => 0,
+        if sends & device::BOUNCES == 0 {
+            verdict = XDP_REDIRECT;
         }
+        if sends == 0 {
+            return 0;
+        }
+        (*way).verdict = verdict;
+        1
     }
 }
 
@@ -408,7 +424,7 @@ fn send<A: Plain>(
     }
     let l4 = L3 + A::LEN_MIN as usize;
     let is_udp = packet.proto == proto::UDP;
-    let Some(route) = ROUTES.get_ptr(0) else { return XDP_PASS };
+    let Some(way) = ROUTES.get_ptr(0) else { return XDP_PASS };
     let Some(macs) = at::<[[u16; 3]; 2]>(ctx, 0) else { return XDP_PASS };
     let Some(ports) = at::<[u16; 2]>(ctx, l4) else { return XDP_PASS };
     let field = if is_udp { at::<u16>(ctx, l4 + 6) } else { at::<u16>(ctx, l4 + 16) };
@@ -420,16 +436,16 @@ fn send<A: Plain>(
         + address_diff(packet.dst, dst) as u64
         + ports_diff((packet.sport, packet.dport), (sport, dport)) as u64;
     // SAFETY: bounds checked above; 2-byte aligned. The route is an element of this CPU's own.
-    let ifindex = unsafe {
+    let (ifindex, verdict) = unsafe {
         *ports = [sport.0, dport.0];
         // A datagram without a checksum keeps none, and none gets lost.
         if !is_udp || *field != 0 {
             let sum = !checksum::fold((!*field) as u64 + diff);
             *field = if is_udp && sum == 0 { 0xffff } else { sum };
         }
-        let [from, to] = (*route).macs;
+        let [from, to] = (*way).route.macs;
         *macs = [to, from];
-        (*route).ifindex
+        ((*way).route.ifindex, (*way).verdict)
     };
     // Counted where the VIP comes or goes, as on tc.
     if masquerades == 0 {
@@ -438,8 +454,7 @@ fn send<A: Plain>(
         count::packet(value.service, length as u32);
     }
     count::reason(Reason::Bypassed);
-    // SAFETY: live context.
-    if ifindex == unsafe { (*ctx.ctx).ingress_ifindex } {
+    if verdict == XDP_TX {
         return XDP_TX;
     }
     // SAFETY: no pointers.

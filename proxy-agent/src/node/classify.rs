@@ -341,6 +341,7 @@ pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, options: &Option
             netns: link.peer_netns.filter(|_| role == DeviceRole::Pod),
             behind: link.kind == "bridge" && world.has_hooked_pods(*index),
             mac: link.mac,
+            veth: link.kind == "veth",
             without_xdp: world.without_xdp(*index, link).or_else(|| world.not_outside(role, link)),
             local: world.is_local(role, link),
             bridge: link.master.filter(|_| master.is_some_and(|master| master.kind == "bridge")),

@@ -322,6 +322,7 @@ impl Device {
             bridge: _,
             behind: _,
             mac: _,
+            veth: _,
             without_xdp: _,
             local,
         } = device;
@@ -466,6 +467,7 @@ pub(crate) mod tests {
                     bridge: None,
                     behind: false,
                     mac: None,
+                    veth: false,
                     without_xdp: None,
                     local: false,
                 },

@@ -88,7 +88,7 @@ fn outside(test: &str, options: Options) -> Option<World> {
         world.device_at(index, role::OUTWARD);
     }
     for (index, last) in [(IN, 0x47), (OTHER, 0x48)] {
-        let device = XdpDevice { mac: halves(mac(last)), flags: xdp::SENDS };
+        let device = XdpDevice { mac: halves(mac(last)), flags: xdp::SENDS | xdp::BOUNCES };
         xdp_devices(&mut world).insert(index, device, 0).unwrap();
     }
     let program: &mut Xdp = world.datapath.ebpf.program_mut(NAME).unwrap().try_into().unwrap();
@@ -129,6 +129,13 @@ fn passes(world: &mut World, frame: &[u8], why: &str) {
     assert_eq!((verdict, hex(&out)), (PASS, hex(frame)), "{why}");
     assert_eq!(world.rows(), rows, "{why}");
     assert_eq!(world.reasons(), reasons, "{why}");
+}
+
+/// The same, but the backend that was chosen counts, if the flow is new: tc finds its entry.
+#[track_caller]
+fn is_left_to_tc(world: &mut World, frame: &[u8], why: &str) {
+    let (verdict, out) = run(world, frame);
+    assert_eq!((verdict, hex(&out)), (PASS, hex(frame)), "{why}");
 }
 
 /// Must be sent to `to` as `expected`, to the byte.
@@ -339,11 +346,9 @@ fn what_is_not_plain_is_left_to_the_stack() {
                     let fragment = addressed(long.fragment(from, to), mac(0x47), mac(CLIENT));
                     passes(&mut world, &fragment, "a fragment");
                 }
-                passes(
-                    &mut world,
-                    &arriving(&packet.clone().with_payload(&[3; 1500]), CLIENT),
-                    "too long for the route",
-                );
+                let long = arriving(&packet.clone().with_payload(&[3; 1500]), CLIENT);
+                is_left_to_tc(&mut world, &long, "too long for the route");
+                world.remove(|row| row.src.port() == 42_001 || row.dst.port() == 42_001);
                 // Only the pseudo-header's sum, as from a socket of this host.
                 let mut partial = frame.clone();
                 let l4 = super::packet::payload_at(&frame);
@@ -468,9 +473,12 @@ fn the_routes_decide() {
             let seen = opens(&mut world, &known, cast.node, cast.backend, FIRST);
             for (change, back, why, for_known) in &cases {
                 sh(change);
-                passes(&mut world, &arriving(&new, CLIENT), why);
                 if *for_known {
                     passes(&mut world, &arriving(&known, CLIENT), why);
+                    is_left_to_tc(&mut world, &arriving(&new, CLIENT), why);
+                    world.remove(|row| row.src.port() == 42_001 || row.dst.port() == 42_001);
+                } else {
+                    passes(&mut world, &arriving(&new, CLIENT), why);
                 }
                 sh(back);
                 // A neighbour's or a route's own settings.
@@ -482,18 +490,55 @@ fn the_routes_decide() {
             let sends = XdpDevice { mac: halves(mac(0x48)), flags: xdp::SENDS };
             let own = xdp_devices(&mut world).get(&IN, 0).unwrap();
             xdp_devices(&mut world).insert(OTHER, XdpDevice { flags: 0, ..sends }, 0).unwrap();
-            passes(&mut world, &arriving(&new, CLIENT), "a device that takes no frames");
+            is_left_to_tc(&mut world, &arriving(&new, CLIENT), "a device that takes no frames");
+            world.remove(|_| true);
             xdp_devices(&mut world).remove(&OTHER).unwrap();
-            passes(&mut world, &arriving(&new, CLIENT), "a device without XDP");
+            is_left_to_tc(&mut world, &arriving(&new, CLIENT), "a device without XDP");
+            world.remove(|_| true);
             xdp_devices(&mut world).insert(OTHER, sends, 0).unwrap();
             passes(&mut world, &addressed(new.frame(), mac(0x99), mac(CLIENT)), "another host's, across");
             xdp_devices(&mut world).remove(&IN).unwrap();
             passes(&mut world, &arriving(&new, CLIENT), "a device whose own address is not known");
+            // A device that XDP_TX is no use on sends back by a redirection to itself, if it takes those.
+            world.service(1, cast.vip, &[cast.backend]);
+            for (flags, verdict) in [(0, PASS), (xdp::SENDS, ACROSS), (xdp::BOUNCES, BACK)] {
+                world.remove(|_| true);
+                xdp_devices(&mut world).insert(IN, XdpDevice { flags, ..own }, 0).unwrap();
+                assert_eq!(run(&mut world, &arriving(&new, CLIENT)).0, verdict, "{flags}");
+            }
+            world.remove(|_| true);
+            world.service(1, cast.vip, &[cast.backend2]);
             xdp_devices(&mut world).insert(IN, own, 0).unwrap();
             opens(&mut world, &new, cast.node, cast.backend2, SECOND);
             world.remove(|_| true);
         }
     }
+}
+
+/// A backend that XDP cannot reach gets its share like the other: its flows go on by tc.
+#[test]
+fn a_choice_is_made_once() {
+    let Some(mut world) = outside("a_choice_is_made_once", Options::default()) else { return };
+    world.device(role::OUTWARD);
+    xdp_devices(&mut world).remove(&OTHER).unwrap();
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend, cast.backend2]);
+        let mut near = 0;
+        for port in 0..400 {
+            let open = Packet::udp(at(cast.client, 44_000 + port), cast.vip);
+            let (verdict, out) = run(&mut world, &arriving(&open, CLIENT));
+            if verdict == BACK {
+                assert_eq!(ends(&out).1, cast.backend);
+                near += 1;
+            } else {
+                assert_eq!((verdict, hex(&out)), (PASS, hex(&arriving(&open, CLIENT))));
+                assert_eq!(world.translate(Hook::Ingress, &open).1, cast.backend2);
+            }
+        }
+        // Six standard deviations.
+        assert!((140..260).contains(&near), "{near} of 400");
+    }
+    assert_eq!(world.counters(1).connections, 800);
 }
 
 /// What has to do with flows that are lost or over.

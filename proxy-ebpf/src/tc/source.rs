@@ -40,6 +40,15 @@ pub(crate) struct Route {
 
 const _: () = assert!(size_of::<Route>() == 64);
 
+/// A packet's way.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub(crate) struct Way {
+    pub(crate) route: Route,
+    /// `XDP_TX` or `XDP_REDIRECT`; `XDP_PASS`: not by XDP.
+    pub(crate) verdict: u32,
+}
+
 impl Route {
     #[inline(always)]
     pub(crate) const fn family<A: Header>() -> u8 {

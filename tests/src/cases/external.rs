@@ -155,6 +155,11 @@ impl Ext {
     }
 }
 
+/// At node1, from outside: what leads to an endpoint here and to one on node2.
+pub fn at_node_port(world: &World, family: Family, transport: Transport) -> SocketAddr {
+    Ext::Open.at_node(&world.node(1).place, family, transport)
+}
+
 /// Nodes, Services and slices.
 pub fn objects(world: &World) -> Vec<Value> {
     objects::nodes(world).into_iter().chain(Ext::ALL.iter().flat_map(|ext| ext.objects(world))).collect()

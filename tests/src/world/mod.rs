@@ -87,13 +87,15 @@ pub struct Spec {
     pub rp_filter: bool,
     /// Checksums are computed and looked at on most links, which otherwise leave them out.
     pub software_checksums: bool,
+    /// Links on which native XDP works as on hardware: every frame has its checksum, and whoever is sent one by XDP polls.
+    pub for_xdp: bool,
 }
 
 impl Spec {
     /// Two nodes: `a1 b1 c1` on the first, `a2 b2 c2` on the second.
     pub fn two_nodes(topology: Topology) -> Self {
         let pods = |node: u8| ["a", "b", "c"].iter().map(|pod| format!("{pod}{node}")).collect();
-        Self { topology, nodes: vec![pods(1), pods(2)], rp_filter: false, software_checksums: false }
+        Self { topology, nodes: vec![pods(1), pods(2)], rp_filter: false, software_checksums: false, for_xdp: false }
     }
 }
 

@@ -56,6 +56,9 @@ pub(super) fn build(spec: &Spec, layout: &Layout) -> Result<Built> {
     if spec.software_checksums {
         compute_checksums(spec, &nodes, &pods, &outside)?;
     }
+    if spec.for_xdp {
+        ready_for_xdp(&nodes, &pods, &outside, &underlay)?;
+    }
     Ok(Built { nodes, pods, outside, sink, underlay, tunnels })
 }
 
@@ -107,6 +110,20 @@ fn compute_checksums(spec: &Spec, nodes: &[Node], pods: &BTreeMap<String, Place>
         for pod in names.iter().skip(1).filter_map(|name| pods.get(name)) {
             off(&pod.namespace, "eth0")?;
         }
+    }
+    Ok(())
+}
+
+/// A veth hands over what a socket left for the hardware to do, which XDP leaves to the stack; and it takes frames from XDP only if its other
+/// end polls.
+fn ready_for_xdp(nodes: &[Node], pods: &BTreeMap<String, Place>, outside: &Place, underlay: &Namespace) -> Result<()> {
+    let senders = nodes.iter().map(|node| &node.place).chain(pods.values()).chain([outside]);
+    for place in senders {
+        place.namespace.output("ethtool", &["-K", "eth0", "tx", "off"])?;
+    }
+    let ports = underlay.output("ip", &["-o", "link", "show", "master", "under"])?;
+    for port in ports.lines().filter_map(|line| line.split(": ").nth(1)?.split('@').next()) {
+        underlay.output("ethtool", &["-K", port, "gro", "on"])?;
     }
     Ok(())
 }

@@ -129,6 +129,7 @@ fn device_value(device: &Device) -> DeviceValue {
         bridge: _,
         behind,
         mac: _,
+        veth: _,
         without_xdp: _,
         local,
     } = device;
@@ -163,6 +164,7 @@ mod tests {
             bridge,
             behind: false,
             mac: None,
+            veth: false,
             without_xdp: None,
             local: false,
         };
@@ -206,6 +208,7 @@ mod tests {
             bridge: None,
             behind: false,
             mac: None,
+            veth: false,
             without_xdp: None,
             local: true,
         };

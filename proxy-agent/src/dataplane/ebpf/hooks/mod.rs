@@ -24,7 +24,7 @@ use std::{
 
 use proxy_common::{
     LAYOUT_VERSION,
-    device::{self, XdpDevice},
+    device::{XdpDevice, xdp as flags},
     meta::Meta,
 };
 
@@ -302,10 +302,13 @@ impl Hooks {
     /// What the XDP program must know of the devices that it is on. Asked for once it is there: a driver may need it to be able to send.
     pub(crate) fn xdp_devices(&self) -> BTreeMap<u32, XdpDevice> {
         let value = |(index, mode): (&u32, &Mode)| {
-            let [a, b, c, d, e, f] = self.devices.as_ref()?.get(index)?.mac?;
+            let device = self.devices.as_ref()?.get(index)?;
+            let [a, b, c, d, e, f] = device.mac?;
             let mac = [[a, b], [c, d], [e, f]].map(u16::from_ne_bytes);
-            let sends = *mode == Mode::Generic || xdp::sends(*index);
-            Some((*index, XdpDevice { mac, flags: if sends { device::xdp::SENDS } else { 0 } }))
+            let generic = *mode == Mode::Generic;
+            let sends = if generic || xdp::sends(*index) { flags::SENDS } else { 0 };
+            let bounces = if generic || !device.veth { flags::BOUNCES } else { 0 };
+            Some((*index, XdpDevice { mac, flags: sends | bounces }))
         };
         self.bypassing.iter().filter_map(value).collect()
     }
