@@ -112,6 +112,8 @@ pub struct FrontendSpec {
     /// Of this frontend's family: whose packets count, and everybody else's are dropped (contract A91). `None`: everybody's.
     /// What the node itself sends is decided by its verdict already.
     pub source_ranges: Option<Arc<[IpNet]>>,
+    /// Sockets of pods are left alone at connect time; their packets are translated.
+    pub pods_per_packet: bool,
     /// Backends that flows may go on with, whichever of them are chosen now; flows that lead elsewhere are ended. Of TCP, addresses
     /// alone count. `None`: whatever becomes of the endpoints, no flow is (contract A104).
     pub alive: Option<BackendSet>,

@@ -154,6 +154,8 @@ pub struct Service {
     pub health_check_node_port: Option<Port>,
     /// Value of the algorithm annotation, if the Service carries it; `plan` says so if it means nothing.
     pub algorithm: Option<Arc<str>>,
+    /// Value of the annotation that says whose sockets are translated at connect time, likewise.
+    pub socket_lb: Option<Arc<str>>,
     /// Value of the annotation that asks for resets of TCP connections to deleted endpoints, likewise.
     pub reset_deleted: Option<Arc<str>>,
     /// What was wrong with the object and left out: each a sentence naming field and value.

@@ -139,6 +139,7 @@ fn spec(n: u8, v6: bool, backends: std::ops::Range<u8>) -> Arc<FrontendSpec> {
         algorithm: Algorithm::Random,
         affinity_secs: None,
         source_ranges: None,
+        pods_per_packet: false,
         alive: None,
     })
 }

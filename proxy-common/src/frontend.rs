@@ -86,8 +86,8 @@ pub mod flags {
     /// New flows come from the ranges of `source_ranges` alone (contract A8).
     pub const HAS_SOURCE_RANGES: u16 = 0x0004;
 
-    /// Pods' connections are left to their packets: they may have to be reset, and where pods' sockets are out of the agent's reach that
-    /// is the only way.
+    /// Pods' connections are left to their packets: their Service asks for that; or they may have to be reset, and where pods' sockets are out
+    /// of the agent's reach that is the only way.
     pub const PODS_PER_PACKET: u16 = 0x0008;
 
     /// Which Maglev table stands behind the slots of the *all* range, and of the *local* one.

@@ -3,7 +3,7 @@
 use aya_ebpf::helpers::bpf_get_prandom_u32;
 use proxy_common::{
     counters::Reason,
-    frontend::{FrontendKey, FrontendValue, Range, algorithm, flags, verdict},
+    frontend::{FrontendKey, FrontendValue, Range, algorithm, flags, origin, verdict},
     maglev,
     slot::{Slot, Target, sort_key},
 };
@@ -112,9 +112,9 @@ const NEXT_POSITION: u32 = 0x9e37_79b9;
 /// the next `attempt`, so that round robin and Maglev offer another one.
 ///
 /// `hash` is what Maglev goes by: of the client alone if it is asked with `true`, of the flow otherwise. Only who carries a refusal out
-/// `counts` it.
+/// `counts` it. `SOCKET`: at connect time, where there is another way.
 #[inline(always)]
-pub(crate) fn choose<A: Family>(
+pub(crate) fn choose<A: Family, const SOCKET: bool>(
     key: &FrontendKey<A>,
     origin: usize,
     attempt: u32,
@@ -132,6 +132,10 @@ pub(crate) fn choose<A: Family>(
             Found::Frontend => {}
             Found::Nothing => return Choice::Pass,
             Found::Torn => return Choice::Drop { service: 0 },
+        }
+        // Whatever the verdict is, a refusal, too: who redirects the pod's packets may know another way.
+        if SOCKET && origin == origin::POD && value.flags & flags::PODS_PER_PACKET != 0 {
+            return Choice::Pass;
         }
         let word = value.verdict(origin);
         let range = match word & verdict::ACTION_MASK {

@@ -11,8 +11,18 @@ impl fmt::Display for Dump<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let DesiredState { frontends, guards, local_cidrs } = self.0;
         for (frontend, spec) in frontends {
-            let FrontendSpec { service, kind, all, local, verdicts, algorithm, affinity_secs, source_ranges, alive } =
-                &**spec;
+            let FrontendSpec {
+                service,
+                kind,
+                all,
+                local,
+                verdicts,
+                algorithm,
+                affinity_secs,
+                source_ranges,
+                pods_per_packet,
+                alive,
+            } = &**spec;
             let algorithm = match algorithm {
                 Algorithm::Random => "random",
                 Algorithm::RoundRobin => "round-robin",
@@ -25,6 +35,9 @@ impl fmt::Display for Dump<'_> {
             if let Some(ranges) = source_ranges {
                 let ranges: Vec<String> = ranges.iter().map(ToString::to_string).collect();
                 write!(f, " from={}", ranges.join(","))?;
+            }
+            if *pods_per_packet {
+                write!(f, " pods-per-packet")?;
             }
             writeln!(f)?;
             let Verdicts { pod, node, external } = *verdicts;

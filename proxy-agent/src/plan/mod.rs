@@ -143,6 +143,9 @@ pub fn plan_service<'a>(
     }
     let algorithm = algorithm(service, defaults, &mut problems);
     let resets_deleted = resets_deleted(service, &mut problems);
+    if let Some(unknown) = service.socket_lb.as_deref().filter(|value| !matches!(*value, "all" | "node")) {
+        problems.push(format!("socket-lb {unknown:?} is not known, \"all\" is used; write \"all\" or \"node\""));
+    }
     let addresses = addresses::of(service, here, defaults, &mut problems);
     candidates::report_unusable(slices.clone(), &mut problems);
     let health_check = checks::of(service, addresses.families(), slices.clone(), here, defaults);
@@ -311,6 +314,7 @@ impl<'a> Specs<'a> {
             algorithm: *algorithm,
             affinity_secs: service.affinity_secs,
             source_ranges,
+            pods_per_packet: service.socket_lb.as_deref() == Some("node"),
             alive: alive.clone(),
         });
         made.push(Arc::clone(&spec));

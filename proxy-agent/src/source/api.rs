@@ -26,7 +26,7 @@ pub(super) const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-c
 pub(super) const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 
 /// Labels and annotations that are kept; every other one is skipped while reading.
-const KEPT: [&str; 7] = [
+const KEPT: [&str; 8] = [
     PROXY_NAME_LABEL,
     HEADLESS_LABEL,
     SERVICE_NAME_LABEL,
@@ -34,6 +34,7 @@ const KEPT: [&str; 7] = [
     TRIGGER_TIME_ANNOTATION,
     super::ALGORITHM_ANNOTATION,
     super::RESET_DELETED_ANNOTATION,
+    super::SOCKET_LB_ANNOTATION,
 ];
 
 #[derive(Clone, Deserialize, Debug, Default)]

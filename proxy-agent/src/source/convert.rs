@@ -14,7 +14,7 @@ use std::{
 use k8s_openapi::jiff::Timestamp;
 
 use super::{
-    ALGORITHM_ANNOTATION, RESET_DELETED_ANNOTATION,
+    ALGORITHM_ANNOTATION, RESET_DELETED_ANNOTATION, SOCKET_LB_ANNOTATION,
     address::{parse_cidr, parse_ip},
     api,
 };
@@ -165,6 +165,7 @@ pub(super) fn service(object: &api::Service, names: &mut Names) -> Result<Servic
         affinity_secs,
         health_check_node_port,
         algorithm: annotation(metadata, ALGORITHM_ANNOTATION, names),
+        socket_lb: annotation(metadata, SOCKET_LB_ANNOTATION, names),
         reset_deleted: annotation(metadata, RESET_DELETED_ANNOTATION, names),
         problems: problems.into_vec(),
     })

@@ -33,7 +33,7 @@ fn a_whole_service() {
           name: cart
           uid: 5c1c
           creationTimestamp: '2026-01-02T03:04:05Z'
-          annotations: {proxy-agent/algorithm: round-robin, other: x}
+          annotations: {proxy-agent/algorithm: round-robin, proxy-agent/socket-lb: node, other: x}
           managedFields: [{manager: kubectl, fieldsV1: {f:spec: {}}}]
         spec:
           type: LoadBalancer
@@ -70,6 +70,7 @@ fn a_whole_service() {
     assert_eq!(ips(&service.load_balancer_ips), ["198.51.100.1"]);
     assert_eq!(service.source_ranges, ["203.0.113.0/25".parse().unwrap()]);
     assert_eq!(service.algorithm.as_deref(), Some("round-robin"));
+    assert_eq!(service.socket_lb.as_deref(), Some("node"));
     let ports: Vec<_> =
         service.ports.iter().map(|p| (&*p.name, p.protocol, p.port.get(), p.node_port.map(Port::get))).collect();
     assert_eq!(

@@ -27,6 +27,9 @@ use crate::model::{self, SourceState};
 /// Annotation of a Service that chooses how its backends are chosen: `random` or `round-robin`.
 pub const ALGORITHM_ANNOTATION: &str = "proxy-agent/algorithm";
 
+/// Annotation of a Service: `node` leaves pods' sockets alone at connect time, so that their packets are translated.
+pub const SOCKET_LB_ANNOTATION: &str = "proxy-agent/socket-lb";
+
 /// Annotation of a Service: `true` resets its TCP connections to endpoints that were deleted.
 pub const RESET_DELETED_ANNOTATION: &str = "proxy-agent/reset-deleted";
 

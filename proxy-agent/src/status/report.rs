@@ -395,6 +395,7 @@ pub(crate) mod tests {
             algorithm: Algorithm::Random,
             affinity_secs: None,
             source_ranges: None,
+            pods_per_packet: false,
             alive: None,
         };
         let since = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);

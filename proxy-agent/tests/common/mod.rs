@@ -33,6 +33,7 @@ pub(crate) fn service(name: &str, ips: &[&str]) -> Service {
         source_ranges: Vec::new(),
         affinity_secs: None,
         health_check_node_port: None,
+        socket_lb: None,
         reset_deleted: None,
         algorithm: None,
         problems: Vec::new(),

@@ -450,6 +450,35 @@ fn source_ranges_leave_pods_to_their_packets() {
     });
 }
 
+/// A Service may ask for it; a verdict to refuse or drop is then carried out on its packets, too.
+#[test]
+fn a_frontend_may_leave_pods_to_their_packets() {
+    isolated("a_frontend_may_leave_pods_to_their_packets", |cgroup| {
+        let flags = proxy_common::frontend::flags::PODS_PER_PACKET;
+        let serving = Spec { flags, ..Spec::pick_all(1, &addrs(&BACKENDS)) };
+        let refusing = Spec { verdicts: [verdict::REJECT; 3], flags, ..Spec::pick_all(1, &[]) };
+        ip("addr add 10.96.0.1/32 dev lo");
+        serve(addr(VIP));
+        for spec in [&serving, &refusing] {
+            let mut datapath = as_pod(cgroup);
+            datapath.frontend(addr(VIP), TCP, spec);
+            datapath.frontend(addr(VIP), UDP, spec);
+            assert_eq!(ask_tcp(addr(VIP)).unwrap(), addr(VIP));
+            assert_eq!(ask(&udp("0.0.0.0:0"), addr(VIP)).unwrap(), (addr(VIP), addr(VIP)));
+            let connected = udp("0.0.0.0:0");
+            connected.connect(addr(VIP)).unwrap();
+            connected.send(b"?").unwrap();
+            assert_eq!(answer(&connected).unwrap(), (addr(VIP), addr(VIP)));
+        }
+        // The node's own sockets have no other way.
+        let mut datapath = as_node(cgroup);
+        datapath.frontend(addr(VIP), TCP, &serving);
+        assert_ne!(ask_tcp(addr(VIP)).unwrap(), addr(VIP));
+        datapath.frontend(addr(VIP), TCP, &refusing);
+        assert_eq!(ask_tcp(addr(VIP)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+    });
+}
+
 #[test]
 fn node_scope_leaves_pods_alone() {
     isolated("node_scope_leaves_pods_alone", |cgroup| {

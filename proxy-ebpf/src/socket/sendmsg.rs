@@ -172,7 +172,7 @@ fn pick<V: View>(view: &V, key: &FrontendKey<V::Addr>, origin: usize, client: &B
         let attempt = picks;
         picks += 1;
         let hash = |of_client| hash(view.ctx(), of_client);
-        match choose::<V::Addr>(key, origin, attempt, true, hash) {
+        match choose::<V::Addr, true>(key, origin, attempt, true, hash) {
             Choice::Backend { filtered: true, .. } if origin == origin::POD => return PASS,
             Choice::Backend { target: mut backend, sticky, service, .. } => {
                 let Sticky { range, timeout_secs } = sticky;

@@ -396,7 +396,7 @@ pub(crate) fn pick<A: Header, const COUNTS: bool>(
             maglev::flow(src, Target { addr: packet.dst, port: packet.dport }, packet.proto)
         }
     };
-    match lookup::choose(&FrontendKey::new(packet.dst, packet.dport, packet.proto), from, 0, COUNTS, hash) {
+    match lookup::choose::<A, false>(&FrontendKey::new(packet.dst, packet.dport, packet.proto), from, 0, COUNTS, hash) {
         Choice::Backend { target, service, masquerade, sticky: wanted, filtered, .. } => {
             *sticky = wanted;
             value.addr = target.addr;

@@ -110,7 +110,18 @@ async fn first_list(options: source::Options) -> anyhow::Result<Index> {
 
 fn row(frontend: &Frontend, spec: &FrontendSpec) -> Row {
     let Frontend { addr, port, protocol } = *frontend;
-    let FrontendSpec { service, kind, all, local, verdicts, algorithm, affinity_secs, source_ranges, alive: _ } = spec;
+    let FrontendSpec {
+        service,
+        kind,
+        all,
+        local,
+        verdicts,
+        algorithm,
+        affinity_secs,
+        source_ranges,
+        pods_per_packet: _,
+        alive: _,
+    } = spec;
     let texts = |backends: &[Backend]| backends.iter().map(ToString::to_string).collect();
     Row {
         service: service.to_string(),

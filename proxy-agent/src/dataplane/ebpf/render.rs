@@ -111,6 +111,7 @@ pub(crate) fn value<A: Family>(
         algorithm: choice,
         affinity_secs,
         source_ranges,
+        pods_per_packet,
         alive,
     } = spec;
     let resets = alive.is_some() && service_port.protocol == Protocol::Tcp;
@@ -139,7 +140,7 @@ pub(crate) fn value<A: Family>(
             | table_flags(all, flags::ALL_TABLE_SHIFT)
             | table_flags(local, flags::LOCAL_TABLE_SHIFT)
             | if source_ranges.is_some() { flags::HAS_SOURCE_RANGES } else { 0 }
-            | if resets && reach == Reach::Packets { flags::PODS_PER_PACKET } else { 0 },
+            | if *pods_per_packet || resets && reach == Reach::Packets { flags::PODS_PER_PACKET } else { 0 },
         affinity_secs: affinity_secs.unwrap_or(0),
         seal: 0,
     }
@@ -176,6 +177,7 @@ mod tests {
             algorithm: Algorithm::RoundRobin,
             affinity_secs: Some(10_800),
             source_ranges: None,
+            pods_per_packet: false,
             alive: None,
         }
     }

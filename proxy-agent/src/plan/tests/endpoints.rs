@@ -132,3 +132,15 @@ fn flows_go_on_with_whatever_serves() {
     assert_eq!(alive, None);
     assert!(problems[0].contains("reset-deleted") && problems[0].contains("\"true\""), "{problems:?}");
 }
+
+/// What a mesh needs; unknown words change nothing and are said.
+#[test]
+fn sockets_of_pods_are_left_alone_by_annotation() {
+    for (value, expected, said) in
+        [(None, false, 0), (Some("all"), false, 0), (Some("node"), true, 0), (Some("off"), false, 1)]
+    {
+        let service = Service { socket_lb: value.map(Into::into), ..service(&["10.96.0.1"]) };
+        let planned = plan(&service, &[]);
+        assert_eq!((only(&planned).pods_per_packet, planned.problems.len()), (expected, said), "{value:?}");
+    }
+}

@@ -100,6 +100,7 @@ fn desired(model: &Model) -> DesiredState {
             algorithm: if *service == BY_TABLE { Algorithm::Maglev } else { Algorithm::Random },
             affinity_secs: None,
             source_ranges: extra.then(|| local.iter().map(|member| net(*v6, *member)).collect()),
+            pods_per_packet: false,
             alive: None,
         };
         (frontend, Arc::new(spec))
