@@ -613,6 +613,28 @@ mod tests {
     }
 
     #[test]
+    fn where_xdp_is_no_use_is_said() {
+        let mut links = links(&[
+            "eth0 - default 192.168.0.1/24",
+            "eth1 - 10.0.0.1/8",
+            "eth1.5 vlan 172.16.0.1/16",
+            "bond0 bond 172.17.0.1/16",
+            "eth2 - master=4",
+            "eth3 veth 172.18.0.1/16",
+            "veth1 veth peer",
+        ]);
+        links.get_mut(&3).unwrap().lower = Some(2);
+        // Of a veth it is the other end, here or elsewhere: its number means nothing.
+        links.get_mut(&7).unwrap().lower = Some(1);
+        links.get_mut(&1).unwrap().mac = Some([2, 0, 0, 0, 0, 1]);
+        let devices = classify(&links, &NodeFacts::default(), &Options::default());
+        let reason = |index: u32| devices[&index].without_xdp.unwrap_or_default();
+        assert_eq!([reason(1), reason(3), reason(6)], [""; 3]);
+        assert!(reason(2).contains("VLANs are on it") && reason(4).contains("ports"), "{devices:?}");
+        assert_eq!((devices[&1].mac, devices[&1].veth, devices[&6].veth), (Some([2, 0, 0, 0, 0, 1]), false, true));
+    }
+
+    #[test]
     fn patterns_narrow() {
         let lines = ["eth0 - default 192.168.0.1/24", "eth1 - 10.0.0.1/8", "cali1 veth peer", "lxc1 veth peer"];
         let names = |patterns: &[&str]| {
