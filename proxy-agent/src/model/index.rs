@@ -220,6 +220,11 @@ impl Index {
         self.heard.addresses = true;
         if self.snapshot.addresses != addresses {
             self.touch_askers(touched);
+            // And who has its ClusterIP taken by the node, or given back.
+            let other: BTreeSet<IpAddr> = self.snapshot.addresses.symmetric_difference(&addresses).copied().collect();
+            let services = self.snapshot.services.iter();
+            let yields = services.filter(|(_, service)| service.cluster_ips.iter().any(|ip| other.contains(ip)));
+            touched.services.extend(yields.map(|(key, _)| key.clone()));
         }
         self.snapshot.addresses = addresses;
     }

@@ -47,7 +47,7 @@ pub(super) fn of(service: &Service, here: Here<'_>, defaults: &Defaults, problem
         families.iter().filter_map(|family| ranges(service, *family, here)).collect()
     };
     Addresses {
-        cluster_ips: usable("clusterIP", &service.cluster_ips, &families, problems),
+        cluster_ips: not_own(usable("clusterIP", &service.cluster_ips, &families, problems), here, problems),
         node,
         localhost: localhost.then_some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
         load_balancers,
@@ -103,6 +103,21 @@ fn usable(what: &str, addresses: &[IpAddr], families: &[Family], problems: &mut 
     usable.sort_unstable();
     usable.dedup();
     usable
+}
+
+/// A cache of the node (NodeLocal DNSCache) that takes the place of a Service gives itself that Service's address: whoever asks for it means the
+/// cache. kube-proxy gets out of its way by rules that the cache makes for it, which keep connection tracking off (cilium#13040).
+fn not_own(mut served: Vec<IpAddr>, here: Here<'_>, problems: &mut Vec<String>) -> Vec<IpAddr> {
+    served.retain(|addr| {
+        let own = here.addresses.contains(addr);
+        if own {
+            problems.push(format!(
+                "clusterIP {addr} is an address of this node, where something answers in the Service's place; it is left to that here"
+            ));
+        }
+        !own
+    });
+    served
 }
 
 /// Those that no one else needs: what the node itself answers for stays the node's, or a Service with the node's address and

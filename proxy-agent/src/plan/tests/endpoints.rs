@@ -144,3 +144,31 @@ fn sockets_of_pods_are_left_alone_by_annotation() {
         assert_eq!((only(&planned).pods_per_packet, planned.problems.len()), (expected, said), "{value:?}");
     }
 }
+
+/// NodeLocal DNSCache: whoever asks for the Service's address here means the cache; its other addresses are served as ever.
+#[test]
+fn a_cluster_ip_that_the_node_owns_is_left_to_it() {
+    let service = Service { cluster_ips: service(&["192.0.2.99", "fd00::a"]).cluster_ips, ..service(&["10.96.0.1"]) };
+    let planned = plan(&service, &[]);
+    let of = |addr: &str| planned.frontends.iter().any(|(frontend, _)| frontend.addr.to_string() == addr);
+    assert_eq!((of("192.0.2.99"), of("fd00::a")), (false, true));
+    assert_eq!(planned.guards, ["fd00::a".parse::<IpAddr>().unwrap()]);
+    assert!(planned.problems[0].contains("clusterIP 192.0.2.99 is an address of this node"), "{:?}", planned.problems);
+}
+
+/// The cache comes and goes: nothing else is planned anew for that.
+#[test]
+fn a_service_follows_what_the_node_owns() {
+    let mut index = crate::model::index::Index::default();
+    let mut touched = crate::model::index::Touched::default();
+    for (name, ip) in [("dns", "10.96.0.10"), ("web", "10.96.0.1")] {
+        let service = common::service(name, &[ip]);
+        index.apply(crate::model::Event::Service(Arc::new(service)), &mut touched);
+    }
+    let own: BTreeSet<IpAddr> = ["169.254.20.10", "10.96.0.10"].map(|ip| ip.parse().unwrap()).into();
+    for addresses in [own, BTreeSet::new()] {
+        let mut touched = crate::model::index::Touched::default();
+        index.apply(crate::model::Event::Addresses(addresses), &mut touched);
+        assert_eq!(touched.services.iter().map(|key| &*key.name).collect::<Vec<_>>(), ["dns"]);
+    }
+}
