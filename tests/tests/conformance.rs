@@ -2,7 +2,11 @@
 //!
 //! `PROXY_CONFORMANCE_SUBJECTS` chooses subjects by a part of their names, separated by commas.
 
-use std::{collections::BTreeMap, process::ExitCode, time::Instant};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    process::ExitCode,
+    time::Instant,
+};
 
 use anyhow::{Result, bail};
 use proxy_tests::{
@@ -60,19 +64,19 @@ fn examine_all(suite: &mut Suite, lab: &mut Lab) -> Result<()> {
             continue;
         }
         let started = Instant::now();
-        let mut exam = Exam { suite, subject, sum: Sum::default(), not_yet: BTreeMap::new() };
+        let mut exam = Exam { suite, subject, sum: Sum::default(), asked: BTreeSet::new() };
         match exam.all(lab, &questions, &answers) {
             Ok(heard) => answers.push((subject, heard)),
             Err(error) => exam.failed(&error.context(lab.logs())),
         }
-        let sum = exam.finish();
+        let sum = exam.sum;
         lab.stop()?;
         sums.push((subject, sum, started.elapsed()));
     }
-    println!("\n{:<22}{:>8}{:>8}{:>9}{:>11}{:>9}", "subject", "passed", "failed", "skipped", "deviating", "seconds");
+    println!("\n{:<22}{:>8}{:>8}{:>11}{:>9}", "subject", "passed", "failed", "deviating", "seconds");
     for (subject, sum, took) in sums {
-        let Sum { passed, failed, skipped, deviating } = sum;
-        println!("{:<22}{passed:>8}{failed:>8}{skipped:>9}{deviating:>11}{:>9.1}", subject.name(), took.as_secs_f64());
+        let Sum { passed, failed, deviating } = sum;
+        println!("{:<22}{passed:>8}{failed:>8}{deviating:>11}{:>9.1}", subject.name(), took.as_secs_f64());
     }
     println!();
     Ok(())
@@ -83,7 +87,7 @@ struct Exam<'a> {
     suite: &'a mut Suite,
     subject: Subject,
     sum: Sum,
-    not_yet: BTreeMap<&'static str, usize>,
+    asked: BTreeSet<String>,
 }
 
 impl Exam<'_> {
@@ -110,6 +114,9 @@ impl Exam<'_> {
                 }
             }
             lab.stop()?;
+        }
+        if let unknown @ [_, ..] = &judge.unknown(self.subject, &self.asked)[..] {
+            bail!("docs/conformance.md lists deviations of no case: {unknown:?}");
         }
         Ok(answers)
     }
@@ -139,13 +146,10 @@ impl Exam<'_> {
 
     fn note(&mut self, case: &str, wanted: &str, verdict: Verdict) {
         self.sum.add(&verdict);
+        self.asked.insert(case.to_owned());
         let name = format!("conformance/{}/{case}", self.subject.name());
         match verdict {
             Verdict::Passed | Verdict::Deviates => self.suite.case(&name, || Ok(())),
-            Verdict::NotYet { reason, seen } => {
-                println!("  not yet: {name}: {wanted}{seen}");
-                *self.not_yet.entry(reason).or_default() += 1;
-            }
             Verdict::Failed(why) => self.suite.case(&name, || bail!("{wanted}{why}")),
         }
     }
@@ -153,13 +157,5 @@ impl Exam<'_> {
     fn failed(&mut self, error: &anyhow::Error) {
         self.suite.fail(&format!("conformance/{}", self.subject.name()), error);
         self.sum.failed += 1;
-    }
-
-    fn finish(self) -> Sum {
-        let Self { suite, subject, sum, not_yet } = self;
-        for (reason, count) in not_yet {
-            suite.skip("not yet", &format!("{}: {reason}: {count} cases", subject.name()));
-        }
-        sum
     }
 }

@@ -61,9 +61,10 @@ fn expect_by(lab: &Lab, from: &str, service: &Service, via: Via, answer: &str, b
 
 /// Nobody answers: how nobody answers at an address that no Service has any more is no part of the contract.
 fn expect_nobody(lab: &Lab, from: &str, service: &Service, via: Via) -> Result<()> {
-    for family in Family::BOTH {
-        let to = service.address(&lab.world, via, family, Transport::Tcp);
-        let report = lab.world.ask(lab.place(from)?, &Ask::new(to, Transport::Tcp).timeout(300))?;
+    let ways = Family::BOTH.into_iter().flat_map(|family| [Transport::Tcp, Transport::Udp].map(|way| (family, way)));
+    for (family, transport) in ways {
+        let to = service.address(&lab.world, via, family, transport);
+        let report = lab.world.ask(lab.place(from)?, &Ask::new(to, transport).timeout(300))?;
         ensure!(report.backends().is_empty(), "{from} to {to}: answered by {:?}", report.backends());
     }
     Ok(())
