@@ -1,6 +1,11 @@
 //! A Service that wants pods' sockets left alone, where all others are translated at connect time.
 
-use std::{net::SocketAddr, process::ExitCode};
+use std::{
+    net::SocketAddr,
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::{
@@ -16,6 +21,7 @@ fn main() -> ExitCode {
     let shapes = [("opt-out/all".to_owned(), SocketLb::All)];
     Suite::in_worlds("opt_out", shapes, prepare, |suite, group, _, world| {
         suite.case(&format!("{group}/a Service goes per packet, and comes back"), || service(world));
+        suite.case(&format!("{group}/a ClusterIP that the node owns is left to it"), || own_address(world));
     })
 }
 
@@ -53,6 +59,50 @@ fn service(world: &mut World) -> Result<()> {
     world.apply(&[meshed(Some("off"))])?;
     let status = world.cli(world.node(1), &["status"])?;
     ensure!(status.contains("socket-lb \"off\" is not known"), "{status}");
+    Ok(())
+}
+
+/// As NodeLocal DNSCache does: pods and the node itself reach what listens on the node, as long as the node has the address.
+fn own_address(world: &mut World) -> Result<()> {
+    let objects = |world: &World| {
+        let addresses = Family::BOTH.map(|family| vip(family, 2));
+        let service = objects::service("cached").cluster_ips(&addresses).port("web", "TCP", 8080).json();
+        let slice = |family| objects::slice("cached", family).port("web", "TCP", 8080).endpoint(world.pod("b2")).json();
+        [vec![service], Family::BOTH.map(slice).to_vec()].concat()
+    };
+    world.apply(&objects(world))?;
+    answers(world, "b2")?;
+    let address = |verb: &str| {
+        let [v4, v6] = Family::BOTH.map(|family| vip(family, 2));
+        world.node(1).place.namespace.ip(&format!("addr {verb} {v4}/32 dev lo\naddr {verb} {v6}/128 dev lo\n"))
+    };
+    address("add")?;
+    let mut args = ["serve", "--name=cache", "--port=8080"].map(str::to_owned).to_vec();
+    args.extend(Family::BOTH.map(|family| format!("--address={}", vip(family, 2))));
+    let mut cache = world.node(1).place.start(&world.programs().testpod, &args)?;
+    cache.wait_for_line("serving", Duration::from_secs(5))?;
+    answers(world, "cache")?;
+    drop(cache);
+    address("del")?;
+    answers(world, "b2")
+}
+
+/// The node's addresses are followed a moment later.
+fn answers(world: &World, who: &str) -> Result<()> {
+    let deadline = Instant::now() + Duration::from_secs(10);
+    for family in Family::BOTH {
+        for from in [world.pod("a1"), &world.node(1).place] {
+            let to = SocketAddr::new(vip(family, 2), 8080);
+            loop {
+                let report = world.ask(from, &Ask::new(to, Transport::Tcp))?;
+                if report.backends().keys().eq([who]) {
+                    break;
+                }
+                ensure!(Instant::now() < deadline, "{} to {to}: not {who}, but {report:?}", from.name);
+                thread::sleep(Duration::from_millis(100));
+            }
+        }
+    }
     Ok(())
 }
 
