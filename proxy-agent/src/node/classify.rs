@@ -351,12 +351,15 @@ pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, options: &Option
     links.iter().filter_map(device).collect()
 }
 
+/// Of kube-proxy, and of kube-router.
+const IPVS_DUMMIES: [&str; 2] = ["kube-ipvs0", "kube-dummy-if"];
+
 /// What the node itself answers for, of any scope.
 ///
-/// Not what kube-proxy's IPVS mode put on its dummy device: those are the VIPs of all Services, and it may be running still or
+/// Not what IPVS proxies put on their dummy devices: those are the VIPs of all Services, and the proxy may be running still or
 /// have been killed a moment ago.
 pub(super) fn own_addresses(links: &BTreeMap<u32, Link>) -> BTreeSet<IpAddr> {
-    let links = links.values().filter(|link| !(link.kind == "dummy" && link.name == "kube-ipvs0"));
+    let links = links.values().filter(|link| !(link.kind == "dummy" && IPVS_DUMMIES.contains(&link.name.as_str())));
     let assigned = links.flat_map(|link| &link.addresses).filter(|address| address.assigned);
     assigned.map(|address| address.ip).filter(|ip| !is_of_one_link(*ip)).collect()
 }
@@ -664,6 +667,7 @@ mod tests {
             "kube-ipvs0 dummy 10.96.0.1/32",
             "cni0 bridge 10.244.1.1/24 fe80::1/64",
             "veth1 veth peer fe80::2/64",
+            "kube-dummy-if dummy 10.96.0.2/32",
         ]);
         links.get_mut(&2).unwrap().addresses[1].assigned = false;
         links.get_mut(&5).unwrap().addresses[0].usable = false;

@@ -35,8 +35,8 @@ use crate::{
     status::{Status, report::CheckPorts},
 };
 
-/// At once, at all ports together.
-const CONNECTIONS: usize = 256;
+/// At once, at each port: who asks one too often takes nothing from the others.
+const CONNECTIONS: usize = 64;
 /// Between attempts to open what could not be.
 const RETRY: Duration = Duration::from_secs(5);
 /// For a port to be closed, which takes no time unless the machine has none.
@@ -55,7 +55,6 @@ struct Open {
 /// Opens and closes ports as the status asks, until cancelled.
 pub(super) async fn run(shared: Arc<Shared>, cancel: CancellationToken) {
     let mut status = shared.status.clone();
-    let permits = Arc::new(Semaphore::new(CONNECTIONS));
     let mut open: BTreeMap<Door, Open> = BTreeMap::new();
     let mut known: Option<Arc<HealthChecks>> = None;
     loop {
@@ -67,7 +66,7 @@ pub(super) async fn run(shared: Arc<Shared>, cancel: CancellationToken) {
             close(&mut open, &wanted, &shared).await;
             for door in wanted {
                 if !open.contains_key(&door)
-                    && let Some(opened) = try_open(&door, &checks, &shared, &permits)
+                    && let Some(opened) = try_open(&door, &checks, &shared)
                 {
                     open.insert(door, opened);
                 }
@@ -121,7 +120,7 @@ async fn close(open: &mut BTreeMap<Door, Open>, wanted: &BTreeSet<Door>, shared:
     }
 }
 
-fn try_open(door: &Door, checks: &HealthChecks, shared: &Arc<Shared>, permits: &Arc<Semaphore>) -> Option<Open> {
+fn try_open(door: &Door, checks: &HealthChecks, shared: &Arc<Shared>) -> Option<Open> {
     let (service, addr) = door;
     let listener = match bind(*addr) {
         Ok(listener) => listener,
@@ -142,7 +141,8 @@ fn try_open(door: &Door, checks: &HealthChecks, shared: &Arc<Shared>, permits: &
     let answerer = Answerer { service: service.clone(), family: Family::of(addr.ip()), shared: Arc::clone(shared) };
     let routes = Router::new().fallback(answer).with_state(answerer);
     let cancel = CancellationToken::new();
-    let task = tokio::spawn(listen::accept_all(listener, Arc::clone(permits), routes, cancel.clone()));
+    let permits = Arc::new(Semaphore::new(CONNECTIONS));
+    let task = tokio::spawn(listen::accept_all(listener, permits, routes, cancel.clone()));
     Some(Open { task, cancel })
 }
 

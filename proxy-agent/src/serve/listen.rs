@@ -108,8 +108,9 @@ async fn accept(
     listener: &TcpListener,
     permits: &Arc<Semaphore>,
 ) -> std::io::Result<(TcpStream, tokio::sync::OwnedSemaphorePermit)> {
-    let permit = Arc::clone(permits).acquire_owned().await.map_err(std::io::Error::other)?;
+    // In this order: where nobody asks, nobody waits for a permit.
     let (stream, _) = listener.accept().await?;
+    let permit = Arc::clone(permits).acquire_owned().await.map_err(std::io::Error::other)?;
     Ok((stream, permit))
 }
 
@@ -125,5 +126,40 @@ async fn connection(stream: TcpStream, routes: Router) {
         Ok(Ok(())) => {}
         Ok(Err(error)) => debug!(%error, "connection failed"),
         Err(_) => debug!("connection took too long"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Read, Write};
+
+    use axum::routing::get;
+
+    use super::*;
+
+    /// One permit, and more listeners than that: who is never asked keeps nobody waiting.
+    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+    async fn a_listener_that_nobody_asks_takes_no_permit() {
+        let permits = Arc::new(Semaphore::new(1));
+        let cancel = CancellationToken::new();
+        let mut addrs = Vec::new();
+        for name in ["first", "second", "third"] {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            addrs.push((name, listener.local_addr().unwrap()));
+            let routes = Router::new().route("/", get(move || async move { name }));
+            tokio::spawn(accept_all(listener, Arc::clone(&permits), routes, cancel.clone()));
+        }
+        for (name, addr) in addrs.into_iter().rev() {
+            let asked = tokio::task::spawn_blocking(move || {
+                let mut stream = std::net::TcpStream::connect(addr).unwrap();
+                stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
+                stream.write_all(b"GET / HTTP/1.1\r\nHost: test\r\n\r\n").unwrap();
+                let mut answer = String::new();
+                stream.read_to_string(&mut answer).unwrap();
+                answer
+            });
+            assert!(asked.await.unwrap().ends_with(name), "{name}");
+        }
+        cancel.cancel();
     }
 }
