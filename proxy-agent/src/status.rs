@@ -15,7 +15,7 @@ pub use crate::model::SourceState;
 use crate::{
     dataplane::{Failure, Fill, Hook},
     desired::{Device, Frontend, FrontendSpec, HealthChecks},
-    model::NodeFacts,
+    model::{Family, NodeFacts, ServiceKey},
 };
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
@@ -76,6 +76,15 @@ pub struct Status {
 }
 
 impl Status {
+    /// Whether a frontend of the Service, in this family, is not in force as planned.
+    pub fn has_degraded(&self, service: &ServiceKey, family: Family) -> bool {
+        self.frontends.iter().any(|(frontend, status)| {
+            matches!(status.state, FrontendState::Degraded(_))
+                && Family::of(frontend.addr) == family
+                && status.spec.service.service == *service
+        })
+    }
+
     /// Nothing known, nothing done.
     pub fn starting(mode: &'static str, node: Arc<str>) -> Self {
         Self {

@@ -197,7 +197,7 @@ async fn answer(State(answerer): State<Answerer>) -> Response {
     let status = shared.status();
     let check = status.health_checks.get(&service).and_then(|check| check.families.get(&family));
     let local = check.map_or(0, |check| check.local);
-    let healthy = shared.health().in_force();
+    let healthy = shared.health().in_force() && !status.has_degraded(&service, family);
     let code = if local > 0 && healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     let headers = [
         (header::CONTENT_TYPE, "application/json".to_owned()),

@@ -191,9 +191,10 @@ mod tests {
 
     use super::*;
     use crate::{
+        dataplane::Failure,
         desired::{FamilyCheck, HealthCheck, HealthChecks},
         model::{Family, ServiceKey},
-        status::SourceState,
+        status::{FrontendState, SourceState, report::tests::frontend},
     };
 
     async fn free_address() -> SocketAddr {
@@ -341,6 +342,16 @@ mod tests {
             line.contains("503") && body.contains("\"localEndpoints\": 1") && body.contains("false"),
             "{line} {body}"
         );
+
+        // What is not in force as planned is nothing to send traffic to, in its family.
+        let mut degraded = Status::clone(&told.status.borrow());
+        degraded.ready = true;
+        let full = |(addr, name)| frontend(addr, name, FrontendState::Degraded(Failure::Retry("full".into())));
+        degraded.frontends = Arc::new([("10.96.0.1", "web"), ("fd00::1", "other")].map(full).into());
+        told.status.send_replace(Arc::new(degraded));
+        let (line, body) = get(Some(v4), "/").await;
+        assert!(line.contains("503") && body.contains("\"serviceProxyHealthy\": false"), "{line} {body}");
+        assert!(get(Some(v6), "/").await.0.contains("200"));
 
         // The port passes from one Service to another, which had it elsewhere.
         told.tell(true, &[("web", v4.port(), 1), ("shop", other.port(), 1)]);

@@ -380,7 +380,7 @@ pub(crate) mod tests {
         NonZeroU16::new(port).unwrap()
     }
 
-    fn frontend(addr: &str, name: &str, state: FrontendState) -> (Frontend, FrontendStatus) {
+    pub(crate) fn frontend(addr: &str, name: &str, state: FrontendState) -> (Frontend, FrontendStatus) {
         let pick = Verdict { action: Action::PickAll, masquerade: false };
         let spec = FrontendSpec {
             service: ServicePortName {
