@@ -16,6 +16,7 @@ use proxy_tests::{
 };
 
 const SOCKET_LB: SocketLb = SocketLb::Node;
+const PATIENCE: Duration = Duration::from_secs(5);
 
 fn main() -> ExitCode {
     let mut suite = Suite::new("xdp");
@@ -173,8 +174,16 @@ fn settled(world: &World, mode: &str, on: bool) -> Result<()> {
 fn cleaned(world: &mut World) -> Result<()> {
     world.remove_agents()?;
     for node in &world.nodes {
-        let links = node.place.namespace.output("ip", &["-o", "link"]).context("ip link")?;
-        ensure!(!links.contains("xdp"), "{links}");
+        // Once its pin is gone the kernel lets go of a link by a worker of its own.
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            let links = node.place.namespace.output("ip", &["-o", "link"]).context("ip link")?;
+            if !links.contains("xdp") {
+                break;
+            }
+            ensure!(Instant::now() < deadline, "{links}");
+            thread::sleep(Duration::from_millis(50));
+        }
     }
     Ok(())
 }
