@@ -33,8 +33,6 @@ pub(crate) enum Choice<A> {
         /// Only packets tell whether the client may ask (contract A91): at connect time a pod is left to them, and what the node sends
         /// itself its verdict has decided.
         filtered: bool,
-        /// A pod's connection is left to its packets.
-        per_packet: bool,
     },
     /// Silently.
     Drop {
@@ -174,7 +172,6 @@ pub(crate) fn choose<A: Family, const SOCKET: bool>(
                 service: value.service,
                 masquerade: word & verdict::MASQUERADE != 0,
                 filtered: value.flags & flags::HAS_SOURCE_RANGES != 0,
-                per_packet: value.flags & (flags::HAS_SOURCE_RANGES | flags::PODS_PER_PACKET) != 0,
             };
         }
         count::reason(Reason::StaleSlot);

@@ -199,7 +199,6 @@ impl Datapath {
     }
 
     /// Takes a guard out again.
-    #[allow(dead_code, reason = "the packet tests' own")]
     pub(crate) fn unguard(&mut self, vip: IpAddr) {
         match vip {
             IpAddr::V4(_) => self.remove::<Ipv4Be>(None, vip, 0),
@@ -208,7 +207,6 @@ impl Datapath {
     }
 
     /// Takes a frontend out again.
-    #[allow(dead_code, reason = "the packet tests' own")]
     pub(crate) fn forget(&mut self, vip: SocketAddr, proto: u8) {
         match vip {
             SocketAddr::V4(_) => self.remove::<Ipv4Be>(Some(vip.port()), vip.ip(), proto),
@@ -216,7 +214,6 @@ impl Datapath {
         }
     }
 
-    #[allow(dead_code, reason = "the packet tests' own")]
     fn remove<A: Maps>(&mut self, port: Option<u16>, vip: IpAddr, proto: u8) {
         let addr = A::from_ip(vip).unwrap();
         let key = match port {

@@ -48,7 +48,7 @@ fn connect<V: View>(view: &V) -> i32 {
     let vip = view.target();
     let hash = |of_client| hash(view.ctx(), of_client);
     match choose::<V::Addr, true>(&FrontendKey::new(vip.addr, vip.port, proto), origin, 0, true, hash) {
-        Choice::Backend { per_packet: true, .. } if origin == origin::POD => untranslated(view),
+        Choice::Backend { filtered: true, .. } if origin == origin::POD => untranslated(view),
         Choice::Backend { target: mut backend, service, sticky, .. } => {
             count::connection(service);
             let chosen = backend;
