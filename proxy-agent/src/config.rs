@@ -23,10 +23,10 @@ pub const METRICS_PORT: u16 = 10249;
 
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum ConfigError {
-    #[error("{0} is not available in this version; use auto or ebpf")]
-    Mode(&'static str),
-    #[error("{0:?} is no mode; the modes are auto and ebpf")]
+    #[error("{0:?} is no mode; the modes are auto, ebpf, nftables, iptables and ipvs")]
     UnknownMode(String),
+    #[error("{0:?} is no scheduler of IPVS; give the name of its kernel module without ip_vs_, for example rr")]
+    Scheduler(String),
     #[error("{0:?} is no range of ports; write it as MIN-MAX, for example 1024-29999")]
     Ports(String),
     #[error("{0:?} is no duration; write it as 500ms, 30s, 1m30s or 1h")]
@@ -49,12 +49,16 @@ pub enum ConfigError {
     Bind(String),
 }
 
-/// Which dataplane; there is one as yet, so both lead to it.
+/// Which dataplane.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum ProxyMode {
+    /// The first that the node can run.
     #[default]
     Auto,
     Ebpf,
+    Nftables,
+    Iptables,
+    Ipvs,
 }
 
 impl FromStr for ProxyMode {
@@ -64,9 +68,9 @@ impl FromStr for ProxyMode {
         match text {
             "auto" => Ok(Self::Auto),
             "ebpf" => Ok(Self::Ebpf),
-            "nftables" => Err(ConfigError::Mode("nftables")),
-            "iptables" => Err(ConfigError::Mode("iptables")),
-            "ipvs" => Err(ConfigError::Mode("ipvs")),
+            "nftables" => Ok(Self::Nftables),
+            "iptables" => Ok(Self::Iptables),
+            "ipvs" => Ok(Self::Ipvs),
             other => Err(ConfigError::UnknownMode(other.to_owned())),
         }
     }
@@ -77,6 +81,9 @@ impl fmt::Display for ProxyMode {
         f.write_str(match self {
             Self::Auto => "auto",
             Self::Ebpf => "ebpf",
+            Self::Nftables => "nftables",
+            Self::Iptables => "iptables",
+            Self::Ipvs => "ipvs",
         })
     }
 }
@@ -167,6 +174,12 @@ pub fn duration(text: &str) -> Result<Duration, ConfigError> {
     if text.is_empty() { Err(error()) } else { Duration::try_from_secs_f64(total).map_err(|_| error()) }
 }
 
+/// Whether the kernel has it is seen when it is asked for.
+pub fn ipvs_scheduler(text: &str) -> Result<String, ConfigError> {
+    let is_name = (1..16).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_lowercase());
+    if is_name { Ok(text.to_owned()) } else { Err(ConfigError::Scheduler(text.to_owned())) }
+}
+
 /// Which of its addresses the node answers NodePorts at, as `--nodeport-addresses` says it (contract A53).
 pub fn node_port_addresses(text: &str) -> Result<NodePortAddresses, ConfigError> {
     let parts: Vec<&str> = text.split(',').map(str::trim).filter(|part| !part.is_empty()).collect();
@@ -255,12 +268,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn modes_that_come_later_are_refused_by_name() {
+    fn modes_are_known_by_name() {
         assert_eq!("auto".parse(), Ok(ProxyMode::Auto));
         assert_eq!("ebpf".parse(), Ok(ProxyMode::Ebpf));
-        let error = "ipvs".parse::<ProxyMode>().unwrap_err().to_string();
-        assert_eq!(error, "ipvs is not available in this version; use auto or ebpf");
+        assert_eq!("nftables".parse(), Ok(ProxyMode::Nftables));
+        assert_eq!("ipvs".parse(), Ok(ProxyMode::Ipvs));
+        assert_eq!("iptables".parse(), Ok(ProxyMode::Iptables));
         assert!("IPVS".parse::<ProxyMode>().is_err());
+        assert_eq!(ipvs_scheduler("wlc"), Ok("wlc".into()));
+        for bad in ["", "RR", "rr lc", "../rr", "averyveryverylong"] {
+            assert!(ipvs_scheduler(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -9,7 +9,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::model::{Family, Port, Protocol, ServiceKey, ServicePortName};
 
@@ -64,7 +64,7 @@ impl fmt::Display for Backend {
 /// Sorted, without duplicates; shared between frontends of one ServicePort.
 pub type BackendSet = Arc<[Backend]>;
 
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Action {
     PickAll,
@@ -75,21 +75,21 @@ pub enum Action {
     Pass,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Verdict {
     pub action: Action,
     pub masquerade: bool,
 }
 
 /// A verdict for each origin of a packet.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Serialize, Deserialize)]
 pub struct Verdicts {
     pub pod: Verdict,
     pub node: Verdict,
     pub external: Verdict,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Algorithm {
     #[default]
@@ -97,6 +97,16 @@ pub enum Algorithm {
     RoundRobin,
     /// By a hash of the flow, the same on every node.
     Maglev,
+}
+
+impl fmt::Display for Algorithm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Random => "random",
+            Self::RoundRobin => "round-robin",
+            Self::Maglev => "maglev",
+        })
+    }
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -154,6 +164,26 @@ pub struct Device {
     pub local: bool,
 }
 
+impl Device {
+    /// A link with an Ethernet header of which nothing else is known.
+    pub fn new(name: &str, role: DeviceRole) -> Self {
+        Self {
+            name: name.into(),
+            role,
+            ethernet: true,
+            source4: None,
+            source6: None,
+            netns: None,
+            bridge: None,
+            behind: false,
+            mac: None,
+            veth: false,
+            without_xdp: None,
+            local: role == DeviceRole::Pod,
+        }
+    }
+}
+
 /// By interface index.
 pub type Devices = BTreeMap<u32, Device>;
 
@@ -165,7 +195,12 @@ pub struct DesiredState {
     pub guards: BTreeSet<IpAddr>,
     /// Addresses that tell a pod of this node, where that is not told by devices (contract A72).
     pub local_cidrs: BTreeSet<IpNet>,
+    /// Pods of this node whose sockets are left alone at connect time; `None`: not known, so whoever is stays so.
+    pub left_pods: Option<LeftPods>,
 }
+
+/// By uid: `namespace/name`, for what is said of it.
+pub type LeftPods = BTreeMap<Arc<str>, Arc<str>>;
 
 /// A port of the node at which a load balancer asks how many endpoints of one Service are here (contract A111).
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -186,6 +221,22 @@ pub struct FamilyCheck {
 
 pub type HealthChecks = BTreeMap<ServiceKey, HealthCheck>;
 
+/// What is to be open, and for whom.
+pub type HealthDoors = BTreeSet<(ServiceKey, SocketAddr)>;
+
+impl HealthCheck {
+    /// Where it is to be asked. Counts have no part in it.
+    pub fn doors(&self) -> impl Iterator<Item = SocketAddr> {
+        let listen = self.families.values().flat_map(|family| &family.listen);
+        listen.map(|addr| SocketAddr::new(*addr, self.port.get()))
+    }
+}
+
+pub fn health_doors(checks: &HealthChecks) -> HealthDoors {
+    let doors = checks.iter().flat_map(|(service, check)| check.doors().map(|door| (service.clone(), door)));
+    doors.collect()
+}
+
 /// What changes between two states. Everything is idempotent: setting what stands, removing what is absent.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Changes {
@@ -195,19 +246,22 @@ pub struct Changes {
     pub unguard: BTreeSet<IpAddr>,
     /// All of them, if they are other ones.
     pub local_cidrs: Option<BTreeSet<IpNet>>,
+    /// All of them, if they are other ones.
+    pub left_pods: Option<LeftPods>,
 }
 
 impl Changes {
     pub fn is_empty(&self) -> bool {
-        let Self { set, remove, guard, unguard, local_cidrs } = self;
-        set.is_empty() && remove.is_empty() && guard.is_empty() && unguard.is_empty() && local_cidrs.is_none()
+        let Self { set, remove, guard, unguard, local_cidrs, left_pods } = self;
+        let moves_frontends = !set.is_empty() || !remove.is_empty() || !guard.is_empty() || !unguard.is_empty();
+        !moves_frontends && local_cidrs.is_none() && left_pods.is_none()
     }
 }
 
 impl DesiredState {
     /// What turns `self` into `to`.
     pub fn diff(&self, to: &Self) -> Changes {
-        let Self { frontends, guards, local_cidrs } = self;
+        let Self { frontends, guards, local_cidrs, left_pods } = self;
         Changes {
             set: to
                 .frontends
@@ -219,12 +273,16 @@ impl DesiredState {
             guard: to.guards.difference(guards).copied().collect(),
             unguard: guards.difference(&to.guards).copied().collect(),
             local_cidrs: (*local_cidrs != to.local_cidrs).then(|| to.local_cidrs.clone()),
+            left_pods: to.left_pods.clone().filter(|_| *left_pods != to.left_pods),
         }
     }
 
     /// Carries `changes` out on this value.
     pub fn apply(&mut self, changes: &Changes) {
-        let Changes { set, remove, guard, unguard, local_cidrs } = changes;
+        let Changes { set, remove, guard, unguard, local_cidrs, left_pods } = changes;
+        if let Some(left_pods) = left_pods {
+            self.left_pods = Some(left_pods.clone());
+        }
         if let Some(local_cidrs) = local_cidrs {
             self.local_cidrs.clone_from(local_cidrs);
         }

@@ -21,6 +21,7 @@ pub mod cli;
 pub mod config;
 pub mod dataplane;
 pub mod desired;
+mod ipsec;
 pub mod model;
 pub mod node;
 pub mod plan;

@@ -227,6 +227,20 @@ pub struct NodeFacts {
     pub leaving: bool,
 }
 
+/// Namespace and name of a pod.
+pub type PodKey = (Arc<str>, Arc<str>);
+
+/// A pod of this node, as far as its sockets are concerned.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Pod {
+    pub key: PodKey,
+    /// By which the kubelet knows it, and names its cgroup.
+    pub uid: Arc<str>,
+    pub host_network: bool,
+    /// Value of the annotation that says whether its sockets are translated at connect time, if it carries one.
+    pub socket_lb: Option<Arc<str>>,
+}
+
 /// The world at one instant.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub struct Snapshot {
@@ -236,6 +250,12 @@ pub struct Snapshot {
     pub node: NodeFacts,
     /// What the node itself answers for: every address of its devices, of any scope.
     pub addresses: BTreeSet<IpAddr>,
+    /// Of this node; none where nobody asked for them.
+    pub pods: BTreeMap<PodKey, Arc<Pod>>,
+    /// Namespaces with the annotation that a pod may have, too, and its value.
+    pub namespaces: BTreeMap<Arc<str>, Arc<str>>,
+    /// Complete lists of both have come in. They may come late, or never: Services do not wait for them.
+    pub pods_known: bool,
 }
 
 /// One observed change, as sources report it. Applying it tells which Services it touches.
@@ -258,6 +278,20 @@ pub enum Event {
     /// leaves out because they cannot be read although they are there: what is known of them stands.
     UnreadableServices(BTreeSet<ServiceKey>),
     UnreadableSlices(BTreeMap<(Arc<str>, Arc<str>), Option<ServiceKey>>),
+    Pod(Arc<Pod>),
+    PodGone(PodKey),
+    /// A complete list; what cannot be read although it is there stands as it was known.
+    Pods {
+        list: Vec<Arc<Pod>>,
+        unreadable: BTreeSet<PodKey>,
+    },
+    /// A namespace, and the value of its annotation.
+    Namespace(Arc<str>, Option<Arc<str>>),
+    /// A complete list of those that carry it; what cannot be read stands.
+    Namespaces {
+        list: BTreeMap<Arc<str>, Arc<str>>,
+        unreadable: BTreeSet<Arc<str>>,
+    },
     /// What is wrong with a source itself, or with objects that it does not hand on: place (a file and line, an object) → what was
     /// left out. Replaces what the same teller said before. It touches no Service; it is for the status table.
     Problems(Teller, BTreeMap<String, Vec<String>>),

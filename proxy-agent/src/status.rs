@@ -1,7 +1,7 @@
 //! The status table: what the loop last did, per frontend; published whole, read by HTTP, metrics and the CLI.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::Arc,
     time::{Duration, Instant, SystemTime},
@@ -13,8 +13,8 @@ pub mod report;
 
 pub use crate::model::SourceState;
 use crate::{
-    dataplane::{Failure, Fill, Hook},
-    desired::{Device, Frontend, FrontendSpec, HealthChecks},
+    dataplane::{Failure, Fill, Hook, Retiring},
+    desired::{Device, Frontend, FrontendSpec, HealthChecks, HealthDoors},
     model::{Family, NodeFacts, ServiceKey},
 };
 
@@ -32,12 +32,16 @@ pub struct FrontendStatus {
     pub spec: Arc<FrontendSpec>,
     pub state: FrontendState,
     pub since: SystemTime,
+    /// What it does not get of what its Service asks for, where it is in force.
+    pub limits: Option<String>,
 }
 
 /// One value for everything that reports; cheap to clone (shared parts).
 #[derive(Clone, Debug)]
 pub struct Status {
     pub mode: &'static str,
+    /// Why it runs in this mode.
+    pub mode_reason: Arc<str>,
     pub node: Arc<str>,
     pub started: SystemTime,
     pub source: SourceState,
@@ -60,9 +64,13 @@ pub struct Status {
     pub services: usize,
     pub endpoints: usize,
     pub frontends: Arc<BTreeMap<Frontend, FrontendStatus>>,
+    /// What [`Status::degraded_of`] says of them: load balancers ask often, at every such port.
+    pub degraded: Arc<BTreeSet<(ServiceKey, Family)>>,
     pub failed_guards: Arc<BTreeMap<IpAddr, Failure>>,
     /// What load balancers are told at health-check node ports.
     pub health_checks: Arc<HealthChecks>,
+    /// Another value only if other ports are asked for: what is counted behind them changes much more often.
+    pub health_doors: Arc<HealthDoors>,
     /// Objects that were read but not wholly understood, and what the source itself reports (`Event::Problems`): object or
     /// place → what was left out.
     pub problems: Arc<BTreeMap<String, Vec<String>>>,
@@ -71,6 +79,8 @@ pub struct Status {
     /// Device → why it is served without the XDP that was asked for.
     pub without_xdp: Arc<BTreeMap<String, Failure>>,
     pub hooks: Arc<Vec<Hook>>,
+    /// What other modes left in force and is on its way out.
+    pub retiring: Arc<Vec<Retiring>>,
     pub fill: Arc<Vec<Fill>>,
     pub drift_repaired: u64,
 }
@@ -78,17 +88,26 @@ pub struct Status {
 impl Status {
     /// Whether a frontend of the Service, in this family, is not in force as planned.
     pub fn has_degraded(&self, service: &ServiceKey, family: Family) -> bool {
-        self.frontends.iter().any(|(frontend, status)| {
-            matches!(status.state, FrontendState::Degraded(_))
-                && Family::of(frontend.addr) == family
-                && status.spec.service.service == *service
-        })
+        self.degraded.contains(&(service.clone(), family))
+    }
+
+    /// Of which Services frontends are not in force as planned, in which family. One that is held serves as before; what this dataplane
+    /// cannot serve no node's can, and to say so of all would take the Service's other ports away.
+    pub fn degraded_of(frontends: &BTreeMap<Frontend, FrontendStatus>) -> BTreeSet<(ServiceKey, Family)> {
+        let degraded = frontends.iter().filter(|(_, status)| match &status.state {
+            FrontendState::Degraded(Failure::Retry(_)) => true,
+            FrontendState::Degraded(Failure::Held(_) | Failure::Unsupported(_))
+            | FrontendState::Pending
+            | FrontendState::Programmed => false,
+        });
+        degraded.map(|(frontend, row)| (row.spec.service.service.clone(), Family::of(frontend.addr))).collect()
     }
 
     /// Nothing known, nothing done.
     pub fn starting(mode: &'static str, node: Arc<str>) -> Self {
         Self {
             mode,
+            mode_reason: "".into(),
             node,
             started: SystemTime::now(),
             source: SourceState::Listing { missing: Vec::new() },
@@ -105,13 +124,16 @@ impl Status {
             services: 0,
             endpoints: 0,
             frontends: Arc::default(),
+            degraded: Arc::default(),
             failed_guards: Arc::default(),
             health_checks: Arc::default(),
+            health_doors: Arc::default(),
             problems: Arc::default(),
             devices: Arc::default(),
             failed_devices: Arc::default(),
             without_xdp: Arc::default(),
             hooks: Arc::default(),
+            retiring: Arc::default(),
             fill: Arc::default(),
             drift_repaired: 0,
         }

@@ -27,14 +27,17 @@ fn help_is_done_and_nonsense_is_usage() {
     for verb in ["run", "services", "backends", "connections", "affinity", "counters", "status", "check", "cleanup"] {
         assert!(out.contains(&format!("\n  {verb} ")), "{verb} is missing: {out}");
     }
-    for args in
-        [&["frobnicate"][..], &["run", "--proxy-mode", "ipvs"], &["services", "--vip", "x"], &["man", "frobnicate"]]
-    {
+    for args in [
+        &["frobnicate"][..],
+        &["run", "--proxy-mode", "userspace"],
+        &["services", "--vip", "x"],
+        &["man", "frobnicate"],
+    ] {
         let (code, out, err) = run(args);
         assert_eq!((code, out.as_str()), (2, ""), "{args:?}: {err}");
         assert!(err.starts_with("error: "), "{err}");
     }
-    assert!(run(&["run", "--proxy-mode", "ipvs"]).2.contains("ipvs is not available in this version"));
+    assert!(run(&["run", "--proxy-mode", "userspace"]).2.contains("auto, ebpf, nftables, iptables and ipvs"));
 }
 
 /// Every option that sizes maps names all of them: whoever reads `answered_v4 is full` looks for it here.
@@ -69,6 +72,8 @@ fn an_agent_that_cannot_start_says_why_on_stderr() {
     let pins = dir.path().join("pins");
     let (code, out, err) = run(&[
         "run",
+        "--proxy-mode",
+        "ebpf",
         "--source",
         dir.path().to_str().unwrap(),
         "--bpffs",
@@ -77,7 +82,7 @@ fn an_agent_that_cannot_start_says_why_on_stderr() {
         "off",
     ]);
     assert_eq!((code, out.as_str()), (3, ""), "{err}");
-    let says_why = ["error: the eBPF dataplane cannot be had on this node", "error: not allowed to run the datapath"];
+    let says_why = ["error: the ebpf dataplane cannot be had on this node", "error: not allowed to run the datapath"];
     assert!(says_why.iter().any(|why| err.contains(why)), "{err}");
     let (code, _, err) = run(&["run", "--log-level", "proxy_agent=loud"]);
     assert_eq!(code, 2, "{err}");
@@ -90,9 +95,11 @@ fn an_agent_without_privileges_makes_nothing() {
     // Root starts it as nobody; anybody else is unprivileged already.
     let own = dir.path().metadata().unwrap().uid();
     let uid = if own == 0 { 65534 } else { own };
-    // A copy, for the build directory may be closed to others.
+    // A copy, for the build directory may be closed to others. By a process of its own: what this one has open for writing, a child
+    // that another test starts meanwhile holds, too, and the kernel runs no file that is.
     let binary = dir.path().join("proxy-agent");
-    std::fs::copy(env!("CARGO_BIN_EXE_proxy-agent"), &binary).unwrap();
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_proxy-agent")).arg(&binary).status().unwrap();
+    assert!(copied.success());
     let open = dir.path().join("bpffs");
     std::fs::create_dir(&open).unwrap();
     for (path, mode) in [(dir.path(), 0o755), (&open, 0o1777)] {
@@ -100,7 +107,12 @@ fn an_agent_without_privileges_makes_nothing() {
     }
     let pins = open.join("proxy-agent");
     let mut command = Command::new(&binary);
-    command.args(["run", "--log-level", "off", "--source"]).arg(&open).arg("--bpffs").arg(&pins).current_dir("/");
+    command
+        .args(["run", "--proxy-mode", "ebpf", "--log-level", "off", "--source"])
+        .arg(&open)
+        .arg("--bpffs")
+        .arg(&pins)
+        .current_dir("/");
     if own == 0 {
         command.uid(uid).gid(uid);
     }

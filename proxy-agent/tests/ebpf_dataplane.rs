@@ -14,7 +14,8 @@ use std::{
 
 use proxy_agent::{
     dataplane::{
-        Dataplane, Failure,
+        Dataplane, DetectLocal, Failure,
+        choose::Candidate,
         ebpf::{Ebpf, Options, Sizes, SocketLb, Tc, Xdp, probe::probe, read::Pins},
     },
     desired::{
@@ -28,6 +29,8 @@ use proxy_agent::{
 mod sizes;
 #[path = "ebpf_dataplane/starts.rs"]
 mod starts;
+#[path = "ebpf_dataplane/torn.rs"]
+mod torn;
 
 const BPFFS: &str = "/sys/fs/bpf";
 
@@ -168,20 +171,7 @@ fn device_list(devices: &[(u32, &str)]) -> Devices {
     devices
         .iter()
         .map(|(index, name)| {
-            let device = Device {
-                name: (*name).into(),
-                role: DeviceRole::Pod,
-                ethernet: true,
-                source4: Some([192, 168, 0, 1].into()),
-                source6: None,
-                netns: None,
-                bridge: None,
-                behind: false,
-                mac: None,
-                veth: false,
-                without_xdp: None,
-                local: true,
-            };
+            let device = Device { source4: Some([192, 168, 0, 1].into()), ..Device::new(name, DeviceRole::Pod) };
             (*index, device)
         })
         .collect()
@@ -364,8 +354,16 @@ fn every_check_names_its_remedy() {
     let mut options = world.options.clone();
     options.cgroup_root = Some("/proc".into());
     options.bpffs = "/tmp/pins".into();
-    let failed: Vec<_> = probe(&options).into_iter().filter(|c| !c.ok && !c.optional).map(|c| c.name).collect();
-    assert_eq!(failed, ["bpffs", "cgroup v2"]);
+    let failed: Vec<_> = probe(&options).into_iter().filter(|c| !c.ok && !c.optional).collect();
+    let failed: Vec<_> =
+        failed.iter().map(|check| (check.name, check.detail.as_str(), check.remedy.as_str())).collect();
+    let bpffs =
+        ("/tmp/pins is not on a bpf filesystem", "mount one (`mount -t bpf bpf DIR`) or give --bpffs a path on one");
+    let cgroup = (
+        "/proc is no cgroup v2 directory",
+        "mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with --cgroup-root, or use --socket-lb off",
+    );
+    assert_eq!(failed, [("bpffs", bpffs.0, bpffs.1), ("cgroup v2", cgroup.0, cgroup.1)]);
 }
 
 #[test]
@@ -486,6 +484,38 @@ fn xdp_is_attached_to_outward_devices_and_moves_with_the_option() {
     assert!(!sh("ip -o link").contains("xdp"), "nothing of it is left on a device");
 }
 
+/// What XDP should not do any more it does not until links have moved: that may take time, or fail.
+#[test]
+fn xdp_leaves_a_device_before_links_move() {
+    let Some(mut world) = World::new("xdpbar") else { return };
+    devices();
+    let mut devices = outward(&[(701, "veth-a"), (702, "veth-b")]);
+    world.options.xdp = Xdp::Native;
+    start(&mut world.open(), &state(1), &devices);
+    assert_eq!(xdp_entries(&world).len(), 2);
+    world.options.sizes.connections *= 2;
+    devices.get_mut(&702).unwrap().without_xdp = Some("there are IPsec policies");
+    let mut ebpf = world.open();
+    assert!(ebpf.resync(&state(1)).is_clean());
+    // What stands in place of the map of the new size is none.
+    let pin = world.options.bpffs.join("v1/maps/established_v4-resized");
+    let aside = world.options.bpffs.join("v1/aside");
+    fs::rename(&pin, &aside).unwrap();
+    fs::create_dir(&pin).unwrap();
+    let old = link_ids(&world);
+    let report = ebpf.set_devices(&devices);
+    assert_eq!(report.failed_devices.len(), 2, "{report:?}");
+    assert_eq!(link_ids(&world), old);
+    assert_eq!(xdp_entries(&world).into_keys().collect::<Vec<_>>(), [701]);
+    assert_eq!(report.without_xdp.keys().collect::<Vec<_>>(), ["veth-b"]);
+    fs::remove_dir(&pin).unwrap();
+    fs::rename(&aside, &pin).unwrap();
+    let report = ebpf.set_devices(&devices);
+    assert!(report.is_clean(), "{report:?}");
+    assert_eq!(xdp_hooks(&ebpf), ["xdp/native veth-a"]);
+    assert_eq!(xdp_entries(&world).into_keys().collect::<Vec<_>>(), [701]);
+}
+
 /// tc serves all the same.
 #[test]
 fn where_xdp_is_not_to_be_had_it_is_said_why() {
@@ -497,7 +527,10 @@ fn where_xdp_is_not_to_be_had_it_is_said_why() {
     let mut devices = outward(&[(701, "veth-a"), (702, "veth-b"), (704, "br0"), (705, "big")]);
     devices.get_mut(&702).unwrap().without_xdp = Some("VLANs are on it");
     // Somebody else's program.
-    let mut other = aya::EbpfLoader::new().load(&fs::read(env::var_os("PROXY_EBPF_OBJECT").unwrap()).unwrap()).unwrap();
+    let mut other = {
+        let object = fs::read(env::var_os("PROXY_EBPF_OBJECT").unwrap()).unwrap();
+        aya::EbpfLoader::new().load(&proxy_agent::dataplane::ebpf::linkage::suited(&object)).unwrap()
+    };
     let program: &mut aya::programs::Xdp = other.program_mut("xdp_ingress").unwrap().try_into().unwrap();
     program.load().unwrap();
     let foreign = program.info().unwrap().id();
@@ -524,4 +557,119 @@ fn where_xdp_is_not_to_be_had_it_is_said_why() {
         assert_eq!(ebpf.hooks().iter().filter(|hook| hook.kind.starts_with("tcx/")).count(), 8);
     }
     assert!(sh("ip -d link show veth-a").contains(&format!("prog/xdp id {foreign} ")), "the other one stays");
+    // The loop sets the same devices again with every resync, as long as one is without.
+    world.options.xdp = Xdp::Auto;
+    let mut ebpf = world.open();
+    ebpf.resync(&state(1));
+    assert_eq!(ebpf.set_devices(&devices).without_xdp.len(), 4);
+    sh("ip link set veth-b down; ip link set big down; ip link set big mtu 1500; ip link set big-peer mtu 1500");
+    drop(other);
+    until("XDP on what is free", || {
+        ebpf.set_devices(&devices);
+        xdp_hooks(&ebpf) == ["xdp/native veth-a", "xdp/native big"]
+    });
+}
+
+#[track_caller]
+fn until(what: &str, mut holds: impl FnMut() -> bool) {
+    for _ in 0..100 {
+        if holds() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    panic!("not in time: {what}");
+}
+
+/// The object, but the (first) program of that section is one that no kernel takes: it returns nothing, at once.
+fn with_refused(object: &[u8], section: &str) -> &'static [u8] {
+    let mut object = object.to_vec();
+    let word = |at: usize, size: usize| (0..size).rev().fold(0, |word, n| word << 8 | usize::from(object[at + n]));
+    // ELF64: e_shoff, e_shentsize, e_shnum, e_shstrndx; sh_name, sh_offset.
+    let (table, size, count, names) = (word(0x28, 8), word(0x3a, 2), word(0x3c, 2), word(0x3e, 2));
+    let header = |n: usize| table + n * size;
+    let names = word(header(names) + 0x18, 8);
+    let name = format!("{section}\0");
+    let is_it = |n: &usize| object[names + word(header(*n), 4)..].starts_with(name.as_bytes());
+    let section = word(header((0..count).find(is_it).unwrap_or_else(|| panic!("no section {section}"))) + 0x18, 8);
+    object[section..section + 8].copy_from_slice(&[0x95, 0, 0, 0, 0, 0, 0, 0]);
+    object.leak()
+}
+
+#[test]
+fn a_kernel_that_refuses_the_xdp_program_costs_xdp_alone() {
+    let Some(mut world) = World::new("refusedxdp") else { return };
+    devices();
+    let devices = outward(&[(701, "veth-a"), (702, "veth-b")]);
+    let good = world.options.object;
+    let refused = with_refused(good.unwrap(), "xdp");
+    let no_xdp = |world: &World| {
+        assert!(!world.options.bpffs.join("v1/programs/xdp_ingress").exists());
+        until("XDP is off", || !sh("ip -o link").contains("xdp"));
+    };
+    for option in [Xdp::Auto, Xdp::Generic] {
+        // What an earlier run left in force goes, too.
+        (world.options.xdp, world.options.object) = (option, good);
+        let mut ebpf = world.open();
+        start(&mut ebpf, &state(1), &devices);
+        assert_eq!(xdp_hooks(&ebpf).len(), 2);
+        drop(ebpf);
+        world.options.object = Some(refused);
+        // Nor does the next start do without the others, or without asking again.
+        for _ in 0..2 {
+            let mut ebpf = world.open();
+            start(&mut ebpf, &state(1), &devices);
+            let report = ebpf.set_devices(&devices);
+            assert_eq!(report.without_xdp.len(), 2, "{report:?}");
+            for why in report.without_xdp.values() {
+                let Failure::Unsupported(why) = why else { panic!("{why:?}") };
+                assert!(why.contains("the kernel refuses the program xdp_ingress") && why.contains("insn"), "{why}");
+                assert!(why.ends_with("; use a later kernel, or --xdp off"), "{why}");
+                assert!(why.len() < 200 && !why.contains('\n'), "{why}");
+            }
+            assert!(xdp_hooks(&ebpf).is_empty() && xdp_entries(&world).is_empty());
+            assert_eq!(ebpf.hooks().iter().filter(|hook| hook.kind.starts_with("tcx/")).count(), 4);
+            no_xdp(&world);
+        }
+        let check = |world: &World| {
+            let checks = proxy_agent::dataplane::ebpf::probe::probe(&world.options);
+            checks.into_iter().find(|check| check.name == "XDP program").unwrap()
+        };
+        let refusal = check(&world);
+        assert!(!refusal.ok && refusal.optional && refusal.detail.contains("insn"), "{refusal:?}");
+        world.options.object = good;
+        assert!(check(&world).ok);
+    }
+    (world.options.xdp, world.options.object) = (Xdp::Native, Some(refused));
+    let error = Ebpf::open(&world.options).unwrap_err().to_string();
+    assert!(error.contains("xdp_ingress") && error.contains("--xdp auto"), "{error}");
+    assert!(error.len() < 250 && !error.contains('\n'), "{error}");
+}
+
+/// The verifier says why in as many lines as it looked at instructions: what is wanted of them is the last.
+#[test]
+fn a_kernel_that_refuses_a_program_is_said_in_a_line_with_the_remedy() {
+    let Some(mut world) = World::new("refused") else { return };
+    let good = world.options.object.unwrap();
+    for (section, program) in [("classifier", "tc_"), ("cgroup/connect4", "connect4")] {
+        world.options.object = Some(with_refused(good, section));
+        let error = Ebpf::open(&world.options).unwrap_err().to_string();
+        let checks = probe(&world.options);
+        let check = checks.iter().find(|check| !check.ok && !check.optional).unwrap();
+        assert_eq!(check.name, "load", "{checks:#?}");
+        let candidate = Candidate::of_ebpf(&checks);
+        assert!(!candidate.can_run());
+        for said in [&error, &check.detail, &candidate.lack()] {
+            let what = format!("the kernel refuses the program {program}");
+            assert!(said.contains(&what) && said.contains("insn"), "{section}: {said}");
+            assert!(said.len() < 250 && !said.contains('\n'), "{section}: {said}");
+        }
+        for said in [&error, &check.remedy, &candidate.remedy()] {
+            assert!(said.contains("use a later kernel, or --proxy-mode nftables"), "{section}: {said}");
+        }
+    }
+    // Nothing is left for a start with programs that are taken.
+    world.options.object = Some(good);
+    let mut ebpf = world.open();
+    start(&mut ebpf, &state(1), &devices());
 }

@@ -14,11 +14,13 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("model", &[]),
     ("desired", &["model"]),
     ("plan", &["model", "desired"]),
-    ("dataplane", &["dataplane", "model", "desired"]),
+    // A question to the kernel that both the device watcher and a dataplane ask.
+    ("ipsec", &[]),
+    ("dataplane", &["dataplane", "model", "desired", "ipsec"]),
     ("status", &["model", "desired", "dataplane"]),
     // A source and the device watcher hand out values; who uses them is above.
     ("source", &["model", "status"]),
-    ("node", &["model", "desired"]),
+    ("node", &["model", "desired", "ipsec"]),
     ("config", &["model"]),
     ("sync", &["model", "desired", "plan", "dataplane", "node", "status"]),
     ("serve", &["model", "desired", "status", "dataplane"]),

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 async fn plan(dir: &Path, node: &str) -> String {
     let (events, mut received) = mpsc::channel(1024);
     let (state, mut synced) = watch::channel(SourceState::Listing { missing: Vec::new() });
-    let options = source::Options { node: node.into(), input: Input::Directory(dir.to_owned()) };
+    let options = source::Options { node: node.into(), pods: false, input: Input::Directory(dir.to_owned()) };
     let cancel = CancellationToken::new();
     let reading = tokio::spawn(source::run(options, events, state, cancel.clone()));
     tokio::time::timeout(Duration::from_secs(10), synced.wait_for(|state| *state == SourceState::Synced))

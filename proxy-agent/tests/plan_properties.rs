@@ -7,7 +7,7 @@ use std::{collections::BTreeMap, sync::Arc};
 use common::events;
 use proptest::prelude::*;
 use proxy_agent::{
-    desired::{Algorithm, DesiredState},
+    desired::{Algorithm, DesiredState, HealthChecks},
     model::{
         EndpointSlice, Event, Service, ServiceKey, Snapshot,
         address::NodePortAddresses,
@@ -21,6 +21,8 @@ use proxy_agent::{
 struct Naive {
     services: BTreeMap<ServiceKey, Arc<Service>>,
     slices: BTreeMap<Arc<str>, Arc<EndpointSlice>>,
+    /// That a list of pods came, and one of namespaces.
+    listed: [bool; 2],
     snapshot: Snapshot,
 }
 
@@ -37,6 +39,20 @@ impl Naive {
                 self.services.clear();
                 list.into_iter().for_each(|service| self.apply(Event::Service(service)));
             }
+            Event::Pod(pod) => drop(self.snapshot.pods.insert(pod.key.clone(), pod)),
+            Event::PodGone(key) => drop(self.snapshot.pods.remove(&key)),
+            Event::Pods { list, unreadable } => {
+                self.listed[0] = true;
+                self.snapshot.pods.retain(|key, _| unreadable.contains(key));
+                list.into_iter().for_each(|pod| self.apply(Event::Pod(pod)));
+            }
+            Event::Namespace(name, Some(value)) => drop(self.snapshot.namespaces.insert(name, value)),
+            Event::Namespace(name, None) => drop(self.snapshot.namespaces.remove(&name)),
+            Event::Namespaces { list, unreadable } => {
+                self.listed[1] = true;
+                self.snapshot.namespaces.retain(|name, _| unreadable.contains(name));
+                self.snapshot.namespaces.extend(list);
+            }
             Event::Problems(..) | Event::UnreadableServices(_) | Event::UnreadableSlices(_) => {}
             Event::Slices(list) => {
                 self.slices.clear();
@@ -46,7 +62,8 @@ impl Naive {
     }
 
     fn snapshot(&self) -> Snapshot {
-        let mut snapshot = Snapshot { services: self.services.clone(), ..self.snapshot.clone() };
+        let pods_known = self.listed == [true; 2];
+        let mut snapshot = Snapshot { services: self.services.clone(), pods_known, ..self.snapshot.clone() };
         for slice in self.slices.values() {
             let slices = snapshot.slices.entry(slice.service.clone()).or_default();
             slices.insert(Arc::clone(&slice.name), Arc::clone(slice));
@@ -91,7 +108,7 @@ proptest! {
     ) {
         let (mut index, mut naive) = (Index::default(), Naive::default());
         let mut planner = Planner::new(defaults.clone());
-        let mut kernel = DesiredState::default();
+        let (mut kernel, mut told) = (DesiredState::default(), HealthChecks::new());
         for (turn, batch) in batches.into_iter().enumerate() {
             // What a full plan leaves behind is as good a start as any.
             if turn % 5 == 4 {
@@ -111,6 +128,13 @@ proptest! {
             oracle.full(index.snapshot());
             prop_assert_eq!(planner.state(), oracle.state());
             prop_assert_eq!(planner.health_checks(), oracle.health_checks());
+            for (service, check) in planner.take_health_changes() {
+                match check {
+                    Some(check) => drop(told.insert(service, check)),
+                    None => drop(told.remove(&service)),
+                }
+            }
+            prop_assert_eq!(planner.health_checks(), &told);
             prop_assert_eq!(planner.problems(), oracle.problems());
 
             // The changes are exactly the difference, and carrying them out gives the new state.
@@ -127,7 +151,7 @@ proptest! {
         let mut touched = Touched::default();
         for event in history {
             index.apply(event.clone(), &mut touched);
-            let is_relist = matches!(event, Event::Services(_) | Event::Slices(_));
+            let is_relist = matches!(event, Event::Services(_) | Event::Slices(_) | Event::Pods { .. });
             touched = Touched::default();
             index.apply(event, &mut touched);
             // A relist may name one object twice; then it changes twice each time.

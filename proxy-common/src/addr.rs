@@ -90,8 +90,12 @@ pub trait Address: Copy + PartialEq + Eq + Default + 'static {
 
     /// 127.0.0.0/8, ::1.
     fn is_loopback(self) -> bool;
+    /// What no packet that is to be routed has as its source: 0.0.0.0/8, 224.0.0.0 and above; ::, ff00::/8.
+    fn is_no_sender(self) -> bool;
     /// The address as two words, for hashing and sealing; one-to-one.
     fn words(self) -> (u64, u64);
+    /// Word by word: of two places that may overlap, for all it knows, the compiler makes a call that copies bytes.
+    fn put(self, to: &mut Self);
     fn to_ip(self) -> net::IpAddr;
     /// `None` where the address is of the other family.
     fn from_ip(ip: net::IpAddr) -> Option<Self>;
@@ -108,8 +112,19 @@ impl Address for Ipv4Be {
     }
 
     #[inline(always)]
+    fn is_no_sender(self) -> bool {
+        let first = self.octets()[0];
+        first == 0 || first >= 224
+    }
+
+    #[inline(always)]
     fn words(self) -> (u64, u64) {
         (self.0 as u64, 0)
+    }
+
+    #[inline(always)]
+    fn put(self, to: &mut Self) {
+        *to = self;
     }
 
     fn to_ip(self) -> net::IpAddr {
@@ -135,8 +150,23 @@ impl Address for Ipv6Be {
     }
 
     #[inline(always)]
+    fn is_no_sender(self) -> bool {
+        let [a, b, c, d] = self.0;
+        a.to_ne_bytes()[0] == 0xff || (a | b | c | d) == 0
+    }
+
+    #[inline(always)]
     fn words(self) -> (u64, u64) {
         (((self.0[0] as u64) << 32) | self.0[1] as u64, ((self.0[2] as u64) << 32) | self.0[3] as u64)
+    }
+
+    #[inline(always)]
+    fn put(self, to: &mut Self) {
+        let Self([a, b, c, d]) = self;
+        to.0[0] = a;
+        to.0[1] = b;
+        to.0[2] = c;
+        to.0[3] = d;
     }
 
     fn to_ip(self) -> net::IpAddr {
@@ -168,6 +198,16 @@ pod!(Be16, Ipv4Be, Ipv6Be);
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn who_may_be_a_sender() {
+        let v4 = |octets| Ipv4Be::from_octets(octets).is_no_sender();
+        assert!(v4([0; 4]) && v4([0, 1, 2, 3]) && v4([224, 0, 0, 1]) && v4([240, 0, 0, 1]) && v4([255; 4]));
+        assert!(!v4([1, 0, 0, 0]) && !v4([127, 0, 0, 1]) && !v4([223, 255, 255, 255]));
+        let v6 = |ip: &str| Ipv6Be::from_octets(ip.parse::<net::Ipv6Addr>().unwrap().octets()).is_no_sender();
+        assert!(v6("::") && v6("ff02::1") && v6("ff00::"));
+        assert!(!v6("::1") && !v6("::ff00:0") && !v6("fe80::1") && !v6("1::"));
+    }
 
     #[test]
     fn network_order_is_kept() {

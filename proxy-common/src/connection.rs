@@ -40,6 +40,12 @@ impl<A: Address> ConnectionKey<A> {
         Self { src, dst, sport, dport, proto, hook, pad: 0 }
     }
 
+    /// Tells flows apart, and what else `word` says.
+    #[inline(always)]
+    pub fn digest(&self, word: u64) -> u32 {
+        self.seal().word(word).finish()
+    }
+
     #[inline(always)]
     fn seal(&self) -> Seal {
         let (src_hi, src_lo) = self.src.words();
@@ -80,6 +86,18 @@ pub mod state {
     pub const NUMBERED: u8 = 8;
     /// As above, but the peer answered with more than one number (SYN cookies): `checked` of the opener's entry is the one before.
     pub const RENUMBERED: u8 = 16;
+}
+
+/// Seconds without a packet after which a flow's entries may be taken over; the others are options.
+pub mod times {
+    /// A half-open TCP flow's.
+    pub const TCP_HALF_OPEN: u32 = 60;
+    /// SCTP's are those of the kernel's conntrack: an association that is alive sends heartbeats (every 30 seconds), and its ports are
+    /// fixed ones mostly, so a peer that comes back from a failure comes back on them.
+    pub const SCTP_ESTABLISHED: u32 = 210;
+    /// What is not established, or shutting down, gives way to an INIT after the first timer; its own packets go on as long as those
+    /// of others.
+    pub const SCTP_OTHERS: u32 = 3;
 }
 
 /// Value of the connection maps. Above `seal`: what must agree, sealed with the key. Below: single-writer-wins notes
@@ -143,21 +161,61 @@ impl<A: Address> ConnectionValue<A> {
 /// Not defined for [`flags::PENDING`] entries.
 #[inline(always)]
 pub fn pair<A: Address>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> (ConnectionKey<A>, ConnectionValue<A>) {
+    let (mut to_key, mut to_value) = (*key, *value);
+    put_pair(key, value, &mut to_key, &mut to_value);
+    (to_key, to_value)
+}
+
+/// [`pair`] to where it is wanted, with no stop on the stack.
+#[inline(always)]
+pub fn put_pair<A: Address>(
+    key: &ConnectionKey<A>,
+    value: &ConnectionValue<A>,
+    to_key: &mut ConnectionKey<A>,
+    to_value: &mut ConnectionValue<A>,
+) {
+    put_pair_key(key, value, to_key);
+    let ConnectionValue { service, flags, seen, checked, pad2, given, .. } = *value;
+    if key.hook == hook::INGRESS {
+        key.dst.put(&mut to_value.addr);
+        to_value.port = key.dport;
+        to_value.other = key.sport;
+    } else {
+        key.src.put(&mut to_value.addr);
+        to_value.port = key.sport;
+        to_value.other = key.dport;
+    }
+    to_value.service = service;
+    to_value.flags = flags;
+    to_value.pad = [0; 3];
+    to_value.seen = seen;
+    to_value.checked = checked;
+    to_value.state = 0;
+    to_value.pad2 = pad2;
+    to_value.given = given;
+    to_value.seal = to_value.seal_for(to_key);
+}
+
+/// The key of [`pair`] alone.
+#[inline(always)]
+pub fn put_pair_key<A: Address>(key: &ConnectionKey<A>, value: &ConnectionValue<A>, to: &mut ConnectionKey<A>) {
     // Ingress (src:sport → dst:dport), dst := addr:port, sport := other  becomes  egress (addr:port → src:other),
     // src := dst:dport, dport := sport; and the other way round with the roles of source and destination swapped.
-    let (k, v) = if key.hook == hook::INGRESS {
-        (
-            ConnectionKey::new(hook::EGRESS, key.proto, value.addr, value.port, key.src, value.other),
-            ConnectionValue { addr: key.dst, port: key.dport, other: key.sport, ..*value },
-        )
+    if key.hook == hook::INGRESS {
+        to.hook = hook::EGRESS;
+        value.addr.put(&mut to.src);
+        to.sport = value.port;
+        key.src.put(&mut to.dst);
+        to.dport = value.other;
     } else {
-        (
-            ConnectionKey::new(hook::INGRESS, key.proto, key.dst, value.other, value.addr, value.port),
-            ConnectionValue { addr: key.src, port: key.sport, other: key.dport, ..*value },
-        )
-    };
-    let v = ConnectionValue { state: 0, ..v }.sealed(&k);
-    (k, v)
+        to.hook = hook::INGRESS;
+        key.dst.put(&mut to.src);
+        to.sport = value.other;
+        value.addr.put(&mut to.dst);
+        to.dport = value.port;
+    }
+    to.proto = key.proto;
+    to.pad = 0;
 }
 
 /// Key of the fragment map: later fragments carry no ports, the first one's are remembered here. `proto` is what all fragments of a

@@ -23,6 +23,17 @@ pub struct ServiceCounters {
     pub turns: u64,
 }
 
+/// Value of `confirmed` (per-CPU array, one element): flows that moved on to where those are that both sides have spoken on, a masqueraded one
+/// counted twice, for each of its pairs. Written by the programs; from the sum over CPUs the agent tells that the tables may be filling up.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct Confirmed {
+    pub established_v4: u64,
+    pub established_v6: u64,
+    pub answered_v4: u64,
+    pub answered_v6: u64,
+}
+
 /// Why something was dropped, refused, repaired or left alone: the index into `reasons` (per-CPU array of `u64`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
@@ -56,7 +67,8 @@ pub enum Reason {
     UnknownFragment = 12,
     /// A header that the parser does not understand; left to the stack.
     Unparsed = 13,
-    /// A TCP packet towards an address of ours (one with a guard) that is no SYN and has no connection; left to the stack.
+    /// A TCP packet towards an address of ours (one with a guard) that is no SYN and has no connection; left to the stack, since
+    /// another proxy may know it.
     NotASyn = 14,
     /// No source port was left for a flow whose reply tuple was taken.
     RemapExhausted = 15,
@@ -74,10 +86,12 @@ pub enum Reason {
     SourceRange = 21,
     /// A packet that XDP sent on past the stack.
     Bypassed = 22,
+    /// The same as [`NotASyn`](Self::NotASyn) where nobody else translates: its connection has lost its entries. Reset.
+    LostConnection = 23,
 }
 
 impl Reason {
-    pub const COUNT: usize = 23;
+    pub const COUNT: usize = 24;
 
     pub const ALL: [Self; Self::COUNT] = [
         Self::Rejected,
@@ -103,6 +117,7 @@ impl Reason {
         Self::Unserved,
         Self::SourceRange,
         Self::Bypassed,
+        Self::LostConnection,
     ];
 
     /// Name in metrics and in the CLI.
@@ -131,6 +146,7 @@ impl Reason {
             Self::Unserved => "unserved",
             Self::SourceRange => "source_range",
             Self::Bypassed => "bypassed",
+            Self::LostConnection => "lost_connection",
         }
     }
 
@@ -152,12 +168,14 @@ impl Reason {
                 | Self::RejectLimited
                 | Self::Unserved
                 | Self::SourceRange
+                | Self::LostConnection
         )
     }
 }
 
 const _: () = assert!(size_of::<ServiceCounters>() == 40);
-pod!(ServiceCounters);
+const _: () = assert!(size_of::<Confirmed>() == 32);
+pod!(ServiceCounters, Confirmed);
 
 #[cfg(test)]
 mod tests {

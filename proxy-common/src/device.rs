@@ -54,6 +54,8 @@ pub mod xdp {
     pub const SENDS: u16 = 1;
     /// Sends its own frames back by `XDP_TX`.
     pub const BOUNCES: u16 = 2;
+    /// No frame comes in there with a checksum that is yet to be made.
+    pub const SUMS: u16 = 4;
 }
 
 const _: () = assert!(size_of::<DeviceValue>() == 24);

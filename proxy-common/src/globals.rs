@@ -22,6 +22,8 @@ pub const UDP_STREAM_SECS: &str = "UDP_STREAM_SECS";
 pub const CONNECTED_UDP: &str = "CONNECTED_UDP";
 /// `u8`, [`detect_local`]: how packets of this node's pods are told from others.
 pub const DETECT_LOCAL: &str = "DETECT_LOCAL";
+/// `u8`: whether pods may be left alone at connect time, each by itself; 0: nobody looks at `left_pods`.
+pub const LEFT_PODS: &str = "LEFT_PODS";
 /// `u8`: the kernel has `bpf_set_retval` (5.18); without it a refused connect gets EPERM.
 pub const HAVE_SET_RETVAL: &str = "HAVE_SET_RETVAL";
 /// `u8`: the kernel has `bpf_ktime_get_coarse_ns` (5.11); without it the exact clock is read.

@@ -1,9 +1,13 @@
 //! Counting, per CPU.
 
 use aya_ebpf::bindings::BPF_NOEXIST;
-use proxy_common::counters::{Reason, ServiceCounters};
+use proxy_common::{
+    Address,
+    counters::{Confirmed, Reason, ServiceCounters},
+    proto,
+};
 
-use crate::maps::{REASONS, SERVICE_COUNTERS};
+use crate::maps::{CONFIRMED, REASONS, SERVICE_COUNTERS};
 
 #[inline(always)]
 pub(crate) fn reason(reason: Reason) {
@@ -72,5 +76,17 @@ pub(crate) fn refused(service: u32) {
     if let Some(counters) = of_service(service) {
         // SAFETY: a per-CPU element, see `reason`.
         unsafe { (*counters).refused += 1 };
+    }
+}
+
+/// A pair of entries moved on from half-open.
+#[inline(always)]
+pub(crate) fn confirmed<A: Address>(protocol: u8) {
+    if let Some(confirmed) = CONFIRMED.get_ptr_mut(0) {
+        // SAFETY: a per-CPU element, see `reason`.
+        let Confirmed { established_v4, established_v6, answered_v4, answered_v6 } = unsafe { &mut *confirmed };
+        let (established, answered) =
+            if A::LEN == 4 { (established_v4, answered_v4) } else { (established_v6, answered_v6) };
+        *(if protocol == proto::UDP { answered } else { established }) += 1;
     }
 }

@@ -30,6 +30,7 @@ globals! {
     UDP_STREAM_SECS, udp_stream_secs: u32 = 120;
     CONNECTED_UDP, connected_udp: u8 = 1;
     DETECT_LOCAL, detect_local: u8 = 0;
+    LEFT_PODS, left_pods: u8 = 0;
     HAVE_SET_RETVAL, have_set_retval: u8 = 1;
     HAVE_COARSE_CLOCK, have_coarse_clock: u8 = 1;
 }

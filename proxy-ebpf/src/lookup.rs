@@ -8,7 +8,12 @@ use proxy_common::{
     slot::{Slot, Target, sort_key},
 };
 
-use crate::{client::Sticky, count, maps::Family, sealed};
+use crate::{
+    client::{Sticky, is_in_range},
+    count,
+    maps::Family,
+    sealed,
+};
 
 /// What a look at the frontends map said. The value itself goes through a reference that starts out as zeroes: inside an
 /// enum it would be undefined where there is none, and the compiler copies it before it asks, which the verifier refuses.
@@ -93,7 +98,48 @@ pub(crate) fn guard<A: Family>(addr: A, origin: usize) -> Choice<A> {
 /// Whether `addr` is a ClusterIP: each has a guard. One look-up.
 #[inline(never)]
 pub(crate) fn is_guarded<A: Family>(addr: A) -> bool {
+    has_guard(addr)
+}
+
+/// [`is_guarded`], on the way of every packet that is not ours: with no call of its own.
+#[inline(always)]
+pub(crate) fn has_guard<A: Family>(addr: A) -> bool {
     A::frontends().get_ptr(FrontendKey::guard(addr)).is_some()
+}
+
+/// Whether there is such a frontend. One look-up.
+#[inline(always)]
+pub(crate) fn has_frontend<A: Family>(key: &FrontendKey<A>) -> bool {
+    A::frontends().get_ptr(key).is_some()
+}
+
+/// What [`served`] says: a new connection would be given no backend, or the address is the node's, whose stack answers.
+pub(crate) const UNSERVED: u32 = 0;
+/// It would, at an address that is the cluster's alone.
+pub(crate) const OURS: u32 = 1;
+/// It would, at one that may have been somebody else's before.
+pub(crate) const SHARED: u32 = 2;
+
+/// What this frontend would do with a new connection from `src`, of `origin`, and whose its address is.
+#[inline(never)]
+pub(crate) fn served<A: Family>(key: &FrontendKey<A>, origin: usize, src: &A) -> u32 {
+    let mut value = FrontendValue::default();
+    if read(key, &mut value) != Found::Frontend {
+        return UNSERVED;
+    }
+    let kind = value.flags & flags::KIND_MASK;
+    let count = match value.verdict(origin) & verdict::ACTION_MASK {
+        verdict::PICK_ALL => value.all_count,
+        verdict::PICK_LOCAL => value.local_count,
+        _ => 0,
+    };
+    if kind == flags::NODE_PORT
+        || count == 0
+        || value.flags & flags::HAS_SOURCE_RANGES != 0 && !is_in_range(value.service, src)
+    {
+        return UNSERVED;
+    }
+    if kind == flags::CLUSTER_IP { OURS } else { SHARED }
 }
 
 #[inline(always)]
@@ -160,6 +206,8 @@ pub(crate) fn choose<A: Family, const SOCKET: bool>(
                 0 => maglev::position(hash, range.count as u32),
                 size => range.count as u32 + maglev::position(hash, size),
             }
+        } else if range.count == 1 {
+            0
         } else {
             // SAFETY: no arguments.
             let random = unsafe { bpf_get_prandom_u32() };

@@ -11,6 +11,7 @@
     reason = "keys and values handed to a map by value would be copied to the 512 bytes of stack first"
 )]
 
+mod apart;
 mod client;
 mod clock;
 mod count;

@@ -12,7 +12,7 @@ use proxy_common::{
     Address, Be16, Ipv4Be, Ipv6Be,
     affinity::{AffinityKey, AffinityValue},
     connection::{ConnectionKey, ConnectionValue, FragmentKey, FragmentValue},
-    counters::{Reason, ServiceCounters},
+    counters::{Confirmed, Reason, ServiceCounters},
     device::{DeviceValue, XdpDevice},
     frontend::{FrontendKey, FrontendValue},
     local_cidr::LocalCidrValue,
@@ -109,6 +109,10 @@ static LOCAL_CIDRS_V4: LocalCidrs<Ipv4Be> = LocalCidrs::new();
 #[btf_map(name = "local_cidrs_v6")]
 static LOCAL_CIDRS_V6: LocalCidrs<Ipv6Be> = LocalCidrs::new();
 
+/// Cgroup id of a pod → 1: its sockets are left alone at connect time. Writer: agent. Full: that is reported, others are translated.
+#[btf_map(name = "left_pods")]
+pub(crate) static LEFT_PODS: HashMap<u64, u32, 4_096, NO_PREALLOC> = HashMap::new();
+
 /// Interface index → role and masquerade source. Writer: agent.
 #[btf_map(name = "devices")]
 pub(crate) static DEVICES: HashMap<u32, DeviceValue, 16_384, NO_PREALLOC> = HashMap::new();
@@ -125,6 +129,12 @@ pub(crate) static XDP_DEVICES: HashMap<u32, XdpDevice, 1_024, NO_PREALLOC> = Has
 #[btf_map(name = "routes")]
 pub(crate) static ROUTES: PerCpuArray<Way, 2> = PerCpuArray::new();
 
+/// Digest of a neighbour's Ethernet address → second of the connection table's clock at which the stack had a packet for it from this CPU last that
+/// XDP could have sent. Writer: programs.
+#[btf_map(name = "neighbours")]
+pub(crate) static NEIGHBOURS: PerCpuArray<u32, NEIGHBOUR_SLOTS> = PerCpuArray::new();
+pub(crate) const NEIGHBOUR_SLOTS: usize = 1_024;
+
 /// Service id → counters. Writer: programs (entry appears with the first connection), agent deletes.
 #[btf_map(name = "service_counters")]
 pub(crate) static SERVICE_COUNTERS: PerCpuHashMap<u32, ServiceCounters, 65_536, NO_PREALLOC> = PerCpuHashMap::new();
@@ -133,10 +143,28 @@ pub(crate) static SERVICE_COUNTERS: PerCpuHashMap<u32, ServiceCounters, 65_536, 
 #[btf_map(name = "reasons")]
 pub(crate) static REASONS: PerCpuArray<u64, { Reason::COUNT }> = PerCpuArray::new();
 
+/// How many pairs moved on from half-open, by table. Writer: programs. Reader: the agent, which makes room when there were many.
+#[btf_map(name = "confirmed")]
+pub(crate) static CONFIRMED: PerCpuArray<Confirmed, 1> = PerCpuArray::new();
+
 /// Until when the refusals that this CPU sent keep it busy, in nanoseconds of the monotonic clock: those of TCP (0), all others (1), and
 /// from [`refusals::SENDERS`] on those to the senders of one digest. Writer: programs.
 #[btf_map(name = "refusals")]
 pub(crate) static REFUSALS: PerCpuArray<u64, { refusals::SENDERS as usize + 256 }> = PerCpuArray::new();
+
+/// The clock's last reading: seconds over ticks of the kernel's timer. Writer and readers: programs, on every CPU.
+#[btf_map(name = "clock")]
+pub(crate) static CLOCK: Array<u64, 1> = Array::new();
+
+/// Of packets that belong to no connection, a digest of whose they are → over a digest of one the second at which it was first seen.
+/// Writer and reader: programs, on every CPU. Where two senders share an element, the first has it for a while.
+#[btf_map(name = "strays")]
+pub(crate) static STRAYS: Array<u64, STRAY_SLOTS> = Array::new();
+pub(crate) const STRAY_SLOTS: usize = 65_536;
+
+/// 0 → 1: nobody else translates, so what belongs to no connection of ours belongs to none. Writer: agent.
+#[btf_map(name = "alone")]
+pub(crate) static ALONE: Array<u32, 1> = Array::new();
 
 pub(crate) mod refusals {
     pub(crate) const SENDERS: u32 = 2;

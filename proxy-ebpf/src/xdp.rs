@@ -3,7 +3,8 @@
 //! A packet takes here at once what it would take on tc at the ingress and at the egress, from the same connection table, so a flow
 //! may go either way with any packet. Only what is clear is taken: a whole TCP or UDP packet, addressed to this host, whose flow is known or
 //! may begin, whose route leads to a neighbour that is known, by a device that XDP may send to. Whatever is to be
-//! refused, answered, put back or not understood goes on to tc as it came, uncounted.
+//! refused, answered, put back or not understood goes on to tc as it came. Nothing of that is counted here, but for a flow whose backend
+//! XDP does not reach: it is chosen, entered and counted, and tc finds it.
 
 use core::mem::size_of;
 
@@ -26,23 +27,19 @@ use proxy_common::{
 
 use crate::{
     client::{is_in_range, stick},
-    count, log,
-    maps::{Packet, ROUTES, Work, XDP_DEVICES, kind},
+    clock, count, log,
+    maps::{NEIGHBOUR_SLOTS, NEIGHBOURS, Packet, ROUTES, Work, XDP_DEVICES, kind},
     tc::{
         ETH_P_IP, ETH_P_IPV6, ETHERNET, PICKED, PICKED_FILTERED, enter, masquerade, may_ask, origin_of,
         packet::{Frame, Header, Ipv4Header, Ipv6Header, at, pair32, words},
         pick, reopens,
         rewrite::{address_diff, halves, ports_diff},
-        source::Route,
+        source::{FOUND, NO_NEIGHBOUR, Route},
         table::{self, Room},
     },
 };
 
 const L3: usize = ETHERNET as usize;
-
-/// What `bpf_fib_lookup` answers: the next hop is known; it is but for its neighbour.
-const FOUND: i64 = 0;
-const NO_NEIGHBOUR: i64 = 7;
 
 impl Frame for XdpContext {
     // Volatile: loaded anew for each check. A load that the compiler shares between checks it widens apart from it, by shifts, and the
@@ -189,7 +186,7 @@ fn family<A: Plain>(ctx: &XdpContext) -> u32 {
             if value.flags & flags::RESET != 0 || packet.may_open() && reopens(key, packet, value, hit.established) {
                 return XDP_PASS;
             }
-            if route(ctx, packet, value, 0) == 0 {
+            if hit.is_sent_again(key, value, packet) || route(ctx, packet, value, 0) == 0 {
                 return XDP_PASS;
             }
             hit.note(ctx, key, value, packet);
@@ -222,7 +219,8 @@ fn parse<A: Plain>(ctx: &XdpContext, packet: &mut Packet<A>) -> u32 {
     let Some(way) = ROUTES.get_ptr_mut(0) else { return 0 };
     // SAFETY: an element of this CPU's own; its words are integers.
     let route = unsafe { &mut (*way).route };
-    if A::read(ctx, packet, route).is_none() {
+    // Nor what the stack would not pass on: it refuses such a source when it routes the packet, which is not asked here.
+    if A::read(ctx, packet, route).is_none() || packet.src.is_no_sender() {
         return 0;
     }
     let l4 = L3 + A::LEN_MIN as usize;
@@ -251,11 +249,17 @@ fn parse<A: Plain>(ctx: &XdpContext, packet: &mut Packet<A>) -> u32 {
         _ => return 0,
     };
     // On its way from a socket of this very host (a virtual link) the field may hold only the pseudo-header's sum, for a device to go on
-    // from. Nothing here could tell it so. One packet in 65536 looks like that by chance, and takes the other way.
+    // from. Nothing here could tell it so. One packet in 65536 looks like that by chance, and takes the other way; not where a device hands
+    // over nothing of the kind: one that is sent again because a firewall refused it there would look the same.
     let (src, dst) = (packet.src.words(), packet.dst.words());
     let length = route.length.wrapping_sub(A::LEN_MIN as u16).to_be() as u64;
     let pseudo = halves(src.0) + halves(src.1) + halves(dst.0) + halves(dst.1);
-    u32::from(sum != checksum::fold(pseudo + (packet.proto as u16).to_be() as u64 + length))
+    if sum != checksum::fold(pseudo + (packet.proto as u16).to_be() as u64 + length) {
+        return 1;
+    }
+    // SAFETY: live context; one aligned half-word is read of the element.
+    let device = unsafe { XDP_DEVICES.get((*ctx.ctx).ingress_ifindex) };
+    u32::from(device.is_some_and(|device| device.flags & device::SUMS != 0))
 }
 
 /// Chooses a backend, finds the way there, enters the flow. `XDP_TX` or `XDP_REDIRECT`: `value` is its entry, and it can be sent from here.
@@ -300,7 +304,7 @@ fn new_flow<A: Plain>(
     if remembered {
         count::turn_back(value.service);
     }
-    table::void(log::chosen(ctx, key.proto, (key.dst, key.dport), (value.addr, value.port)));
+    table::void(log::chosen(ctx, (key.dst, key.dport), (value.addr, value.port)));
     if !enter(packet, key, value, pair_key, found) {
         return XDP_DROP;
     }
@@ -364,11 +368,32 @@ fn route<A: Plain>(ctx: &XdpContext, packet: &Packet<A>, value: &ConnectionValue
         if sends & device::BOUNCES == 0 {
             verdict = XDP_REDIRECT;
         }
-        if sends == 0 {
+        if sends == 0 || is_the_stacks_turn((*asked).macs[1]) {
             return 0;
         }
         (*way).verdict = verdict;
         1
+    }
+}
+
+/// Seconds.
+const TURN: i32 = 5;
+
+/// Whether the stack is to have a packet for the neighbour of this address. It alone asks, for what it sends itself, whether a neighbour still is
+/// there; `bpf_fib_lookup` goes by what that found, however long ago. Those that share a digest share the turn.
+#[inline(always)]
+fn is_the_stacks_turn([a, b, c]: [u16; 3]) -> bool {
+    let word = (c as u32) << 16 | (a ^ b) as u32;
+    let digest = word.wrapping_mul(0x9e37_79b1) >> (u32::BITS - NEIGHBOUR_SLOTS.ilog2());
+    let Some(last) = NEIGHBOURS.get_ptr_mut(digest) else { return false };
+    let now = clock::now_secs();
+    // SAFETY: an element of this CPU's own.
+    unsafe {
+        let is_turn = now.wrapping_sub(*last).cast_signed() >= TURN;
+        if is_turn {
+            *last = now;
+        }
+        is_turn
     }
 }
 

@@ -81,13 +81,7 @@ pub fn build(command: &str) -> Result<PathBuf> {
 
 /// The same with the Go that is only looked for if there is something to build.
 pub fn build_with(command: &str, go: impl FnOnce() -> Result<PathBuf>) -> Result<PathBuf> {
-    let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("apiserver");
-    let manifest = fs::read_to_string(module.join("go.mod")).context("read tests/apiserver/go.mod")?;
-    let version = manifest.lines().find_map(|line| line.strip_prefix("require k8s.io/kubernetes "));
-    let version = version.context("tests/apiserver/go.mod requires no k8s.io/kubernetes")?.trim();
-    let own = std::env::current_exe().context("find the running program")?;
-    let target = own.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file());
-    let dir = target.map_or_else(|| module.join("../../target"), Path::to_path_buf).join("kube");
+    let Place { module, dir, version } = Place::find()?;
     let built = dir.join(format!("{command}-{version}"));
     fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
     // Test programs that start together should not build the same thing twice.
@@ -117,6 +111,33 @@ pub fn build_with(command: &str, go: impl FnOnce() -> Result<PathBuf>) -> Result
     }
     fs::rename(&part, &built).with_context(|| format!("rename to {}", built.display()))?;
     Ok(built)
+}
+
+/// Whether [`build`] has nothing to do for it.
+pub fn is_built(command: &str) -> Result<bool> {
+    let Place { dir, version, .. } = Place::find()?;
+    Ok(dir.join(format!("{command}-{version}")).is_file())
+}
+
+/// Where Kubernetes' commands are built.
+struct Place {
+    module: PathBuf,
+    /// What was built is kept here.
+    dir: PathBuf,
+    version: String,
+}
+
+impl Place {
+    fn find() -> Result<Self> {
+        let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("apiserver");
+        let manifest = fs::read_to_string(module.join("go.mod")).context("read tests/apiserver/go.mod")?;
+        let version = manifest.lines().find_map(|line| line.strip_prefix("require k8s.io/kubernetes "));
+        let version = version.context("tests/apiserver/go.mod requires no k8s.io/kubernetes")?.trim().to_owned();
+        let own = std::env::current_exe().context("find the running program")?;
+        let target = own.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file());
+        let dir = target.map_or_else(|| module.join("../../target"), Path::to_path_buf).join("kube");
+        Ok(Self { module, dir, version })
+    }
 }
 
 /// Where the servers run.
@@ -294,6 +315,16 @@ impl ApiServer {
         });
         fs::write(&path, serde_json::to_vec_pretty(&config)?).with_context(|| format!("write {}", path.display()))?;
         Ok(path)
+    }
+
+    /// What the kubelet mounts into the pods of a service account: its directory, with a token of the server's own making.
+    pub fn service_account(&self, namespace: &str, name: &str) -> Result<PathBuf> {
+        let dir = self.dir.join("serviceaccount");
+        fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
+        fs::write(dir.join("token"), self.kubectl(&["create", "token", name, "--namespace", namespace], "")?.trim())?;
+        fs::write(dir.join("namespace"), namespace)?;
+        fs::copy(self.dir.join("certs/apiserver.crt"), dir.join("ca.crt")).context("the server's certificate")?;
+        Ok(dir)
     }
 
     /// Runs kubectl as the administrator; returns what it printed.

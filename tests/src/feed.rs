@@ -1,9 +1,9 @@
 //! An API server of a few lines, for changes faster than a real one takes them: it lists what it holds, keeps watches open,
-//! and sends each change the moment it is made. It checks nothing and forgets nothing.
+//! and sends each change the moment it is made. It checks nothing and forgets nothing. kube-proxy is content with it, too.
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead as _, BufReader, Write as _},
+    io::{self, BufRead as _, BufReader, Read as _, Write as _},
     net::{Ipv4Addr, SocketAddr, TcpListener, TcpStream},
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
@@ -14,10 +14,11 @@ use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
 /// Kind, group and version, and where it is listed.
-const KINDS: [(&str, &str, &str); 3] = [
+const KINDS: [(&str, &str, &str); 4] = [
     ("Service", "v1", "/api/v1/services"),
     ("EndpointSlice", "discovery.k8s.io/v1", "/apis/discovery.k8s.io/v1/endpointslices"),
     ("Node", "v1", "/api/v1/nodes"),
+    ("ServiceCIDR", "networking.k8s.io/v1", "/apis/networking.k8s.io/v1/servicecidrs"),
 ];
 
 #[derive(Clone, Default)]
@@ -41,6 +42,9 @@ impl State {
         let name = text("/metadata/name").context("an object without name")?;
         let version = self.version + 1;
         let mut object = object.clone();
+        let (_, group, _) =
+            KINDS.iter().find(|(known, ..)| *known == kind).with_context(|| format!("no {kind} is listed"))?;
+        object["apiVersion"] = (*group).into();
         object["metadata"]["resourceVersion"] = version.to_string().into();
         object["metadata"]["uid"] = format!("{kind}-{name}").into();
         let object = object.to_string();
@@ -133,10 +137,16 @@ impl Feed {
             if reader.read_line(&mut request)? == 0 {
                 return Ok(());
             }
-            let mut header = String::new();
+            let (mut header, mut length) = (String::new(), 0);
             while reader.read_line(&mut header)? > 2 {
+                let (name, value) = header.split_once(':').unwrap_or_default();
+                if name.eq_ignore_ascii_case("content-length") {
+                    length = value.trim().parse()?;
+                }
                 header.clear();
             }
+            // Events are written, which are not kept.
+            io::copy(&mut (&mut reader).take(length), &mut io::sink())?;
             let target = request.split(' ').nth(1).unwrap_or_default();
             let (path, query) = target.split_once('?').unwrap_or((target, ""));
             let kind = KINDS.iter().find(|(_, _, listed)| path.starts_with(listed));
@@ -144,6 +154,11 @@ impl Feed {
                 stream.write_all(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")?;
                 continue;
             };
+            if query.contains("sendInitialEvents=true") {
+                // Who is refused a list by way of a watch asks for a list.
+                stream.write_all(b"HTTP/1.1 422 Unprocessable Entity\r\nContent-Length: 0\r\n\r\n")?;
+                continue;
+            }
             let name = query.split('&').find_map(|pair| pair.strip_prefix("fieldSelector=metadata.name%3D"));
             let of = Selector { kind, name: name.map(str::to_owned) };
             if query.contains("watch=") {

@@ -11,7 +11,7 @@ use std::{
 
 use anyhow::Result;
 
-use crate::world::{Programs, SocketLb, World, cleanup_on_signals};
+use crate::world::{AgentOptions, Fallback, Programs, SocketLb, World, cleanup_on_signals};
 
 /// Outcome counts of one test binary. `cargo xtask test` reads what it prints.
 pub struct Suite {
@@ -60,6 +60,13 @@ impl Suite {
         SocketLb::SERVING.map(|socket_lb| (format!("{name}/{}", socket_lb.name()), socket_lb))
     }
 
+    /// The same, and the dataplanes in place of eBPF.
+    pub fn every_way(name: &str) -> Vec<(String, AgentOptions)> {
+        let ebpf = Self::both_ways(name).map(|(group, socket_lb)| (group, AgentOptions::new(socket_lb)));
+        let others = Fallback::ALL.map(|by| (format!("{name}/{}", by.name()), AgentOptions::by(by)));
+        ebpf.into_iter().chain(others).collect()
+    }
+
     /// Whether any of the cases called `<group>/…` may run: a world that nobody needs is not built.
     pub fn wants_group(&self, group: &str) -> bool {
         let near = |only: &String| {
@@ -70,7 +77,7 @@ impl Suite {
     }
 
     /// Whether the case of this name is to run.
-    fn wants(&self, name: &str) -> bool {
+    pub fn wants(&self, name: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|only| name.contains(only.as_str()))
     }
 

@@ -9,7 +9,6 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitCode,
-    thread::sleep,
     time::{Duration, Instant},
 };
 
@@ -20,7 +19,7 @@ use proxy_tests::{
     suite::Suite,
     world::{
         AgentOptions, Ask, Client, Family, Node, Place, Programs, SocketLb, Spec, Topology, World, cleanup_on_signals,
-        objects, vip,
+        objects, vip, within,
     },
 };
 use serde_json::{Value, json};
@@ -68,6 +67,7 @@ fn cases(suite: &mut Suite, cluster: &mut Cluster) {
         case("endpoints and Services come, change and go", changes);
         case("A136: kill -9 of the API server", server_killed);
         if socket_lb == SocketLb::All {
+            case("in a pod, by the manifests' service account", in_a_pod);
             case("metrics and health", metrics);
             case("A137: deleted while the agent was cut off", deleted_meanwhile);
             case("A135, A136: the agent started again while the API server is down", both_down);
@@ -130,8 +130,8 @@ impl Cluster {
             self.start(self.server.address())?;
         }
         self.node().wait_ready(PATIENCE)?;
-        eventually(RETURN, || self.reachable(true))?;
-        eventually(PATIENCE, || self.served(WEB.1, &["r1", "r2"]))
+        within(RETURN, || self.reachable(true))?;
+        within(PATIENCE, || self.served(WEB.1, &["r1", "r2"]))
     }
 
     /// Whether the agent has the API server.
@@ -218,17 +218,6 @@ fn slice(service: &str, family: Family) -> objects::Slice {
     objects::slice(service, family).port("web", "TCP", 8080).port("dns", "UDP", 8080)
 }
 
-fn eventually(patience: Duration, check: impl Fn() -> Result<()>) -> Result<()> {
-    let began = Instant::now();
-    loop {
-        let Err(error) = check() else { return Ok(()) };
-        if began.elapsed() > patience {
-            return Err(error.context(format!("still not so after {} s", patience.as_secs())));
-        }
-        sleep(Duration::from_millis(50));
-    }
-}
-
 /// Holds for a while.
 fn steadily(check: impl Fn() -> Result<()>) -> Result<()> {
     let began = Instant::now();
@@ -288,7 +277,7 @@ fn nothing_early(cluster: &mut Cluster) -> Result<()> {
     cluster.create(WEB, &["r1", "r2"])?;
     cluster.start(cluster.server.address())?;
     let node = cluster.node();
-    eventually(PATIENCE, || {
+    within(PATIENCE, || {
         let status = node.status()?.to_string();
         ensure!(status.contains("--hostname-override"), "the status does not tell of the missing Node: {status}");
         Ok(())
@@ -307,43 +296,61 @@ fn nothing_early(cluster: &mut Cluster) -> Result<()> {
     cluster.apply(&[objects::node(&node.place, "zone-a")])?;
     node.wait_ready(PATIENCE)?;
     cluster.served(WEB.1, &["r1", "r2"])?;
-    eventually(PATIENCE, || cluster.reachable(true))
+    within(PATIENCE, || cluster.reachable(true))
 }
 
 fn changes(cluster: &mut Cluster) -> Result<()> {
     cluster.ready()?;
     let cluster = &*cluster;
     cluster.create(("short", 30), &["r1"])?;
-    eventually(PATIENCE, || cluster.served(30, &["r1"]))?;
+    within(PATIENCE, || cluster.served(30, &["r1"]))?;
     for pods in [&["r1", "r3"][..], &["r3"], &["r1", "r2", "r3"], &["r2"]] {
         cluster.endpoints("short", pods)?;
-        eventually(PATIENCE, || cluster.served(30, pods)).with_context(|| format!("endpoints {pods:?}"))?;
+        within(PATIENCE, || cluster.served(30, pods)).with_context(|| format!("endpoints {pods:?}"))?;
     }
     let unready = json!({"ready": false, "serving": false, "terminating": false});
     let place = cluster.world.pod("r2");
     cluster.apply(
         &Family::BOTH.map(|family| slice("short", family).endpoint_with(place, unready.clone(), Value::Null).json()),
     )?;
-    eventually(PATIENCE, || cluster.refused(30)).context("unready")?;
+    within(PATIENCE, || cluster.refused(30)).context("unready")?;
     cluster.endpoints("short", &["r2"])?;
-    eventually(PATIENCE, || cluster.served(30, &["r2"])).context("ready again")?;
+    within(PATIENCE, || cluster.served(30, &["r2"])).context("ready again")?;
     cluster.server.delete("service", "short")?;
-    eventually(PATIENCE, || cluster.unserved(30)).context("the Service is deleted")?;
+    within(PATIENCE, || cluster.unserved(30)).context("the Service is deleted")?;
     // A13: the same name with another address.
     cluster.apply(&[service("short", 31)])?;
-    eventually(PATIENCE, || cluster.served(31, &["r2"])).context("made again")?;
+    within(PATIENCE, || cluster.served(31, &["r2"])).context("made again")?;
     cluster.unserved(30)?;
     // A13 once more, in one step as far as the agent can tell: the deletion and the creation come right after each other.
     cluster
         .server
         .kubectl(&["replace", "--force", "--validate=false", "-f", "-"], &service("short", 32).to_string())?;
-    eventually(PATIENCE, || cluster.served(32, &["r2"])).context("replaced")?;
-    eventually(PATIENCE, || cluster.unserved(31)).context("replaced")?;
+    within(PATIENCE, || cluster.served(32, &["r2"])).context("replaced")?;
+    within(PATIENCE, || cluster.unserved(31)).context("replaced")?;
     cluster.server.delete("service", "short")?;
     cluster.server.delete("endpointslice", "short-v4")?;
     cluster.server.delete("endpointslice", "short-v6")?;
-    eventually(PATIENCE, || cluster.unserved(32))?;
+    within(PATIENCE, || cluster.unserved(32))?;
     cluster.served(WEB.1, &["r1", "r2"])
+}
+
+/// No kubeconfig: what the kubelet mounts and sets is all there is, and what the manifests grant is all that it may.
+fn in_a_pod(cluster: &mut Cluster) -> Result<()> {
+    cluster.ready()?;
+    cluster.world.remove_agents()?;
+    let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/base");
+    cluster.server.kubectl(&["apply", "--validate=false", "-k", &manifests.to_string_lossy()], "")?;
+    let account = cluster.server.service_account("kube-system", "proxy-agent")?;
+    let service_account = Some((account, cluster.server.address()));
+    cluster.world.start_agent(1, &AgentOptions { service_account, ..AgentOptions::new(cluster.socket_lb) })?;
+    cluster.node().wait_ready(PATIENCE)?;
+    within(PATIENCE, || cluster.reachable(true))?;
+    cluster.served(WEB.1, &["r1", "r2"])?;
+    cluster.endpoints(WEB.0, &["r3"])?;
+    within(PATIENCE, || cluster.served(WEB.1, &["r3"]))?;
+    // The other cases go by a kubeconfig.
+    cluster.world.remove_agents()
 }
 
 fn metrics(cluster: &mut Cluster) -> Result<()> {
@@ -369,7 +376,7 @@ fn metrics(cluster: &mut Cluster) -> Result<()> {
     };
     let [syncs, services, entries, latencies, changes, events] = read()?;
     cluster.create(("counted", 33), &[])?;
-    eventually(PATIENCE, || cluster.refused(33))?;
+    within(PATIENCE, || cluster.refused(33))?;
     // The time of the change, in the server's words: what the endpoint controller writes.
     let now = ["get", "service", "counted", "-o", "jsonpath={.metadata.creationTimestamp}"];
     let now = cluster.server.kubectl(&now, "")?;
@@ -379,9 +386,9 @@ fn metrics(cluster: &mut Cluster) -> Result<()> {
         slice
     });
     cluster.apply(&slices)?;
-    eventually(PATIENCE, || cluster.served(33, &["r3"]))?;
+    within(PATIENCE, || cluster.served(33, &["r3"]))?;
     // The kernel may answer before the sync's own account of it is out.
-    eventually(PATIENCE, || {
+    within(PATIENCE, || {
         let after = read()?;
         ensure!(after[0] >= syncs + 2.0, "syncs: {syncs}, then {}", after[0]);
         ensure!(after[1] == services + 1.0, "Services: {services}, then {}", after[1]);
@@ -398,7 +405,7 @@ fn metrics(cluster: &mut Cluster) -> Result<()> {
         "maps hold more than they can"
     );
     cluster.server.delete("service", "counted")?;
-    eventually(PATIENCE, || {
+    within(PATIENCE, || {
         let known = node.metric("proxy_agent_services")?;
         ensure!(known == services, "{known} Services, {services} expected");
         Ok(())
@@ -411,7 +418,7 @@ fn server_killed(cluster: &mut Cluster) -> Result<()> {
     cluster.ready()?;
     let traffic = Traffic::start(cluster)?;
     cluster.server.kill()?;
-    eventually(PATIENCE, || cluster.reachable(false))?;
+    within(PATIENCE, || cluster.reachable(false))?;
     steadily(|| {
         cluster.served(WEB.1, &["r1", "r2"])?;
         // A136: the last state goes on serving.
@@ -424,9 +431,9 @@ fn server_killed(cluster: &mut Cluster) -> Result<()> {
     traffic.finish()?;
     // Changed before the agent may have noticed that the server is back.
     cluster.endpoints(WEB.0, &["r3"])?;
-    eventually(RETURN, || cluster.served(WEB.1, &["r3"])).context("a change after the return")?;
+    within(RETURN, || cluster.served(WEB.1, &["r3"])).context("a change after the return")?;
     // Each kind is watched by itself and finds the way back in its own time.
-    eventually(RETURN, || cluster.reachable(true))
+    within(RETURN, || cluster.reachable(true))
 }
 
 /// The API server's cache begins with its start: what happened before, and was not seen, can only be had from a new list.
@@ -438,10 +445,10 @@ fn deleted_meanwhile(cluster: &mut Cluster) -> Result<()> {
     cluster.node().wait_ready(PATIENCE)?;
     cluster.create(("goner", 40), &["r3"])?;
     cluster.create(("shrinks", 41), &["r1", "r3"])?;
-    eventually(PATIENCE, || cluster.served(40, &["r3"]).and_then(|()| cluster.served(41, &["r1", "r3"])))?;
+    within(PATIENCE, || cluster.served(40, &["r3"]).and_then(|()| cluster.served(41, &["r1", "r3"])))?;
     let traffic = Traffic::start(cluster)?;
     relay.cut();
-    eventually(PATIENCE, || cluster.reachable(false))?;
+    within(PATIENCE, || cluster.reachable(false))?;
     cluster.server.delete("service", "goner")?;
     cluster.server.delete("endpointslice", "goner-v4")?;
     cluster.server.delete("endpointslice", "goner-v6")?;
@@ -455,9 +462,9 @@ fn deleted_meanwhile(cluster: &mut Cluster) -> Result<()> {
     })
     .context("cut off")?;
     relay.forward();
-    eventually(RETURN, || cluster.unserved(40)).context("deleted while cut off")?;
-    eventually(PATIENCE, || cluster.served(41, &["r1"]).and_then(|()| cluster.served(42, &["r2"])))?;
-    eventually(RETURN, || cluster.reachable(true))?;
+    within(RETURN, || cluster.unserved(40)).context("deleted while cut off")?;
+    within(PATIENCE, || cluster.served(41, &["r1"]).and_then(|()| cluster.served(42, &["r2"])))?;
+    within(RETURN, || cluster.reachable(true))?;
     traffic.finish()?;
     for name in ["shrinks", "comer"] {
         cluster.server.delete("service", name)?;
@@ -473,7 +480,7 @@ fn both_down(cluster: &mut Cluster) -> Result<()> {
     cluster.world.kill_agent(1)?;
     cluster.served(WEB.1, &["r1", "r2"]).context("with neither")?;
     cluster.start(cluster.server.address())?;
-    eventually(PATIENCE, || cluster.reachable(false))?;
+    within(PATIENCE, || cluster.reachable(false))?;
     steadily(|| {
         cluster.served(WEB.1, &["r1", "r2"])?;
         if let Some(log) = cluster.node().agent_ended() {
@@ -489,5 +496,5 @@ fn both_down(cluster: &mut Cluster) -> Result<()> {
     cluster.served(WEB.1, &["r1", "r2"])?;
     traffic.finish()?;
     cluster.endpoints(WEB.0, &["r3"])?;
-    eventually(PATIENCE, || cluster.served(WEB.1, &["r3"])).context("a change after the return")
+    within(PATIENCE, || cluster.served(WEB.1, &["r3"])).context("a change after the return")
 }

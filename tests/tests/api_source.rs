@@ -42,6 +42,7 @@ fn main() -> ExitCode {
     };
     suite.case("refusals name the remedy", || refusals(&server));
     suite.case("the own Node is waited for (A124)", || own_node(&server));
+    suite.case("Pods of the own node and Namespaces, with leave and without", || own_pods(&server));
     suite.case("objects come, change and go", || changes(&server));
     suite.case("what is another's is invisible (A1, A2, A4-A6)", || not_ours(&server));
     suite.case("a list of several pages arrives whole", || pages(&server));
@@ -71,9 +72,14 @@ struct Heard {
 
 impl Following {
     fn start(server: &ApiServer, user: User, through: Option<&Relay>) -> Result<Self> {
+        Self::start_with(server, user, through, false)
+    }
+
+    fn start_with(server: &ApiServer, user: User, through: Option<&Relay>, pods: bool) -> Result<Self> {
         let address = through.map_or_else(|| server.address(), Relay::address);
         let options = Options {
             node: "n1".into(),
+            pods,
             input: Input::Kubernetes(KubernetesOptions {
                 kubeconfig: Some(server.kubeconfig(user, address)?),
                 watch_timeout: Duration::from_secs(2),
@@ -222,6 +228,52 @@ fn own_node(server: &ApiServer) -> Result<()> {
     following.wait("the new zone (A41)", |heard| heard.index.snapshot().node.zone.as_deref() == Some("z2"))?;
     server.apply(&node("n1", "z1"))?;
     following.wait("the old zone", |heard| heard.index.snapshot().node.zone.as_deref() == Some("z1"))
+}
+
+/// `system:node-proxier` grants neither list: Services are served all the same, and what is in the way is said.
+fn own_pods(server: &ApiServer) -> Result<()> {
+    server.apply(&node("n1", "z1"))?;
+    let refused = Following::start_with(server, User::Proxy, None, true)?;
+    let parts = ["403", "list and watch of pods", "list and watch of namespaces"];
+    refused.wait_state(
+        PATIENCE,
+        |state| matches!(state, SourceState::Stale { reason } if parts.iter().all(|part| reason.contains(part))),
+    )?;
+    refused.wait("Services", |heard| heard.index.is_complete())?;
+    ensure!(!refused.look(|heard| heard.index.snapshot().pods_known), "nothing is known of pods");
+
+    let pod = |name: &str, node: &str| {
+        format!(
+            "---\napiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, namespace: default, annotations: {{proxy-agent/socket-lb: node}}}}\n\
+             spec: {{nodeName: {node}, automountServiceAccountToken: false, containers: [{{name: c, image: none}}]}}\n"
+        )
+    };
+    let following = Following::start_with(server, User::Admin, None, true)?;
+    following.wait_state(PATIENCE, |state| *state == SourceState::Synced)?;
+    following.wait("both lists", |heard| heard.index.snapshot().pods_known)?;
+    server.apply(&(pod("elsewhere", "n2") + &pod("here", "n1")))?;
+    let says = |value: Option<&'static str>| {
+        move |heard: &Heard| {
+            let pods = &heard.index.snapshot().pods;
+            let here = pods.get(&("default".into(), "here".into()));
+            here.is_some() == value.is_some() && here.and_then(|pod| pod.socket_lb.as_deref()) == value
+        }
+    };
+    following.wait("the own pod", says(Some("node")))?;
+    server.kubectl(&["annotate", "pod", "here", "--overwrite", "proxy-agent/socket-lb=all"], "")?;
+    following.wait("its new annotation", says(Some("all")))?;
+    let namespace = |value: Option<&'static str>| {
+        move |heard: &Heard| heard.index.snapshot().namespaces.get("default").map(|value| &**value) == value
+    };
+    server.kubectl(&["annotate", "namespace", "default", "proxy-agent/socket-lb=node"], "")?;
+    following.wait("the Namespace's annotation", namespace(Some("node")))?;
+    server.kubectl(&["annotate", "namespace", "default", "proxy-agent/socket-lb-"], "")?;
+    following.wait("the Namespace's annotation to go", namespace(None))?;
+    server.kubectl(&["delete", "pod", "here", "elsewhere", "--force", "--grace-period=0"], "")?;
+    following.wait("the pod to go", says(None))?;
+    let told = following.look(|heard| format!("{:?}", heard.events));
+    ensure!(!told.contains("elsewhere"), "a pod of another node was asked for: {told}");
+    Ok(())
 }
 
 fn changes(server: &ApiServer) -> Result<()> {

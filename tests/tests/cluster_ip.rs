@@ -31,6 +31,6 @@ fn main() -> ExitCode {
     };
     Suite::in_worlds("cluster_ip", shapes, prepare, |suite, group, (topology, _, socket_lb), world| {
         let large_segments = matches!(topology, Topology::Routed | Topology::Vxlan);
-        cases::all(suite, group, &Ground { world, socket_lb: *socket_lb, large_segments });
+        cases::all(suite, group, &Ground { world, socket_lb: *socket_lb, large_segments, fallback: None });
     })
 }

@@ -21,6 +21,6 @@ fn main() -> ExitCode {
         World::serving(&spec, programs, &AgentOptions::new(*socket_lb), external::objects)
     };
     Suite::in_worlds("external", shapes, prepare, |suite, group, (_, socket_lb), world| {
-        external::all(suite, group, &Ground { world, socket_lb: *socket_lb, large_segments: true });
+        external::all(suite, group, &Ground { world, socket_lb: *socket_lb, large_segments: true, fallback: None });
     })
 }

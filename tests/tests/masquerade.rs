@@ -1,12 +1,17 @@
-//! The ports that masqueraded flows get: what happens when none is left, and who is told.
+//! The addresses and ports that masqueraded flows get: what happens when none is left, or the node gets another address, and who is told.
 
-use std::{net::SocketAddr, process::ExitCode, thread, time::Duration};
+use std::{
+    net::{IpAddr, SocketAddr},
+    process::ExitCode,
+    thread,
+    time::Duration,
+};
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::{
-    pod::{hold, socket::Transport},
+    pod::{hold, socket::Transport, talk},
     suite::Suite,
-    world::{AgentOptions, Ask, Client, Family, Programs, SocketLb, Spec, Topology, World, objects, vip},
+    world::{AgentOptions, Ask, Client, Family, Programs, SocketLb, Spec, Topology, World, external, objects, vip},
 };
 use serde_json::Value;
 
@@ -17,9 +22,16 @@ const NODE_PORT: u16 = 30_080;
 const PATIENCE: Duration = Duration::from_secs(15);
 
 fn main() -> ExitCode {
-    Suite::in_worlds("masquerade", Suite::both_ways("masquerade"), prepare, |suite, group, _, world| {
+    Suite::in_worlds("masquerade", Suite::both_ways("masquerade"), prepare, |suite, group, socket_lb, world| {
         for family in Family::BOTH {
             suite.case(&format!("{group}/a range that is used up, {family}"), || used_up(world, family));
+            // What a pod opens at connect time is not masqueraded.
+            if *socket_lb == SocketLb::Node {
+                suite.case(&format!("{group}/A75: another address under traffic, {family}"), || moved(world, family));
+            }
+            suite.case(&format!("{group}/a range that datagrams use up, {family}"), || {
+                used_up_by_datagrams(world, family)
+            });
         }
     })
 }
@@ -30,8 +42,13 @@ fn prepare(programs: Programs, socket_lb: &SocketLb) -> Result<World> {
         let service = objects::service("far")
             .cluster_ips(&Family::BOTH.map(|family| vip(family, 1)))
             .port("web", "TCP", 80)
-            .node_port(NODE_PORT);
-        let slice = |family| objects::slice("far", family).port("web", "TCP", 8080).endpoint(world.pod("b2")).json();
+            .node_port(NODE_PORT)
+            .port("dns", "UDP", 53)
+            .load_balancer(&Family::BOTH.map(|family| external(family, 1)));
+        let slice = |family| {
+            let slice = objects::slice("far", family).port("web", "TCP", 8080).port("dns", "UDP", 8080);
+            slice.endpoint(world.pod("b2")).json()
+        };
         [objects::nodes(world), vec![service.json()], Family::BOTH.map(slice).to_vec()].concat()
     })
 }
@@ -68,6 +85,89 @@ fn used_up(world: &World, family: Family) -> Result<()> {
         ensure!(attempt < 5, "no port came back: {report:?}");
         thread::sleep(Duration::from_millis(200));
     }
+    Ok(())
+}
+
+/// A flow of datagrams keeps its port until its time is over: who comes next is dropped and counted, and those that have one go on.
+fn used_up_by_datagrams(world: &World, family: Family) -> Result<()> {
+    let to = SocketAddr::new(external(family, 1), 53);
+    let ask = |port: u16| -> Result<bool> {
+        let ask = Ask::new(to, Transport::Udp).timeout(700).with(format!("--source-port={port}"));
+        let report = world.ask(world.outside(), &ask)?;
+        let errors = report.errors();
+        ensure!(errors.is_empty() || errors.keys().eq(["ETIMEDOUT"]), "from {port}: {report:?}");
+        Ok(errors.is_empty())
+    };
+    let before = exhausted(world)?;
+    let mut answered = Vec::new();
+    for port in (5_000..).take(PORTS + 1) {
+        if !ask(port)? {
+            break;
+        }
+        ensure!(exhausted(world)? == before, "a port was missed for {port} that it has got");
+        answered.push(port);
+    }
+    // One may still be a flow's of the case before.
+    ensure!((PORTS - 1..=PORTS).contains(&answered.len()), "answered: {answered:?}");
+    let counted = exhausted(world)?;
+    ensure!(counted > before, "the counter stands at {counted}");
+    for port in answered {
+        ensure!(ask(port)?, "the flow from {port} is cut");
+    }
+    ensure!(exhausted(world)? == counted, "a flow that has a port asks for another");
+    Ok(())
+}
+
+/// The outward device's address is replaced. As when netfilter forgets what it masqueraded with it: new flows have the new one, datagrams go on
+/// with it, and a TCP connection, which would otherwise wait for good, is reset by the backend that knows no such peer.
+fn moved(world: &World, family: Family) -> Result<()> {
+    let (pod, node) = (world.pod("a1"), &world.node(1).place);
+    let old = node.ip(family);
+    let (new, length) = match family {
+        Family::V4 => ("192.168.77.41", 24),
+        Family::V6 => ("fd00:77::41", 64),
+    };
+    let nodad = if family == Family::V6 { " nodad" } else { "" };
+    let to = |port| SocketAddr::new(external(family, 1), port);
+    let seen = || -> Result<IpAddr> {
+        let report = world.ask(pod, &Ask::new(to(80), Transport::Tcp))?;
+        let answer = report.tries.first().and_then(|one| one.answer.as_ref());
+        Ok(answer.with_context(|| format!("{report:?}"))?.peer.parse::<SocketAddr>()?.ip())
+    };
+    ensure!(seen()? == old, "masqueraded with {}", seen()?);
+
+    let start = |args: &[&str]| {
+        pod.start(&world.programs().testpod, &args.iter().map(|arg| (*arg).to_owned()).collect::<Vec<_>>())
+    };
+    let mut held = start(&["hold", &to(80).to_string(), "--connections=1", "--interval=50", "--timeout=8000"])?;
+    held.wait_for_line("ready", PATIENCE)?;
+    let mut talking = start(&["talk", &to(53).to_string(), "--source-port=41000"])?;
+    talking.wait_for_line("ready", PATIENCE)?;
+    let counted = || world.node(1).metric("proxy_agent_ended_total");
+    let before = counted()?;
+    node.namespace.sysctl(&[("ipv4/conf/eth0/promote_secondaries", "1")])?;
+    node.namespace.ip(&format!(
+        "addr add {new}/{length} dev eth0{nodad}\n\
+         addr del {old}/{length} dev eth0\n"
+    ))?;
+    let changed = talk::now();
+    thread::sleep(Duration::from_millis(2_500));
+    let expected: IpAddr = new.parse()?;
+    ensure!(seen()? == expected, "masqueraded with {}", seen()?);
+    let talked: talk::Report = talking.finish(PATIENCE)?;
+    let answered = talked.backends(changed + 1_000, u64::MAX);
+    ensure!(answered == ["b2:8080"] && talked.sockets == 1, "{answered:?}, {:?}", talked.errors());
+    ensure!(talked.turns.last().is_some_and(|turn| turn.backend.is_some()), "{:?}", talked.turns.last());
+    let report: hold::Report = held.finish(PATIENCE)?;
+    ensure!(report.broken.len() == 1 && report.broken[0].contains("reset"), "{report:?}");
+    ensure!(counted()? >= before + 2.0, "{before} before, {} now", counted()?);
+
+    node.namespace.ip(&format!(
+        "addr add {old}/{length} dev eth0{nodad}\n\
+         addr del {new}/{length} dev eth0\n"
+    ))?;
+    thread::sleep(Duration::from_millis(500));
+    ensure!(seen()? == old, "masqueraded with {}", seen()?);
     Ok(())
 }
 

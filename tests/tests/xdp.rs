@@ -17,6 +17,14 @@ use proxy_tests::{
 
 const SOCKET_LB: SocketLb = SocketLb::Node;
 const PATIENCE: Duration = Duration::from_secs(5);
+/// A cluster that nobody answers for.
+const NOBODY: &str = "apiVersion: v1
+kind: Config
+clusters: [{name: c, cluster: {server: 'http://127.0.0.1:1'}}]
+users: [{name: u, user: {}}]
+contexts: [{name: c, context: {cluster: c, user: u}}]
+current-context: c
+";
 
 fn main() -> ExitCode {
     let mut suite = Suite::new("xdp");
@@ -36,8 +44,14 @@ fn main() -> ExitCode {
                 continue;
             }
         };
-        external::all(&mut suite, mode, &Ground { world: &world, socket_lb: SOCKET_LB, large_segments: false });
+        external::all(
+            &mut suite,
+            mode,
+            &Ground { world: &world, socket_lb: SOCKET_LB, large_segments: false, fallback: None },
+        );
         suite.case(&format!("{mode}/what goes on to another node goes past the stack"), || bypasses(&world, mode));
+        suite.case(&format!("{mode}/a neighbour that is another one now is found"), || neighbour(&world));
+        suite.case(&format!("{mode}/IPsec policies keep it off"), || ipsec(&mut world, mode));
         suite.case(&format!("{mode}/restarts, and XDP off and on, under traffic"), || switches(&mut world, mode));
         suite.case(&format!("{mode}/cleanup takes it off"), || cleaned(&mut world));
     }
@@ -103,6 +117,118 @@ fn bypasses(world: &World, mode: &str) -> Result<()> {
                 "{to} {transport}: {there} flows to the other node, {count} packets past the stack"
             );
         }
+    }
+    Ok(())
+}
+
+/// Until both backends answer whoever asks the node port, and by the other node past the stack again.
+fn recovers(world: &World, family: Family, transport: Transport) -> Result<()> {
+    let to = external::at_node_port(world, family, transport);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    loop {
+        let before = bypassed(world)?;
+        let report = world.ask(world.outside(), &Ask { timeout: 1500, ..Ask::new(to, transport).times(6) })?;
+        let other = report.backends().contains_key("b2");
+        if report.errors().is_empty() && other && bypassed(world)? > before {
+            return Ok(());
+        }
+        ensure!(Instant::now() < deadline, "{to} {transport}: {:?} {:?}", report.errors(), report.backends());
+    }
+}
+
+/// The other node has another Ethernet address, and nobody says so: XDP alone would go on sending to the old one. Each transport by itself, since
+/// one that finds out does so for the others.
+fn neighbour(world: &World) -> Result<()> {
+    let [here, there] = [1, 2].map(|n| &world.node(n).place);
+    let link = here.namespace.output("ip", &["-o", "link", "show", "eth0"])?;
+    let own = link.split_whitespace().skip_while(|word| *word != "link/ether").nth(1).context("an Ethernet address")?;
+    here.namespace.sysctl(&[
+        ("ipv4/neigh/eth0/delay_first_probe_time", "1"),
+        ("ipv4/neigh/eth0/retrans_time_ms", "200"),
+        ("ipv6/neigh/eth0/delay_first_probe_time", "1"),
+        ("ipv6/neigh/eth0/retrans_time_ms", "200"),
+    ])?;
+    for family in Family::BOTH {
+        // It would ask by itself, and so be heard of.
+        let (ours, theirs) = (here.ip(family).to_string(), there.ip(family).to_string());
+        let quiet = ["neigh", "replace", &ours, "lladdr", own, "dev", "eth0", "nud", "permanent"];
+        there.namespace.output("ip", &quiet)?;
+        for transport in [Transport::Tcp, Transport::Udp] {
+            let stale = ["neigh", "replace", &theirs, "lladdr", "02:00:00:00:00:99", "dev", "eth0", "nud", "stale"];
+            here.namespace.output("ip", &stale)?;
+            recovers(world, family, transport)?;
+        }
+        there.namespace.output("ip", &["neigh", "del", &ours, "dev", "eth0"])?;
+    }
+    Ok(())
+}
+
+/// As long as there is a policy, whatever it is for; also for an agent that starts.
+fn ipsec(world: &mut World, mode: &str) -> Result<()> {
+    let policy = |world: &World, change: &str| {
+        let mut words = vec!["xfrm", "policy", change, "src", "192.0.2.0/24", "dst", "203.0.113.0/24", "dir", "out"];
+        if change == "add" {
+            words.extend(["tmpl", "src", "192.0.2.1", "dst", "203.0.113.1", "proto", "esp", "mode", "tunnel"]);
+        }
+        world.node(1).place.namespace.output("ip", &words)
+    };
+    policy(world, "add")?;
+    for restart in [false, true] {
+        if restart {
+            world.kill_agent(1)?;
+            world.start_agent(1, &options(mode))?;
+            world.node(1).wait_ready(Duration::from_secs(30))?;
+        }
+        settled(world, mode, false)?;
+        let status = world.cli(world.node(1), &["status"])?;
+        ensure!(status.contains("IPsec policies"), "{status}");
+        let before = bypassed(world)?;
+        for family in Family::BOTH {
+            let to = external::at_node_port(world, family, Transport::Tcp);
+            let report = world.ask(world.outside(), &Ask::new(to, Transport::Tcp).times(10))?;
+            ensure!(report.errors().is_empty(), "{:?}", report.errors());
+        }
+        let count = bypassed(world)? - before;
+        ensure!(count == 0, "{count} packets past the stack");
+    }
+    policy(world, "delete")?;
+    settled(world, mode, true)?;
+    recovers(world, Family::V4, Transport::Tcp)?;
+    // Nor does it wait for a cluster that cannot be reached: of a policy from before the start, and of one that comes then.
+    let path = world.objects_dir().with_file_name("nobody.yaml");
+    std::fs::write(&path, NOBODY).with_context(|| path.display().to_string())?;
+    let away = AgentOptions { kubeconfig: Some(path), ..options(mode) };
+    for before in [true, false] {
+        world.kill_agent(1)?;
+        if before {
+            policy(world, "add")?;
+        }
+        world.start_agent(1, &away)?;
+        if !before {
+            thread::sleep(Duration::from_secs(1));
+            recovers(world, Family::V4, Transport::Tcp)?;
+            policy(world, "add")?;
+        }
+        let deadline = Instant::now() + Duration::from_secs(20);
+        loop {
+            let earlier = bypassed(world)?;
+            let to = external::at_node_port(world, Family::V4, Transport::Tcp);
+            let report = world.ask(world.outside(), &Ask::new(to, Transport::Tcp).times(20))?;
+            ensure!(report.errors().is_empty(), "{:?}", report.errors());
+            let count = bypassed(world)? - earlier;
+            if count == 0 {
+                break;
+            }
+            ensure!(Instant::now() < deadline, "before the start: {before}; {count} packets past the stack");
+        }
+        let link = world.node(1).place.namespace.output("ip", &["-o", "link", "show", "eth0"])?;
+        ensure!(link.contains("xdp"), "nothing is taken off before the first full state");
+        policy(world, "delete")?;
+        world.kill_agent(1)?;
+        world.start_agent(1, &options(mode))?;
+        world.node(1).wait_ready(Duration::from_secs(30))?;
+        settled(world, mode, true)?;
+        recovers(world, Family::V4, Transport::Tcp)?;
     }
     Ok(())
 }

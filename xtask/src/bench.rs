@@ -5,7 +5,7 @@ use std::process::ExitCode;
 use anyhow::{Result, bail};
 use proxy_tests::extent::Extent;
 
-use crate::{build, build_ebpf, command};
+use crate::{build, build_ebpf, command, setup};
 
 pub fn run(extent: &Extent) -> Result<ExitCode> {
     let object = build_ebpf::object()?;
@@ -24,8 +24,15 @@ pub fn run(extent: &Extent) -> Result<ExitCode> {
     let mut bench = command::as_root(target.join("release/bench"), "measuring in network namespaces")?;
     bench.env("PROXY_EBPF_OBJECT", &object).arg("--out").arg(target.join("bench"));
     bench.args(extent.options());
-    if extent.wants("c3") {
+    if extent.wants("c3") || extent.wants("c11") {
         bench.arg("--agent").arg(build::agent()?);
+    }
+    if extent.wants("c11") {
+        match setup::kube_proxy() {
+            Ok(program) => drop(bench.arg("--kube-proxy").arg(program)),
+            // The measuring program says what that leaves out.
+            Err(error) => eprintln!("setup: no kube-proxy to measure: {error:#}"),
+        }
     }
     match bench.status()?.code() {
         // 1: a bar was missed. That is what measuring is for, and no failure of this command.

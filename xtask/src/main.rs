@@ -10,6 +10,7 @@ mod manifests;
 mod run;
 mod setup;
 mod test;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -28,6 +29,8 @@ enum Verb {
     Run(run::Args),
     /// Run the test suites and sum them up
     Test(test::Args),
+    /// Run what differs between kernels on others than this one, in emulated machines
+    Vm(vm::Args),
     /// Build target/release/proxy-agent with the eBPF programs inside
     Build,
     /// Build the eBPF object alone
@@ -45,6 +48,7 @@ fn main() -> ExitCode {
     let outcome = match verb {
         Verb::Run(args) => run::run(args),
         Verb::Test(args) => test::run(&args),
+        Verb::Vm(args) => vm::run(&args),
         Verb::Build => build::run(),
         Verb::BuildEbpf => build_ebpf::run(),
         Verb::Lint => lint::run(),

@@ -1,4 +1,4 @@
-//! `manifests`: renders the kustomize base and checks what can be checked without a cluster: it is YAML, names are unique and
+//! `manifests`: renders the kustomize base and what is built upon it, and checks what can be checked without a cluster: it is YAML, names are unique and
 //! resolve, the container asks for no more than it should, and every option in its arguments exists.
 
 use std::{collections::BTreeSet, process::ExitCode};
@@ -12,9 +12,13 @@ use crate::{
 };
 
 const BASE: &str = "manifests/base";
+const OVERLAYS: [&str; 2] = ["manifests/overlays/pod-annotations", IPTABLES];
+/// Legacy iptables asks the kernel by a raw socket.
+const IPTABLES: &str = "manifests/overlays/iptables";
 
 /// What the agent may hold beyond nothing (docs/kernels.md says for what).
 const CAPABILITIES: [&str; 3] = ["BPF", "NET_ADMIN", "PERFMON"];
+const CAPABILITIES_OF_IPTABLES: [&str; 4] = ["BPF", "NET_ADMIN", "NET_RAW", "PERFMON"];
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -26,26 +30,32 @@ pub struct Args {
 pub fn run(args: &Args) -> Result<ExitCode> {
     let Args { check } = args;
     setup::tools(&[setup::KUBECTL])?;
-    let text = output(command("kubectl").args(["kustomize", BASE]))?;
-    let objects: Vec<Value> = serde_saphyr::from_multiple(&text).context("the rendered manifests are no YAML")?;
     let help = help()?;
-    inspect(&objects, &help)?;
-    if *check {
-        println!("manifests: {} objects render and hold together", objects.len());
-    } else {
-        print!("{text}");
+    for directory in [BASE].into_iter().chain(OVERLAYS) {
+        let text = output(command("kubectl").args(["kustomize", directory]))?;
+        let objects: Vec<Value> = serde_saphyr::from_multiple(&text).context("the rendered manifests are no YAML")?;
+        let capabilities = if directory == IPTABLES { &CAPABILITIES_OF_IPTABLES[..] } else { &CAPABILITIES };
+        inspect(&objects, &help, capabilities).context(directory)?;
+        if *check {
+            println!("manifests: {directory}: {} objects render and hold together", objects.len());
+        } else if directory == BASE {
+            print!("{text}");
+        }
     }
     Ok(ExitCode::SUCCESS)
 }
 
-/// What `proxy-agent run --help` says, from a binary with no programs inside (its options are the same).
+/// What `proxy-agent run --help` says: the binary that `PROXY_AGENT_BIN` names, or one with no programs inside (its options are the same).
 fn help() -> Result<String> {
+    if let Some(agent) = std::env::var_os("PROXY_AGENT_BIN") {
+        return output(command(agent).args(["run", "--help"]));
+    }
     let mut cargo = command::cargo();
     cargo.args(["run", "--locked", "--quiet", "--package", "proxy-agent", "--", "run", "--help"]);
     output(&mut cargo)
 }
 
-fn inspect(objects: &[Value], help: &str) -> Result<()> {
+fn inspect(objects: &[Value], help: &str, capabilities: &[&str]) -> Result<()> {
     let mut names = BTreeSet::new();
     for object in objects {
         let kind = text(object, "/kind")?;
@@ -75,12 +85,12 @@ fn inspect(objects: &[Value], help: &str) -> Result<()> {
 
     let volumes: BTreeSet<&str> = list(daemon_set, "/spec/template/spec/volumes").iter().filter_map(name_of).collect();
     for container in list(daemon_set, "/spec/template/spec/containers") {
-        inspect_container(container, &volumes, help)?;
+        inspect_container(container, &volumes, help, capabilities)?;
     }
     Ok(())
 }
 
-fn inspect_container(container: &Value, volumes: &BTreeSet<&str>, help: &str) -> Result<()> {
+fn inspect_container(container: &Value, volumes: &BTreeSet<&str>, help: &str, capabilities: &[&str]) -> Result<()> {
     let name = text(container, "/name")?;
     let image = text(container, "/image")?;
     ensure!(
@@ -93,8 +103,8 @@ fn inspect_container(container: &Value, volumes: &BTreeSet<&str>, help: &str) ->
     }
     ensure!(container.pointer("/securityContext/privileged").is_none(), "container {name} asks to be privileged");
     for capability in list(container, "/securityContext/capabilities/add") {
-        let known = capability.as_str().is_some_and(|capability| CAPABILITIES.contains(&capability));
-        ensure!(known, "container {name} asks for capability {capability}, it should do with {CAPABILITIES:?}");
+        let known = capability.as_str().is_some_and(|capability| capabilities.contains(&capability));
+        ensure!(known, "container {name} asks for capability {capability}, it should do with {capabilities:?}");
     }
     let args = list(container, "/args");
     ensure!(args.first().is_some_and(|verb| verb == "run"), "container {name} does not start `proxy-agent run`");
@@ -137,7 +147,7 @@ mod tests {
             "securityContext": {"capabilities": {"add": ["BPF"]}}, "volumeMounts": [{"name": "v"}],
         });
         change(&mut container);
-        inspect_container(&container, &BTreeSet::from(["v"]), HELP)
+        inspect_container(&container, &BTreeSet::from(["v"]), HELP, &CAPABILITIES)
     }
 
     #[test]

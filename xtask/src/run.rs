@@ -137,11 +137,11 @@ pub fn run(args: Args) -> Result<ExitCode> {
     in_a_world(&args, programs)
 }
 
-/// Builds what runs in a world, unless the start before `sudo` did.
+/// Builds what runs in a world, unless `PROXY_AGENT_BIN` names it: the start before `sudo` does, and so may the caller.
 fn programs() -> Result<Programs> {
     setup::tools(&setup::WORLD)?;
     setup::tools(&setup::NETNS_SUITES[..1])?;
-    if std::env::var_os(BUILT).is_some() {
+    if std::env::var_os("PROXY_AGENT_BIN").is_some() {
         return Programs::find();
     }
     let agent = build::agent()?;
@@ -233,7 +233,10 @@ fn in_a_world(args: &Args, programs: Programs) -> Result<ExitCode> {
     let node_is_served = args.socket_lb() != SocketLb::Off;
     let places = if node_is_served { "a pod, a node and outside" } else { "a pod and outside" };
     say(args, &format!("asking {} frontends from {places}", plan.frontends.len()));
-    let report = ask::all(&world, &plan, node_is_served, args.tries.unwrap_or(TRIES))?;
+    let mut report = ask::all(&world, &plan, node_is_served, args.tries.unwrap_or(TRIES))?;
+    if args.source.is_none() && args.agent.is_empty() {
+        report.requires_every_kind();
+    }
     match args.output() {
         Output::Table => print!("{}", report.table()),
         Output::Json => println!("{}", serde_json::to_string_pretty(&report)?),

@@ -32,13 +32,29 @@ pub const WORLD: [Tool; 2] = [
 ];
 
 /// What the namespace suites compare with and look through.
-pub const NETNS_SUITES: [Tool; 6] = [
+pub const NETNS_SUITES: [Tool; 7] = [
     Tool { program: "nft", package: "nftables", why: "rules of kube-proxy's kind beside ours" },
     Tool { program: "iptables", package: "iptables", why: "network policies as CNIs write them" },
+    Tool { program: "ipset", package: "ipset", why: "sets as others, and kube-proxy's IPVS mode, have them" },
     Tool { program: "conntrack", package: "conntrack", why: "shows what the kernel's own table saw" },
     Tool { program: "ethtool", package: "ethtool", why: "switches off checksum offload on test links" },
     Tool { program: "strace", package: "strace", why: "shows what the agent writes to maps" },
     Tool { program: "tcpdump", package: "tcpdump", why: "shows packets where a test failed" },
+];
+
+/// For machines with other kernels.
+pub const VM: [Tool; 4] = [
+    Tool { program: "qemu-system-x86_64", package: "qemu-system-x86", why: "emulates a machine for another kernel" },
+    Tool { program: "modprobe", package: "kmod", why: "loads modules inside it" },
+    Tool { program: "ipvsadm", package: "ipvsadm", why: "reads inside it what our codec wrote" },
+    Tool { program: "strip", package: "binutils", why: "makes programs small that go into it" },
+];
+
+/// For fetching a kernel.
+pub const VM_KERNELS: [Tool; 3] = [
+    Tool { program: "dpkg-deb", package: "dpkg", why: "unpacks a kernel's package" },
+    Tool { program: "xz", package: "xz-utils", why: "unpacks a kernel's modules" },
+    Tool { program: "depmod", package: "kmod", why: "says which modules need which" },
 ];
 
 pub const ETCD: Tool = Tool { program: "etcd", package: "etcd-server", why: "storage of the test API server" };
@@ -69,16 +85,22 @@ fn apt_install(packages: &[&str]) -> Result<()> {
     if find("apt-get").is_none() {
         bail!("there is no apt-get here: install the equivalent of `{names}` yourself and run this again");
     }
-    let apt = |args: &[&str]| -> Result<Command> {
-        let mut apt = command::as_root("env", &format!("installing {names}"))?;
-        apt.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=300"]).args(args);
-        apt.stdin(Stdio::null()).stdout(Stdio::null());
-        Ok(apt)
-    };
-    check(&mut apt(&["update"])?).context("cannot refresh the package lists: is there a way to the package mirror?")?;
-    let mut install = apt(&["install", "--no-install-recommends"])?;
+    apt_update()?;
+    let mut install = apt(&["install", "--no-install-recommends"], &format!("installing {names}"))?;
     check(install.args(packages))
         .with_context(|| format!("cannot install {names}: install them yourself and run this again"))
+}
+
+fn apt(args: &[&str], why: &str) -> Result<Command> {
+    let mut apt = command::as_root("env", why)?;
+    apt.args(["DEBIAN_FRONTEND=noninteractive", "apt-get", "-q", "-y", "-o", "DPkg::Lock::Timeout=300"]).args(args);
+    apt.stdin(Stdio::null()).stdout(Stdio::null());
+    Ok(apt)
+}
+
+pub fn apt_update() -> Result<()> {
+    check(&mut apt(&["update"], "refreshing the package lists")?)
+        .context("cannot refresh the package lists: is there a way to the package mirror?")
 }
 
 /// What builds eBPF here.
@@ -247,7 +269,7 @@ fn bpf_linker() -> Result<()> {
         }
         return Ok(());
     }
-    cargo_install("bpf-linker", BPF_LINKER, &[], "links the eBPF object; takes a minute or two")
+    cargo_install("bpf-linker", BPF_LINKER, "links the eBPF object; takes a minute")
 }
 
 /// Reads the `deny.toml` and the lock file of this workspace; needs Rust 1.88 itself.
@@ -258,21 +280,20 @@ pub fn cargo_deny() -> Result<()> {
     if find("cargo-deny").is_some() {
         return Ok(());
     }
-    // Not optimised: built in less than half the time, and what it does here takes two seconds then.
-    let quick = ["--debug", "--config", "profile.dev.debug=false"];
-    cargo_install("cargo-deny", CARGO_DENY, &quick, "checks licences and banned crates; takes a minute or two, once")
+    cargo_install("cargo-deny", CARGO_DENY, "checks licences and banned crates; takes a minute or two, once")
 }
 
-fn cargo_install(program: &str, version: &str, args: &[&str], why: &str) -> Result<()> {
+/// Not optimised: built in less than half the time, and what these do here takes seconds all the same (linking is LLVM's work).
+fn cargo_install(program: &str, version: &str, why: &str) -> Result<()> {
     eprintln!("setup: installing {program} {version} with cargo ({why})");
     // Its own target directory, so that a cached `target/` makes a second machine quick.
     let target_dir = command::target_dir().join(program);
     fs::create_dir_all(&target_dir).with_context(|| format!("cannot create {}", target_dir.display()))?;
     check(
         command::cargo()
-            .args(["install", "--locked", "--quiet", "--version", version, program, "--target-dir"])
+            .args(["install", "--locked", "--quiet", "--debug", "--config", "profile.dev.debug=false"])
+            .args(["--version", version, program, "--target-dir"])
             .arg(&target_dir)
-            .args(args)
             .env_remove("RUSTFLAGS"),
     )
     .with_context(|| format!("cannot install {program}; `cargo install {program}@{version} --locked` shows why"))?;
@@ -282,29 +303,51 @@ fn cargo_install(program: &str, version: &str, args: &[&str], why: &str) -> Resu
     Ok(())
 }
 
+/// Kubernetes' own programs that the suites start, as long as they are to be built.
+pub struct Servers {
+    builds: Vec<(&'static str, &'static str)>,
+    go: Option<PathBuf>,
+}
+
 /// What the API server suite and the conformance suite run: kubectl, conntrack, etcd, kube-apiserver and kube-proxy. The servers
-/// come out of KUBEBUILDER_ASSETS; else etcd from the distribution, and kube-apiserver built with Go, here and not within the
-/// suite's time limit. kube-proxy is built, too, unless KUBE_PROXY_BIN names one.
+/// come out of KUBEBUILDER_ASSETS; else etcd from the distribution, and kube-apiserver built with Go, not within the suite's time
+/// limit. kube-proxy is built, too, unless KUBE_PROXY_BIN names one.
 ///
-/// Where they cannot be had the suites skip, which fails in CI: this says why, and ends nothing that could run without them.
-pub fn api_server() -> Result<()> {
+/// Installs all but what is built; that takes [`Servers::build`], beside whatever else there is to do.
+pub fn api_server() -> Result<Servers> {
     tools(&[KUBECTL])?;
     tools(&NETNS_SUITES)?;
     let given = |name: &str| std::env::var_os(name).is_some();
-    let missing = |what: &str, variable: &str, error: &anyhow::Error| {
-        eprintln!("setup: no {what} to test with: {error:#}\nsetup: or point {variable} at what you have");
-    };
+    let mut builds = Vec::new();
     if !given("KUBEBUILDER_ASSETS") {
         tools(&[ETCD])?;
-        if let Err(error) = apiserver::build_with("kube-apiserver", go::program) {
-            missing("API server", "KUBEBUILDER_ASSETS (a directory with etcd and kube-apiserver)", &error);
-            return Ok(());
+        builds.push(("kube-apiserver", "KUBEBUILDER_ASSETS (a directory with etcd and kube-apiserver)"));
+    }
+    if !given("KUBE_PROXY_BIN") {
+        builds.push(("kube-proxy", "KUBE_PROXY_BIN (the program)"));
+    }
+    let mut missing = false;
+    for (program, _) in &builds {
+        missing |= !apiserver::is_built(program)?;
+    }
+    let go = if missing { go::program().inspect_err(|error| eprintln!("setup: no Go: {error:#}")).ok() } else { None };
+    Ok(Servers { builds, go })
+}
+
+impl Servers {
+    /// What cannot be had lets suites skip, which fails in CI: this says why, and ends nothing that could run without it.
+    pub fn build(self) {
+        for (program, variable) in self.builds {
+            let go = || self.go.clone().context("there is no Go to build it with");
+            if let Err(error) = apiserver::build_with(program, go) {
+                eprintln!("setup: no {program} to test with: {error:#}\nsetup: or point {variable} at what you have");
+            }
         }
     }
-    if !given("KUBE_PROXY_BIN")
-        && let Err(error) = apiserver::build_with("kube-proxy", go::program)
-    {
-        missing("kube-proxy", "KUBE_PROXY_BIN (the program)", &error);
-    }
-    Ok(())
+}
+
+/// The one that `KUBE_PROXY_BIN` names, else built with Go.
+pub fn kube_proxy() -> Result<PathBuf> {
+    std::env::var_os("KUBE_PROXY_BIN")
+        .map_or_else(|| apiserver::build_with("kube-proxy", go::program), |given| Ok(PathBuf::from(given)))
 }

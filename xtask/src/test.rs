@@ -1,27 +1,31 @@
 //! `test`: every suite, summed up.
 //!
-//! One `cargo test --no-run` builds all test programs and the agent itself in one profile; they are then run one by one
-//! from here, so that each suite gets what it needs (root, one thread) and what they print can be counted. A skip is never
-//! a pass: a test that prints a line `SKIP <what>: <why>` counts as skipped, and in CI only skips listed in
-//! `tests/skips.txt` are accepted.
+//! One `cargo test --no-run` builds all test programs and the agent itself in one profile; they are then run from here, so
+//! that each suite gets what it needs (root, one thread) and what they print can be counted. A skip is never a pass: a test
+//! that prints a line `SKIP <what>: <why>` counts as skipped, and in CI only skips listed in `tests/skips.txt` are accepted.
+//!
+//! Pure tests use every CPU and run one program after the other. Worlds mostly wait, and each has namespaces, cgroups and
+//! pins of its own, so several of those programs run side by side.
 
 mod libtest;
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     fs,
     io::{BufRead as _, BufReader, Write as _},
+    num::NonZeroUsize,
     path::{Path, PathBuf},
     process::{Child, Command, ExitCode, Stdio},
-    sync::mpsc,
+    sync::{Mutex, PoisonError, mpsc},
+    thread::JoinHandle,
     time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
-use self::libtest::{Outcome, Parser};
-use crate::{build_ebpf, command, setup};
+pub(crate) use self::libtest::{Outcome, Parser};
+use crate::{build_ebpf, command, setup, vm::Machines};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -34,8 +38,16 @@ pub struct Args {
     filter: Option<String>,
 
     /// Minutes that one test program may take before it is ended and counted as failed
-    #[arg(long, value_name = "MINUTES", default_value_t = 15)]
+    #[arg(long, value_name = "MINUTES", default_value_t = 30)]
     limit: u64,
+
+    /// How many test programs run side by side, pure ones excepted [default: one more than there are CPUs, 4 at most]
+    #[arg(long, value_name = "N")]
+    lanes: Option<NonZeroUsize>,
+
+    /// Kernels, by series, that machines run beside the worlds with, as `cargo xtask vm --kernel` does
+    #[arg(long, value_name = "SERIES", conflicts_with = "filter")]
+    vm: Vec<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
@@ -49,7 +61,7 @@ enum Selection {
 
 /// What a test program belongs to; [`Suite::of`] says by which names.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-enum Suite {
+pub(crate) enum Suite {
     /// Pure and property tests of every crate; needs no root and no BPF toolchain.
     Unit,
     /// The eBPF programs alone: packets through `BPF_PROG_TEST_RUN`, sockets in a cgroup of their own.
@@ -78,7 +90,7 @@ impl Suite {
         }
     }
 
-    fn name(self) -> &'static str {
+    pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Unit => "unit",
             Self::Prog => "prog",
@@ -107,53 +119,50 @@ impl Suite {
 const PURE: [&str; 9] = ["cli", "config", "desired", "floors", "model", "plan", "serve", "source", "sync"];
 
 /// A test program that cargo built.
-struct Program {
-    suite: Suite,
-    name: String,
-    executable: PathBuf,
+pub(crate) struct Program {
+    pub(crate) suite: Suite,
+    /// `<directory of its crate>/<target>`
+    pub(crate) name: String,
+    pub(crate) executable: PathBuf,
     /// Directory of its crate: where cargo would have started it.
-    package: PathBuf,
+    pub(crate) package: PathBuf,
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let Args { suite: selection, filter, limit } = args;
+    let Args { suite: selection, filter, limit, lanes, vm: series } = args;
     let suites: Vec<Suite> = Suite::ALL.into_iter().filter(|suite| suite.is_selected(*selection)).collect();
+    let servers = suites.contains(&Suite::Api).then(setup::api_server).transpose()?;
     let object = prepare(&suites)?;
-    let Built { mut programs, binaries } = build(object.as_deref())?;
-    programs.retain(|program| suites.contains(&program.suite));
+    // Minutes where Go has nothing cached; only the suites that start these wait for it.
+    let servers = servers.map(|servers| std::thread::spawn(|| servers.build()));
+    let machines = Machines::bring(series);
+    let built = build(object.as_deref())?;
+    let mut programs: Vec<&Program> = built.programs.iter().filter(|program| suites.contains(&program.suite)).collect();
     programs.sort_by(|a, b| (a.suite, &a.name).cmp(&(b.suite, &b.name)));
 
     let logs = command::target_dir().join("test-logs");
     fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
-    let limit = Duration::from_secs(limit * 60);
-    let mut sums: BTreeMap<Suite, (Outcome, Duration)> =
-        suites.iter().map(|suite| (*suite, Default::default())).collect();
-    let mut add = |suite: Suite, outcome: Outcome, took: Duration| {
-        let (sum, time) = sums.entry(suite).or_default();
-        sum.add(outcome);
-        *time += took;
-    };
-
-    for program in &programs {
+    let mut pure = Vec::new();
+    // The last suite has the programs that take longest: those begin first.
+    let mut worlds = VecDeque::new();
+    for program in programs {
         let mut test = if program.suite.needs_root() {
             command::as_root(&program.executable, &format!("the {} suite", program.suite.name()))?
         } else {
             command::command(&program.executable)
         };
         test.args(["--show-output", "--color=never"]).args(filter);
-        if program.suite.needs_root() {
-            // Worlds share the kernel's maps, cgroups and CPUs: side by side they would only measure each other.
-            test.arg("--test-threads=1");
-        }
         test.current_dir(&program.package).env("CARGO_MANIFEST_DIR", &program.package);
-        test.envs(&binaries);
+        test.envs(&built.binaries);
         if let Some(object) = &object {
             test.env(build_ebpf::OBJECT_VARIABLE, object);
         }
-        let name = format!("{} {}", program.suite.name(), program.name);
-        let start = Instant::now();
-        let outcome = run_program(&name, test, &logs, limit)?;
-        add(program.suite, outcome, start.elapsed());
+        let job = Job { suite: program.suite, name: program.name.clone(), command: test };
+        if program.suite.needs_root() {
+            worlds.push_front(job);
+        } else {
+            pure.push(job);
+        }
     }
     if suites.contains(&Suite::Unit) {
         // The same packages as above, so that cargo unifies the same features and builds nothing twice.
@@ -163,14 +172,104 @@ pub fn run(args: &Args) -> Result<ExitCode> {
             doc.env(build_ebpf::OBJECT_VARIABLE, object);
         }
         doc.args(["--", "--show-output", "--color=never"]).args(filter);
-        let start = Instant::now();
-        let outcome = run_program("unit doc", doc, &logs, limit)?;
-        add(Suite::Unit, outcome, start.elapsed());
+        pure.push(Job { suite: Suite::Unit, name: "doc".to_owned(), command: doc });
     }
-    report(&sums, filter.is_some(), &logs)
+    for Job { command, .. } in &mut worlds {
+        // Within a program tests share worlds or load programs: one after the other.
+        command.arg("--test-threads=1");
+    }
+
+    let runner = Runner { logs, limit: Duration::from_secs(limit * 60), servers, done: Mutex::default() };
+    runner.all(pure.into(), NonZeroUsize::MIN)?;
+    let beside = std::thread::scope(|scope| {
+        let beside = scope.spawn(|| machines?.beside(&built, object.as_deref()));
+        runner.all(worlds, lanes.unwrap_or_else(default_lanes))?;
+        let beside = beside.join().unwrap_or_else(|_| bail!("what watches over the virtual machines panicked"));
+        Ok::<_, anyhow::Error>(beside.unwrap_or_else(|error| vec![Row::failed("vm", &error)]))
+    })?;
+    let Runner { logs, done, .. } = runner;
+    let done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let row = |suite: &Suite| {
+        let mut row = Row { name: suite.name().to_owned(), outcome: Outcome::default(), took: Duration::ZERO };
+        for (_, outcome, took) in done.iter().filter(|(of, ..)| of == suite) {
+            row.outcome.add(outcome.clone());
+            row.took += *took;
+        }
+        row
+    };
+    let rows: Vec<Row> = suites.iter().map(row).chain(beside).collect();
+    report(&rows, filter.is_some(), &logs)
 }
 
-/// Brings what the suites need. The object is only built where something loads it.
+/// Two that wait leave most of two CPUs idle.
+fn default_lanes() -> NonZeroUsize {
+    let most = NonZeroUsize::MIN.saturating_add(3);
+    std::thread::available_parallelism().map_or(NonZeroUsize::MIN, |cpus| cpus.saturating_add(1).min(most))
+}
+
+/// A test program to run.
+struct Job {
+    suite: Suite,
+    name: String,
+    command: Command,
+}
+
+struct Runner {
+    logs: PathBuf,
+    limit: Duration,
+    /// Builds what the `api` suite starts.
+    servers: Option<JoinHandle<()>>,
+    done: Mutex<Vec<(Suite, Outcome, Duration)>>,
+}
+
+impl Runner {
+    /// Runs them in their order, as many at a time as there are lanes; what has to wait comes later.
+    fn all(&self, jobs: VecDeque<Job>, lanes: NonZeroUsize) -> Result<()> {
+        let side_by_side = lanes > NonZeroUsize::MIN && jobs.len() > 1;
+        let jobs = Mutex::new(jobs);
+        let next = || {
+            let since = Instant::now();
+            loop {
+                let mut jobs = jobs.lock().unwrap_or_else(PoisonError::into_inner);
+                if jobs.is_empty() {
+                    return None;
+                }
+                // Whatever holds Go up, the suites say what they miss.
+                let is_late = since.elapsed() > self.limit;
+                if let Some(ready) = jobs.iter().position(|job| is_late || self.is_ready(job)) {
+                    return jobs.remove(ready);
+                }
+                drop(jobs);
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        };
+        let lane = || -> Result<()> {
+            while let Some(Job { suite, name, command }) = next() {
+                let name = format!("{} {name}", suite.name());
+                let started = Instant::now();
+                let prefix = if side_by_side { format!("{name} | ") } else { String::new() };
+                let outcome = run_program(&name, command, &self.logs, self.limit, &prefix)?;
+                let took = started.elapsed();
+                self.done.lock().unwrap_or_else(PoisonError::into_inner).push((suite, outcome, took));
+            }
+            Ok(())
+        };
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (1..lanes.get()).map(|_| scope.spawn(lane)).collect();
+            let mut ended = lane();
+            for other in others {
+                ended = ended.and(other.join().unwrap_or_else(|_| bail!("a lane of test programs panicked")));
+            }
+            ended
+        })
+    }
+
+    fn is_ready(&self, job: &Job) -> bool {
+        job.suite != Suite::Api || self.servers.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+}
+
+/// Brings what the suites need, but for an API server. The object is only built where something loads it.
 fn prepare(suites: &[Suite]) -> Result<Option<PathBuf>> {
     if suites.iter().any(|suite| suite.needs_root()) {
         setup::tools(&setup::WORLD)?;
@@ -178,16 +277,13 @@ fn prepare(suites: &[Suite]) -> Result<Option<PathBuf>> {
     if suites.contains(&Suite::Netns) {
         setup::tools(&setup::NETNS_SUITES)?;
     }
-    if suites.contains(&Suite::Api) {
-        setup::api_server()?;
-    }
     if suites == [Suite::Unit] { Ok(None) } else { build_ebpf::object().map(Some) }
 }
 
-struct Built {
-    programs: Vec<Program>,
+pub(crate) struct Built {
+    pub(crate) programs: Vec<Program>,
     /// Ordinary programs that tests start: `PROXY_AGENT_BIN`, `PROXY_TESTPOD_BIN` … and where they are.
-    binaries: BTreeMap<String, PathBuf>,
+    pub(crate) binaries: BTreeMap<String, PathBuf>,
 }
 
 #[derive(Deserialize)]
@@ -211,7 +307,7 @@ struct Profile {
 }
 
 /// Builds every test program, and the agent with them (cargo builds a crate's binaries for its integration tests).
-fn build(object: Option<&Path>) -> Result<Built> {
+pub(crate) fn build(object: Option<&Path>) -> Result<Built> {
     let mut cargo = command::cargo();
     cargo.args(["test", "--locked", "--no-run", "--quiet", "--message-format=json-render-diagnostics"]);
     if let Some(object) = object {
@@ -243,8 +339,8 @@ fn build(object: Option<&Path>) -> Result<Built> {
     Ok(built)
 }
 
-/// Runs one test program; all it prints goes to a log, progress and failures to the terminal.
-fn run_program(name: &str, mut test: Command, logs: &Path, limit: Duration) -> Result<Outcome> {
+/// Runs one test program; all it prints goes to a log, progress and failures to the terminal, each line behind `prefix`.
+fn run_program(name: &str, mut test: Command, logs: &Path, limit: Duration, prefix: &str) -> Result<Outcome> {
     let path = logs.join(format!("{}.log", name.replace([' ', '/'], "-")));
     let mut log = fs::File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
     println!("\n== {name}");
@@ -273,7 +369,7 @@ fn run_program(name: &str, mut test: Command, logs: &Path, limit: Duration) -> R
             Ok(line) => {
                 writeln!(log, "{line}")?;
                 if let Some(show) = parser.line(&line) {
-                    println!("{show}");
+                    println!("{prefix}{show}");
                 }
             }
             Err(mpsc::RecvTimeoutError::Disconnected) => break Some(child.wait()?),
@@ -295,7 +391,7 @@ fn run_program(name: &str, mut test: Command, logs: &Path, limit: Duration) -> R
     };
     let outcome = parser.finish(trouble);
     if !outcome.failures.is_empty() {
-        println!("   everything it printed: {}", path.display());
+        println!("{prefix}   everything it printed: {}", path.display());
     }
     Ok(outcome)
 }
@@ -306,18 +402,31 @@ fn end(child: &mut Child) -> Result<()> {
     Ok(())
 }
 
+/// A line of the table.
+pub(crate) struct Row {
+    pub(crate) name: String,
+    pub(crate) outcome: Outcome,
+    pub(crate) took: Duration,
+}
+
+impl Row {
+    fn failed(name: &str, error: &anyhow::Error) -> Self {
+        let outcome = Outcome { failures: vec![format!("{name}: {error:#}")], ..Outcome::default() };
+        Self { name: name.to_owned(), outcome, took: Duration::ZERO }
+    }
+}
+
 /// The table, the skips, the failures, and the line that CI reads.
-fn report(sums: &BTreeMap<Suite, (Outcome, Duration)>, filtered: bool, logs: &Path) -> Result<ExitCode> {
+pub(crate) fn report(rows: &[Row], filtered: bool, logs: &Path) -> Result<ExitCode> {
     let mut total = Outcome::default();
-    println!("\n{:<8}{:>8}{:>8}{:>9}{:>9}", "suite", "passed", "failed", "skipped", "seconds");
-    for (suite, (outcome, took)) in sums {
+    println!("\n{:<12}{:>8}{:>8}{:>9}{:>9}", "suite", "passed", "failed", "skipped", "seconds");
+    for Row { name, outcome, took } in rows {
         let mut outcome = outcome.clone();
         if outcome.is_empty() && !filtered {
-            outcome.failures.push(format!("{}: this suite ran no test", suite.name()));
+            outcome.failures.push(format!("{name}: this suite ran no test"));
         }
         println!(
-            "{:<8}{:>8}{:>8}{:>9}{:>9.1}",
-            suite.name(),
+            "{name:<12}{:>8}{:>8}{:>9}{:>9.1}",
             outcome.passed,
             outcome.failures.len(),
             outcome.skips.len(),

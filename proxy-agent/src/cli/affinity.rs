@@ -89,7 +89,7 @@ impl Row for Affinity {
 }
 
 pub fn execute(args: list::Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
-    let opened = args.pins.open()?;
+    let opened = args.pins.open("in nftables mode `nft list set ip proxy-agent affinity` has the clients")?;
     let rows = rows(opened.affinities()?, &opened.frontends()?, opened.node_netns_cookie()?);
     args.show(rows, |row| (&row.service, &row.vips), out)
 }
@@ -105,6 +105,7 @@ struct Port {
 fn rows(entries: Vec<AffinityEntry>, frontends: &[Frontend], node: u64) -> Vec<Affinity> {
     let mut ports: BTreeMap<u32, Port> = BTreeMap::new();
     for Frontend { service_id, frontend, all, local, affinity_secs, .. } in frontends {
+        let Some(service_id) = service_id else { continue };
         let port = ports.entry(*service_id).or_default();
         port.timeout_secs = port.timeout_secs.max(*affinity_secs);
         port.vips.insert(frontend.address);
@@ -177,7 +178,7 @@ mod tests {
     /// One port with affinity, one without.
     fn some_sticky() -> Vec<Frontend> {
         let mut all = frontends();
-        for frontend in all.iter_mut().filter(|frontend| frontend.service_id == 3) {
+        for frontend in all.iter_mut().filter(|frontend| frontend.service_id == Some(3)) {
             frontend.service = "default/sticky".into();
             frontend.all.backends = vec![Endpoint::from("10.1.1.3:8080".parse::<std::net::SocketAddr>().unwrap())];
         }

@@ -9,8 +9,9 @@ use super::{
     filter::ServiceName,
     list,
     output::{Column, Row},
-    pins::{Frontend, Range},
-    shapes::{self, Endpoint, FrontendAddress},
+    pins::{Frontend, Knows, Range},
+    services,
+    shapes::{self, Endpoint, FrontendAddress, blank},
 };
 use crate::desired::Algorithm;
 
@@ -25,8 +26,8 @@ pub struct Backend {
     pub frontend: FrontendAddress,
     /// Also in the set that local traffic policies pick from.
     pub local: bool,
-    /// Where the frontend's slots are.
-    pub slots: Slots,
+    /// Where the frontend's slots are; absent where there are none, in other modes than eBPF.
+    pub slots: Option<Slots>,
     pub algorithm: Algorithm,
     #[serde(skip)]
     pub service: String,
@@ -50,16 +51,24 @@ impl Row for Backend {
         Column::new("FRONTEND", |b| b.frontend.to_string()),
         Column::wide("LOCAL", |b| if b.local { "yes".to_owned() } else { String::new() }),
         Column::wide("SLOTS", |b| {
-            let Slots { base, count, .. } = b.slots;
-            format!("{base}-{}", base.saturating_add(u32::from(count.saturating_sub(1))))
+            let slots = |Slots { base, count, .. }| {
+                format!("{base}-{}", u32::saturating_add(base, u32::from(u16::saturating_sub(count, 1))))
+            };
+            blank(b.slots.map(slots))
         }),
-        Column::wide("GENERATION", |b| b.slots.generation.to_string()),
-        Column::wide("ALGORITHM", |b| shapes::algorithm(b.algorithm, [b.slots.maglev_table, None])),
+        Column::wide("GENERATION", |b| blank(b.slots.map(|slots| slots.generation))),
+        Column::wide("ALGORITHM", |b| {
+            shapes::algorithm(b.algorithm, [b.slots.and_then(|slots| slots.maglev_table), None])
+        }),
     ];
 }
 
 pub fn execute(args: list::Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
-    let rows = rows(args.pins.open()?.frontends()?);
+    let frontends = match args.pins.knows()? {
+        Knows::Pins(opened) => opened.frontends()?,
+        Knows::Agent(addr, _) => services::in_force(addr)?,
+    };
+    let rows = rows(frontends);
     args.show(rows, |row| (&row.service, slice::from_ref(&row.frontend.address)), out)
 }
 
@@ -71,7 +80,7 @@ fn rows(frontends: Vec<Frontend>) -> Vec<Backend> {
 }
 
 fn of_frontend(frontend: &Frontend) -> Vec<Backend> {
-    let Frontend { service, frontend, all, local, algorithm, .. } = frontend;
+    let Frontend { service, service_id, frontend, all, local, algorithm, .. } = frontend;
     let name = ServiceName::parse(service);
     // A backend may be local only: a terminating one, kept for local traffic while others serve the rest.
     let only_local = local.backends.iter().filter(|backend| !all.backends.contains(backend)).map(|b| (b, local));
@@ -85,7 +94,7 @@ fn of_frontend(frontend: &Frontend) -> Vec<Backend> {
             port_name: name.port.to_owned(),
             frontend: *frontend,
             local: local.backends.contains(backend),
-            slots: Slots { base, count, generation, maglev_table: table },
+            slots: service_id.map(|_| Slots { base, count, generation, maglev_table: table }),
             algorithm: *algorithm,
             service: service.clone(),
         }

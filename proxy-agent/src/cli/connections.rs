@@ -98,7 +98,8 @@ impl Row for Connection {
 }
 
 pub fn execute(args: list::Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
-    let rows = flows(args.pins.open()?.connections()?);
+    let rows =
+        flows(args.pins.open("in nftables mode the kernel tracks them: `conntrack -L --dst-nat`")?.connections()?);
     args.show(rows, |row| (&row.service, vips(row)), out)
 }
 

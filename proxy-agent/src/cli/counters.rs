@@ -136,6 +136,7 @@ const fn meaning(reason: Reason) -> &'static str {
         Reason::RejectLimited => "more refusals than are sent in a second; the packet was dropped silently",
         Reason::SourceRange => "a new flow from outside the ranges that its Service may be asked from",
         Reason::Bypassed => "packets that XDP sent on past the stack",
+        Reason::LostConnection => "TCP of a connection to a VIP that has lost its entries; reset",
         Reason::RemapExhausted => "no source port left for a flow whose reply tuple was taken",
     }
 }
@@ -143,7 +144,7 @@ const fn meaning(reason: Reason) -> &'static str {
 pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let Args { namespace, service, sort, output, pins } = args;
     let filter = Filter { namespace, service, vip: None };
-    let opened = pins.open()?;
+    let opened = pins.open("in nftables mode nothing is counted per Service; flows that were ended are in /metrics")?;
     let mut services = opened.service_counters()?;
     services.retain(|row| filter.admits(&row.service, &[]));
     output::sort(&mut services, &sort)?;

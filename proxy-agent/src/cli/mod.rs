@@ -128,7 +128,7 @@ mod tests {
     fn usage_errors_are_found_before_anything_is_done() {
         for (args, kind) in [
             (&["run", "--source", "a", "--kubeconfig", "b"][..], ErrorKind::ArgumentConflict),
-            (&["run", "--proxy-mode", "ipvs"], ErrorKind::ValueValidation),
+            (&["run", "--proxy-mode", "IPVS"], ErrorKind::ValueValidation),
             (&["run", "--masquerade-ports", "9-1"], ErrorKind::ValueValidation),
             (&["run", "--sync-period", "30"], ErrorKind::ValueValidation),
             (&["run", "--socket-lb", "some"], ErrorKind::InvalidValue),
@@ -153,7 +153,7 @@ mod tests {
             (&["run", "--external-ips=false", "--iptables-localhost-nodeports=false"], [false, false]),
         ] {
             let Ok(Cli { verb: Verb::Run(parsed) }) = parse(args) else { panic!("{args:?}") };
-            assert_eq!([parsed.external_ips, parsed.iptables_localhost_nodeports], on, "{args:?}");
+            assert_eq!([parsed.external_ips, parsed.iptables_localhost_nodeports.unwrap_or(true)], on, "{args:?}");
         }
         assert_eq!(parse(&["run", "--external-ips=maybe"]).map(|_| ()), Err(ErrorKind::InvalidValue));
         assert_eq!(parse(&["run", "--external-ips", "false"]).map(|_| ()), Err(ErrorKind::UnknownArgument));

@@ -1,7 +1,8 @@
 //! The pinned maps as the readers see them: what `dataplane::ebpf::read` hands out, named and in the shapes that are printed.
 
-use std::path::PathBuf;
+use std::{net::SocketAddr, path::PathBuf};
 
+use anyhow::bail;
 use clap::Args as ClapArgs;
 
 use super::{
@@ -12,9 +13,12 @@ use super::{
 };
 use crate::{
     config::{BPFFS, Bind, METRICS_PORT},
-    dataplane::ebpf::read::{AffinityEntry, ConnectionEntry, FrontendRow, Pins, RangeRow, ReadError, VerdictRow},
+    dataplane::{
+        ebpf::read::{AffinityEntry, ConnectionEntry, FrontendRow, Pins, RangeRow, ReadError, VerdictRow},
+        select::Mode,
+    },
     desired::{Algorithm, Verdicts},
-    status::report::{Hook, MapFill, Report},
+    status::report::{Hook, InForce, MapFill, Report},
 };
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -31,7 +35,8 @@ pub struct PinsArgs {
 pub struct Frontend {
     /// `namespace/name:port`.
     pub service: String,
-    pub service_id: u32,
+    /// Only pinned maps have one.
+    pub service_id: Option<u32>,
     pub kind: String,
     pub frontend: FrontendAddress,
     pub all: Range,
@@ -65,9 +70,53 @@ pub struct Agent {
 /// Pins, open for reading.
 pub struct Opened(Pins);
 
+/// Who knows what is in force here.
+pub enum Knows {
+    Pins(Opened),
+    /// An agent in a mode that pins nothing.
+    Agent(SocketAddr, Box<Report>),
+}
+
 impl PinsArgs {
-    pub fn open(&self) -> anyhow::Result<Opened> {
-        Ok(Opened(Pins::open(&self.bpffs)?))
+    /// Pins that an agent holds come first, then an agent that has none, then pins that an agent left.
+    pub fn knows(&self) -> anyhow::Result<Knows> {
+        let opened = self.open_if_there()?;
+        match opened {
+            Some(opened) if opened.is_in_force() && self.retires_pins().is_none() => Ok(Knows::Pins(opened)),
+            opened => match (self.unpinned(), opened) {
+                (Some((addr, report)), _) => Ok(Knows::Agent(addr, Box::new(report))),
+                // What is in force is not in them.
+                (None, Some(opened)) if opened.0.is_retired() => bail!(
+                    "{}: another mode has taken over, and its agent does not answer; give --metrics-bind-address as the agent has it",
+                    self.bpffs.display()
+                ),
+                (None, Some(opened)) => Ok(Knows::Pins(opened)),
+                (None, None) => Err(ReadError::Nothing(self.bpffs.clone()).into()),
+            },
+        }
+    }
+
+    /// An agent of this network namespace that pins nothing.
+    pub fn unpinned(&self) -> Option<(SocketAddr, Report)> {
+        let addr = self.metrics_bind_address.socket(METRICS_PORT)?;
+        let report = agent::report(addr).ok()?;
+        report.bpffs.is_none().then_some((addr, report))
+    }
+
+    /// The same, where it holds pins that an agent in another mode left, until their last flow is over.
+    pub fn retires_pins(&self) -> Option<(SocketAddr, Report)> {
+        let has = |report: &Report| report.retiring.iter().any(|one| one.mode == Mode::Ebpf.name());
+        self.unpinned().filter(|(_, report)| has(report))
+    }
+
+    /// Of what only pinned maps hold; `elsewhere` says where else it is to be found.
+    pub fn open(&self, elsewhere: &str) -> anyhow::Result<Opened> {
+        match self.knows()? {
+            Knows::Pins(opened) => Ok(opened),
+            Knows::Agent(_, report) => {
+                bail!("the agent here runs in {} mode, which keeps no such table of its own; {elsewhere}", report.mode)
+            }
+        }
     }
 
     /// `None` where nothing is pinned.
@@ -98,10 +147,13 @@ impl PinsArgs {
             return Err("--metrics-bind-address is empty".into());
         };
         match agent::report(addr) {
-            Ok(report) if report.bpffs == self.bpffs => Ok(report),
-            Ok(report) => Err(format!(
+            Ok(report) if report.bpffs.as_ref() == Some(&self.bpffs) => Ok(report),
+            Ok(Report { bpffs: Some(bpffs), .. }) => Err(format!(
                 "{addr}: the agent there uses the pins in {}; give --metrics-bind-address the address of this one",
-                report.bpffs.display()
+                bpffs.display()
+            )),
+            Ok(Report { mode, .. }) => Err(format!(
+                "{addr}: the agent there runs in {mode} mode, without pins; give --metrics-bind-address the address of this one"
             )),
             Err(error) => Err(format!("{addr}: {error:#}; is --metrics-bind-address where the agent answers?")),
         }
@@ -109,6 +161,11 @@ impl PinsArgs {
 }
 
 impl Opened {
+    /// By an agent at work.
+    fn is_in_force(&self) -> bool {
+        self.0.agent_running() && !self.0.is_retired()
+    }
+
     /// Guards are no frontends of a Service and are left out.
     pub fn frontends(&self) -> anyhow::Result<Vec<Frontend>> {
         Ok(self.0.frontends()?.into_iter().filter_map(Frontend::of).collect())
@@ -148,12 +205,46 @@ impl Opened {
             .iter()
             .flat_map(|frontend| frontend.all.backends.iter().chain(&frontend.local.backends))
             .collect();
+        let hooks: Vec<_> = self.0.hooks()?.iter().map(Hook::from).collect();
         Ok(Kernel {
             frontends: frontends.len(),
             backends: backends.len(),
-            hooks: self.0.hooks()?.iter().map(Hook::from).collect(),
+            resets_lost: self.0.is_alone()? && !hooks.is_empty(),
+            hooks,
             maps: self.0.fill()?.iter().map(MapFill::from).collect(),
         })
+    }
+}
+
+impl From<InForce> for Frontend {
+    fn from(row: InForce) -> Self {
+        let InForce {
+            service,
+            kind,
+            address,
+            port,
+            protocol,
+            backends,
+            local_backends,
+            verdicts,
+            algorithm,
+            affinity_seconds,
+        } = row;
+        let range = |backends: Vec<SocketAddr>| Range {
+            backends: backends.into_iter().map(Endpoint::from).collect(),
+            ..Range::default()
+        };
+        Self {
+            service,
+            service_id: None,
+            kind,
+            frontend: FrontendAddress { address, port, protocol },
+            all: range(backends),
+            local: range(local_backends),
+            verdicts,
+            algorithm,
+            affinity_secs: affinity_seconds,
+        }
     }
 }
 
@@ -179,7 +270,7 @@ impl Frontend {
         let protocol = protocol.filter(|_| !guard)?;
         Some(Self {
             service,
-            service_id,
+            service_id: Some(service_id),
             kind: kind.to_string(),
             frontend: FrontendAddress { address: addr, port, protocol },
             all: Range::of(all_range, all),

@@ -3,19 +3,20 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{self, Write},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
     rc::Rc,
     slice,
 };
 
+use anyhow::Context;
 use serde::Serialize;
 
 use super::{
-    Exit,
+    Exit, agent,
     filter::ServiceName,
     list,
     output::{Column, Row},
-    pins::{Agent, Frontend},
+    pins::{Agent, Frontend, Knows},
     shapes::{Endpoint, FrontendAddress, algorithm, blank},
 };
 use crate::{
@@ -139,15 +140,28 @@ fn verdict(verdict: Verdict) -> String {
 }
 
 pub fn execute(args: list::Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
-    let opened = args.pins.open()?;
-    let Agent { running: _, pid: _, report, error } = args.pins.agent(&opened);
-    if let Some(error) = error {
-        // The pins are worth showing all the same.
-        let _ = writeln!(io::stderr(), "warning: states are what the pins say; the agent does not answer: {error}");
-    }
-    let unprogrammed = report.map(|report| report.unprogrammed).unwrap_or_default();
-    let rows = merge(opened.frontends()?, unprogrammed);
+    let (frontends, report) = match args.pins.knows()? {
+        Knows::Pins(opened) => {
+            let Agent { running: _, pid: _, report, error } = args.pins.agent(&opened);
+            if let Some(error) = error {
+                // The pins are worth showing all the same.
+                let _ =
+                    writeln!(io::stderr(), "warning: states are what the pins say; the agent does not answer: {error}");
+            }
+            (opened.frontends()?, report)
+        }
+        Knows::Agent(addr, report) => (in_force(addr)?, Some(*report)),
+    };
+    // One that does not get all that it asks for is in force, and says so.
+    let said = report.into_iter().flat_map(|report| report.unprogrammed.into_iter().chain(report.limited)).collect();
+    let rows = merge(frontends, said);
     args.show(rows, |row| (&row.service, slice::from_ref(&row.frontend.address)), out)
+}
+
+/// As the agent says it.
+pub(super) fn in_force(addr: SocketAddr) -> anyhow::Result<Vec<Frontend>> {
+    let rows = agent::frontends(addr).with_context(|| format!("asking the agent at {addr} what is in force"))?;
+    Ok(rows.into_iter().map(Frontend::from).collect())
 }
 
 /// What the kernel holds, and what the agent says is not in force; a frontend may be in both (an older version serves).
@@ -190,7 +204,7 @@ fn programmed(frontend: Frontend) -> Service {
         verdicts: Some(verdicts),
         algorithm: Some(algorithm),
         affinity_seconds: affinity_secs,
-        service_id: Some(service_id),
+        service_id,
         ..absent(service, kind, frontend)
     }
 }

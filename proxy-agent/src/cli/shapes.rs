@@ -45,14 +45,9 @@ impl fmt::Display for FrontendAddress {
 
 /// How a backend is chosen: by which tables, for Maglev (`maglev:4513`, `maglev:16381,4513` with a local one of another size).
 pub fn algorithm(algorithm: Algorithm, tables: [Option<u32>; 2]) -> String {
-    let name = match algorithm {
-        Algorithm::Random => "random",
-        Algorithm::RoundRobin => "round-robin",
-        Algorithm::Maglev => "maglev",
-    };
     let mut sizes: Vec<_> = tables.into_iter().flatten().map(|size| size.to_string()).collect();
     sizes.dedup();
-    if sizes.is_empty() { name.to_owned() } else { format!("{name}:{}", sizes.join(",")) }
+    if sizes.is_empty() { algorithm.to_string() } else { format!("{algorithm}:{}", sizes.join(",")) }
 }
 
 /// Blank for none.

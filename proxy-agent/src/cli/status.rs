@@ -11,7 +11,9 @@ use super::{
     pins::{Agent, Opened, PinsArgs},
     shapes::duration,
 };
-use crate::status::report::{Device, FrontendCount, HealthCheck, Hook, MapFill, Report, Source, Sync, Unprogrammed};
+use crate::status::report::{
+    Device, FrontendCount, HealthCheck, Hook, MapFill, Report, Retiring, Source, Sync, Unprogrammed,
+};
 
 #[derive(Clone, Debug, ClapArgs)]
 pub struct Args {
@@ -45,9 +47,12 @@ pub struct AgentStatus {
 
 /// What the pins hold.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "camelCase")]
 pub struct Kernel {
     pub frontends: usize,
     pub backends: usize,
+    /// TCP connections that have lost their entries are reset: nobody else translates here, and there are hooks to do it.
+    pub resets_lost: bool,
     pub hooks: Vec<Hook>,
     pub maps: Vec<MapFill>,
 }
@@ -64,7 +69,12 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
 
 fn gather(pins: &PinsArgs) -> anyhow::Result<Status> {
     let opened = pins.open_if_there()?;
-    let Agent { running, pid, report, error } = opened.as_ref().map(|opened| pins.agent(opened)).unwrap_or_default();
+    let mut agent = opened.as_ref().map(|opened| pins.agent(opened)).unwrap_or_default();
+    let other = if agent.running { pins.retires_pins() } else { pins.unpinned() };
+    if let Some((_, report)) = other.filter(|_| agent.report.is_none()) {
+        agent = Agent { running: true, pid: Some(report.pid), report: Some(report), error: None };
+    }
+    let Agent { running, pid, report, error } = agent;
     let kernel = opened.as_ref().map(Opened::kernel).transpose()?;
     Ok(Status::new(pins.bpffs.clone(), AgentStatus { running, pid, error }, kernel, report))
 }
@@ -80,7 +90,10 @@ fn page(status: &Status, wide: bool, out: &mut dyn Write) -> anyhow::Result<()> 
     let Status { api_version: _, kind: _, bpffs, agent, kernel, report } = status;
     let mut page = Page { out };
     page.line("Agent", &agent_text(agent, report.as_ref(), kernel.is_some()))?;
-    page.line("Pins", &pins_text(&bpffs.display().to_string(), kernel.as_ref()))?;
+    let pinned = report.as_ref().is_none_or(|report| report.bpffs.is_some());
+    if pinned || kernel.is_some() {
+        page.line("Pins", &pins_text(&bpffs.display().to_string(), kernel.as_ref()))?;
+    }
     if let Some(report) = report {
         report_lines(report, &mut page)?;
     }
@@ -88,8 +101,11 @@ fn page(status: &Status, wide: bool, out: &mut dyn Write) -> anyhow::Result<()> 
         // The agent also knows filters that have no pins, and names cgroups by path.
         let hooks = report.as_ref().map_or(&kernel.hooks, |report| &report.hooks);
         kernel_lines(kernel, hooks, wide, &mut page)?;
+    } else if let Some(report) = report.as_ref().filter(|_| !pinned) {
+        hook_lines(&report.hooks, wide, &mut page)?;
     }
     if let Some(report) = report {
+        page.list("Left by other modes", report.retiring.iter().map(retiring_line).collect())?;
         trouble(report, &mut page)?;
     }
     Ok(())
@@ -147,16 +163,20 @@ fn pins_text(bpffs: &str, kernel: Option<&Kernel>) -> String {
 }
 
 fn report_lines(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
-    let Report { mode, socket_lb, ready, healthy, source, sync, services, endpoints, frontends, .. } = report;
-    page.line("Mode", mode)?;
-    page.line(
-        "Socket LB",
-        match socket_lb.as_str() {
-            "off" => "off: connections that this node's own processes make to Services are not served",
-            "node" => "node: this node's own processes at connect time, pods per packet",
-            other => other,
-        },
-    )?;
+    let Report { mode, mode_reason, socket_lb, ready, healthy, source, sync, services, endpoints, frontends, .. } =
+        report;
+    let reason = if mode_reason.is_empty() { String::new() } else { format!(" ({mode_reason})") };
+    page.line("Mode", &format!("{mode}{reason}"))?;
+    if let Some(socket_lb) = socket_lb {
+        page.line(
+            "Socket LB",
+            match socket_lb.as_str() {
+                "off" => "off: connections that this node's own processes make to Services are not served",
+                "node" => "node: this node's own processes at connect time, pods per packet",
+                other => other,
+            },
+        )?;
+    }
     page.line(
         "Health",
         match (*ready, *healthy) {
@@ -189,17 +209,32 @@ fn report_lines(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
 }
 
 fn kernel_lines(kernel: &Kernel, hooks: &[Hook], wide: bool, page: &mut Page<'_>) -> anyhow::Result<()> {
-    let Kernel { frontends: _, backends: _, hooks: _, maps } = kernel;
-    if hooks.is_empty() {
-        page.line("Hooks", "none: nothing is translated")?;
-    } else if wide {
-        let line = |hook: &Hook| vec![hook.kind.clone(), hook.target.clone(), hook.program.clone()];
-        page.list("Hooks", hooks.iter().map(line).collect())?;
-    } else {
-        page.list("Hooks", by_target(hooks))?;
-    }
+    let Kernel { frontends: _, backends: _, resets_lost, hooks: _, maps } = kernel;
+    page.line(
+        "Resets",
+        if hooks.is_empty() {
+            "off: nothing is translated"
+        } else if *resets_lost {
+            "on: a TCP connection that has lost its entries is reset"
+        } else {
+            "off: a TCP connection that has lost its entries hangs: another proxy's, which look the same, may go on, a device has no hooks, or \
+             nobody could look yet (the log says more)"
+        },
+    )?;
+    hook_lines(hooks, wide, page)?;
     let maps = maps.iter().filter(|map| wide || map.entries > 0);
     page.list("Maps", maps.map(map_line).collect())
+}
+
+fn hook_lines(hooks: &[Hook], wide: bool, page: &mut Page<'_>) -> anyhow::Result<()> {
+    if hooks.is_empty() {
+        page.line("Hooks", "none: nothing is translated")
+    } else if wide {
+        let line = |hook: &Hook| vec![hook.kind.clone(), hook.target.clone(), hook.program.clone()];
+        page.list("Hooks", hooks.iter().map(line).collect())
+    } else {
+        page.list("Hooks", by_target(hooks))
+    }
 }
 
 /// Target, and what sits there.
@@ -224,8 +259,17 @@ fn map_line(fill: &MapFill) -> Vec<String> {
 
 /// Devices, and what is not as it should be.
 fn trouble(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
-    let Report { unprogrammed, failed_guards, health_checks, problems, devices, failed_devices, without_xdp, .. } =
-        report;
+    let Report {
+        unprogrammed,
+        limited,
+        failed_guards,
+        health_checks,
+        problems,
+        devices,
+        failed_devices,
+        without_xdp,
+        ..
+    } = report;
     let device = |device: &Device| {
         let Device { index: _, name, role, counts_as, source4, source6 } = device;
         // Said where it is not what the role says.
@@ -254,10 +298,24 @@ fn trouble(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
         vec![service.clone(), frontend.to_string(), format!("since {since}"), state]
     };
     page.list("Frontends not in force", unprogrammed.iter().map(line).collect())?;
+    page.list("Frontends in force with less than asked for", limited.iter().map(line).collect())?;
     let guards = failed_guards.iter().map(|(addr, reason)| vec![addr.to_string(), reason.clone()]).collect();
     page.list("Addresses whose unused ports are not refused", guards)?;
     let problems = problems.iter().flat_map(|(object, all)| all.iter().map(|one| vec![object.clone(), one.clone()]));
     page.list("Problems of objects", problems.collect())
+}
+
+fn retiring_line(retiring: &Retiring) -> Vec<String> {
+    let Retiring { mode, retired, flows, trouble } = retiring;
+    let state = match (trouble, flows) {
+        (Some(trouble), _) if *retired => format!("takes no new flows, and stays: {trouble}"),
+        (Some(trouble), _) => format!("stays in force: {trouble}"),
+        (None, None) if *retired => "takes no new flows".to_owned(),
+        (None, None) => "goes once this mode is in force".to_owned(),
+        (None, Some(1)) => "takes no new flows, 1 is open".to_owned(),
+        (None, Some(flows)) => format!("takes no new flows, {flows} are open"),
+    };
+    vec![mode.clone(), state]
 }
 
 /// What a load balancer hears; that it hears nothing is among the problems.
@@ -291,6 +349,7 @@ mod tests {
         Kernel {
             frontends: 1,
             backends: 1,
+            resets_lost: true,
             hooks: vec![
                 hook("cgroup/connect4", "/sys/fs/cgroup"),
                 hook("cgroup/connect6", "/sys/fs/cgroup"),
@@ -306,7 +365,7 @@ mod tests {
     }
 
     fn report() -> Report {
-        let mut report = Report::new(&busy(), true, "all", Path::new("/sys/fs/bpf/x"), &check_ports());
+        let mut report = Report::new(&busy(), true, Some("all"), Some(Path::new("/sys/fs/bpf/x")), &check_ports());
         report.pid = 4242;
         report.uptime_seconds = 3_700;
         report.version = "0.0.0".into();
@@ -343,8 +402,19 @@ mod tests {
             AgentStatus { running: true, pid: Some(7), error: Some("127.0.0.1:10249: connection refused".into()) };
         let text = [
             pages(&Status::new("/sys/fs/bpf/x".into(), gone.clone(), Some(kernel()), None)),
+            pages(&Status::new(
+                "/sys/fs/bpf/x".into(),
+                gone.clone(),
+                Some(Kernel { resets_lost: false, ..kernel() }),
+                None,
+            )),
             pages(&Status::new("/sys/fs/bpf/x".into(), gone, None, None)),
-            pages(&Status::new("/sys/fs/bpf/x".into(), mute, Some(Kernel { hooks: vec![], ..kernel() }), None)),
+            pages(&Status::new(
+                "/sys/fs/bpf/x".into(),
+                mute,
+                Some(Kernel { hooks: vec![], resets_lost: false, ..kernel() }),
+                None,
+            )),
         ];
         insta::assert_snapshot!("status_without_an_agent", text.join("\n"));
     }

@@ -13,7 +13,7 @@ use std::{
 
 use super::{Capabilities, Dataplane, DataplaneError, Drift, Failure, Fill, Hook, Report};
 use crate::{
-    desired::{Changes, DesiredState, Devices, Frontend},
+    desired::{Algorithm, Changes, DesiredState, Devices, Frontend},
     model::{Protocol, ServiceKey},
 };
 
@@ -22,8 +22,14 @@ use crate::{
 pub struct Faults {
     /// Writes of these frontends fail.
     pub frontends: BTreeMap<Frontend, Failure>,
+    /// With the first of them all that is in force is lost, as of a table that is made anew.
+    pub together: bool,
+    /// Something that failed is still to be brought about.
+    pub unfinished: bool,
     /// Attaching to these devices (by name) fails.
     pub devices: BTreeMap<String, Failure>,
+    /// Served without XDP (by name).
+    pub without_xdp: BTreeMap<String, Failure>,
     /// Every so many writes one fails; 0: none.
     pub every: u64,
     /// After so many writes nothing is written any more, as if the agent had died there.
@@ -44,6 +50,7 @@ pub struct Faults {
 pub enum Lack {
     Protocol(Protocol),
     Affinity,
+    Algorithm(Algorithm),
 }
 
 /// What the kernel would hold.
@@ -59,6 +66,12 @@ pub struct State {
     /// Calls of `resync`, `apply` and `set_devices`, by name, in order.
     pub calls: Vec<&'static str>,
     pub faults: Faults,
+    /// Calls of `wait`.
+    pub waits: u64,
+    /// Calls of `in_force`.
+    pub in_force: u64,
+    /// As long as nothing is in force.
+    pub hooks_first: bool,
     /// Of what there usually is.
     pub lacks: Vec<Lack>,
 }
@@ -102,7 +115,7 @@ impl State {
     }
 
     fn carry_out(&mut self, changes: &Changes, held: &BTreeSet<ServiceKey>) -> Report {
-        let Changes { mut set, mut remove, guard, mut unguard, local_cidrs } = changes.clone();
+        let Changes { mut set, mut remove, guard, mut unguard, local_cidrs, left_pods } = changes.clone();
         let mut report = Report::default();
         for (frontend, _) in self.desired.frontends.iter().filter(|(_, spec)| held.contains(&spec.service.service)) {
             if set.remove(frontend).is_some() || remove.remove(frontend) {
@@ -129,6 +142,10 @@ impl State {
                 }
             }
         }
+        if let Some(failure) = report.failed.values().next().filter(|_| self.faults.together).cloned() {
+            let lost = std::mem::take(&mut self.desired.frontends);
+            report.failed.extend(lost.into_keys().map(|frontend| (frontend, failure.clone())));
+        }
         for (addrs, wanted) in [(&guard, true), (&unguard, false)] {
             for addr in
                 addrs.iter().filter(|addr| self.desired.guards.contains(*addr) != wanted).copied().collect::<Vec<_>>()
@@ -146,6 +163,10 @@ impl State {
                 Some(failure) => report.failed_local_cidrs = Some(failure),
                 None => self.desired.local_cidrs = local_cidrs,
             }
+        }
+        // Goes on by itself until it is done: see `Dataplane::unplaced`.
+        if let Some(left_pods) = left_pods {
+            self.desired.left_pods = Some(left_pods);
         }
         report.writes = self.writes - before;
         report
@@ -194,7 +215,18 @@ impl Dataplane for Memory {
         let lacks = self.kernel.state().lacks.clone();
         let mut protocols = vec![Protocol::Tcp, Protocol::Udp, Protocol::Sctp];
         protocols.retain(|protocol| !lacks.contains(&Lack::Protocol(*protocol)));
-        Capabilities { name: "memory", protocols, affinity: !lacks.contains(&Lack::Affinity) }
+        let mut algorithms = vec![Algorithm::Random, Algorithm::RoundRobin, Algorithm::Maglev];
+        algorithms.retain(|algorithm| !lacks.contains(&Lack::Algorithm(*algorithm)));
+        Capabilities {
+            name: "memory",
+            protocols,
+            affinity: !lacks.contains(&Lack::Affinity),
+            algorithms,
+            loopback: true,
+            resets: true,
+            affinity_clients: None,
+            affinity_apart: false,
+        }
     }
 
     fn resync(&mut self, desired: &DesiredState) -> Report {
@@ -229,13 +261,26 @@ impl Dataplane for Memory {
         report
     }
 
+    fn wait(&mut self) {
+        self.kernel.state().waits += 1;
+    }
+
+    fn hooks_first(&self) -> bool {
+        let state = self.kernel.state();
+        state.hooks_first && state.desired.frontends.is_empty()
+    }
+
+    fn in_force(&mut self) {
+        self.kernel.state().in_force += 1;
+    }
+
     fn set_devices(&mut self, devices: &Devices) -> Report {
         let mut state = self.call("set_devices");
         let faults = state.faults.devices.clone();
         state.devices = devices.clone();
         state.devices.retain(|_, device| !faults.contains_key(&device.name));
         let failed_devices = faults.into_iter().filter(|(name, _)| devices.values().any(|d| d.name == *name)).collect();
-        Report { failed_devices, ..Report::default() }
+        Report { failed_devices, without_xdp: state.faults.without_xdp.clone(), ..Report::default() }
     }
 
     fn activate(&mut self) -> Result<(), DataplaneError> {
@@ -249,12 +294,14 @@ impl Dataplane for Memory {
 
     fn observe(&mut self) -> Result<Drift, DataplaneError> {
         let state = self.entered("observe");
-        let Changes { set, remove, guard, unguard, local_cidrs: _ } = state.desired.diff(&self.believed);
+        let Changes { set, remove, guard, unguard, local_cidrs, left_pods: _ } = state.desired.diff(&self.believed);
         let hooks = if state.active { Vec::new() } else { vec!["memory/hook".into()] };
         Ok(Drift {
             frontends: set.into_keys().chain(remove).collect(),
             guards: guard.into_iter().chain(unguard).collect(),
+            local_cidrs: local_cidrs.is_some(),
             hooks,
+            unfinished: state.faults.unfinished,
         })
     }
 

@@ -10,26 +10,66 @@ use std::{
 use serde::Serialize;
 
 use crate::{
-    desired::{Changes, Devices, Frontend, FrontendSpec},
+    desired::{Algorithm, Changes, Devices, Frontend, FrontendSpec},
     model::{Protocol, ServiceKey},
 };
 
+pub(crate) mod alive;
+pub mod choose;
 pub mod ebpf;
+pub(crate) mod former;
+pub mod iptables;
+pub mod ipvs;
 pub mod memory;
+pub mod netfilter;
+pub(crate) mod netlink;
+pub mod nftables;
+pub mod select;
+
+pub use alive::Ended;
+
+/// How packets of this node's pods are told from others.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum DetectLocal {
+    /// By the device that they come in by.
+    #[default]
+    Device,
+    /// By their source, with what is desired (`local_cidrs`).
+    Address,
+}
 
 /// What this dataplane can express. Whoever drives it never asks it for more: a frontend that wants it is not in force, and its
-/// status says why.
+/// status says why. What a frontend can go without is no more than said ([`Capabilities::limits`]).
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Capabilities {
     pub name: &'static str,
     pub protocols: Vec<Protocol>,
     pub affinity: bool,
+    /// Another one is served at random.
+    pub algorithms: Vec<Algorithm>,
+    /// NodePorts of 127.0.0.1 are served.
+    pub loopback: bool,
+    /// Connections to endpoints that were deleted are reset where a Service asks for it.
+    pub resets: bool,
+    /// So many clients of each endpoint are remembered, where that is no setting of ours.
+    pub affinity_clients: Option<u32>,
+    /// Each address of a Service remembers its clients for itself, and two sets of backends of one address in two ways.
+    pub affinity_apart: bool,
 }
 
 impl Capabilities {
     /// What of this frontend cannot be expressed, if anything.
     pub fn lacks(&self, frontend: &Frontend, spec: &FrontendSpec) -> Option<Failure> {
-        let Self { name, protocols, affinity } = self;
+        let Self {
+            name,
+            protocols,
+            affinity,
+            algorithms: _,
+            loopback: _,
+            resets: _,
+            affinity_clients: _,
+            affinity_apart: _,
+        } = self;
         let what = if !protocols.contains(&frontend.protocol) {
             format!("{} is not served by the {name} dataplane", frontend.protocol)
         } else if spec.affinity_secs.is_some() && !affinity {
@@ -40,6 +80,35 @@ impl Capabilities {
             return None;
         };
         Some(Failure::Unsupported(format!("frontend {frontend}: {what}")))
+    }
+
+    /// What this frontend, which is in force, does not get of what it asks for.
+    pub fn limits(&self, frontend: &Frontend, spec: &FrontendSpec) -> Option<String> {
+        let Self { name, protocols: _, affinity: _, algorithms, loopback, resets, affinity_clients, affinity_apart } =
+            self;
+        if !loopback && frontend.addr.is_loopback() {
+            return Some(format!("the {name} dataplane has no NodePorts on {}", frontend.addr));
+        }
+        let mut limits = Vec::new();
+        if !algorithms.contains(&spec.algorithm) {
+            limits.push(format!("backends are chosen at random: the {name} dataplane has no {}", spec.algorithm));
+        }
+        if !resets && frontend.protocol == Protocol::Tcp && spec.alive.is_some() {
+            limits.push(format!("the {name} dataplane does not reset connections to endpoints that are deleted"));
+        }
+        if let (Some(clients), Some(_)) = (affinity_clients, spec.affinity_secs) {
+            limits.push(format!("session affinity remembers the last {clients} clients of each endpoint"));
+        }
+        if *affinity_apart && spec.affinity_secs.is_some() {
+            limits
+                .push("session affinity is each address's own: they agree by a hash, until backends change".to_owned());
+            if ipvs::render::picks_both(&spec.verdicts) {
+                limits.push(
+                    "clients that the traffic policy treats unlike the outside are kept by a hash of their address, without a time-out".to_owned(),
+                );
+            }
+        }
+        (!limits.is_empty()).then(|| limits.join("; "))
     }
 }
 
@@ -52,11 +121,14 @@ pub enum Failure {
     /// Only a change of the Service or of the configuration helps.
     #[error("{0}")]
     Unsupported(String),
+    /// Not all is known of its Service, so that what an earlier run left in force stands, and serves.
+    #[error("{0}")]
+    Held(String),
 }
 
 /// Of a frontend that [`Dataplane::hold`] keeps as it is.
 pub fn held(frontend: &Frontend) -> Failure {
-    Failure::Unsupported(format!(
+    Failure::Held(format!(
         "frontend {frontend}: its Service or an EndpointSlice of it cannot be read (see the problems in `status`); until it can be, \
          or is gone, what an earlier run left in force stands"
     ))
@@ -90,14 +162,24 @@ pub struct Drift {
     /// Frontends whose kernel state is not what was programmed (missing, altered, foreign).
     pub frontends: Vec<Frontend>,
     pub guards: Vec<IpAddr>,
+    /// The addresses that tell a pod of this node are not those that were programmed.
+    pub local_cidrs: bool,
     /// Hooks that were lost (detached by somebody); named as `status` names them.
     pub hooks: Vec<String>,
+    /// Something that failed, or was left undone by something that failed, is still to be brought about. Nobody altered it.
+    pub unfinished: bool,
 }
 
 impl Drift {
+    /// Nothing is to be done.
     pub fn is_empty(&self) -> bool {
-        let Self { frontends, guards, hooks } = self;
-        frontends.is_empty() && guards.is_empty() && hooks.is_empty()
+        self.altered() == 0 && !self.unfinished
+    }
+
+    /// How many things are not what was programmed.
+    pub fn altered(&self) -> u64 {
+        let Self { frontends, guards, local_cidrs, hooks, unfinished: _ } = self;
+        (frontends.len() + guards.len() + usize::from(*local_cidrs) + hooks.len()) as u64
     }
 }
 
@@ -130,6 +212,15 @@ pub trait Dataplane: Send {
     /// Called once after the first complete list, and again by the periodic resync. Writes nothing when nothing differs.
     fn resync(&mut self, desired: &crate::desired::DesiredState) -> Report;
 
+    /// Called at start, and every second until the first full state is in force and devices are known: takes back what an earlier run left
+    /// in force and what must not wait for that.
+    fn wait(&mut self) {}
+
+    /// Hooks are to be in place before what they translate by: whoever serves until then goes on, and no flow meets some of the hooks only.
+    fn hooks_first(&self) -> bool {
+        false
+    }
+
     /// From now on what is in force of these Services is left as it stands, by `resync` and `apply` alike: not all is known of them.
     /// What is asked for there is reported as failed (see [`held`]). Writes nothing.
     fn hold(&mut self, services: &BTreeSet<ServiceKey>);
@@ -143,11 +234,28 @@ pub trait Dataplane: Send {
     /// Attaches what makes the state effective (hooks). Called once the first full state is in force; a no-op if they hold.
     fn activate(&mut self) -> Result<(), DataplaneError>;
 
+    /// Called once: the first full state is in force, on the devices, too, or all but little of it for long enough.
+    fn in_force(&mut self) {}
+
     /// Compares the kernel with what was programmed; writes nothing.
     fn observe(&mut self) -> Result<Drift, DataplaneError>;
 
+    /// Ports at which load balancers ask after the health of Services: whatever filters what comes in lets them in (contract A116), if this
+    /// dataplane can say so.
+    fn let_in(&mut self, _ports: &BTreeSet<u16>) {}
+
     /// Periodic housekeeping (freed slots come to rest …); returns when it wants to be called again, if at all.
     fn tick(&mut self) -> Option<std::time::Duration>;
+
+    /// What is asked for and has no place in the kernel yet, as far as no [`Report`] says so; `tick` goes on trying.
+    fn unplaced(&self) -> Option<String> {
+        None
+    }
+
+    /// What other modes left in force and is on its way out.
+    fn retiring(&self) -> Vec<Retiring> {
+        Vec::new()
+    }
 
     /// Removes everything of ours.
     fn teardown(&mut self) -> Result<(), DataplaneError>;
@@ -157,6 +265,18 @@ pub trait Dataplane: Send {
 
     /// Hooks in force, for `status`.
     fn hooks(&self) -> Vec<Hook>;
+}
+
+/// What an agent in another mode left in force. It stays until this mode is in force, then takes no new flows, and goes with its last one.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Retiring {
+    pub mode: &'static str,
+    /// It takes no new flow.
+    pub retired: bool,
+    /// That still go by it; `None`: not counted, before it was retired.
+    pub flows: Option<u64>,
+    /// Why it stays as it is.
+    pub trouble: Option<String>,
 }
 
 /// How full a kernel table is.
@@ -177,4 +297,25 @@ pub struct Hook {
     /// Cgroup path or device name.
     pub target: String,
     pub program: String,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One line: what, why, and what to do about it.
+    #[test]
+    fn an_error_of_the_kernels_names_the_remedy() {
+        for (code, remedy) in [
+            (libc::ENOSYS, "the kernel is too old for that: upgrade it (docs/kernels.md)"),
+            (libc::ENOPROTOOPT, "the kernel is too old for that: upgrade it (docs/kernels.md)"),
+            (libc::EPERM, "run as root, or with CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN"),
+            (libc::ENOMEM, "raise its limit, or lower --map-*"),
+        ] {
+            let source = std::io::Error::from_raw_os_error(code);
+            let text = DataplaneError::Kernel { what: "create map frontends_v4".into(), source }.to_string();
+            assert!(text.starts_with("create map frontends_v4: ") && text.ends_with(remedy), "{text}");
+            assert!(!text.contains('\n'), "{text}");
+        }
+    }
 }

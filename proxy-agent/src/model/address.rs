@@ -38,6 +38,9 @@ pub fn unfit_for_endpoint(ip: IpAddr) -> Option<&'static str> {
         .or_else(|| matches!(ip, IpAddr::V4(ip) if ip.is_link_local()).then_some("is a link-local address"))
 }
 
+/// What comes of such an endpoint, and what to do.
+pub const NO_TRAFFIC: &str = "it gets no traffic, list a pod's or a host's own address";
+
 /// Which of its addresses a node answers NodePorts at (`--nodeport-addresses`, contract A53).
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
 pub enum NodePortAddresses {

@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{EndpointSlice, Event, NodeFacts, Service, ServiceKey, Snapshot, Teller};
+use super::{EndpointSlice, Event, NodeFacts, Pod, PodKey, Service, ServiceKey, Snapshot, Teller};
 
 type SliceKey = (Arc<str>, Arc<str>);
 
@@ -23,9 +23,16 @@ pub struct Touched {
     /// Services, and EndpointSlices, that came, went or changed.
     pub service_changes: u64,
     pub slice_changes: u64,
+    /// What is known of pods and namespaces is something else than it was.
+    pub pods: bool,
 }
 
 impl Touched {
+    /// There is something to plan anew.
+    pub fn calls_for_plan(&self) -> bool {
+        self.pods || !self.services.is_empty()
+    }
+
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
@@ -38,6 +45,8 @@ struct Heard {
     slices: bool,
     node: bool,
     addresses: bool,
+    pods: bool,
+    namespaces: bool,
 }
 
 /// A [`Snapshot`] with what is needed to change it in steps that cost what changed.
@@ -83,7 +92,7 @@ impl Index {
     /// Complete lists of Services and EndpointSlices, the own Node and its addresses have come in; before that nothing may
     /// be programmed (contract A130).
     pub fn is_complete(&self) -> bool {
-        let Heard { services, slices, node, addresses } = self.heard;
+        let Heard { services, slices, node, addresses, pods: _, namespaces: _ } = self.heard;
         services && slices && node && addresses
     }
 
@@ -98,6 +107,11 @@ impl Index {
             Event::Addresses(addresses) => self.set_addresses(addresses, touched),
             Event::Services(list) => self.relist_services(list, touched),
             Event::Slices(list) => self.relist_slices(list, touched),
+            Event::Pod(pod) => self.set_pod(pod, touched),
+            Event::PodGone(key) => touched.pods |= self.snapshot.pods.remove(&key).is_some(),
+            Event::Pods { list, unreadable } => self.relist_pods(list, &unreadable, touched),
+            Event::Namespace(name, value) => self.set_namespace(name, value, touched),
+            Event::Namespaces { list, unreadable } => self.relist_namespaces(list, &unreadable, touched),
             Event::UnreadableServices(keys) => self.unreadable_services = keys,
             Event::UnreadableSlices(keys) => self.unreadable_slices = keys,
             Event::Problems(teller, problems) => drop(self.problems.insert(teller, problems)),
@@ -227,6 +241,58 @@ impl Index {
             touched.services.extend(yields.map(|(key, _)| key.clone()));
         }
         self.snapshot.addresses = addresses;
+    }
+
+    fn set_pod(&mut self, pod: Arc<Pod>, touched: &mut Touched) {
+        if self.snapshot.pods.get(&pod.key) != Some(&pod) {
+            touched.pods = true;
+            self.snapshot.pods.insert(pod.key.clone(), pod);
+        }
+    }
+
+    fn know_pods(&mut self, touched: &mut Touched) {
+        if self.heard.pods && self.heard.namespaces && !self.snapshot.pods_known {
+            self.snapshot.pods_known = true;
+            touched.pods = true;
+        }
+    }
+
+    fn relist_pods(&mut self, list: Vec<Arc<Pod>>, unreadable: &BTreeSet<PodKey>, touched: &mut Touched) {
+        self.heard.pods = true;
+        self.know_pods(touched);
+        let listed: HashSet<&PodKey> = list.iter().map(|pod| &pod.key).collect();
+        let before = self.snapshot.pods.len();
+        self.snapshot.pods.retain(|key, _| listed.contains(key) || unreadable.contains(key));
+        touched.pods |= self.snapshot.pods.len() != before;
+        for pod in list {
+            self.set_pod(pod, touched);
+        }
+    }
+
+    fn set_namespace(&mut self, name: Arc<str>, value: Option<Arc<str>>, touched: &mut Touched) {
+        let before = match value.clone() {
+            Some(value) => self.snapshot.namespaces.insert(name, value),
+            None => self.snapshot.namespaces.remove(&name),
+        };
+        touched.pods |= before != value;
+    }
+
+    fn relist_namespaces(
+        &mut self,
+        mut list: BTreeMap<Arc<str>, Arc<str>>,
+        unreadable: &BTreeSet<Arc<str>>,
+        touched: &mut Touched,
+    ) {
+        self.heard.namespaces = true;
+        self.know_pods(touched);
+        let known = std::mem::take(&mut self.snapshot.namespaces);
+        for name in unreadable {
+            if let Some(value) = known.get(name) {
+                list.entry(Arc::clone(name)).or_insert_with(|| Arc::clone(value));
+            }
+        }
+        touched.pods |= known != list;
+        self.snapshot.namespaces = list;
     }
 
     fn touch_askers(&self, touched: &mut Touched) {

@@ -58,6 +58,8 @@ pub struct Link {
     pub mac: Option<[u8; 6]>,
     /// The device that it is on top of; of a veth the other end.
     pub lower: Option<u32>,
+    /// Of the program that is on its XDP hook, whosever it is.
+    pub xdp_program: Option<u32>,
 }
 
 /// One of `--devices` or `--uplinks`: a glob (`*`, `?`), with `!` in front to exclude.
@@ -156,6 +158,8 @@ impl World<'_> {
     fn is_pod(&self, link: &Link) -> bool {
         matches!(link.kind.as_str(), "veth" | "netkit")
             && link.peer_elsewhere
+            // What carries a bond is no pod's, be it a veth: the whole node may be in a container.
+            && self.master(link).is_none_or(|(_, master)| !matches!(master.kind.as_str(), "bond" | "team"))
             && (self.options.uplinks.is_empty() || !is_wanted(&link.name, &self.options.uplinks))
             && !link.default_route
             && !self.has_node_address(link)
@@ -351,8 +355,8 @@ pub fn classify(links: &BTreeMap<u32, Link>, facts: &NodeFacts, options: &Option
     links.iter().filter_map(device).collect()
 }
 
-/// Of kube-proxy, and of kube-router.
-const IPVS_DUMMIES: [&str; 2] = ["kube-ipvs0", "kube-dummy-if"];
+/// Of kube-proxy, of kube-router, and our own.
+const IPVS_DUMMIES: [&str; 3] = ["kube-ipvs0", "kube-dummy-if", "proxy-ipvs0"];
 
 /// What the node itself answers for, of any scope.
 ///
@@ -489,7 +493,7 @@ mod tests {
 
     #[test]
     fn roles_by_topology() {
-        let cases: [(&str, &[&str], &[&str], &str); 17] = [
+        let cases: [(&str, &[&str], &[&str], &str); 18] = [
             (
                 "routed pods (Calico): links without addresses",
                 &["lo - lo 127.0.0.1/8", "eth0 - default 192.168.0.1/24", "cali1 veth peer", "cali2 netkit peer"],
@@ -536,6 +540,12 @@ mod tests {
                 &["eth0 - master=3", "eth1 - master=3", "bond0 bond default 192.168.0.1/24"],
                 &[],
                 "bond0:Outward:192.168.0.1",
+            ),
+            (
+                "a bond in a node that is a container: its ports are no pods' links",
+                &["eth0 veth peer master=2", "bond0 bond default 192.168.0.1/24", "veth1 veth peer"],
+                &[],
+                "bond0:Outward:192.168.0.1 veth1:Pod:192.168.0.1",
             ),
             (
                 "VLAN on a bond",
@@ -668,6 +678,7 @@ mod tests {
             "cni0 bridge 10.244.1.1/24 fe80::1/64",
             "veth1 veth peer fe80::2/64",
             "kube-dummy-if dummy 10.96.0.2/32",
+            "proxy-ipvs0 dummy 10.96.0.3/32",
         ]);
         links.get_mut(&2).unwrap().addresses[1].assigned = false;
         links.get_mut(&5).unwrap().addresses[0].usable = false;

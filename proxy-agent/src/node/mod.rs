@@ -18,7 +18,7 @@ use futures::{StreamExt, TryStreamExt};
 use netlink_packet_route::{
     AddressFamily, RouteNetlinkMessage,
     address::{AddressAttribute, AddressHeaderFlags, AddressMessage, AddressScope},
-    link::{InfoBridge, InfoData, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage},
+    link::{InfoBridge, InfoData, InfoKind, LinkAttribute, LinkFlags, LinkInfo, LinkLayerType, LinkMessage, LinkXdp},
     route::{RouteAttribute, RouteMessage, RouteType},
 };
 use rtnetlink::{Handle, MulticastGroup, RouteMessageBuilder, new_connection, new_multicast_connection};
@@ -29,7 +29,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    desired::Devices,
+    desired::{Device, DeviceRole, Devices},
+    ipsec,
     model::{Event, NodeFacts, Teller},
 };
 
@@ -43,6 +44,8 @@ const GATHER: Duration = Duration::from_millis(10);
 /// Between attempts to ask a kernel that does not answer; doubled from the first to the longest.
 const FIRST_PAUSE: Duration = Duration::from_millis(500);
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+/// How often IPsec policies are asked for where nobody tells of them.
+const ASK: Duration = Duration::from_secs(1);
 /// The place of problems.
 const DEVICES: &str = "network devices";
 
@@ -53,6 +56,8 @@ pub struct Options {
     pub detect: Detect,
     /// `--uplinks`.
     pub uplinks: Vec<Pattern>,
+    /// XDP is asked for, so IPsec policies matter.
+    pub xdp: bool,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -63,6 +68,8 @@ pub enum NodeError {
     List { what: &'static str, source: rtnetlink::Error },
     #[error("the kernel's stream of device events ended")]
     Ended,
+    #[error("cannot hear of IPsec policies: {0}")]
+    Ipsec(#[source] io::Error),
 }
 
 /// What an event calls for.
@@ -85,8 +92,16 @@ pub async fn run(
     devices: watch::Sender<Devices>,
     cancel: CancellationToken,
 ) -> Result<(), NodeError> {
-    let watcher =
-        Watcher { options, facts, events, devices, pause: FIRST_PAUSE, routes: BTreeSet::new(), addresses: None };
+    let watcher = Watcher {
+        options,
+        facts,
+        events,
+        devices,
+        pause: FIRST_PAUSE,
+        routes: BTreeSet::new(),
+        addresses: None,
+        ipsec: None,
+    };
     tokio::select! {
         () = cancel.cancelled() => Ok(()),
         error = watcher.watch() => Err(error),
@@ -116,6 +131,8 @@ struct Watcher {
     routes: BTreeSet<u32>,
     /// The node's own, as last told.
     addresses: Option<BTreeSet<IpAddr>>,
+    /// What of IPsec keeps XDP off, as last asked for.
+    ipsec: Option<&'static str>,
 }
 
 impl Watcher {
@@ -131,8 +148,23 @@ impl Watcher {
             tracing::warn!(%error, again = ?self.pause, "the node's devices and addresses are as they were seen last");
             let problem = format!("{error}; what was seen last stands, and it is tried again");
             self.tell(Event::Problems(Teller::Devices, [(DEVICES.to_owned(), vec![problem])].into())).await;
-            tokio::time::sleep(self.pause).await;
+            self.rest().await;
             self.pause = (self.pause * 2).min(LONGEST_PAUSE);
+        }
+    }
+
+    /// The pause after a failure. What was seen last stands, but for this: XDP would send past a policy that nobody told of.
+    async fn rest(&mut self) {
+        let end = tokio::time::Instant::now() + self.pause;
+        while tokio::time::Instant::now() < end {
+            if self.options.xdp && self.ipsec.is_none() {
+                self.ipsec = ipsec::bars();
+                self.devices.send_if_modified(|devices| {
+                    keep_xdp_off(devices, self.ipsec);
+                    self.ipsec.is_some() && !devices.is_empty()
+                });
+            }
+            tokio::time::sleep_until(end.min(tokio::time::Instant::now() + ASK)).await;
         }
     }
 
@@ -163,6 +195,7 @@ impl Watcher {
         ])
         .map_err(NodeError::Open)?;
         *opened = true;
+        let ipsec = ipsec::Ear::open(self.options.xdp).map_err(NodeError::Ipsec)?;
         let connection = Connection { task: tokio::spawn(connection), handle };
         let handle = &connection.handle;
         self.tell_addresses(handle).await?;
@@ -182,6 +215,10 @@ impl Watcher {
                 }
                 // Nobody will tell any more: what is known stays.
                 Ok(()) = self.facts.changed() => dirty.any = true,
+                heard = ipsec.heard() => {
+                    heard.map_err(NodeError::Ipsec)?;
+                    dirty.any = ipsec::bars() != self.ipsec;
+                }
             }
             if !dirty.any {
                 continue;
@@ -198,8 +235,10 @@ impl Watcher {
                 }
             }
             let known = self.known();
+            let addresses = self.addresses.clone();
             let now = self.list(handle, &known, dirty.routes).await?;
-            if now != published || dirty.gone {
+            // Flows may be masqueraded with any of the node's addresses, whichever device it is of.
+            if now != published || dirty.gone || self.addresses != addresses {
                 tracing::info!(devices = now.len(), "devices changed");
                 self.devices.send_replace(now.clone());
                 published = now;
@@ -266,12 +305,30 @@ impl Watcher {
             }
         }
         self.routes = route_devices(&links);
-        Ok(classify(&links, facts, &self.options))
+        let mut devices = classify(&links, facts, &self.options);
+        if self.options.xdp {
+            self.ipsec = ipsec::bars();
+            keep_xdp_off(&mut devices, self.ipsec);
+        }
+        Ok(devices)
     }
 }
 
-/// Bridges that lead out of the node, none of whose ports does so visibly, with their ports (`check`).
-pub async fn without_uplink(options: &Options) -> Result<BTreeMap<String, Vec<String>>, NodeError> {
+fn keep_xdp_off(devices: &mut Devices, why: Option<&'static str>) {
+    for device in devices.values_mut() {
+        device.without_xdp = device.without_xdp.or(why);
+    }
+}
+
+/// What `check` has to say of devices.
+pub struct Survey {
+    /// Bridges that lead out of the node, none of whose ports does so visibly, with their ports.
+    pub without_uplink: BTreeMap<String, Vec<String>>,
+    /// Devices that lead out of the node, each with the program on its XDP hook.
+    pub outward: BTreeMap<u32, (Device, Option<u32>)>,
+}
+
+pub async fn survey(options: &Options) -> Result<Survey, NodeError> {
     let (connection, handle, _) = new_connection().map_err(NodeError::Open)?;
     let connection = Connection { task: tokio::spawn(connection), handle };
     let mut links = list_links(&connection.handle).await?;
@@ -280,7 +337,14 @@ pub async fn without_uplink(options: &Options) -> Result<BTreeMap<String, Vec<St
             link.default_route = true;
         }
     }
-    Ok(classify::without_uplink(&links, options))
+    let mut devices = classify(&links, &NodeFacts::default(), options);
+    keep_xdp_off(&mut devices, ipsec::bars());
+    let outward = devices.into_iter().filter(|(_, device)| device.role == DeviceRole::Outward);
+    let program = |index| links.get(&index).and_then(|link| link.xdp_program);
+    Ok(Survey {
+        without_uplink: classify::without_uplink(&links, options),
+        outward: outward.map(|(index, device)| (index, (device, program(index)))).collect(),
+    })
 }
 
 /// Links with their addresses.
@@ -345,6 +409,12 @@ fn link_of(message: LinkMessage) -> Link {
             LinkAttribute::Address(bytes) => link.mac = bytes.try_into().ok(),
             LinkAttribute::Link(index) => link.lower = Some(index),
             LinkAttribute::Controller(index) => link.master = Some(index).filter(|index| *index != 0),
+            LinkAttribute::Xdp(infos) => {
+                link.xdp_program = infos.into_iter().find_map(|info| match info {
+                    LinkXdp::ProgId(id) => Some(id).filter(|id| *id != 0),
+                    _ => None,
+                });
+            }
             LinkAttribute::LinkNetNsId(id) => {
                 link.peer_elsewhere = true;
                 // Negative: the kernel has no number for it.

@@ -226,3 +226,80 @@ fn a_bridge_says_whether_it_filters_vlans() {
         assert_eq!((link.kind.as_str(), link.vlan_filtering), ("bridge", filters));
     }
 }
+
+#[test]
+fn ipsec_policies_keep_xdp_off() {
+    if !rustix::process::geteuid().is_root() {
+        println!("SKIP ipsec_policies_keep_xdp_off: not root");
+        return;
+    }
+    // This thread alone, and what it starts.
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    if !Command::new("ip").args(["xfrm", "policy", "flush"]).status().unwrap().success() {
+        println!("SKIP ipsec_policies_keep_xdp_off: no IPsec in this kernel");
+        return;
+    }
+    let policy = |change: &str, direction: &str| {
+        let ends = "src 192.0.2.0/24 dst 203.0.113.0/24";
+        let how = if change == "add" { "tmpl src 192.168.9.2 dst 192.168.9.3 proto esp mode tunnel" } else { "" };
+        sh(&format!("ip xfrm policy {change} {ends} dir {direction} {how}"));
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let far = Pod::new();
+        sh(&format!(
+            "ip link add eth0 index 900 type veth peer name up netns {} && ip addr add 192.168.9.2/24 dev eth0 && ip link set eth0 up",
+            far.0.id()
+        ));
+        policy("add", "out");
+        let (sender, mut devices) = watch::channel(Devices::new());
+        let cancel = CancellationToken::new();
+        let (_known, facts) = watch::channel(Some(Arc::default()));
+        let (events, mut told) = mpsc::channel(64);
+        let options = Options { xdp: true, ..Options::default() };
+        let running = tokio::spawn(run(options, facts, events, sender, cancel.clone()));
+        tokio::spawn(async move { while told.recv().await.is_some() {} });
+        let is_off = |d: &Devices| d.get(&900).is_some_and(|d| d.without_xdp.is_some_and(|why| why.contains("IPsec")));
+        let is_on = |d: &Devices| d.get(&900).is_some_and(|d| d.without_xdp.is_none());
+        until(&mut devices, "there before", is_off).await;
+        policy("delete", "out");
+        until(&mut devices, "gone", is_on).await;
+        for direction in ["in", "fwd", "out"] {
+            policy("add", direction);
+            until(&mut devices, direction, is_off).await;
+            sh("ip xfrm policy flush");
+            until(&mut devices, "flushed", is_on).await;
+        }
+        // Nothing passes that no policy is for. What ip is too old to say cannot be tried.
+        if Command::new("ip").args(["xfrm", "policy", "setdefault", "fwd", "block"]).status().unwrap().success() {
+            until(&mut devices, "blocked", is_off).await;
+            sh("ip xfrm policy setdefault fwd accept");
+            until(&mut devices, "let through", is_on).await;
+        } else {
+            println!("ip xfrm policy setdefault: not known");
+        }
+        cancel.cancel();
+        running.await.unwrap().unwrap();
+
+        // While the kernel's stream cannot be had, too.
+        let known = devices.borrow().clone();
+        assert!(is_on(&known));
+        let (sender, mut devices) = watch::channel(known);
+        let mut watcher = Watcher {
+            options: Options { xdp: true, ..Options::default() },
+            facts: watch::channel(None).1,
+            events: mpsc::channel(1).0,
+            devices: sender,
+            pause: LONGEST_PAUSE,
+            routes: BTreeSet::new(),
+            addresses: None,
+            ipsec: None,
+        };
+        let resting = tokio::spawn(async move { watcher.rest().await });
+        assert!(tokio::time::timeout(ASK / 2, devices.changed()).await.is_err(), "there is none");
+        policy("add", "out");
+        until(&mut devices, "nobody told", is_off).await;
+        resting.abort();
+        sh("ip xfrm policy flush");
+    });
+}

@@ -16,6 +16,8 @@ use crate::{
 /// All of them, sorted, each once.
 pub(super) struct Addresses {
     pub(super) cluster_ips: Vec<IpAddr>,
+    /// ClusterIPs that the node itself has, which are left to it.
+    yielded: Vec<IpAddr>,
     /// Families that the Service has a ClusterIP of: only those are served (contract A8).
     families: Vec<Family>,
     /// The node's own that answer for its NodePorts.
@@ -46,8 +48,13 @@ pub(super) fn of(service: &Service, here: Here<'_>, defaults: &Defaults, problem
     } else {
         families.iter().filter_map(|family| ranges(service, *family, here)).collect()
     };
+    let cluster_ips = usable("clusterIP", &service.cluster_ips, &families, problems);
+    let (yielded, cluster_ips): (Vec<_>, Vec<_>) =
+        cluster_ips.into_iter().partition(|addr| here.addresses.contains(addr));
+    report_yielded(&yielded, problems);
     Addresses {
-        cluster_ips: not_own(usable("clusterIP", &service.cluster_ips, &families, problems), here, problems),
+        cluster_ips,
+        yielded,
         node,
         localhost: localhost.then_some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
         load_balancers,
@@ -68,9 +75,10 @@ impl Addresses {
 
     /// What `port` claims of `family`.
     pub(super) fn claims(&self, port: &ServicePort, family: Family, claim: &mut impl FnMut(Claim, IpAddr, Port)) {
-        let Self { cluster_ips, families: _, node, localhost, load_balancers, external_ips, ranges: _ } = self;
+        let Self { cluster_ips, yielded, families: _, node, localhost, load_balancers, external_ips, ranges: _ } = self;
+        let of_family = |addr: &&IpAddr| Family::of(**addr) == family;
         let mut claim_all = |kind: FrontendKind, addresses: &[IpAddr], number: Port| {
-            for addr in addresses.iter().filter(|addr| Family::of(**addr) == family) {
+            for addr in addresses.iter().filter(of_family) {
                 claim(Claim::Kind(kind), *addr, number);
             }
         };
@@ -79,7 +87,12 @@ impl Addresses {
         claim_all(FrontendKind::ExternalIp, external_ips, port.port);
         if let Some(number) = port.node_port {
             claim_all(FrontendKind::NodePort, node, number);
-            for addr in localhost.iter().filter(|addr| Family::of(**addr) == family) {
+        }
+        for addr in yielded.iter().filter(of_family) {
+            claim(Claim::Yielded, *addr, port.port);
+        }
+        if let Some(number) = port.node_port {
+            for addr in localhost.iter().filter(of_family) {
                 claim(Claim::Localhost, *addr, number);
             }
         }
@@ -107,17 +120,12 @@ fn usable(what: &str, addresses: &[IpAddr], families: &[Family], problems: &mut 
 
 /// A cache of the node (NodeLocal DNSCache) that takes the place of a Service gives itself that Service's address: whoever asks for it means the
 /// cache. kube-proxy gets out of its way by rules that the cache makes for it, which keep connection tracking off (cilium#13040).
-fn not_own(mut served: Vec<IpAddr>, here: Here<'_>, problems: &mut Vec<String>) -> Vec<IpAddr> {
-    served.retain(|addr| {
-        let own = here.addresses.contains(addr);
-        if own {
-            problems.push(format!(
-                "clusterIP {addr} is an address of this node, where something answers in the Service's place; it is left to that here"
-            ));
-        }
-        !own
-    });
-    served
+fn report_yielded(yielded: &[IpAddr], problems: &mut Vec<String>) {
+    problems.extend(yielded.iter().map(|addr| {
+        format!(
+            "clusterIP {addr} is an address of this node, where something answers in the Service's place; it is left to that here"
+        )
+    }));
 }
 
 /// Those that no one else needs: what the node itself answers for stays the node's, or a Service with the node's address and

@@ -6,7 +6,8 @@ use std::{cmp::Reverse, collections::BTreeSet, net::IpAddr};
 use crate::{
     desired::{Backend, BackendSet},
     model::{
-        Endpoint, EndpointHints, EndpointSlice, Family, NodeFacts, Protocol, ServicePort, address::unfit_for_endpoint,
+        Endpoint, EndpointHints, EndpointSlice, Family, NodeFacts, Protocol, ServicePort,
+        address::{NO_TRAFFIC, unfit_for_endpoint},
     },
 };
 
@@ -92,7 +93,7 @@ pub(super) fn alive<'a>(
     }
 }
 
-/// Says once which addresses `unite` passes over.
+/// Says once which addresses `unite` passes over. The sources leave them out and say so themselves: this is for what comes by another way.
 pub(super) fn report_unusable<'a>(slices: impl Iterator<Item = &'a EndpointSlice>, problems: &mut Vec<String>) {
     let mut passed = 0_usize;
     for slice in slices {
@@ -102,7 +103,7 @@ pub(super) fn report_unusable<'a>(slices: impl Iterator<Item = &'a EndpointSlice
             passed += 1;
             if passed <= LISTED {
                 let (slice, address) = (&slice.name, endpoint.address);
-                problems.push(format!("EndpointSlice {slice}: endpoint {address} {why}; it gets no traffic"));
+                problems.push(format!("EndpointSlice {slice}: endpoint {address} {why}; {NO_TRAFFIC}"));
             }
         }
     }

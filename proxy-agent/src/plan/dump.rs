@@ -9,7 +9,7 @@ pub struct Dump<'a>(pub &'a DesiredState);
 
 impl fmt::Display for Dump<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let DesiredState { frontends, guards, local_cidrs } = self.0;
+        let DesiredState { frontends, guards, local_cidrs, left_pods } = self.0;
         for (frontend, spec) in frontends {
             let FrontendSpec {
                 service,
@@ -54,6 +54,9 @@ impl fmt::Display for Dump<'_> {
         }
         for cidr in local_cidrs {
             writeln!(f, "pods {cidr}")?;
+        }
+        for (uid, name) in left_pods.iter().flatten() {
+            writeln!(f, "left alone {name} {uid}")?;
         }
         Ok(())
     }

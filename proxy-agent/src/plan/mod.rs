@@ -30,6 +30,7 @@ mod candidates;
 mod checks;
 mod dump;
 mod planner;
+mod pods;
 mod topology;
 mod verdicts;
 
@@ -105,7 +106,9 @@ pub struct Here<'a> {
 }
 
 impl<'a> From<&'a Snapshot> for Here<'a> {
-    fn from(Snapshot { node, addresses, services: _, slices: _ }: &'a Snapshot) -> Self {
+    fn from(
+        Snapshot { node, addresses, services: _, slices: _, pods: _, namespaces: _, pods_known: _ }: &'a Snapshot,
+    ) -> Self {
         Self { node, addresses }
     }
 }
@@ -164,6 +167,7 @@ pub fn plan_service<'a>(
             addresses.claims(port, family, &mut |kind, addr, number| {
                 let spec = match kind {
                     Claim::Localhost => specs.localhost(),
+                    Claim::Yielded => specs.yielded(),
                     Claim::Kind(FrontendKind::LoadBalancer) => specs.load_balancer(&addresses, family),
                     Claim::Kind(kind) => specs.of(kind),
                 };
@@ -214,11 +218,15 @@ pub(crate) const fn precedence(kind: FrontendKind) -> u8 {
     }
 }
 
+const PASS: Verdict = Verdict { action: Action::Pass, masquerade: false };
+
 /// A kind of claim on an address.
 enum Claim {
     Kind(FrontendKind),
     /// A NodePort of 127.0.0.1.
     Localhost,
+    /// A ClusterIP that is the node's own.
+    Yielded,
 }
 
 /// The frontends of one port and family: made when asked for, each once, with backend sets that they share.
@@ -266,8 +274,13 @@ impl<'a> Specs<'a> {
     /// so that nobody else has a way to what listens there (lesson of CVE-2020-8558).
     fn localhost(&mut self) -> Arc<FrontendSpec> {
         let Verdicts { node, .. } = verdicts::verdicts(FrontendKind::NodePort, &self.situation);
-        let pass = Verdict { action: Action::Pass, masquerade: false };
-        self.spec(FrontendKind::NodePort, Verdicts { pod: pass, node, external: pass }, None)
+        self.spec(FrontendKind::NodePort, Verdicts { pod: PASS, node, external: PASS }, None)
+    }
+
+    /// Nothing new is led anywhere. What is open goes on with the backends that it has, for as long as they serve (A104): so there is
+    /// a frontend still.
+    fn yielded(&mut self) -> Arc<FrontendSpec> {
+        self.spec(FrontendKind::ClusterIp, Verdicts { pod: PASS, node: PASS, external: PASS }, None)
     }
 
     /// Source ranges bind here alone (contract A90). Without an endpoint anywhere there is nothing to keep anybody from, and

@@ -8,9 +8,9 @@ use std::{
     sync::Arc,
 };
 
-use super::{Defaults, DetectLocal, Here, PlannedService, plan_service, precedence};
+use super::{Defaults, DetectLocal, Here, PlannedService, plan_service, pods, precedence};
 use crate::{
-    desired::{Changes, DesiredState, Frontend, FrontendKind, FrontendSpec, HealthChecks},
+    desired::{Changes, DesiredState, Frontend, FrontendKind, FrontendSpec, HealthCheck, HealthChecks},
     model::{EndpointSlice, Family, Service, ServiceKey, Snapshot},
 };
 
@@ -45,8 +45,11 @@ pub struct Planner {
     /// How many Services hold each guard.
     holders: BTreeMap<IpAddr, u32>,
     state: DesiredState,
-    /// Handed out as it is: most changes leave it alone.
-    health_checks: Arc<HealthChecks>,
+    health_checks: HealthChecks,
+    /// Since they were last [taken](Self::take_health_changes).
+    health_changed: BTreeSet<ServiceKey>,
+    /// What of pods and namespaces cannot be done, by object.
+    pod_problems: BTreeMap<String, Vec<String>>,
     problems_version: u64,
 }
 
@@ -58,7 +61,9 @@ impl Planner {
             losers: BTreeMap::new(),
             holders: BTreeMap::new(),
             state: DesiredState::default(),
-            health_checks: Arc::default(),
+            health_checks: HealthChecks::new(),
+            health_changed: BTreeSet::new(),
+            pod_problems: BTreeMap::new(),
             problems_version: 0,
         }
     }
@@ -69,15 +74,23 @@ impl Planner {
     }
 
     /// What load balancers are to be told.
-    pub fn health_checks(&self) -> &Arc<HealthChecks> {
+    pub fn health_checks(&self) -> &HealthChecks {
         &self.health_checks
+    }
+
+    /// What has changed of it since this was asked last; `None` where nothing is told any more.
+    pub fn take_health_changes(&mut self) -> Vec<(ServiceKey, Option<HealthCheck>)> {
+        let changed = std::mem::take(&mut self.health_changed).into_iter();
+        changed.map(|service| (service.clone(), self.health_checks.get(&service).cloned())).collect()
     }
 
     /// Forgets what was planned and plans all of `snapshot`. The outcome is that of an update over all Services; it is only
     /// put together in order, which a cluster's worth of look-ups is too many for.
     pub fn full(&mut self, snapshot: &Snapshot) -> &DesiredState {
         let problems_version = self.problems_version + 1;
-        *self = Self { problems_version, ..Self::new(self.defaults.clone()) };
+        let mut health_changed = std::mem::take(&mut self.health_changed);
+        health_changed.extend(std::mem::take(&mut self.health_checks).into_keys());
+        *self = Self { problems_version, health_changed, ..Self::new(self.defaults.clone()) };
         self.planned =
             snapshot.services.iter().map(|(key, service)| (key.clone(), self.plan(service, snapshot, None))).collect();
 
@@ -85,7 +98,8 @@ impl Planner {
             let check = planned.plan.health_check.clone()?;
             Some((key.clone(), check))
         });
-        self.health_checks = Arc::new(checks.collect());
+        self.health_checks = checks.collect();
+        self.health_changed.extend(self.health_checks.keys().cloned());
 
         let mut claims: Vec<(Frontend, Claim<'_>)> = Vec::with_capacity(self.planned.len());
         for (key, Planned { created, uid, plan }) in &self.planned {
@@ -105,10 +119,13 @@ impl Planner {
                 owned.push((frontend, Arc::clone(claim.spec)));
             }
         }
+        let left_pods;
+        (left_pods, self.pod_problems) = pods::left(snapshot);
         self.state = DesiredState {
             frontends: owned.into_iter().collect(),
             guards: self.holders.keys().copied().collect(),
             local_cidrs: self.defaults.detect_local.cidrs(&snapshot.node),
+            left_pods,
         };
         &self.state
     }
@@ -121,6 +138,16 @@ impl Planner {
         if self.state.local_cidrs != local_cidrs {
             self.state.local_cidrs.clone_from(&local_cidrs);
             changes.local_cidrs = Some(local_cidrs);
+            self.problems_version += 1;
+        }
+        // A hundred pods or so, where there are any.
+        let (left_pods, pod_problems) = pods::left(snapshot);
+        if self.state.left_pods != left_pods {
+            self.state.left_pods.clone_from(&left_pods);
+            changes.left_pods = left_pods;
+        }
+        if self.pod_problems != pod_problems {
+            self.pod_problems = pod_problems;
             self.problems_version += 1;
         }
         for key in changed {
@@ -171,11 +198,11 @@ impl Planner {
         if self.health_checks.get(key) == new {
             return;
         }
-        let checks = Arc::make_mut(&mut self.health_checks);
         match new {
-            Some(check) => drop(checks.insert(key.clone(), check.clone())),
-            None => drop(checks.remove(key)),
+            Some(check) => drop(self.health_checks.insert(key.clone(), check.clone())),
+            None => drop(self.health_checks.remove(key)),
         }
+        self.health_changed.insert(key.clone());
     }
 
     fn count_guards(&mut self, old: Option<&Planned>, new: Option<&Planned>, changes: &mut Changes) {
@@ -251,6 +278,7 @@ impl Planner {
         for (key, planned) in self.planned.iter().filter(|(_, planned)| !planned.plan.problems.is_empty()) {
             problems.entry(format!("Service {key}")).or_default().extend_from_slice(&planned.plan.problems);
         }
+        problems.extend(self.pod_problems.iter().map(|(object, why)| (object.clone(), why.clone())));
         problems.extend(self.undetected().map(|problem| ("local detection".to_owned(), vec![problem])));
         for (frontend, losers) in &self.losers {
             let Some(owner) = self.state.frontends.get(frontend).map(|spec| &spec.service) else { continue };

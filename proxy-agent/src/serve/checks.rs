@@ -5,7 +5,7 @@
 //! Service, and costs the others nothing.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::BTreeMap,
     io,
     net::SocketAddr,
     sync::{Arc, MutexGuard, PoisonError},
@@ -30,7 +30,7 @@ use tracing::{info, warn};
 
 use super::{Shared, listen};
 use crate::{
-    desired::HealthChecks,
+    desired::{HealthChecks, HealthDoors},
     model::{Family, ServiceKey, Warning},
     status::{Status, report::CheckPorts},
 };
@@ -56,22 +56,24 @@ struct Open {
 pub(super) async fn run(shared: Arc<Shared>, cancel: CancellationToken) {
     let mut status = shared.status.clone();
     let mut open: BTreeMap<Door, Open> = BTreeMap::new();
-    let mut known: Option<Arc<HealthChecks>> = None;
+    let mut known: Option<Arc<HealthDoors>> = None;
     loop {
-        let checks = Arc::clone(&status.borrow_and_update().health_checks);
-        let news = known.as_ref().is_none_or(|known| !Arc::ptr_eq(known, &checks));
-        if news || !failures(&shared).is_empty() {
-            let wanted = wanted(&checks);
+        let (wanted, checks) = {
+            let status = status.borrow_and_update();
+            (Arc::clone(&status.health_doors), Arc::clone(&status.health_checks))
+        };
+        if known.as_ref().is_none_or(|known| !Arc::ptr_eq(known, &wanted)) {
             // Before others are opened: a port may pass from one Service to another.
             close(&mut open, &wanted, &shared).await;
-            for door in wanted {
-                if !open.contains_key(&door)
-                    && let Some(opened) = try_open(&door, &checks, &shared)
-                {
-                    open.insert(door, opened);
-                }
-            }
-            known = Some(checks);
+            try_all(
+                wanted.iter().filter(|door| !open.contains_key(door)).cloned().collect(),
+                &mut open,
+                &checks,
+                &shared,
+            );
+            known = Some(wanted);
+        } else {
+            try_all(failures(&shared), &mut open, &checks, &shared);
         }
         tokio::select! {
             () = cancel.cancelled() => break,
@@ -79,21 +81,21 @@ pub(super) async fn run(shared: Arc<Shared>, cancel: CancellationToken) {
             () = sleep(RETRY) => {}
         }
     }
-    close(&mut open, &BTreeSet::new(), &shared).await;
+    close(&mut open, &HealthDoors::new(), &shared).await;
 }
 
-/// Until other ports, or other counts, are asked for; `true`: nothing will be any more.
-async fn changed(status: &mut watch::Receiver<Arc<Status>>, known: Option<&Arc<HealthChecks>>) -> bool {
-    let other = |status: &Arc<Status>| known.is_none_or(|known| !Arc::ptr_eq(known, &status.health_checks));
+/// Until other ports are asked for; `true`: nothing will be any more.
+async fn changed(status: &mut watch::Receiver<Arc<Status>>, known: Option<&Arc<HealthDoors>>) -> bool {
+    let other = |status: &Arc<Status>| known.is_none_or(|known| !Arc::ptr_eq(known, &status.health_doors));
     status.wait_for(other).await.is_err()
 }
 
-fn wanted(checks: &HealthChecks) -> BTreeSet<Door> {
-    let doors = checks.iter().flat_map(|(service, check)| {
-        let listen = check.families.values().flat_map(|family| &family.listen);
-        listen.map(|addr| (service.clone(), SocketAddr::new(*addr, check.port.get())))
-    });
-    doors.collect()
+fn try_all(doors: Vec<Door>, open: &mut BTreeMap<Door, Open>, checks: &HealthChecks, shared: &Arc<Shared>) {
+    for door in doors {
+        if let Some(opened) = try_open(&door, checks, shared) {
+            open.insert(door, opened);
+        }
+    }
 }
 
 fn ports(shared: &Shared) -> MutexGuard<'_, CheckPorts> {
@@ -105,7 +107,7 @@ fn failures(shared: &Shared) -> Vec<Door> {
     ports.iter().filter(|(_, failure)| failure.is_some()).map(|(door, _)| door.clone()).collect()
 }
 
-async fn close(open: &mut BTreeMap<Door, Open>, wanted: &BTreeSet<Door>, shared: &Shared) {
+async fn close(open: &mut BTreeMap<Door, Open>, wanted: &HealthDoors, shared: &Shared) {
     ports(shared).retain(|door, _| wanted.contains(door));
     let gone: Vec<Door> = open.keys().filter(|door| !wanted.contains(*door)).cloned().collect();
     for door in gone {

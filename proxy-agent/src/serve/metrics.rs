@@ -18,7 +18,7 @@ use prometheus_client::{
 use tracing::warn;
 
 use crate::{
-    dataplane::Fill,
+    dataplane::{Fill, select::Mode},
     status::{
         Histogram, SourceState, Status,
         report::{CheckPorts, FrontendCount},
@@ -32,8 +32,10 @@ pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; cha
 pub struct Readings {
     pub events: Vec<Event>,
     pub fill: Vec<Fill>,
-    /// What was ended because its backend is gone.
+    /// What was ended because its backend, or its address, is gone.
     pub ended: Vec<(&'static str, u64)>,
+    /// What iptables did not take, where that is the dataplane.
+    pub restore_failures: Option<u64>,
 }
 
 /// Something that the programs counted.
@@ -157,6 +159,27 @@ impl Scrape {
     fn encode_state(&self, to: &mut Encoder<'_>) -> fmt::Result {
         let status = &*self.status;
         let whole = |n: usize| n as f64;
+        to.gauges(
+            "proxy_agent_mode",
+            "1 for the mode that the agent runs in",
+            Mode::ALL.map(|mode| ([("mode", mode.name())], f64::from(u8::from(mode.name() == status.mode)))),
+        )?;
+        let state = |one: &crate::dataplane::Retiring| {
+            let state = if one.retired { "retired" } else { "in_force" };
+            ([("mode", one.mode), ("state", state)], 1.0)
+        };
+        to.gauges(
+            "proxy_agent_retiring",
+            "1 for each other mode that an agent left something of: in_force, or retired, taking no new flows",
+            status.retiring.iter().map(state),
+        )?;
+        // Not counted is not none.
+        let flows = |one: &crate::dataplane::Retiring| Some(([("mode", one.mode)], one.flows? as f64));
+        to.gauges(
+            "proxy_agent_retiring_flows",
+            "Open flows that go by what another mode left in force, which takes no new ones",
+            status.retiring.iter().filter_map(flows),
+        )?;
         to.counter("proxy_agent_syncs", "Syncs done", status.syncs)?;
         to.counter(
             "proxy_agent_drift_repaired",
@@ -198,8 +221,11 @@ impl Scrape {
 
 /// `own`: the fill of the agent's own maps, which it knows without counting.
 fn encode_kernel(readings: &Readings, own: &[Fill], to: &mut Encoder<'_>) -> fmt::Result {
-    let Readings { events, fill, ended } = readings;
-    let fill: Vec<&Fill> = fill.iter().map(|fill| own.iter().find(|own| own.map == fill.map).unwrap_or(fill)).collect();
+    let Readings { events, fill, ended, restore_failures } = readings;
+    let counted = fill.iter().map(|fill| own.iter().find(|own| own.map == fill.map).unwrap_or(fill));
+    // Without pins there are none but its own.
+    let others = own.iter().filter(|own| !fill.iter().any(|fill| fill.map == own.map));
+    let fill: Vec<&Fill> = counted.chain(others).collect();
     to.gauges(
         "proxy_agent_bpf_map_entries",
         "Entries in a map of the datapath, counted at most once a minute; the agent's own maps as of the last sync",
@@ -217,9 +243,16 @@ fn encode_kernel(readings: &Readings, own: &[Fill], to: &mut Encoder<'_>) -> fmt
             ([("reason", event.reason), ("drop", if event.drop { "true" } else { "false" })], event.count)
         }),
     )?;
+    if let Some(failures) = restore_failures {
+        to.counter(
+            "kubeproxy_sync_proxy_rules_iptables_restore_failures",
+            "Times that iptables-restore failed, since the agent started",
+            *failures,
+        )?;
+    }
     to.counters(
         "proxy_agent_ended",
-        "Flows and sockets ended because their backend is gone, since the agent started",
+        "Flows and sockets ended because their backend is gone, and masquerades because their address is, since the agent started; over: pairs of entries of flows that were over, taken out to make room",
         ended.iter().map(|(object, count)| ([("object", *object)], *count)),
     )
 }
@@ -278,6 +311,7 @@ mod tests {
             ],
             fill: busy().fill.to_vec(),
             ended: vec![("udp_flow", 7), ("socket", 1)],
+            restore_failures: Some(2),
         }
     }
 

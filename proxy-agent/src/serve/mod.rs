@@ -4,7 +4,7 @@
 //!
 //! ```text
 //! healthz address   /healthz  /livez
-//! metrics address   /metrics  /status  /proxyMode  /healthz  /livez
+//! metrics address   /metrics  /status  /frontends  /proxyMode  /healthz  /livez
 //! node ports        whatever is asked: a Service's endpoints here (those that ask for it)
 //! ```
 
@@ -50,10 +50,10 @@ pub struct Options {
     pub bind_address_hard_fail: bool,
     /// A change that waits twice as long makes the node unhealthy (contract A117).
     pub sync_period: Duration,
-    /// For the report: whose sockets are translated at connect time.
-    pub socket_lb: &'static str,
-    /// For the report, so that a reader of other pins notices.
-    pub bpffs: PathBuf,
+    /// For the report: whose sockets are translated at connect time, where any can be.
+    pub socket_lb: Option<&'static str>,
+    /// For the report, so that a reader of other pins notices; `None`: there are none.
+    pub bpffs: Option<PathBuf>,
     /// Reads what only the kernel knows; called at every scrape.
     pub probe: Probe,
     /// What users of the cluster should hear of their Services.
@@ -131,6 +131,7 @@ fn metrics_routes(shared: Arc<Shared>) -> Router {
     Router::new()
         .route("/metrics", get(scrape))
         .route("/status", get(report))
+        .route("/frontends", get(frontends))
         .route("/proxyMode", get(async |State(shared): State<Arc<Shared>>| shared.status().mode))
         .with_state(Arc::clone(&shared))
         .merge(health_routes(shared))
@@ -159,8 +160,12 @@ async fn report(State(shared): State<Arc<Shared>>) -> Response {
     let health = shared.health();
     let ports = shared.check_ports();
     let Options { socket_lb, bpffs, .. } = &shared.options;
-    let report = report::Report::new(&shared.status(), health.livez(), socket_lb, bpffs, &ports);
+    let report = report::Report::new(&shared.status(), health.livez(), *socket_lb, bpffs.as_deref(), &ports);
     Json(report).into_response()
+}
+
+async fn frontends(State(shared): State<Arc<Shared>>) -> Response {
+    Json(report::InForce::all(&shared.status())).into_response()
 }
 
 async fn scrape(State(shared): State<Arc<Shared>>) -> Response {
@@ -192,7 +197,7 @@ mod tests {
     use super::*;
     use crate::{
         dataplane::Failure,
-        desired::{FamilyCheck, HealthCheck, HealthChecks},
+        desired::{FamilyCheck, HealthCheck, HealthChecks, health_doors},
         model::{Family, ServiceKey},
         status::{FrontendState, SourceState, report::tests::frontend},
     };
@@ -207,8 +212,8 @@ mod tests {
             metrics: Some(free_address().await),
             bind_address_hard_fail: false,
             sync_period: Duration::from_secs(30),
-            socket_lb: "all",
-            bpffs: "/sys/fs/bpf/test".into(),
+            socket_lb: Some("all"),
+            bpffs: Some("/sys/fs/bpf/test".into()),
             probe: Arc::new(|| Ok(Readings::default())),
             warnings: mpsc::channel(8).0,
         }
@@ -253,6 +258,7 @@ mod tests {
         assert_eq!(get(options.metrics, "/proxyMode").await.1, "ebpf");
         let (_, body) = get(options.metrics, "/status").await;
         assert_eq!(serde_json::from_str::<report::Report>(&body).unwrap().node, "n1");
+        assert_eq!(get(options.metrics, "/frontends").await.1, "[]");
         let (_, body) = get(options.metrics, "/metrics").await;
         assert!(body.contains("kubeproxy_proxy_healthz_total{code=\"503\"} 1"), "{body}");
         assert_eq!(get(options.healthz, "/metrics").await.0, "HTTP/1.1 404 Not Found");
@@ -293,9 +299,14 @@ mod tests {
 
         fn tell(&self, ready: bool, ports: &[(&str, u16, usize)]) {
             let (health_checks, source) = (checks(ports), SourceState::Synced);
+            // As the sync loop has it: the same value as long as the same ports are asked for.
+            let before = Arc::clone(&self.status.borrow().health_doors);
+            let doors = health_doors(&health_checks);
+            let health_doors = if *before == doors { before } else { Arc::new(doors) };
             self.status.send_replace(Arc::new(Status {
                 ready,
                 health_checks,
+                health_doors,
                 source,
                 ..Status::starting("ebpf", "n1".into())
             }));
@@ -348,6 +359,7 @@ mod tests {
         degraded.ready = true;
         let full = |(addr, name)| frontend(addr, name, FrontendState::Degraded(Failure::Retry("full".into())));
         degraded.frontends = Arc::new([("10.96.0.1", "web"), ("fd00::1", "other")].map(full).into());
+        degraded.degraded = Arc::new(Status::degraded_of(&degraded.frontends));
         told.status.send_replace(Arc::new(degraded));
         let (line, body) = get(Some(v4), "/").await;
         assert!(line.contains("503") && body.contains("\"serviceProxyHealthy\": false"), "{line} {body}");

@@ -22,11 +22,14 @@ pub(super) const ZONE_LABEL: &str = "topology.kubernetes.io/zone";
 /// When a change of pods or Service made the slice change (contract A28).
 pub(super) const TRIGGER_TIME_ANNOTATION: &str = "endpoints.kubernetes.io/last-change-trigger-time";
 
+/// On the Pod that stands in the API server for one that the kubelet reads from a file: the uid by which the kubelet knows that.
+pub(super) const MIRROR_ANNOTATION: &str = "kubernetes.io/config.mirror";
+
 /// On a Node that the autoscaler is about to remove (contract A117).
 pub(super) const LEAVING_TAINT: &str = "ToBeDeletedByClusterAutoscaler";
 
 /// Labels and annotations that are kept; every other one is skipped while reading.
-const KEPT: [&str; 8] = [
+const KEPT: [&str; 9] = [
     PROXY_NAME_LABEL,
     HEADLESS_LABEL,
     SERVICE_NAME_LABEL,
@@ -35,6 +38,7 @@ const KEPT: [&str; 8] = [
     super::ALGORITHM_ANNOTATION,
     super::RESET_DELETED_ANNOTATION,
     super::SOCKET_LB_ANNOTATION,
+    MIRROR_ANNOTATION,
 ];
 
 #[derive(Clone, Deserialize, Debug, Default)]
@@ -355,4 +359,38 @@ pub(super) struct NodeAddress {
     pub(super) r#type: String,
     #[serde(deserialize_with = "or_default")]
     pub(super) address: String,
+}
+
+#[derive(Clone, Deserialize, Debug, Default)]
+#[serde(default)]
+pub(super) struct Pod {
+    #[serde(deserialize_with = "or_default")]
+    pub(super) metadata: Metadata,
+    #[serde(deserialize_with = "or_default")]
+    pub(super) spec: PodSpec,
+    #[serde(deserialize_with = "or_default")]
+    pub(super) status: PodStatus,
+}
+
+#[derive(Clone, Deserialize, Debug, Default)]
+#[serde(rename_all = "camelCase", default)]
+pub(super) struct PodSpec {
+    #[serde(deserialize_with = "or_default")]
+    pub(super) node_name: String,
+    #[serde(deserialize_with = "or_default")]
+    pub(super) host_network: bool,
+}
+
+#[derive(Clone, Deserialize, Debug, Default)]
+#[serde(default)]
+pub(super) struct PodStatus {
+    #[serde(deserialize_with = "or_default")]
+    pub(super) phase: String,
+}
+
+#[derive(Clone, Deserialize, Debug, Default)]
+#[serde(default)]
+pub(super) struct Namespace {
+    #[serde(deserialize_with = "or_default")]
+    pub(super) metadata: Metadata,
 }

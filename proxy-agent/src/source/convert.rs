@@ -19,9 +19,9 @@ use super::{
     api,
 };
 use crate::model::{
-    Endpoint, EndpointHints, EndpointPort, EndpointSlice, Family, NodeFacts, Port, Protocol, Service, ServiceKey,
-    ServicePort, ServiceType, TrafficPolicy,
-    address::{unfit_for_endpoint, unfit_for_vip},
+    Endpoint, EndpointHints, EndpointPort, EndpointSlice, Family, NodeFacts, Pod, PodKey, Port, Protocol, Service,
+    ServiceKey, ServicePort, ServiceType, TrafficPolicy,
+    address::{NO_TRAFFIC, unfit_for_endpoint, unfit_for_vip},
 };
 
 /// Session affinity lasts this long where the Service does not say (contract A96).
@@ -107,7 +107,9 @@ pub(super) fn service(object: &api::Service, names: &mut Names) -> Result<Servic
         Some("LoadBalancer") => ServiceType::LoadBalancer,
         Some("ExternalName") => return Err(NotOurs::ExternalName),
         Some(other) => {
-            problems.say(format!("spec.type: {other:?} is unknown, treated as ClusterIP"));
+            problems.say(format!(
+                "spec.type: {other:?} is unknown, treated as ClusterIP; write ClusterIP, NodePort or LoadBalancer"
+            ));
             ServiceType::ClusterIp
         }
     };
@@ -126,7 +128,7 @@ pub(super) fn service(object: &api::Service, names: &mut Names) -> Result<Servic
             match vip(text) {
                 Ok(ip) if ips.contains(&ip) => {}
                 Ok(ip) => ips.push(ip),
-                Err(why) => problems.say(format!("{field}: {text:?} {why}")),
+                Err(why) => problems.say(format!("{field}: {text:?} {why}; {NOT_SERVED}")),
             }
         }
         ips
@@ -143,8 +145,13 @@ pub(super) fn service(object: &api::Service, names: &mut Names) -> Result<Servic
     for text in &spec.load_balancer_source_ranges {
         match parse_cidr(text) {
             Ok(net) => source_ranges.push(net),
-            Err(why) => problems.say(format!("spec.loadBalancerSourceRanges: {text:?} {why}")),
+            Err(why) => {
+                problems.say(format!("spec.loadBalancerSourceRanges: {text:?} {why}; it lets nobody in, {RANGE}"))
+            }
         }
+    }
+    if source_ranges.is_empty() && !spec.load_balancer_source_ranges.is_empty() {
+        problems.say(format!("spec.loadBalancerSourceRanges: none can be read, so everybody is let in; {RANGE}"));
     }
     let health_check_node_port =
         optional_port("spec.healthCheckNodePort", spec.health_check_node_port.as_ref(), &mut problems);
@@ -199,7 +206,7 @@ fn cluster_ips(spec: &api::ServiceSpec, problems: &mut Problems) -> Vec<IpAddr> 
         let ip = match vip(text) {
             Ok(ip) => ip,
             Err(why) => {
-                problems.say(format!("{field}: {text:?} {why}"));
+                problems.say(format!("{field}: {text:?} {why}; {NOT_SERVED}"));
                 continue;
             }
         };
@@ -208,20 +215,26 @@ fn cluster_ips(spec: &api::ServiceSpec, problems: &mut Problems) -> Vec<IpAddr> 
             Some("IPv4") => Some(Family::V4),
             Some("IPv6") => Some(Family::V6),
             Some(other) => {
-                problems.say(format!("spec.ipFamilies: {other:?} is neither IPv4 nor IPv6"));
+                problems.say(format!("spec.ipFamilies: {other:?} is neither IPv4 nor IPv6; the address says it itself, write one of these"));
                 None
             }
             None if spec.ip_families.is_empty() => None,
             // An address beyond the named families belongs to none of them.
             None => {
-                problems.say(format!("{field}: {text:?} has no family in spec.ipFamilies"));
+                problems.say(format!(
+                    "{field}: {text:?} has no family in spec.ipFamilies; it is not served, name its family there"
+                ));
                 continue;
             }
         };
         if said.is_some_and(|said| said != family) {
-            problems.say(format!("{field}: {text:?} is not of the family that spec.ipFamilies[{index}] says"));
+            problems.say(format!(
+                "{field}: {text:?} is not of the family that spec.ipFamilies[{index}] says; it is not served, write both in one order"
+            ));
         } else if let Some(first) = families.get(&family) {
-            problems.say(format!("{field}: {text:?} is a second address of its family, {first} stands"));
+            problems.say(format!(
+                "{field}: {text:?} is a second address of its family, {first} stands; write one of each family"
+            ));
         } else {
             families.insert(family, ip);
             ips.push(ip);
@@ -239,12 +252,14 @@ fn protocol(text: Option<&str>) -> Option<Protocol> {
     }
 }
 
-const NO_PROTOCOL: &str = "is none of TCP, UDP, SCTP";
-const NO_PORT: &str = "is no port number (1 to 65535)";
+const NO_PROTOCOL: &str = "is none of TCP, UDP, SCTP; the port is not served, write one of these";
+const NO_PORT: &str = "is no port number; the port is not served, write one from 1 to 65535";
+const NOT_SERVED: &str = "it is not served, write an address that others can send to";
+const RANGE: &str = "write ADDRESS/LENGTH";
 
 fn service_ports(objects: &[api::ServicePort], names: &mut Names, problems: &mut Problems) -> Vec<ServicePort> {
     if objects.is_empty() {
-        problems.say("spec.ports: none, so there is nothing to serve".to_owned());
+        problems.say("spec.ports: none, so there is nothing to serve; list at least one port".to_owned());
     }
     let mut ports: Vec<ServicePort> = Vec::with_capacity(objects.len());
     let (mut numbers, mut titles) = (HashSet::new(), HashSet::new());
@@ -257,12 +272,16 @@ fn service_ports(objects: &[api::ServicePort], names: &mut Names, problems: &mut
         };
         let Some(port) = required_port(&field, port.as_ref(), problems) else { continue };
         if !numbers.insert((port, protocol)) {
-            problems.say(format!("{field}.port: {port}/{protocol} is there already, the first stands"));
+            problems.say(format!(
+                "{field}.port: {port}/{protocol} is there already, the first stands; give it another number or protocol"
+            ));
             continue;
         }
         // Name and protocol are what slices are matched by: a second port of the same name would get the first one's endpoints.
         if !titles.insert((name.as_str(), protocol)) {
-            problems.say(format!("{field}.name: {name:?} names another {protocol} port already, the first stands"));
+            problems.say(format!(
+                "{field}.name: {name:?} names another {protocol} port already, the first stands; give it a name of its own"
+            ));
             continue;
         }
         let node_port = optional_port(&format!("{field}.nodePort"), node_port.as_ref(), problems);
@@ -273,7 +292,7 @@ fn service_ports(objects: &[api::ServicePort], names: &mut Names, problems: &mut
 
 fn required_port(field: &str, number: Option<&api::Number>, problems: &mut Problems) -> Option<Port> {
     let Some(number) = number else {
-        problems.say(format!("{field}.port: missing"));
+        problems.say(format!("{field}.port: missing; the port is not served, write one from 1 to 65535"));
         return None;
     };
     let port = number.port();
@@ -298,7 +317,9 @@ fn policy(field: &str, text: Option<&str>, problems: &mut Problems) -> TrafficPo
         None | Some("" | "Cluster") => TrafficPolicy::Cluster,
         Some("Local") => TrafficPolicy::Local,
         Some(other) => {
-            problems.say(format!("{field}: {other:?} is neither Cluster nor Local, treated as Cluster"));
+            problems.say(format!(
+                "{field}: {other:?} is neither Cluster nor Local, treated as Cluster; write one of these"
+            ));
             TrafficPolicy::Cluster
         }
     }
@@ -309,7 +330,9 @@ fn affinity(spec: &api::ServiceSpec, problems: &mut Problems) -> Option<u32> {
         None | Some("" | "None") => return None,
         Some("ClientIP") => {}
         Some(other) => {
-            problems.say(format!("spec.sessionAffinity: {other:?} is neither None nor ClientIP, treated as None"));
+            problems.say(format!(
+                "spec.sessionAffinity: {other:?} is neither None nor ClientIP, treated as None; write one of these"
+            ));
             return None;
         }
     }
@@ -326,7 +349,7 @@ fn affinity(spec: &api::ServiceSpec, problems: &mut Problems) -> Option<u32> {
     if secs.is_none() {
         problems.say(format!(
             "spec.sessionAffinityConfig.clientIP.timeoutSeconds: {timeout} is not in 1 to {AFFINITY_MAX_SECS}, \
-             {AFFINITY_SECS} taken"
+             {AFFINITY_SECS} taken; write a number of seconds in that range"
         ));
     }
     Some(secs.unwrap_or(AFFINITY_SECS))
@@ -394,11 +417,13 @@ fn endpoint_ports(objects: &[api::EndpointPort], names: &mut Names, problems: &m
 fn endpoint(object: &api::Endpoint, family: Family, names: &mut Names) -> Result<Endpoint, (&'static str, String)> {
     let api::Endpoint { addresses, conditions, node_name, hints } = object;
     // The API says that all addresses of one endpoint are alike; kube-proxy uses the first (contract A21).
-    let text = addresses.first().ok_or_else(|| ("addresses", "none".to_owned()))?;
-    let refuse = |why: &str| ("addresses", format!("{text:?} {why}"));
+    let text = addresses.first().ok_or_else(|| ("addresses", format!("none; {NO_TRAFFIC}")))?;
+    let refuse = |why: &str| ("addresses", format!("{text:?} {why}; {NO_TRAFFIC}"));
     let address = parse_ip(text).map_err(refuse)?;
     if Family::of(address) != family {
-        return Err(refuse("is not of the slice's addressType"));
+        let why = "is not of the slice's addressType; it gets no traffic, list it in a slice of addressType";
+        let its = if address.is_ipv4() { "IPv4" } else { "IPv6" };
+        return Err(("addresses", format!("{text:?} {why} {its}")));
     }
     if let Some(why) = unfit_for_endpoint(address) {
         return Err(refuse(why));
@@ -422,6 +447,30 @@ fn endpoint_hints(object: &api::Hints, names: &mut Names) -> Option<Box<Endpoint
     (!hints.zones.is_empty() || !hints.nodes.is_empty()).then(|| Box::new(hints))
 }
 
+/// `None`: of another node, or over.
+pub(super) fn pod(object: &api::Pod, node: &str, names: &mut Names) -> Option<Pod> {
+    let api::Pod { metadata, spec: api::PodSpec { node_name, host_network }, status: api::PodStatus { phase } } =
+        object;
+    if node_name != node || matches!(phase.as_str(), "Succeeded" | "Failed") {
+        return None;
+    }
+    Some(Pod {
+        key: pod_key(metadata, names),
+        uid: metadata.annotations.get(api::MIRROR_ANNOTATION).unwrap_or(&metadata.uid).as_str().into(),
+        host_network: *host_network,
+        socket_lb: annotation(metadata, SOCKET_LB_ANNOTATION, names),
+    })
+}
+
+pub(super) fn pod_key(metadata: &api::Metadata, names: &mut Names) -> PodKey {
+    (names.get(&metadata.namespace), names.get(&metadata.name))
+}
+
+/// Its name, and its annotation.
+pub(super) fn namespace(metadata: &api::Metadata, names: &mut Names) -> (Arc<str>, Option<Arc<str>>) {
+    (names.get(&metadata.name), annotation(metadata, SOCKET_LB_ANNOTATION, names))
+}
+
 /// What is wrong with a Node goes into the second part: facts have no place for remarks.
 pub(super) fn node(object: &api::Node) -> (NodeFacts, Vec<String>) {
     let api::Node { metadata, spec, status } = object;
@@ -433,7 +482,8 @@ pub(super) fn node(object: &api::Node) -> (NodeFacts, Vec<String>) {
         }
         match parse_ip(address) {
             Ok(ip) => internal_ips.push(ip),
-            Err(why) => problems.say(format!("status.addresses: {address:?} {why}")),
+            Err(why) => problems
+                .say(format!("status.addresses: {address:?} {why}; it is left out, see to the kubelet's --node-ip")),
         }
     }
     let pod_cidrs =
@@ -442,7 +492,7 @@ pub(super) fn node(object: &api::Node) -> (NodeFacts, Vec<String>) {
     for text in pod_cidrs.iter().filter(|text| !text.is_empty()) {
         match parse_cidr(text) {
             Ok(net) => nets.push(net),
-            Err(why) => problems.say(format!("spec.podCIDRs: {text:?} {why}")),
+            Err(why) => problems.say(format!("spec.podCIDRs: {text:?} {why}; it is left out, {RANGE}")),
         }
     }
     let zone = metadata.labels.get(api::ZONE_LABEL).filter(|zone| !zone.is_empty());

@@ -27,7 +27,7 @@ use crate::model::{self, SourceState};
 /// Annotation of a Service that chooses how its backends are chosen: `random` or `round-robin`.
 pub const ALGORITHM_ANNOTATION: &str = "proxy-agent/algorithm";
 
-/// Annotation of a Service: `node` leaves pods' sockets alone at connect time, so that their packets are translated.
+/// Annotation of a Service, a Pod or a Namespace: `node` leaves pods' sockets alone at connect time, so that their packets are translated.
 pub const SOCKET_LB_ANNOTATION: &str = "proxy-agent/socket-lb";
 
 /// Annotation of a Service: `true` resets its TCP connections to endpoints that were deleted.
@@ -37,6 +37,8 @@ pub const RESET_DELETED_ANNOTATION: &str = "proxy-agent/reset-deleted";
 pub struct Options {
     /// The own node's name, as [`node_name`] gives it.
     pub node: String,
+    /// Annotations of Pods of this node and of Namespaces are asked for, too.
+    pub pods: bool,
     pub input: Input,
 }
 
@@ -94,10 +96,10 @@ pub async fn run(
     state: watch::Sender<SourceState>,
     cancel: CancellationToken,
 ) -> Result<(), SourceError> {
-    let Options { node, input } = options;
+    let Options { node, pods, input } = options;
     match input {
-        Input::Directory(root) => directory::run(&node, &root, &events, &state, &cancel).await,
-        Input::Kubernetes(options) => kubernetes::run(&node, options, events, state, &cancel).await,
+        Input::Directory(root) => directory::run(&node, pods, &root, &events, &state, &cancel).await,
+        Input::Kubernetes(options) => kubernetes::run(&node, pods, options, events, state, &cancel).await,
     }
 }
 
@@ -107,7 +109,7 @@ pub async fn tell(
     mut warnings: mpsc::Receiver<model::Warning>,
     cancel: CancellationToken,
 ) -> Result<(), SourceError> {
-    let Options { node, input } = options;
+    let Options { node, pods: _, input } = options;
     let told = async {
         match input {
             Input::Directory(_) => while warnings.recv().await.is_some() {},

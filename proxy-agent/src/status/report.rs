@@ -28,9 +28,13 @@ pub struct Report {
     pub pid: u32,
     pub node: String,
     pub mode: String,
-    /// Whose sockets are translated at connect time: `all`, `node` or `off`.
-    pub socket_lb: String,
-    pub bpffs: PathBuf,
+    /// Why this mode: `asked for`, or what the choice of `auto` met.
+    #[serde(default)]
+    pub mode_reason: String,
+    /// Whose sockets are translated at connect time: `all`, `node` or `off`; absent where only packets are.
+    pub socket_lb: Option<String>,
+    /// Where the pins are; absent where what is in force is not pinned.
+    pub bpffs: Option<PathBuf>,
     pub started: String,
     pub uptime_seconds: u64,
     /// The first full state is in force.
@@ -44,6 +48,9 @@ pub struct Report {
     pub frontends: FrontendCount,
     /// Frontends that are not in force, and why.
     pub unprogrammed: Vec<Unprogrammed>,
+    /// Frontends that are in force with less than their Service asks for, and what they lack.
+    #[serde(default)]
+    pub limited: Vec<Unprogrammed>,
     /// Addresses whose unused ports are not refused, and why.
     pub failed_guards: BTreeMap<IpAddr, String>,
     /// Ports at which load balancers ask after a Service.
@@ -57,6 +64,9 @@ pub struct Report {
     #[serde(default)]
     pub without_xdp: BTreeMap<String, String>,
     pub hooks: Vec<Hook>,
+    /// What agents in other modes left in force and is on its way out.
+    #[serde(default)]
+    pub retiring: Vec<Retiring>,
     pub maps: Vec<MapFill>,
 }
 
@@ -140,6 +150,24 @@ pub struct Hook {
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Retiring {
+    pub mode: String,
+    /// It takes no new flow.
+    pub retired: bool,
+    /// Flows that still go by it; absent before it is retired.
+    pub flows: Option<u64>,
+    /// Why it stays as it is.
+    pub trouble: Option<String>,
+}
+
+impl From<&crate::dataplane::Retiring> for Retiring {
+    fn from(of: &crate::dataplane::Retiring) -> Self {
+        let crate::dataplane::Retiring { mode, retired, flows, trouble } = of;
+        Self { mode: (*mode).to_owned(), retired: *retired, flows: *flows, trouble: trouble.clone() }
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct MapFill {
     pub map: String,
     pub entries: u64,
@@ -151,9 +179,16 @@ pub struct MapFill {
 impl Report {
     pub const KIND: &'static str = "NodeStatus";
 
-    pub fn new(status: &Status, healthy: bool, socket_lb: &str, bpffs: &Path, ports: &CheckPorts) -> Self {
+    pub fn new(
+        status: &Status,
+        healthy: bool,
+        socket_lb: Option<&str>,
+        bpffs: Option<&Path>,
+        ports: &CheckPorts,
+    ) -> Self {
         let Status {
             mode,
+            mode_reason,
             node,
             started,
             source,
@@ -170,13 +205,16 @@ impl Report {
             services,
             endpoints,
             frontends,
+            degraded: _,
             failed_guards,
             health_checks,
+            health_doors: _,
             problems,
             devices,
             failed_devices,
             without_xdp,
             hooks,
+            retiring,
             fill,
             drift_repaired,
         } = status;
@@ -189,8 +227,9 @@ impl Report {
             pid: std::process::id(),
             node: node.to_string(),
             mode: (*mode).to_owned(),
-            socket_lb: socket_lb.to_owned(),
-            bpffs: bpffs.to_owned(),
+            mode_reason: mode_reason.to_string(),
+            socket_lb: socket_lb.map(str::to_owned),
+            bpffs: bpffs.map(Path::to_owned),
             started: rfc3339(*started),
             uptime_seconds: started.elapsed().map_or(0, |elapsed| elapsed.as_secs()),
             ready: *ready,
@@ -213,6 +252,10 @@ impl Report {
                 .iter()
                 .filter_map(|(frontend, status)| Unprogrammed::of(frontend, status))
                 .collect(),
+            limited: frontends
+                .iter()
+                .filter_map(|(frontend, status)| Unprogrammed::limited(frontend, status))
+                .collect(),
             failed_guards: failed_guards.iter().map(|(addr, failure)| (*addr, failure.to_string())).collect(),
             health_checks: health_checks
                 .iter()
@@ -223,6 +266,7 @@ impl Report {
             failed_devices: failed_devices.iter().map(|(name, failure)| (name.clone(), failure.to_string())).collect(),
             without_xdp: without_xdp.iter().map(|(name, why)| (name.clone(), why.to_string())).collect(),
             hooks: hooks.iter().map(Hook::from).collect(),
+            retiring: retiring.iter().map(Retiring::from).collect(),
             maps: fill.iter().map(MapFill::from).collect(),
         }
     }
@@ -253,13 +297,25 @@ impl FrontendCount {
 
 impl Unprogrammed {
     fn of(frontend: &Frontend, status: &FrontendStatus) -> Option<Self> {
-        let FrontendStatus { spec, state, since } = status;
-        let (state, reason) = match state {
-            FrontendState::Programmed => return None,
-            FrontendState::Pending => ("Pending", None),
-            FrontendState::Degraded(failure) => ("Degraded", Some(failure.to_string())),
-        };
-        Some(Self {
+        let FrontendStatus { state, limits: _, .. } = status;
+        match state {
+            FrontendState::Programmed => None,
+            FrontendState::Pending => Some(Self::row(frontend, status, "Pending", None)),
+            FrontendState::Degraded(failure) => {
+                Some(Self::row(frontend, status, "Degraded", Some(failure.to_string())))
+            }
+        }
+    }
+
+    fn limited(frontend: &Frontend, status: &FrontendStatus) -> Option<Self> {
+        let FrontendStatus { state, limits, .. } = status;
+        let limits = limits.clone().filter(|_| *state == FrontendState::Programmed)?;
+        Some(Self::row(frontend, status, "Programmed", Some(limits)))
+    }
+
+    fn row(frontend: &Frontend, status: &FrontendStatus, state: &str, reason: Option<String>) -> Self {
+        let FrontendStatus { spec, since, .. } = status;
+        Self {
             service: spec.service.to_string(),
             kind: spec.kind.to_string(),
             address: frontend.addr,
@@ -268,7 +324,51 @@ impl Unprogrammed {
             state: state.to_owned(),
             reason,
             since: rfc3339(*since),
-        })
+        }
+    }
+}
+
+/// A frontend that is in force, as `GET /frontends` answers it: for who cannot read it out of pinned maps.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct InForce {
+    /// `namespace/name:port`.
+    pub service: String,
+    #[serde(rename = "type")]
+    pub kind: String,
+    pub address: IpAddr,
+    pub port: u16,
+    pub protocol: Protocol,
+    pub backends: Vec<SocketAddr>,
+    pub local_backends: Vec<SocketAddr>,
+    pub verdicts: desired::Verdicts,
+    pub algorithm: desired::Algorithm,
+    pub affinity_seconds: Option<u32>,
+}
+
+impl InForce {
+    pub fn all(status: &Status) -> Vec<Self> {
+        let programmed = status.frontends.iter().filter(|(_, status)| status.state == FrontendState::Programmed);
+        programmed.map(|(frontend, FrontendStatus { spec, .. })| Self::of(frontend, spec)).collect()
+    }
+
+    fn of(frontend: &Frontend, spec: &desired::FrontendSpec) -> Self {
+        let desired::FrontendSpec { service, kind, all, local, verdicts, algorithm, affinity_secs, .. } = spec;
+        let backends = |set: &desired::BackendSet| {
+            set.iter().map(|desired::Backend { addr, port }| SocketAddr::new(*addr, port.get())).collect()
+        };
+        Self {
+            service: service.to_string(),
+            kind: kind.to_string(),
+            address: frontend.addr,
+            port: frontend.port.get(),
+            protocol: frontend.protocol,
+            backends: backends(all),
+            local_backends: backends(local),
+            verdicts: *verdicts,
+            algorithm: *algorithm,
+            affinity_seconds: *affinity_secs,
+        }
     }
 }
 
@@ -400,7 +500,7 @@ pub(crate) mod tests {
         };
         let since = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
         let frontend = Frontend { addr: addr.parse().unwrap(), port: port(80), protocol: Protocol::Tcp };
-        (frontend, FrontendStatus { spec: spec.into(), state, since })
+        (frontend, FrontendStatus { spec: spec.into(), state, since, limits: None })
     }
 
     fn check(family: Family) -> desired::FamilyCheck {
@@ -425,6 +525,7 @@ pub(crate) mod tests {
         let full =
             Failure::Retry("frontend 10.96.0.2:80/TCP: map frontends_v4 is full (65536); raise --map-frontends".into());
         Status {
+            mode_reason: "auto: ebpf can run here".into(),
             started: at(900),
             source: SourceState::Synced,
             ready: true,
@@ -458,20 +559,7 @@ pub(crate) mod tests {
             )])),
             devices: Arc::new(BTreeMap::from([(
                 2,
-                Device {
-                    name: "eth0".into(),
-                    role: DeviceRole::Outward,
-                    ethernet: true,
-                    source4: Some([192, 0, 2, 1].into()),
-                    source6: None,
-                    netns: None,
-                    bridge: None,
-                    behind: false,
-                    mac: None,
-                    veth: false,
-                    without_xdp: None,
-                    local: false,
-                },
+                Device { source4: Some([192, 0, 2, 1].into()), ..Device::new("eth0", DeviceRole::Outward) },
             )])),
             failed_devices: Arc::new(BTreeMap::from([(
                 "veth9".to_owned(),
@@ -486,6 +574,15 @@ pub(crate) mod tests {
                 target: "eth0".into(),
                 program: "tc_ingress_ether".into(),
             }]),
+            retiring: Arc::new(vec![
+                crate::dataplane::Retiring { mode: "nftables", retired: true, flows: Some(3), trouble: None },
+                crate::dataplane::Retiring {
+                    mode: "iptables",
+                    retired: false,
+                    flows: None,
+                    trouble: Some("the lock is held".into()),
+                },
+            ]),
             fill: Arc::new(vec![Fill {
                 map: "frontends_v4".into(),
                 entries: 2,
@@ -509,7 +606,7 @@ pub(crate) mod tests {
             pid: 4242,
             uptime_seconds: 61,
             version: "0.0.0".into(),
-            ..Report::new(&busy(), true, "all", Path::new("/sys/fs/bpf/x"), &check_ports())
+            ..Report::new(&busy(), true, Some("all"), Some(Path::new("/sys/fs/bpf/x")), &check_ports())
         };
         insta::assert_snapshot!("report", serde_json::to_string_pretty(&report).unwrap());
         let text = serde_json::to_string(&report).unwrap();

@@ -29,6 +29,10 @@ impl Announced {
         self.capabilities.name
     }
 
+    pub(super) const fn capabilities(&self) -> &Capabilities {
+        &self.capabilities
+    }
+
     /// `since`: since when something waits for this call, if anything does.
     pub(super) fn call<T>(
         &mut self,

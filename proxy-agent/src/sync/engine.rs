@@ -9,12 +9,18 @@ use std::{
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{Ends, Options, SyncError, announced::Announced, retry::Retry, table::Table};
+use super::{
+    Ends, Options, SyncError,
+    announced::Announced,
+    retry::Retry,
+    table::Table,
+    takeover::{Missing, Takeover},
+};
 use crate::{
-    dataplane::{Drift, Failure, Report},
-    desired::{Changes, Device, Devices},
+    dataplane::{Drift, Failure, Report, Retiring, select::Mode},
+    desired::{Changes, Device, Devices, Frontend},
     model::{
-        Event, ServiceKey, SourceState,
+        Event, Family, ServiceKey, SourceState,
         index::{Index, Touched},
     },
     plan::Planner,
@@ -25,6 +31,10 @@ use crate::{
 const BATCH: usize = 4096;
 /// Where nothing is due.
 const IDLE: Duration = Duration::from_secs(3600);
+/// How often the dataplane looks after what an earlier run left, as long as the gate is closed or devices are unknown.
+const WAIT: Duration = Duration::from_secs(1);
+/// How long a dataplane that wants its hooks in place first waits to hear of devices.
+const DEVICES: Duration = Duration::from_secs(5);
 
 pub(super) struct Engine {
     options: Options,
@@ -45,8 +55,10 @@ pub(super) struct Engine {
     devices_known: bool,
     devices_changed: bool,
     devices_open: bool,
+    devices_until: Option<Instant>,
     source_open: bool,
     active: bool,
+    takeover: Takeover,
     /// Services that were unknown when the gate opened, and still are: what an earlier run left in force of them stands.
     held: BTreeSet<ServiceKey>,
     /// Since when the oldest change that is not in force waits.
@@ -57,6 +69,7 @@ pub(super) struct Engine {
     complaints: BTreeMap<String, String>,
     problems_seen: Option<u64>,
     synced: Option<Instant>,
+    wait_at: Instant,
     observe_at: Instant,
     tick_at: Option<Instant>,
 }
@@ -70,7 +83,9 @@ impl Engine {
         Self {
             planner: Planner::new(options.defaults.clone()),
             retry: Retry::new(&options),
-            table: Table::new(status, starting),
+            table: Table::new(status, starting, dataplane.capabilities().clone()),
+            takeover: Takeover::new(options.takeover),
+            wait_at: Instant::now(),
             observe_at: Instant::now() + options.resync_period,
             options,
             events,
@@ -84,6 +99,7 @@ impl Engine {
             devices_known: false,
             devices_changed: false,
             devices_open: true,
+            devices_until: None,
             source_open: true,
             active: false,
             held: BTreeSet::new(),
@@ -153,7 +169,7 @@ impl Engine {
         if is_report {
             self.problems_seen = None;
         }
-        let changed = services + slices > 0 || !self.touched.services.is_empty();
+        let changed = services + slices > 0 || self.touched.calls_for_plan();
         let snapshot = self.index.snapshot();
         let (node, eligible, known) =
             (Arc::clone(&snapshot.node.name), !snapshot.node.leaving, snapshot.services.len());
@@ -179,10 +195,21 @@ impl Engine {
     /// When there is something to do although nothing happens.
     fn wake(&self) -> Instant {
         let now = Instant::now();
-        let sync = (self.running && !self.touched.services.is_empty()).then(|| self.sync_at(now));
+        let sync = (self.running && self.touched.calls_for_plan()).then(|| self.sync_at(now));
         let observe = self.running.then_some(self.observe_at);
+        let wait = self.waits().then_some(self.wait_at);
         let retry = self.retry.at().filter(|_| self.running);
-        [sync, observe, retry, self.tick_at, self.table.due()].into_iter().flatten().min().unwrap_or(now + IDLE)
+        let takeover = self.takeover.at();
+        [sync, observe, wait, retry, takeover, self.tick_at, self.table.due()]
+            .into_iter()
+            .flatten()
+            .min()
+            .unwrap_or(now + IDLE)
+    }
+
+    /// What an earlier run left on devices is still in force.
+    fn waits(&self) -> bool {
+        !self.running || (!self.devices_known && self.devices_open)
     }
 
     fn sync_at(&self, now: Instant) -> Instant {
@@ -192,13 +219,17 @@ impl Engine {
     /// Does what is due, changes first.
     fn turn(&mut self) {
         let due = |at: Option<Instant>| at.is_some_and(|at| at <= Instant::now());
+        if self.waits() && due(Some(self.wait_at)) {
+            self.dataplane.call(&mut self.table, None, |dataplane| dataplane.wait());
+            self.wait_at = Instant::now() + WAIT;
+        }
         if !self.running {
             self.start();
-        } else if !self.touched.services.is_empty() && due(Some(self.sync_at(Instant::now()))) {
+        } else if self.touched.calls_for_plan() && due(Some(self.sync_at(Instant::now()))) {
             self.sync();
         }
         if self.running {
-            if self.touched.services.is_empty() && self.let_go() {
+            if !self.touched.calls_for_plan() && self.let_go() {
                 self.resync();
                 self.retry.schedule(Instant::now(), true);
                 self.tick();
@@ -230,6 +261,11 @@ impl Engine {
             return;
         }
         let start = Instant::now();
+        let hooks_first = self.dataplane.call(&mut self.table, None, |dataplane| dataplane.hooks_first());
+        let until = *self.devices_until.get_or_insert(start + DEVICES);
+        if hooks_first && !self.devices_known && self.devices_open && start < until {
+            return;
+        }
         self.take_touched();
         self.planner.full(self.index.snapshot());
         let now = SystemTime::now();
@@ -244,12 +280,14 @@ impl Engine {
             tracing::warn!(?services, "cannot be read wholly; what is in force of them stands");
             self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.hold(&self.held));
         }
+        if hooks_first {
+            self.attach();
+        }
         let report = self.resync();
         self.running = true;
-        if self.devices_known {
-            self.set_devices();
+        if !hooks_first {
+            self.attach();
         }
-        self.activate();
         self.retry.schedule(Instant::now(), false);
         self.observe_at = Instant::now() + self.options.resync_period;
         self.finish(start);
@@ -262,6 +300,14 @@ impl Engine {
         );
         self.be_ready();
         self.publish();
+    }
+
+    /// On the devices that are known by now, and at connect time.
+    fn attach(&mut self) {
+        if self.devices_known {
+            self.set_devices();
+        }
+        self.activate();
     }
 
     /// Brings the kernel to all that is planned, whatever it holds.
@@ -314,7 +360,8 @@ impl Engine {
     }
 
     fn take_touched(&mut self) -> BTreeSet<ServiceKey> {
-        let Touched { services, triggers, service_changes: _, slice_changes: _ } = std::mem::take(&mut self.touched);
+        let Touched { services, triggers, service_changes: _, slice_changes: _, pods: _ } =
+            std::mem::take(&mut self.touched);
         let started = nanoseconds(self.table.next.started);
         // A28: what happened before we were there says nothing of how fast we are.
         for (service, at) in triggers.into_iter().filter(|(_, at)| *at >= started) {
@@ -331,9 +378,15 @@ impl Engine {
         self.record_programmed(now);
         self.queued = None;
         self.synced = Some(Instant::now());
-        let checks = Arc::clone(self.planner.health_checks());
+        let health = self.planner.take_health_changes();
+        if !health.is_empty() {
+            let ports = self.planner.health_checks().values().map(|check| check.port.get()).collect();
+            self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.let_in(&ports));
+        }
+        for (service, check) in health {
+            self.table.set_health(service, check);
+        }
         let status = self.table.edit();
-        status.health_checks = checks;
         status.syncs += 1;
         status.last_sync = Some(now);
         status.service_changes.pending = 0;
@@ -362,7 +415,7 @@ impl Engine {
     }
 
     fn settle(&mut self, changes: &Changes, report: &Report) {
-        let Changes { set, remove, guard, unguard, local_cidrs } = changes;
+        let Changes { set, remove, guard, unguard, local_cidrs, left_pods: _ } = changes;
         let Report { failed, failed_guards, failed_devices: _, without_xdp: _, failed_local_cidrs, writes: _ } = report;
         let now = SystemTime::now();
         for (frontend, spec) in set {
@@ -391,6 +444,25 @@ impl Engine {
             }
             self.retry.guard(*addr, failure);
         }
+        // A dataplane that made everything anew may have failed with more than was asked for.
+        for (frontend, failure) in failed {
+            if set.contains_key(frontend) || remove.contains(frontend) {
+                continue;
+            }
+            match self.planner.state().frontends.get(frontend) {
+                Some(spec) => self.table.set(*frontend, spec, FrontendState::Degraded(failure.clone()), now),
+                None => self.table.stuck(*frontend, failure, now),
+            }
+            self.retry.frontend(*frontend, Some(failure));
+        }
+        for (addr, failure) in failed_guards {
+            self.table.failed_guards.insert(*addr, failure.clone());
+            self.retry.guard(*addr, Some(failure));
+        }
+        if let Some(failure) = failed_local_cidrs {
+            self.retry.local_cidrs = true;
+            self.complain("local CIDRs", Some(failure.to_string()));
+        }
     }
 
     /// After a resync, which has dealt with everything there is and with everything that should not be.
@@ -403,6 +475,7 @@ impl Engine {
             guard: state.guards.union(&report.failed_guards.keys().copied().collect()).copied().collect(),
             unguard: BTreeSet::new(),
             local_cidrs: Some(state.local_cidrs.clone()),
+            left_pods: None,
         };
         self.retry.frontends.clear();
         self.retry.guards.clear();
@@ -437,7 +510,9 @@ impl Engine {
             for (device, reason) in &without_xdp {
                 match reason {
                     Failure::Retry(reason) => tracing::warn!(%device, %reason, "without XDP"),
-                    Failure::Unsupported(reason) => tracing::info!(%device, %reason, "without XDP"),
+                    Failure::Unsupported(reason) | Failure::Held(reason) => {
+                        tracing::info!(%device, %reason, "without XDP")
+                    }
                 }
             }
             status.without_xdp = Arc::new(without_xdp);
@@ -496,18 +571,28 @@ impl Engine {
         self.table.announce(self.queued);
         let observed = self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.observe());
         self.complain("kernel state", observed.as_ref().err().map(|error| format!("cannot be read: {error}")));
+        let without_xdp = self.devices_known && !self.table.next.without_xdp.is_empty();
+        if observed.as_ref().is_ok_and(|drift| drift.is_empty() && without_xdp) {
+            // Nobody tells when what was in its way is gone: another program, a setting of the driver.
+            self.set_devices();
+            self.retry.schedule(Instant::now(), false);
+        }
         if let Ok(drift) = observed
             && !drift.is_empty()
         {
-            let Drift { frontends, guards, hooks } = &drift;
-            tracing::warn!(
-                frontends = frontends.len(),
-                guards = guards.len(),
-                ?hooks,
-                "kernel state was altered; repairing"
-            );
-            let repaired = frontends.len() + guards.len() + hooks.len();
-            self.table.edit().drift_repaired += u64::try_from(repaired).unwrap_or(u64::MAX);
+            let Drift { frontends, guards, local_cidrs, hooks, unfinished } = &drift;
+            if drift.altered() > 0 {
+                tracing::warn!(
+                    frontends = frontends.len(),
+                    guards = guards.len(),
+                    local_cidrs,
+                    ?hooks,
+                    "kernel state was altered; repairing"
+                );
+                self.table.edit().drift_repaired += drift.altered();
+            } else {
+                tracing::info!(unfinished, "what failed is brought about anew");
+            }
             self.resync();
             if self.devices_known {
                 self.set_devices();
@@ -520,8 +605,12 @@ impl Engine {
         self.observe_at = Instant::now() + self.options.resync_period;
     }
 
-    /// The first full state is in force, on every device and with its hooks; from then on the node stays ready.
+    /// The first full state is programmed, on devices and with its hooks; from then on the node stays ready. Whoever served before goes once all
+    /// of it is in force.
     fn be_ready(&mut self) {
+        if self.table.next.ready && self.takeover.is_done() {
+            return;
+        }
         // Whoever would send devices may be gone or switched off; then there is nothing to wait for.
         let next = &self.table.next;
         // A node on none of whose devices a program sits serves nobody per packet.
@@ -532,10 +621,51 @@ impl Engine {
             self.table.edit().ready = true;
             self.publish();
         }
+        if self.table.next.ready && self.takeover.look(&self.missing(hooked), Instant::now()) {
+            self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.in_force());
+            self.tick();
+        }
+    }
+
+    /// What is not in force although it should be, and may be yet.
+    fn missing(&self, hooked: bool) -> Missing {
+        let Retry { frontends, guards, hooks, local_cidrs, .. } = &self.retry;
+        let mut missing = Missing::default();
+        if !hooked || *hooks {
+            missing.all("hooks");
+        }
+        for family in Family::BOTH {
+            let is_of = |frontend: &Frontend| Family::of(frontend.addr) == family;
+            if frontends.iter().any(is_of) && !self.table.serves(family) {
+                missing.all(format!("frontends of {family:?}"));
+            }
+        }
+        missing.some("frontends", frontends.iter());
+        missing.some("guards", guards.iter());
+        let is_worth_trying = |failure: &Failure| matches!(failure, Failure::Retry(_));
+        let devices = self.table.next.failed_devices.iter().filter(|(_, failure)| is_worth_trying(failure));
+        missing.some("devices", devices.map(|(name, _)| name).collect::<Vec<_>>().into_iter());
+        missing.some("addresses that tell pods", (*local_cidrs).then_some("all").into_iter());
+        missing.some("Services that cannot be read", self.held.iter());
+        missing
     }
 
     fn tick(&mut self) {
-        let pause = self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.tick());
+        let (pause, unplaced, retiring) = self.dataplane.call(&mut self.table, self.queued, |dataplane| {
+            (dataplane.tick(), dataplane.unplaced(), dataplane.retiring())
+        });
+        self.complain("pods left alone at connect time", unplaced);
+        for mode in Mode::ALL.map(Mode::name) {
+            let trouble = |one: &Retiring| {
+                let state = if one.retired { "takes no new flows, and stays" } else { "is still in force" };
+                one.trouble.as_ref().map(|why| format!("what an agent in this mode left {state}: {why}"))
+            };
+            let text = retiring.iter().find(|one| one.mode == mode).and_then(trouble);
+            self.complain(&format!("mode {mode}"), text);
+        }
+        if *self.table.next.retiring != retiring {
+            self.table.edit().retiring = Arc::new(retiring);
+        }
         self.tick_at = pause.map(|pause| Instant::now() + pause);
     }
 

@@ -33,6 +33,7 @@ mod announced;
 mod engine;
 mod retry;
 mod table;
+mod takeover;
 
 #[derive(Clone, Debug)]
 pub struct Options {
@@ -44,6 +45,8 @@ pub struct Options {
     /// Pause before what failed is tried again; doubles up to `retry_max` while nothing gets better.
     pub retry_first: Duration,
     pub retry_max: Duration,
+    /// So long whoever served before goes on where little is missing of what should be in force.
+    pub takeover: Duration,
 }
 
 impl Default for Options {
@@ -54,6 +57,7 @@ impl Default for Options {
             resync_period: Duration::from_secs(30),
             retry_first: Duration::from_secs(1),
             retry_max: Duration::from_secs(30),
+            takeover: Duration::from_secs(60),
         }
     }
 }

@@ -45,14 +45,14 @@ impl Retry {
     pub(super) fn frontend(&mut self, frontend: Frontend, failure: Option<&Failure>) {
         match failure {
             Some(Failure::Retry(_)) => self.frontends.insert(frontend),
-            Some(Failure::Unsupported(_)) | None => self.frontends.remove(&frontend),
+            Some(Failure::Unsupported(_) | Failure::Held(_)) | None => self.frontends.remove(&frontend),
         };
     }
 
     pub(super) fn guard(&mut self, addr: IpAddr, failure: Option<&Failure>) {
         match failure {
             Some(Failure::Retry(_)) => self.guards.insert(addr),
-            Some(Failure::Unsupported(_)) | None => self.guards.remove(&addr),
+            Some(Failure::Unsupported(_) | Failure::Held(_)) | None => self.guards.remove(&addr),
         };
     }
 

@@ -14,8 +14,9 @@ use std::{
 use tokio::sync::watch;
 
 use crate::{
-    dataplane::Failure,
-    desired::{Frontend, FrontendSpec},
+    dataplane::{Capabilities, Failure},
+    desired::{Frontend, FrontendSpec, HealthCheck, HealthChecks, health_doors},
+    model::{Family, ServiceKey},
     status::{FrontendState, FrontendStatus, Status, Timings},
 };
 
@@ -30,13 +31,19 @@ pub(super) struct Table {
     pub(super) failed_guards: BTreeMap<IpAddr, Failure>,
     rows: BTreeMap<Frontend, FrontendStatus>,
     rows_changed: bool,
+    health: HealthChecks,
+    health_changed: bool,
+    /// Not their counts alone.
+    doors_changed: bool,
     changed: bool,
     published: Instant,
     pause: Duration,
+    /// Of the dataplane.
+    capabilities: Capabilities,
 }
 
 impl Table {
-    pub(super) fn new(sender: watch::Sender<Arc<Status>>, status: Status) -> Self {
+    pub(super) fn new(sender: watch::Sender<Arc<Status>>, status: Status, capabilities: Capabilities) -> Self {
         let published = Instant::now();
         sender.send_replace(Arc::new(status.clone()));
         Self {
@@ -46,9 +53,13 @@ impl Table {
             failed_guards: BTreeMap::new(),
             rows: BTreeMap::new(),
             rows_changed: false,
+            health: HealthChecks::new(),
+            health_changed: false,
+            doors_changed: false,
             changed: false,
             published,
             pause: PERIOD,
+            capabilities,
         }
     }
 
@@ -60,7 +71,8 @@ impl Table {
 
     /// One frontend's outcome.
     pub(super) fn set(&mut self, frontend: Frontend, spec: &Arc<FrontendSpec>, state: FrontendState, now: SystemTime) {
-        let row = FrontendStatus { spec: Arc::clone(spec), state, since: now };
+        let limits = self.capabilities.limits(&frontend, spec);
+        let row = FrontendStatus { spec: Arc::clone(spec), state, since: now, limits };
         if let FrontendState::Degraded(failure) = &row.state
             && self.rows.get(&frontend).is_none_or(|old| old.state != row.state)
         {
@@ -89,8 +101,26 @@ impl Table {
         }
     }
 
+    /// What load balancers are told of a Service, if anything.
+    pub(super) fn set_health(&mut self, service: ServiceKey, check: Option<HealthCheck>) {
+        let doors: Vec<_> = check.iter().flat_map(HealthCheck::doors).collect();
+        let old = match check {
+            Some(check) => self.health.insert(service, check),
+            None => self.health.remove(&service),
+        };
+        (self.changed, self.health_changed) = (true, true);
+        self.doors_changed |= !old.iter().flat_map(HealthCheck::doors).eq(doors);
+    }
+
     pub(super) fn frontends(&self) -> Vec<Frontend> {
         self.rows.keys().copied().collect()
+    }
+
+    /// Something of this family is in force.
+    pub(super) fn serves(&self, family: Family) -> bool {
+        self.rows
+            .iter()
+            .any(|(frontend, row)| Family::of(frontend.addr) == family && row.state == FrontendState::Programmed)
     }
 
     /// When the next publication is due, if there is anything new.
@@ -103,6 +133,13 @@ impl Table {
         let start = Instant::now();
         if self.rows_changed {
             self.next.frontends = Arc::new(self.rows.clone());
+            self.next.degraded = Arc::new(Status::degraded_of(&self.rows));
+        }
+        if self.health_changed {
+            self.next.health_checks = Arc::new(self.health.clone());
+        }
+        if self.doors_changed {
+            self.next.health_doors = Arc::new(health_doors(&self.health));
         }
         if *self.next.timings != self.timings {
             self.next.timings = Arc::new(self.timings.clone());
@@ -111,7 +148,7 @@ impl Table {
             self.next.failed_guards = Arc::new(self.failed_guards.clone());
         }
         self.sender.send_replace(Arc::new(self.next.clone()));
-        (self.changed, self.rows_changed) = (false, false);
+        (self.changed, self.rows_changed, self.health_changed, self.doors_changed) = (false, false, false, false);
         self.published = Instant::now();
         self.pause = PERIOD.max((self.published - start) * SHARE);
     }
@@ -130,5 +167,40 @@ impl Table {
     /// The call did return; the next publication says so.
     pub(super) fn returned(&mut self) {
         self.edit().pending_since = None;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{desired::FamilyCheck, model::Port};
+
+    fn check(port: u16, local: usize) -> HealthCheck {
+        let family = FamilyCheck { listen: vec![[0, 0, 0, 0].into()], local };
+        HealthCheck { uid: "u".into(), port: Port::new(port).unwrap(), families: [(Family::V4, family)].into() }
+    }
+
+    #[test]
+    fn another_count_asks_for_no_other_ports() {
+        let (sender, watched) = watch::channel(Arc::new(Status::starting("ebpf", "n1".into())));
+        let kernel = crate::dataplane::memory::Kernel::default();
+        let capabilities = crate::dataplane::Dataplane::capabilities(&crate::dataplane::memory::Memory::new(kernel));
+        let mut table = Table::new(sender, Status::starting("ebpf", "n1".into()), capabilities);
+        let mut tell = |name: &str, check| {
+            table.set_health(ServiceKey::new("default", name), check);
+            table.publish();
+            Arc::clone(&watched.borrow())
+        };
+        tell("web", Some(check(30_100, 1)));
+        let before = tell("shop", Some(check(30_200, 1)));
+        assert_eq!(before.health_doors.iter().map(|(_, door)| door.port()).collect::<Vec<_>>(), [30_200, 30_100]);
+        let counted = tell("web", Some(check(30_100, 2)));
+        assert!(Arc::ptr_eq(&before.health_doors, &counted.health_doors));
+        assert_eq!(counted.health_checks[&ServiceKey::new("default", "web")], check(30_100, 2));
+        let moved = tell("web", Some(check(30_101, 2)));
+        assert_eq!(moved.health_doors.len(), 2);
+        assert!(moved.health_doors.iter().any(|(_, door)| door.port() == 30_101));
+        let gone = tell("web", None);
+        assert_eq!((gone.health_doors.len(), gone.health_checks.len()), (1, 1));
     }
 }

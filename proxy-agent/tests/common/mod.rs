@@ -5,8 +5,8 @@ use std::{net::IpAddr, sync::Arc};
 
 use proptest::prelude::*;
 use proxy_agent::model::{
-    Endpoint, EndpointHints, EndpointPort, EndpointSlice, Event, Family, NodeFacts, Port, Protocol, Service,
-    ServiceKey, ServicePort, ServiceType, TrafficPolicy,
+    Endpoint, EndpointHints, EndpointPort, EndpointSlice, Event, Family, NodeFacts, Pod, PodKey, Port, Protocol,
+    Service, ServiceKey, ServicePort, ServiceType, TrafficPolicy,
 };
 
 pub(crate) fn port(number: u16) -> Port {
@@ -119,8 +119,11 @@ pub(crate) fn services() -> impl Strategy<Value = Arc<Service>> {
     let ports = prop::collection::vec((port_names(), protocols(), prop_oneof![Just(80_u16), Just(443)]), 0..3);
     let ips = prop::sample::subsequence(vec!["10.96.0.1", "10.96.0.2", "fd00::1", "127.0.0.1"], 0..3);
     let algorithm = prop_oneof![4 => Just(None), 1 => Just(Some("round-robin")), 1 => Just(Some("maglev")), 1 => Just(Some("nonsense"))];
-    (0..5_usize, 0..3_i64, 0..2_u8, ips, ports, any::<(bool, bool, bool)>(), algorithm, outside()).prop_map(
-        |(name, created, uid, ips, ports, (internal_local, external_name, resets), algorithm, outside)| {
+    let socket_lb =
+        prop_oneof![3 => Just(None), 1 => Just(Some("all")), 2 => Just(Some("node")), 1 => Just(Some("nonsense"))];
+    let annotations = (algorithm, socket_lb);
+    (0..5_usize, 0..3_i64, 0..2_u8, ips, ports, any::<(bool, bool, bool)>(), annotations, outside()).prop_map(
+        |(name, created, uid, ips, ports, (internal_local, external_name, resets), (algorithm, socket_lb), outside)| {
             let mut service = service(["a", "b", "c", "d", "e"][name], &ips);
             service.created = created;
             service.uid = format!("{uid}").into();
@@ -148,6 +151,7 @@ pub(crate) fn services() -> impl Strategy<Value = Arc<Service>> {
                 service.kind = ServiceType::ExternalName;
             }
             service.algorithm = algorithm.map(Into::into);
+            service.socket_lb = socket_lb.map(Into::into);
             service.reset_deleted = resets.then(|| "true".into());
             Arc::new(service)
         },
@@ -207,6 +211,40 @@ pub(crate) fn nodes() -> impl Strategy<Value = NodeFacts> {
     })
 }
 
+fn pod_keys() -> impl Strategy<Value = PodKey> {
+    let select = |names: &[&'static str]| prop::sample::select(names.to_vec());
+    (select(&["n", "m"]), select(&["p", "q", "r"])).prop_map(|(namespace, name)| (namespace.into(), name.into()))
+}
+
+fn asked() -> impl Strategy<Value = Option<Arc<str>>> {
+    prop::sample::select(vec![None, Some("node"), Some("all"), Some("odd")]).prop_map(|value| value.map(Into::into))
+}
+
+fn pods() -> impl Strategy<Value = Arc<Pod>> {
+    (pod_keys(), asked(), any::<bool>()).prop_map(|(key, socket_lb, host_network)| {
+        let uid = format!("{}/{}", key.0, key.1).into();
+        Arc::new(Pod { key, uid, host_network, socket_lb })
+    })
+}
+
+/// Of pods and namespaces.
+fn pod_events() -> impl Strategy<Value = Event> {
+    let namespaces = || prop::sample::select(vec!["n", "m"]);
+    let unreadable = || prop::collection::btree_set(pod_keys(), 0..2);
+    let annotated = prop::collection::btree_map(namespaces().prop_map(Arc::from), asked(), 0..3);
+    prop_oneof![
+        4 => pods().prop_map(Event::Pod),
+        2 => pod_keys().prop_map(Event::PodGone),
+        1 => (prop::collection::vec(pods(), 0..4), unreadable())
+            .prop_map(|(list, unreadable)| Event::Pods { list, unreadable }),
+        2 => (namespaces(), asked()).prop_map(|(name, value)| Event::Namespace(name.into(), value)),
+        1 => annotated.prop_map(|list| {
+            let list = list.into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
+            Event::Namespaces { list, unreadable: ["n".into()].into() }
+        }),
+    ]
+}
+
 pub(crate) fn events() -> impl Strategy<Value = Event> {
     let names = || prop::sample::select(vec!["a", "b", "c", "d", "e"]);
     let slice_names = || prop::sample::select(vec!["s1", "s2", "s3", "s4", "s5"]);
@@ -217,6 +255,7 @@ pub(crate) fn events() -> impl Strategy<Value = Event> {
         2 => slice_names().prop_map(|name| Event::SliceGone { namespace: "default".into(), name: name.into() }),
         1 => nodes().prop_map(Event::Node),
         2 => own_addresses(),
+        4 => pod_events(),
         1 => prop::collection::vec(services(), 0..4).prop_map(Event::Services),
         1 => prop::collection::vec(slices(), 0..4).prop_map(Event::Slices),
     ]

@@ -454,28 +454,58 @@ fn source_ranges_leave_pods_to_their_packets() {
 #[test]
 fn a_frontend_may_leave_pods_to_their_packets() {
     isolated("a_frontend_may_leave_pods_to_their_packets", |cgroup| {
-        let flags = proxy_common::frontend::flags::PODS_PER_PACKET;
-        let serving = Spec { flags, ..Spec::pick_all(1, &addrs(&BACKENDS)) };
-        let refusing = Spec { verdicts: [verdict::REJECT; 3], flags, ..Spec::pick_all(1, &[]) };
+        let flags = flags::PODS_PER_PACKET;
+        let put = |datapath: &mut Datapath, refusal: Option<u8>| {
+            for (vip, backends) in [(VIP, &BACKENDS[..]), (VIP6, &BACKENDS6)] {
+                let spec = Spec { flags, ..Spec::pick_all(1, &addrs(backends)) };
+                let spec = refusal.map_or(spec.clone(), |verdict| Spec { verdicts: [verdict; 3], ..spec });
+                for proto in [TCP, UDP] {
+                    datapath.frontend(addr(vip), proto, &spec);
+                }
+            }
+        };
         ip("addr add 10.96.0.1/32 dev lo");
+        ip("-6 addr add fd00:10:96::1/128 dev lo nodad");
         serve(addr(VIP));
-        for spec in [&serving, &refusing] {
+        serve(addr(VIP6));
+        for refusal in [None, Some(verdict::REJECT), Some(verdict::DROP)] {
             let mut datapath = as_pod(cgroup);
-            datapath.frontend(addr(VIP), TCP, spec);
-            datapath.frontend(addr(VIP), UDP, spec);
-            assert_eq!(ask_tcp(addr(VIP)).unwrap(), addr(VIP));
-            assert_eq!(ask(&udp("0.0.0.0:0"), addr(VIP)).unwrap(), (addr(VIP), addr(VIP)));
-            let connected = udp("0.0.0.0:0");
-            connected.connect(addr(VIP)).unwrap();
-            connected.send(b"?").unwrap();
-            assert_eq!(answer(&connected).unwrap(), (addr(VIP), addr(VIP)));
+            put(&mut datapath, refusal);
+            for (bind, vip) in SPELT {
+                let itself = addr(if vip == VIP6 { VIP6 } else { VIP });
+                assert_eq!(ask_tcp(addr(vip)).unwrap(), itself);
+                assert_eq!(ask(&udp(bind), addr(vip)).unwrap(), (itself, addr(vip)));
+                let connected = udp(bind);
+                connected.connect(addr(vip)).unwrap();
+                connected.send(b"?").unwrap();
+                assert_eq!(answer(&connected).unwrap(), (itself, addr(vip)));
+            }
+            drop(datapath);
+
+            // The node's own sockets have no other way.
+            let mut datapath = as_node(cgroup);
+            put(&mut datapath, refusal);
+            for (bind, vip) in SPELT {
+                let itself = addr(if vip == VIP6 { VIP6 } else { VIP });
+                let vip = addr(vip);
+                let connected = udp(bind);
+                let refused = match refusal {
+                    None => {
+                        assert_ne!(ask_tcp(vip).unwrap(), itself);
+                        assert_ne!(ask(&udp(bind), vip).unwrap().0, itself);
+                        connected.connect(vip).unwrap();
+                        connected.send(b"?").unwrap();
+                        assert_ne!(answer(&connected).unwrap().0, itself);
+                        continue;
+                    }
+                    Some(verdict::DROP) => [ErrorKind::TimedOut, ErrorKind::PermissionDenied],
+                    Some(_) => [ErrorKind::ConnectionRefused; 2],
+                };
+                let errors = [ask_tcp(vip).unwrap_err(), connected.connect(vip).unwrap_err()];
+                assert_eq!(errors.map(|error| error.kind()), refused, "{vip}");
+                assert_eq!(ask(&udp(bind), vip).unwrap_err().kind(), refused[1], "{vip}");
+            }
         }
-        // The node's own sockets have no other way.
-        let mut datapath = as_node(cgroup);
-        datapath.frontend(addr(VIP), TCP, &serving);
-        assert_ne!(ask_tcp(addr(VIP)).unwrap(), addr(VIP));
-        datapath.frontend(addr(VIP), TCP, &refusing);
-        assert_eq!(ask_tcp(addr(VIP)).unwrap_err().kind(), ErrorKind::ConnectionRefused);
     });
 }
 

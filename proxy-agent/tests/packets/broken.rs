@@ -79,7 +79,7 @@ fn both_hooks(zoo: Vec<(Hook, Vec<u8>)>) -> impl Iterator<Item = (Hook, Vec<u8>)
 
 /// What holds for any packet whatever.
 #[track_caller]
-fn holds(hook: Hook, frame: &[u8], verdict: i32, out: &[u8]) {
+pub(crate) fn holds(hook: Hook, frame: &[u8], verdict: i32, out: &[u8]) {
     let about = || format!("{hook:?} {verdict}: {} became {}", hex(frame), hex(out));
     match verdict {
         NEXT => {
@@ -265,26 +265,31 @@ fn garbled_packets_do_no_harm() {
         let (hook, frame) = &zoo[dice.below(zoo.len())];
         let hook = if dice.below(8) == 0 { Hook::Egress } else { *hook };
         let mut frame = frame.clone();
-        for _ in 0..dice.below(4) {
-            // Headers mostly.
-            let reach = if dice.below(3) == 0 { frame.len() } else { frame.len().min(64) };
-            let at = 12 + dice.below(reach - 12);
-            frame[at] = match dice.below(4) {
-                0 => dice.next() as u8,
-                1 => frame[at] ^ (1 << dice.below(8)),
-                2 => 0,
-                _ => 0xff,
-            };
-        }
-        // Checksums right again, half the time: only then is there something to keep right.
-        if dice.below(2) == 0 {
-            mend(&mut frame);
-        }
+        garble(&mut dice, &mut frame);
         let (verdict, out) = world.run(hook, &frame);
         holds(hook, &frame, verdict, &out);
         changed += usize::from(out != frame);
     }
     assert!(changed > 20_000, "{changed}");
+}
+
+/// Changes some bytes behind the Ethernet addresses, or none.
+pub(crate) fn garble(dice: &mut Dice, frame: &mut [u8]) {
+    for _ in 0..dice.below(4) {
+        // Headers mostly.
+        let reach = if dice.below(3) == 0 { frame.len() } else { frame.len().min(64) };
+        let at = 12 + dice.below(reach - 12);
+        frame[at] = match dice.below(4) {
+            0 => dice.next() as u8,
+            1 => frame[at] ^ (1 << dice.below(8)),
+            2 => 0,
+            _ => 0xff,
+        };
+    }
+    // Checksums right again, half the time: only then is there something to keep right.
+    if dice.below(2) == 0 {
+        mend(frame);
+    }
 }
 
 /// Puts right the checksums of what parses.

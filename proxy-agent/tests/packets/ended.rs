@@ -2,11 +2,13 @@
 
 use std::{net::SocketAddr, time::Instant};
 
-use proxy_common::{connection::flags, counters::Reason};
+use proxy_agent::dataplane::ebpf::{Sweep, Swept, Timeouts};
+use proxy_common::{connection::flags, counters::Reason, device::role};
 
 use super::{
+    flows::{masquerade, masqueraded_answer},
     packet::{ACK, FIN, Packet, RST, SYN, Sums, ends, payload_at, sums},
-    world::{BOUNCE, DROP, Hook, NEXT, Options, TCP, UDP, at, casts, hex, world},
+    world::{BOUNCE, Cast, DROP, Hook, NEXT, Options, TCP, UDP, World, at, casts, hex, world},
 };
 
 /// A pseudo-random number, the same ones in every run.
@@ -93,10 +95,19 @@ fn a_million_syns_cut_nobody() {
     let options = Options { half_open: 65_536, established: 4_096, ..Options::default() };
     let Some(mut world) = world("a_million_syns_cut_nobody", options) else { return };
     for cast in casts() {
+        // Half of those who talk do so to the Service that is flooded.
         world.service(1, cast.vip, &[cast.backend]);
+        world.service(2, cast.vip2, &[cast.backend2]);
         let clients: Vec<SocketAddr> = (1..=100).map(|n| at(cast.client, 50_000 + n)).collect();
+        let ends = |client: &SocketAddr| {
+            let proto = if client.port().is_multiple_of(2) { TCP } else { UDP };
+            let (vip, backend) =
+                if client.port() % 4 < 2 { (cast.vip, cast.backend) } else { (cast.vip2, cast.backend2) };
+            (proto, vip, backend)
+        };
         for client in &clients {
-            world.establish(if client.port() % 2 == 0 { TCP } else { UDP }, *client, cast.vip);
+            let (proto, vip, backend) = ends(client);
+            assert_eq!(world.establish(proto, *client, vip), backend);
         }
         let mut frame = Packet::tcp(cast.client, cast.vip, SYN).frame();
         let (last, port) = (if cast.v6 { 14 + 23 } else { 14 + 15 }, payload_at(&frame));
@@ -111,14 +122,16 @@ fn a_million_syns_cut_nobody() {
             assert_eq!(verdict, NEXT);
             if n % 100_000 == 99_999 {
                 for client in &clients {
-                    let proto = if client.port() % 2 == 0 { TCP } else { UDP };
-                    let more = Packet::more(proto, *client, cast.vip);
-                    world.expect(Hook::Ingress, &more, &more.to(cast.backend));
-                    let answer = more.between(cast.backend, *client);
-                    world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+                    let (proto, vip, backend) = ends(client);
+                    let more = Packet::more(proto, *client, vip);
+                    world.expect(Hook::Ingress, &more, &more.to(backend));
+                    let answer = more.between(backend, *client);
+                    world.expect(Hook::Egress, &answer, &answer.from(vip));
                 }
                 let fresh = at(cast.client, 45_000 + (n / 100_000) as u16);
                 assert_eq!(world.establish(TCP, fresh, cast.vip), cast.backend);
+                let fresh = at(cast.client, 46_000 + (n / 100_000) as u16);
+                assert_eq!(world.establish(TCP, fresh, cast.vip2), cast.backend2);
             }
         }
         println!(
@@ -133,7 +146,7 @@ fn a_million_syns_cut_nobody() {
     assert_eq!(world.reason(Reason::InsertFailed), 0);
 }
 
-/// Contract F24: ten times as many connections as the table holds are established and ended, and whoever says something while half a
+/// Contract F24: ten times as many connections as the table holds are established and stay open, and whoever says something while half a
 /// table's worth of others come up keeps its backend, which is not even chosen any more.
 #[test]
 fn a_full_table_cuts_nobody_who_talks() {
@@ -165,6 +178,104 @@ fn a_full_table_cuts_nobody_who_talks() {
     }
 }
 
+/// A connection's two ends, and as whom its backend sees the client: as the node, where it is masqueraded.
+#[derive(Clone, Copy)]
+struct Ends {
+    client: SocketAddr,
+    vip: SocketAddr,
+    backend: SocketAddr,
+    seen: SocketAddr,
+}
+
+impl Ends {
+    /// `backend`: the one that there is.
+    fn open(world: &mut World, cast: Cast, client: SocketAddr, backend: SocketAddr, is_outside: bool) -> Self {
+        let Cast { vip, node, .. } = cast;
+        let seen = if is_outside {
+            masquerade(world, TCP, client, vip, node)
+        } else {
+            world.device(role::POD);
+            world.establish(TCP, client, vip);
+            client
+        };
+        Self { client, vip, backend, seen }
+    }
+
+    /// A packet of the client's and one of the backend's, each through all hooks, as if the flow had its entries.
+    #[track_caller]
+    fn say(&self, world: &mut World, flags: u8, is_clients: bool) {
+        let Self { client, vip, backend, seen } = *self;
+        let is_masqueraded = client != seen;
+        if is_clients {
+            let packet = Packet::tcp(client, vip, flags);
+            world.expect(Hook::Ingress, &packet, &packet.to(backend));
+            if is_masqueraded {
+                world.expect(Hook::Egress, &packet.to(backend), &packet.between(seen, backend));
+            }
+            return;
+        }
+        let answer = Packet::tcp(backend, seen, flags);
+        if is_masqueraded {
+            masqueraded_answer(world, &answer, client, vip);
+        } else {
+            world.expect(Hook::Egress, &answer, &answer.from(vip));
+        }
+    }
+
+    /// In one of the ways in which connections end.
+    fn close(&self, world: &mut World, n: u32) {
+        let close: &[(u8, bool)] = match n % 4 {
+            0 => &[(RST | ACK, true)],
+            1 => &[(FIN | ACK, false), (RST, false)],
+            _ => &[(FIN | ACK, true), (FIN | ACK, false), (ACK, true)],
+        };
+        close.iter().for_each(|(flags, is_clients)| self.say(world, *flags, *is_clients));
+    }
+}
+
+/// Contract F24: ten tables' worth of others come, and go, and 50 connections that say nothing all the while keep their backend, which is not even
+/// chosen any more. None loses so much as one half.
+#[test]
+fn a_table_full_of_what_is_over_cuts_nobody_who_is_silent() {
+    const ENTRIES: u32 = 4_096;
+    let options = Options { established: ENTRIES, ..Options::default() };
+    let Some(mut world) = world("a_table_full_of_what_is_over_cuts_nobody_who_is_silent", options) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let silent: Vec<Ends> = (1..=50)
+            .map(|n| Ends::open(&mut world, cast, at(cast.client, 60_000 + n), cast.backend, n % 2 == 0))
+            .collect();
+        world.service(1, cast.vip, &[cast.backend2]);
+        let (repaired, lost) = (world.reason(Reason::PairRepaired), world.reason(Reason::NotASyn));
+        let (mut sweep, mut swept) = (Sweep::new(Timeouts::default()), Swept::default());
+        let (mut entries, mut n) = (0, 0);
+        while entries < 10 * ENTRIES {
+            let is_outside = n % 8 == 0;
+            let client = at(cast.client, (2_000 + n) as u16);
+            Ends::open(&mut world, cast, client, cast.backend2, is_outside).close(&mut world, n);
+            entries += if is_outside { 4 } else { 2 };
+            n += 1;
+            // Every second, at some hundred new connections in each.
+            if n % 128 == 0 {
+                let Swept { pairs, walks, crowded } = world.sweep(&mut sweep);
+                (swept.pairs, swept.walks) = (swept.pairs + pairs, swept.walks + walks);
+                assert_eq!(crowded, 0);
+            }
+        }
+        for ends in &silent {
+            ends.say(&mut world, ACK, true);
+            ends.say(&mut world, ACK, false);
+        }
+        assert_eq!((world.reason(Reason::PairRepaired), world.reason(Reason::NotASyn)), (repaired, lost));
+        // Not at every look, and no more than it takes.
+        println!("{n} connections, {swept:?}, {} entries left", world.rows().len());
+        assert!((10..=60).contains(&swept.walks), "{swept:?}");
+        let left = world.rows().iter().filter(|row| row.established).count() as u32;
+        assert!((ENTRIES / 4..ENTRIES).contains(&left), "{left}");
+        world.remove(|_| true);
+    }
+}
+
 /// `--conntrack-tcp-timeout-close-wait`: an hour, not the day of a connection that nobody closed.
 #[test]
 fn a_connection_that_one_side_closed_is_over_sooner() {
@@ -183,6 +294,32 @@ fn a_connection_that_one_side_closed_is_over_sooner() {
                 assert_eq!(world.translate(Hook::Ingress, &syn).1, to, "{hook:?} {idle}");
                 world.remove(|_| true);
             }
+        }
+    }
+}
+
+/// A reset that its receiver ignores, for its number, ends no flow here: who it claims to be from goes on (F49).
+#[test]
+fn a_reset_that_nobody_heeds_ends_no_flow() {
+    let Some(mut world) = world("a_reset_that_nobody_heeds_ends_no_flow", Options::default()) else { return };
+    for cast in casts() {
+        for hook in [Hook::Ingress, Hook::Egress] {
+            world.service(1, cast.vip, &[cast.backend]);
+            world.establish(TCP, cast.client, cast.vip);
+            world.service(1, cast.vip, &[cast.backend2]);
+            let (data, rst, syn) = [ACK, RST, SYN].map(|flags| Packet::tcp(cast.client, cast.vip, flags)).into();
+            let there = |packet: &Packet| match hook {
+                Hook::Ingress => packet.clone(),
+                Hook::Egress => packet.between(cast.backend, cast.client),
+            };
+            world.translate(hook, &there(&rst));
+            world.translate(hook, &there(&data));
+            // Someone asks for the same ports: the connection is there.
+            assert_eq!(world.translate(Hook::Ingress, &syn).1, cast.backend, "{hook:?}");
+            world.translate(hook, &there(&rst));
+            // Nobody goes on: it is over, and the new one goes where there is a backend.
+            assert_eq!(world.translate(Hook::Ingress, &syn).1, cast.backend2, "{hook:?}");
+            world.remove(|_| true);
         }
     }
 }

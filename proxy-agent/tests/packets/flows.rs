@@ -2,10 +2,14 @@
 
 use std::net::{IpAddr, SocketAddr};
 
-use proxy_common::{connection::flags, counters::Reason, device::role};
+use proxy_common::{
+    connection::{flags, state},
+    counters::Reason,
+    device::role,
+};
 
 use super::{
-    packet::{Packet, SYN, ends},
+    packet::{ACK, Packet, RST, SYN, ends},
     support::Spec,
     world::{DROP, Hook, NEXT, Options, PROTOS, TCP, UDP, World, at, casts, world},
 };
@@ -95,6 +99,26 @@ fn what_comes_from_outside_is_masqueraded() {
     let rows = world.rows();
     assert_eq!(rows.len(), 2 * PROTOS.len() * 3 * 4);
     assert!(rows.iter().all(|row| row.established && !row.is(flags::PENDING)), "{rows:#?}");
+    assert_eq!(world.reasons(), []);
+}
+
+/// An eviction or a sweep may take a connection's main pair and leave what masquerades it. The next connection from the same port to the same
+/// backend does not go on with that, and with what the last one ended with.
+#[test]
+fn a_masquerade_that_was_left_alone_is_made_anew() {
+    let Some(mut world) = world("a_masquerade_that_was_left_alone_is_made_anew", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let client = at(cast.client, 22_222);
+        let seen = masquerade(&mut world, TCP, client, cast.vip, cast.node);
+        let reset = Packet::tcp(cast.backend, seen, RST | ACK);
+        masqueraded_answer(&mut world, &reset, client, cast.vip);
+        assert_eq!(world.remove(|row| !row.is(flags::MASQUERADE)), 2);
+        masquerade(&mut world, TCP, client, cast.vip, cast.node);
+        let rows = world.rows();
+        assert!(rows.len() == 4 && rows.iter().all(|row| row.state & state::RST == 0), "{rows:#?}");
+        world.remove(|_| true);
+    }
     assert_eq!(world.reasons(), []);
 }
 

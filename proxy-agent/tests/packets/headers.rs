@@ -1,11 +1,12 @@
-//! Fragments, options, extension headers, checksums, tags.
+//! Fragments (F41), options, extension headers (F42), checksums (F44), tags.
 
 use proxy_common::{counters::Reason, device::role};
 
 use super::{
+    broken::{garble, holds},
     flows::masquerade,
     packet::{ACK, Body, ETHERNET, Packet, SYN},
-    world::{BOUNCE, DROP, Hook, NEXT, Options, PROTOS, TCP, UDP, at, casts, hex, world},
+    world::{BOUNCE, DROP, Dice, Hook, NEXT, Options, PROTOS, TCP, UDP, at, casts, hex, world},
 };
 
 #[test]
@@ -288,13 +289,40 @@ fn devices_without_a_link_header() {
             world.datapath.ebpf.program_mut(name).unwrap().try_into().unwrap();
         program.load().unwrap();
     }
-    for (cast, client) in casts().into_iter().zip(["8.0.0.9:41000", "[fd00:1:86dd::9]:41000"]) {
-        let client = client.parse().unwrap();
-        world.service(1, cast.vip, &[cast.backend]);
+    let mut dice = Dice::new();
+    let ends = [["8.0.0.9:41000", "8.0.0.8:8080"], ["[fd00:1:86dd::9]:41000", "[fd00:1:86dd::8]:8080"]];
+    for (cast, ends) in casts().into_iter().zip(ends) {
+        let [client, backend] = ends.map(|end| end.parse().unwrap());
+        world.service(1, cast.vip, &[backend]);
         for proto in PROTOS {
             let open = Packet::opening(proto, client, cast.vip);
-            let (verdict, out) = world.run_program("tc_ingress_l3", &open.frame()[14..], None).unwrap();
-            assert_eq!((verdict, hex(&out)), (NEXT, hex(&open.to(cast.backend).frame()[14..])));
+            let answer = Packet::answer(proto, backend, client);
+            let both = [
+                (Hook::Ingress, "tc_ingress_l3", &open, open.to(backend)),
+                (Hook::Egress, "tc_egress_l3", &answer, answer.from(cast.vip)),
+            ];
+            for (_, name, from, to) in &both {
+                let (verdict, out) = world.run_program(name, &from.frame()[ETHERNET..], None).unwrap();
+                assert_eq!((verdict, hex(&out)), (NEXT, hex(&to.frame()[ETHERNET..])), "{name}");
+            }
+            // F39, F40
+            for (hook, name, from, _) in both {
+                let frame = from.frame();
+                for round in 0..1000 {
+                    let mut broken = frame.clone();
+                    garble(&mut dice, &mut broken);
+                    let types = [ETHERNET - 2..ETHERNET, ETHERNET + 12..ETHERNET + 14];
+                    types.into_iter().for_each(|at| broken[at.clone()].copy_from_slice(&frame[at]));
+                    broken.truncate(if round % 4 == 0 { ETHERNET + 14 + dice.below(60) } else { frame.len() });
+                    // The kernel's test itself refuses what no device would hand up.
+                    let Ok((verdict, out)) = world.run_program(name, &broken[ETHERNET..], None) else {
+                        assert!(broken.len() < 2 * ETHERNET + 40, "{}", hex(&broken));
+                        continue;
+                    };
+                    holds(hook, &broken, verdict, &[&broken[..ETHERNET], &out[..]].concat());
+                }
+            }
+            world.remove(|_| true);
         }
     }
 }

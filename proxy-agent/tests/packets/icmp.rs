@@ -1,4 +1,4 @@
-//! ICMP errors about translated flows, in both directions, at both hooks.
+//! ICMP errors about translated flows (F43), in both directions, at both hooks.
 
 use std::net::{IpAddr, SocketAddr};
 
@@ -12,14 +12,14 @@ use super::{
 
 /// The quoted packet's ends and the error's, told apart from its transport checksum, which nobody corrects.
 #[derive(Debug, PartialEq, Eq)]
-struct Told {
+pub(crate) struct Told {
     from: IpAddr,
     to: IpAddr,
     quoted: (SocketAddr, SocketAddr),
 }
 
 /// An error from `from` to `to` about `quoted`, cut to `len` bytes of quote.
-fn error(from: IpAddr, to: IpAddr, kind: (u8, u8), quoted: &Packet, len: usize) -> Packet {
+pub(crate) fn error(from: IpAddr, to: IpAddr, kind: (u8, u8), quoted: &Packet, len: usize) -> Packet {
     let quote = &quoted.frame()[14..];
     let mut packet = Packet::icmp(from, to, kind.0, kind.1, &quote[..len.min(quote.len())]);
     if let Body::Icmp { rest, .. } = &mut packet.body {
@@ -30,7 +30,7 @@ fn error(from: IpAddr, to: IpAddr, kind: (u8, u8), quoted: &Packet, len: usize) 
 
 /// Runs an error through a hook; everything but the ends must stay, and all sums must be right.
 #[track_caller]
-fn tell(world: &mut World, hook: Hook, error: &Packet, quoted: &Packet) -> (Packet, Told) {
+pub(crate) fn tell(world: &mut World, hook: Hook, error: &Packet, quoted: &Packet) -> (Packet, Told) {
     let frame = error.frame();
     let (verdict, out) = world.run(hook, &frame);
     assert_eq!(verdict, NEXT, "{error:?}");
@@ -76,7 +76,7 @@ fn tell(world: &mut World, hook: Hook, error: &Packet, quoted: &Packet) -> (Pack
 }
 
 /// Fragmentation needed or packet too big, unreachable, time exceeded, parameter problem.
-fn kinds(v6: bool) -> &'static [(u8, u8)] {
+pub(crate) fn kinds(v6: bool) -> &'static [(u8, u8)] {
     if v6 { &[(2, 0), (1, 4), (3, 0), (4, 1)] } else { &[(3, 4), (3, 3), (11, 0), (12, 0)] }
 }
 

@@ -368,7 +368,7 @@ fn the_device_tells_the_origin() {
     }
 }
 
-/// An address that sends none, forged or gone astray (contract A48): what it opens is dropped, and answers nobody.
+/// An address that sends none, forged or gone astray (contract A48, F51): what it opens is dropped, and answers nobody.
 #[test]
 fn new_flows_from_our_own_addresses_and_from_loopback_are_dropped() {
     let Some(mut world) = world("new_flows_from_our_own_addresses_and_from_loopback_are_dropped", Options::default())

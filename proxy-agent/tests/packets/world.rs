@@ -4,16 +4,18 @@
 //! network namespace, so each test makes a namespace of its own and tells the programs what that device is.
 
 use std::{
-    env, fs,
+    env, fs, io,
     net::{IpAddr, SocketAddr},
+    os::fd::{AsFd as _, AsRawFd as _},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use aya::{
     EbpfLoader,
-    maps::{HashMap, MapData, PerCpuHashMap},
+    maps::{Array, HashMap, Map, MapData, PerCpuHashMap},
     programs::{Program, TestRun as _, TestRunOptions},
 };
+use proxy_agent::dataplane::ebpf::{Sweep, Swept};
 use proxy_common::{
     Address, Be16, Ipv4Be, Ipv6Be,
     connection::{ConnectionKey, ConnectionValue, FragmentKey, FragmentValue, flags, hook, state},
@@ -124,6 +126,30 @@ pub(crate) struct Notes<'a> {
     pub(crate) seal: &'a mut u32,
 }
 
+const PROG_TEST_RUN: i64 = 10;
+/// `BPF_F_TEST_SKB_CHECKSUM_COMPLETE`.
+const CHECKSUM_COMPLETE: u32 = 1 << 2;
+
+/// What `BPF_PROG_TEST_RUN` reads of `union bpf_attr`.
+#[repr(C)]
+#[derive(Default)]
+struct TestRun {
+    program: u32,
+    verdict: u32,
+    size_in: u32,
+    size_out: u32,
+    data_in: u64,
+    data_out: u64,
+    repeat: u32,
+    duration: u32,
+    context_size: [u32; 2],
+    context: [u64; 2],
+    flags: u32,
+    cpu: u32,
+    batch_size: u32,
+    pad: u32,
+}
+
 trait Table: Maps {
     const ESTABLISHED: &'static str;
     const ANSWERED: &'static str;
@@ -144,6 +170,8 @@ impl Table for Ipv6Be {
 
 pub(crate) struct World {
     pub(crate) datapath: Datapath,
+    /// Whether packets come with a sum over all of them, as hardware makes it (`CHECKSUM_COMPLETE`); it is looked at when they leave.
+    pub(crate) summed: bool,
 }
 
 /// Why the programs cannot be run here; printed by the caller.
@@ -167,6 +195,8 @@ impl World {
             true,
         );
         loader.override_global(globals::REFUSALS_PER_SECOND, &refusals, true);
+        // As the agent does, unless it is asked for more.
+        loader.override_global("AYA_LOG_LEVEL", &0_u8, true);
         loader.override_global(globals::DETECT_LOCAL, &detect_local, true);
         for name in ["frontends_v4", "frontends_v6", "fragments_v4", "fragments_v6", "affinity_v4", "affinity_v6"] {
             loader.map_max_entries(name, 1024);
@@ -180,12 +210,12 @@ impl World {
         for name in [Ipv4Be::ESTABLISHED, Ipv6Be::ESTABLISHED, Ipv4Be::ANSWERED, Ipv6Be::ANSWERED] {
             loader.map_max_entries(name, established);
         }
-        let mut ebpf = loader.load(&object).unwrap();
+        let mut ebpf = loader.load(&proxy_agent::dataplane::ebpf::linkage::suited(&object)).unwrap();
         for name in ["tc_ingress_ether", "tc_egress_ether"] {
             let program: &mut aya::programs::SchedClassifier = ebpf.program_mut(name).unwrap().try_into().unwrap();
             program.load().unwrap_or_else(|e| panic!("{name}: {e:?}"));
         }
-        let mut world = Self { datapath: Datapath::over(ebpf) };
+        let mut world = Self { datapath: Datapath::over(ebpf), summed: false };
         world.device(role::POD);
         world
     }
@@ -206,6 +236,12 @@ impl World {
     pub(crate) fn device_flags(&mut self, flags: u8) {
         let device = self.devices().get(&1, 0).unwrap();
         self.devices().insert(1, DeviceValue { flags, ..device }, 0).unwrap();
+    }
+
+    /// Tells the programs whether nobody else translates.
+    pub(crate) fn alone(&mut self, alone: bool) {
+        let mut map: Array<&mut MapData, u32> = Array::try_from(self.datapath.ebpf.map_mut("alone").unwrap()).unwrap();
+        map.set(0, u32::from(alone), 0).unwrap();
     }
 
     /// Makes the device of index `port` a port of the bridge of index `bridge`.
@@ -266,16 +302,46 @@ impl World {
     }
 
     /// Runs a packet through a program: verdict and packet out.
-    pub(crate) fn run(&mut self, hook: Hook, frame: &[u8]) -> (i32, Vec<u8>) {
+    pub(crate) fn run(&self, hook: Hook, frame: &[u8]) -> (i32, Vec<u8>) {
         let name = match hook {
             Hook::Ingress => "tc_ingress_ether",
             Hook::Egress => "tc_egress_ether",
         };
+        if self.summed {
+            return self.run_summed(name, frame).unwrap_or_else(|e| {
+                panic!("{name}: {e} (EBADMSG: the sum over the whole packet is off) on {}", hex(frame))
+            });
+        }
         self.run_program(name, frame, None).unwrap_or_else(|e| panic!("{name}: {e:?} on {frame:02x?}"))
     }
 
+    /// The same with the hardware's sum, which the kernel compares when the program has run. (aya does not offer it.)
+    pub(crate) fn run_summed(&self, name: &str, frame: &[u8]) -> io::Result<(i32, Vec<u8>)> {
+        let Program::SchedClassifier(program) = self.datapath.ebpf.program(name).unwrap() else {
+            panic!("{name} is not tc's")
+        };
+        let mut out = vec![0; 9000];
+        let mut attr = TestRun {
+            program: program.fd().unwrap().as_fd().as_raw_fd().cast_unsigned(),
+            size_in: frame.len() as u32,
+            size_out: out.len() as u32,
+            data_in: frame.as_ptr().addr() as u64,
+            data_out: out.as_mut_ptr().addr() as u64,
+            repeat: 1,
+            flags: CHECKSUM_COMPLETE,
+            ..TestRun::default()
+        };
+        // SAFETY: `attr` is a prefix of `union bpf_attr`, and its pointers are to buffers that live on and are as long as it says.
+        let rc = unsafe { nix::libc::syscall(nix::libc::SYS_bpf, PROG_TEST_RUN, &raw mut attr, size_of::<TestRun>()) };
+        if rc != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        out.truncate(attr.size_out as usize);
+        Ok((attr.verdict.cast_signed(), out))
+    }
+
     pub(crate) fn run_program(
-        &mut self,
+        &self,
         name: &str,
         frame: &[u8],
         ctx: Option<&[u8]>,
@@ -283,7 +349,7 @@ impl World {
         let mut out = vec![0; 9000];
         let options =
             TestRunOptions { data_in: Some(frame), data_out: Some(&mut out), ctx_in: ctx, ..TestRunOptions::default() };
-        let result = match self.datapath.ebpf.program_mut(name).unwrap() {
+        let result = match self.datapath.ebpf.program(name).unwrap() {
             Program::SchedClassifier(program) => program.test_run(options)?,
             Program::Xdp(program) => program.test_run(options)?,
             _ => panic!("{name} takes no packets"),
@@ -371,6 +437,15 @@ impl World {
         let mut map: PerCpuHashMap<_, u32, ServiceCounters> =
             PerCpuHashMap::try_from(self.datapath.ebpf.map_mut("service_counters").unwrap()).unwrap();
         map.remove(&service).unwrap();
+    }
+
+    /// Takes out what is over, if there is too little room, as the agent does every second.
+    pub(crate) fn sweep(&self, sweep: &mut Sweep) -> Swept {
+        let open = |name: &str| match self.datapath.ebpf.map(name).unwrap() {
+            Map::LruHashMap(map) | Map::PerCpuArray(map) => map.fd().as_fd().try_clone_to_owned(),
+            map => panic!("{name}: {map:?}"),
+        };
+        sweep.look(open).unwrap()
     }
 
     /// The connection table.

@@ -9,7 +9,7 @@ use std::{
 };
 
 use aya::{
-    maps::{HashMap, MapData},
+    maps::{HashMap, MapData, PerCpuArray, PerCpuValues},
     programs::{Xdp, xdp::XdpMode},
 };
 use proxy_common::{
@@ -20,6 +20,7 @@ use proxy_common::{
 };
 
 use super::{
+    broken::garble,
     packet::{ACK, Body, FIN, Packet, RST, SYN, Sums, ends, sums},
     source_ranges::{around, range},
     support::Spec,
@@ -59,6 +60,16 @@ fn halves(mac: [u8; 6]) -> [u16; 3] {
     [half(0), half(2), half(4)]
 }
 
+/// When the stack had a packet for each neighbour last: in a time to come, it has none.
+fn turns(world: &mut World, second: u32) {
+    let mut map: PerCpuArray<&mut MapData, u32> =
+        PerCpuArray::try_from(world.datapath.ebpf.map_mut("neighbours").unwrap()).unwrap();
+    let cpus = aya::util::nr_cpus().unwrap();
+    for slot in 0..map.len() {
+        map.set(slot, PerCpuValues::try_from(vec![second; cpus]).unwrap(), 0).unwrap();
+    }
+}
+
 fn xdp_devices(world: &mut World) -> HashMap<&mut MapData, u32, XdpDevice> {
     HashMap::try_from(world.datapath.ebpf.map_mut("xdp_devices").unwrap()).unwrap()
 }
@@ -87,6 +98,7 @@ fn outside(test: &str, options: Options) -> Option<World> {
     for index in [IN, OTHER] {
         world.device_at(index, role::OUTWARD);
     }
+    turns(&mut world, u32::MAX / 2);
     for (index, last) in [(IN, 0x47), (OTHER, 0x48)] {
         let device = XdpDevice { mac: halves(mac(last)), flags: xdp::SENDS | xdp::BOUNCES };
         xdp_devices(&mut world).insert(index, device, 0).unwrap();
@@ -131,11 +143,20 @@ fn passes(world: &mut World, frame: &[u8], why: &str) {
     assert_eq!(world.reasons(), reasons, "{why}");
 }
 
-/// The same, but the backend that was chosen counts, if the flow is new: tc finds its entry.
+/// The same of a packet that opens a flow of service 1, but the backend that is chosen counts: tc finds it, and chooses no other.
 #[track_caller]
-fn is_left_to_tc(world: &mut World, frame: &[u8], why: &str) {
-    let (verdict, out) = run(world, frame);
-    assert_eq!((verdict, hex(&out)), (PASS, hex(frame)), "{why}");
+fn is_left_to_tc(world: &mut World, packet: &Packet, backend: SocketAddr, why: &str) {
+    let (rows, reasons, frame) = (world.rows().len(), world.reasons(), arriving(packet, CLIENT));
+    let connections = |world: &World| if world.has_counters(1) { world.counters(1).connections } else { 0 };
+    let before = connections(world);
+    let (verdict, out) = run(world, &frame);
+    assert_eq!((verdict, hex(&out)), (PASS, hex(&frame)), "{why}");
+    let entered = world.rows();
+    assert_eq!(entered.len(), rows + 3, "{why}: the flow's pair, and what asks for masquerade");
+    assert_eq!(connections(world), before + 1, "{why}");
+    assert_eq!(world.reasons(), reasons, "{why}");
+    assert_eq!(world.translate(Hook::Ingress, packet), (packet.src, backend), "{why}");
+    assert_eq!((connections(world), world.rows().len()), (before + 1, entered.len()), "{why}");
 }
 
 /// Must be sent to `to` as `expected`, to the byte.
@@ -180,7 +201,7 @@ fn what_leaves_again_never_sees_the_stack() {
                 let seen = opens(&mut world, &open, cast.node, backend, hop);
                 let answer = Packet::answer(proto, backend, seen);
                 goes(&mut world, &answer, hop, &answer.between(cast.vip, client), CLIENT);
-                let mut more = vec![open.clone().with_payload(b"")];
+                let mut more = vec![Packet::more(proto, client, cast.vip).with_payload(b"")];
                 if proto == TCP {
                     more.extend([ACK, ACK | FIN].map(|flags| Packet::tcp(client, cast.vip, flags)));
                 } else if !cast.v6 {
@@ -232,7 +253,7 @@ fn the_verdict_is_carried_out() {
     }
 }
 
-/// XDP asks where the client went before it knows whether it can send there; the stack asks once more.
+/// What XDP chooses and cannot send is entered and counted, and what session affinity remembers of it stands.
 #[test]
 fn what_is_left_to_the_stack_counts_once() {
     let Some(mut world) = outside("what_is_left_to_the_stack_counts_once", Options::default()) else { return };
@@ -322,7 +343,8 @@ fn what_is_not_plain_is_left_to_the_stack() {
             let seen = opens(&mut world, &known, cast.node, cast.backend, FIRST);
             let answer = Packet::answer(proto, cast.backend, seen);
             goes(&mut world, &answer, FIRST, &answer.between(cast.vip, known.src), CLIENT);
-            for packet in [&Packet::opening(proto, at(cast.client, 42_001), cast.vip), &known, &answer] {
+            let (new, next) = (at(cast.client, 42_001), Packet::more(proto, known.src, cast.vip));
+            for (n, packet) in [&Packet::opening(proto, new, cast.vip), &next, &answer].into_iter().enumerate() {
                 let frame = arriving(packet, CLIENT);
                 for length in 14..frame.len() {
                     passes(&mut world, &frame[..length], "cut off");
@@ -346,9 +368,13 @@ fn what_is_not_plain_is_left_to_the_stack() {
                     let fragment = addressed(long.fragment(from, to), mac(0x47), mac(CLIENT));
                     passes(&mut world, &fragment, "a fragment");
                 }
-                let long = arriving(&packet.clone().with_payload(&[3; 1500]), CLIENT);
-                is_left_to_tc(&mut world, &long, "too long for the route");
-                world.remove(|row| row.src.port() == 42_001 || row.dst.port() == 42_001);
+                let long = packet.clone().with_payload(&[3; 1500]);
+                if n == 0 {
+                    is_left_to_tc(&mut world, &long, cast.backend, "too long for the route");
+                    world.remove(|row| row.src.port() == 42_001 || row.dst.port() == 42_001);
+                } else {
+                    passes(&mut world, &arriving(&long, CLIENT), "too long for the route");
+                }
                 // Only the pseudo-header's sum, as from a socket of this host.
                 let mut partial = frame.clone();
                 let l4 = super::packet::payload_at(&frame);
@@ -374,6 +400,51 @@ fn what_is_not_plain_is_left_to_the_stack() {
     }
 }
 
+/// F39, F40: what is garbled, or cut, is left as it is or leaves right; and nothing is lost that is not counted.
+#[test]
+fn what_is_garbled_does_no_harm() {
+    let Some(mut world) = outside("what_is_garbled_does_no_harm", Options::default()) else { return };
+    let mut zoo = Vec::new();
+    for cast in casts() {
+        for proto in PROTOS {
+            for (vip, (backend, hop)) in [cast.vip, cast.vip2].into_iter().zip(backends(&cast)) {
+                world.service(1, vip, &[backend]);
+                let open = Packet::opening(proto, at(cast.client, 42_000), vip);
+                let seen = opens(&mut world, &open, cast.node, backend, hop);
+                let answer = Packet::answer(proto, backend, seen);
+                zoo.extend([
+                    arriving(&Packet::opening(proto, at(cast.client, 42_001), vip), CLIENT),
+                    arriving(&Packet::more(proto, open.src, vip).with_payload(&[3; 40]), CLIENT),
+                    arriving(&answer, hop),
+                ]);
+            }
+        }
+    }
+    let mut dice = Dice::new();
+    let (mut sent, mut lost) = (0, 0);
+    for _ in 0..60_000 {
+        let mut frame = zoo[dice.below(zoo.len())].clone();
+        garble(&mut dice, &mut frame);
+        if dice.below(8) == 0 {
+            frame.truncate(14 + dice.below(frame.len() - 14));
+        }
+        let (verdict, out) = run(&mut world, &frame);
+        match verdict {
+            PASS => assert_eq!(hex(&out), hex(&frame)),
+            BACK | ACROSS => {
+                sent += 1;
+                assert_eq!(out.len(), frame.len());
+                assert!(sums(&frame) != Sums::Right || sums(&out) == Sums::Right, "{} {}", hex(&frame), hex(&out));
+            }
+            LOST => lost += 1,
+            _ => panic!("{verdict}: {}", hex(&frame)),
+        }
+    }
+    assert!(sent > 10_000, "{sent}");
+    let counted = world.reasons().into_iter().filter(|(name, _)| *name != "bypassed").map(|(_, count)| count);
+    assert!(lost <= counted.sum::<u64>(), "{lost} lost: {:?}", world.reasons());
+}
+
 fn pseudo_sum(packet: &Packet, length: u16) -> u16 {
     let mut bytes = match (packet.src.ip(), packet.dst.ip()) {
         (IpAddr::V4(src), IpAddr::V4(dst)) => [src.octets(), dst.octets()].concat(),
@@ -383,6 +454,132 @@ fn pseudo_sum(packet: &Packet, length: u16) -> u16 {
     bytes.extend([0, packet.proto()]);
     bytes.extend(length.to_be_bytes());
     super::packet::total(&bytes)
+}
+
+/// What no host sends from is translated on tc, for the stack to refuse when it routes it; whether the flow is known or not.
+#[test]
+fn what_nobody_sends_from_is_left_to_the_stack() {
+    let Some(mut world) = outside("what_nobody_sends_from_is_left_to_the_stack", Options::default()) else { return };
+    world.device(role::OUTWARD);
+    // Answers to all of these would find a way.
+    for family in ["", "-6"] {
+        sh(&format!("ip {family} route add default dev x"));
+    }
+    let sources = [
+        ["0.0.0.0", "0.1.2.3", "224.0.0.1", "239.255.255.255", "240.0.0.1", "255.255.255.255"].as_slice(),
+        ["::", "ff02::1", "ff0e::1"].as_slice(),
+    ];
+    for (cast, sources) in casts().into_iter().zip(sources) {
+        for (proto, source) in PROTOS.into_iter().flat_map(|proto| sources.iter().map(move |source| (proto, source))) {
+            world.service(1, cast.vip, &[cast.backend]);
+            let open = Packet::opening(proto, SocketAddr::new(source.parse().unwrap(), 40_000), cast.vip);
+            passes(&mut world, &arriving(&open, CLIENT), source);
+            assert_eq!(world.translate(Hook::Ingress, &open).1, cast.backend);
+            let more = Packet::more(proto, open.src, cast.vip);
+            passes(&mut world, &arriving(&more, CLIENT), source);
+            world.remove(|_| true);
+        }
+    }
+    assert_eq!(world.reasons(), []);
+}
+
+/// XDP confirms no neighbour. What is sent again goes by the stack, which does.
+#[test]
+fn what_is_sent_again_is_left_to_the_stack() {
+    let Some(mut world) = outside("what_is_sent_again_is_left_to_the_stack", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let client = at(cast.client, 47_000);
+        // Each half of the handshake once, and again after it.
+        let syn = Packet::tcp(client, cast.vip, SYN);
+        let seen = opens(&mut world, &syn, cast.node, cast.backend, FIRST);
+        passes(&mut world, &arriving(&syn, CLIENT), "a SYN again");
+        let answer = Packet::tcp(cast.backend, seen, SYN | ACK);
+        goes(&mut world, &answer, FIRST, &answer.between(cast.vip, client), CLIENT);
+        passes(&mut world, &arriving(&answer, FIRST), "a SYN-ACK again");
+        let there = Packet::tcp(client, cast.vip, ACK);
+        goes(&mut world, &there, CLIENT, &there.between(seen, cast.backend), FIRST);
+        passes(&mut world, &arriving(&answer, FIRST), "a SYN-ACK once more");
+        passes(&mut world, &arriving(&syn, CLIENT), "a SYN once more");
+        goes(&mut world, &there, CLIENT, &there.between(seen, cast.backend), FIRST);
+        world.remove(|_| true);
+        // A datagram that nobody has answered, at most one in a second.
+        let ask = Packet::udp(client, cast.vip);
+        let seen = opens(&mut world, &ask, cast.node, cast.backend, FIRST);
+        goes(&mut world, &ask, CLIENT, &ask.between(seen, cast.backend), FIRST);
+        for _ in 0..3 {
+            world.age(3);
+            passes(&mut world, &arriving(&ask, CLIENT), "asked again");
+            goes(&mut world, &ask, CLIENT, &ask.between(seen, cast.backend), FIRST);
+        }
+        let answer = Packet::udp(cast.backend, seen);
+        goes(&mut world, &answer, FIRST, &answer.between(cast.vip, client), CLIENT);
+        world.age(3);
+        goes(&mut world, &ask, CLIENT, &ask.between(seen, cast.backend), FIRST);
+        world.remove(|_| true);
+    }
+}
+
+/// Nor is every flow's packet sent again, or a flow's every packet of one direction: of what goes to each neighbour the stack has one now and then.
+#[test]
+fn the_stack_has_a_packet_for_each_neighbour_now_and_then() {
+    let test = "the_stack_has_a_packet_for_each_neighbour_now_and_then";
+    let Some(mut world) = outside(test, Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.service(2, cast.vip2, &[cast.backend2]);
+        let (open, other) = (Packet::udp(cast.client, cast.vip), Packet::udp(cast.client, cast.vip2));
+        let seen = opens(&mut world, &open, cast.node, cast.backend, FIRST);
+        opens(&mut world, &other, cast.node, cast.backend2, SECOND);
+        let answer = Packet::udp(cast.backend, seen);
+        goes(&mut world, &answer, FIRST, &answer.between(cast.vip, open.src), CLIENT);
+        for _ in 0..2 {
+            turns(&mut world, 0);
+            passes(&mut world, &arriving(&open, CLIENT), "to the first backend");
+            goes(&mut world, &open, CLIENT, &open.between(seen, cast.backend), FIRST);
+            passes(&mut world, &arriving(&answer, FIRST), "to the client");
+            goes(&mut world, &answer, FIRST, &answer.between(cast.vip, open.src), CLIENT);
+            // A flow that begins.
+            let new = Packet::udp(at(cast.client, 48_000), cast.vip2);
+            let frame = arriving(&new, CLIENT);
+            assert_eq!(run(&mut world, &frame), (PASS, frame), "to the second backend");
+            assert_eq!(world.translate(Hook::Ingress, &new).1, cast.backend2);
+            let next = at(cast.client, 48_001);
+            opens(&mut world, &Packet::udp(next, cast.vip2), cast.node, cast.backend2, SECOND);
+            world
+                .remove(|row| [48_000, 48_001].contains(&row.src.port()) || [48_000, 48_001].contains(&row.dst.port()));
+        }
+        turns(&mut world, u32::MAX / 2);
+        world.remove(|_| true);
+    }
+}
+
+/// A device that hands over no frame with a checksum that is yet to be made: there what looks like one is none.
+#[test]
+fn whole_frames_are_taken_whatever_they_look_like() {
+    let Some(mut world) = outside("whole_frames_are_taken_whatever_they_look_like", Options::default()) else { return };
+    let own = xdp_devices(&mut world).get(&IN, 0).unwrap();
+    for cast in casts() {
+        for proto in PROTOS {
+            world.service(1, cast.vip, &[cast.backend]);
+            // With the payload that makes the sum what the pseudo-header's alone is.
+            let alike = (0..=u16::MAX)
+                .map(|n| Packet::opening(proto, cast.client, cast.vip).with_payload(&n.to_be_bytes()))
+                .find(|packet| {
+                    let frame = packet.frame();
+                    let l4 = super::packet::payload_at(&frame);
+                    let field = l4 + if proto == TCP { 16 } else { 6 };
+                    frame[field..field + 2] == pseudo_sum(packet, (frame.len() - l4) as u16).to_be_bytes()
+                })
+                .unwrap();
+            passes(&mut world, &arriving(&alike, CLIENT), "it may be unfinished");
+            let whole = XdpDevice { flags: own.flags | xdp::SUMS, ..own };
+            xdp_devices(&mut world).insert(IN, whole, 0).unwrap();
+            opens(&mut world, &alike, cast.node, cast.backend, FIRST);
+            xdp_devices(&mut world).insert(IN, own, 0).unwrap();
+            world.remove(|_| true);
+        }
+    }
 }
 
 /// What is to be refused, dropped or is not ours; tc counts it.
@@ -427,7 +624,8 @@ fn refusals_are_left_to_tc() {
     assert_eq!(world.reasons(), [("bypassed", 4)]);
 }
 
-/// Nothing is entered for a flow that the stack is to judge, and what it knows takes it back to the stack at any time.
+/// What the stack knows takes a flow back to it at any time. One that is not to be opened from there leaves no trace; one that XDP cannot
+/// send, tc finds.
 #[test]
 fn the_routes_decide() {
     let Some(mut world) = outside("the_routes_decide", Options::default()) else { return };
@@ -438,44 +636,50 @@ fn the_routes_decide() {
             format!("ip neigh replace {ip} lladdr 02:00:00:00:00:{last:02x} dev x nud permanent")
         };
         let local = if cast.v6 { "ip -6" } else { "ip" };
+        // Whether it holds for known flows, too, and whether one that begins is entered.
         let cases = [
-            (format!("echo 0 > {proc}"), format!("echo 1 > {proc}"), "forwarding is off", true),
-            (format!("ip neigh del {backend} dev x"), stay(backend, FIRST), "the neighbour is not known", true),
+            (format!("echo 0 > {proc}"), format!("echo 1 > {proc}"), "forwarding is off", (true, false)),
+            (format!("ip neigh del {backend} dev x"), stay(backend, FIRST), "the neighbour is not known", (true, true)),
             (
                 format!("ip route replace unreachable {backend}; ip route del {backend} dev x || :"),
                 format!("ip route del unreachable {backend}; ip route replace {backend} dev x"),
                 "no way there",
-                true,
+                (true, true),
             ),
             (
                 format!("{local} route add local {backend} dev lo table local"),
                 format!("{local} route del local {backend} dev lo table local"),
                 "the backend is here",
-                true,
+                (true, true),
             ),
             (
                 format!("ip route replace {client} dev y"),
                 format!("ip route replace {client} dev x"),
                 "the client is elsewhere",
-                false,
+                (false, false),
             ),
             (
                 format!("{local} route add local {client} dev lo table local"),
                 format!("{local} route del local {client} dev lo table local"),
                 "the client's address is ours",
-                false,
+                (false, false),
             ),
         ];
         for proto in PROTOS {
             world.service(1, cast.vip, &[cast.backend]);
-            let known = Packet::opening(proto, at(cast.client, 42_000), cast.vip);
+            let open = Packet::opening(proto, at(cast.client, 42_000), cast.vip);
             let new = Packet::opening(proto, at(cast.client, 42_001), cast.vip);
-            let seen = opens(&mut world, &known, cast.node, cast.backend, FIRST);
-            for (change, back, why, for_known) in &cases {
+            let seen = opens(&mut world, &open, cast.node, cast.backend, FIRST);
+            let answer = Packet::answer(proto, cast.backend, seen);
+            goes(&mut world, &answer, FIRST, &answer.between(cast.vip, open.src), CLIENT);
+            let known = Packet::more(proto, open.src, cast.vip);
+            for (change, back, why, (for_known, entered)) in &cases {
                 sh(change);
                 if *for_known {
                     passes(&mut world, &arriving(&known, CLIENT), why);
-                    is_left_to_tc(&mut world, &arriving(&new, CLIENT), why);
+                }
+                if *entered {
+                    is_left_to_tc(&mut world, &new, cast.backend, why);
                     world.remove(|row| row.src.port() == 42_001 || row.dst.port() == 42_001);
                 } else {
                     passes(&mut world, &arriving(&new, CLIENT), why);
@@ -490,10 +694,10 @@ fn the_routes_decide() {
             let sends = XdpDevice { mac: halves(mac(0x48)), flags: xdp::SENDS };
             let own = xdp_devices(&mut world).get(&IN, 0).unwrap();
             xdp_devices(&mut world).insert(OTHER, XdpDevice { flags: 0, ..sends }, 0).unwrap();
-            is_left_to_tc(&mut world, &arriving(&new, CLIENT), "a device that takes no frames");
+            is_left_to_tc(&mut world, &new, cast.backend2, "a device that takes no frames");
             world.remove(|_| true);
             xdp_devices(&mut world).remove(&OTHER).unwrap();
-            is_left_to_tc(&mut world, &arriving(&new, CLIENT), "a device without XDP");
+            is_left_to_tc(&mut world, &new, cast.backend2, "a device without XDP");
             world.remove(|_| true);
             xdp_devices(&mut world).insert(OTHER, sends, 0).unwrap();
             passes(&mut world, &addressed(new.frame(), mac(0x99), mac(CLIENT)), "another host's, across");

@@ -10,7 +10,7 @@ use proxy_common::{
 use super::{
     PASS,
     errno::{ECONNREFUSED, EPERM, ETIMEDOUT},
-    fail, hash, origin_of,
+    fail, hash, is_left_alone, origin_of,
     peer::{Peer, Record},
     view::{Either, V4, View},
 };
@@ -41,6 +41,9 @@ fn connect<V: View>(view: &V) -> i32 {
         _ => return PASS,
     };
     let Some((origin, client)) = origin_of(view.ctx()) else { return PASS };
+    if is_left_alone(origin) != 0 {
+        return untranslated(view);
+    }
     // Nothing could move it once its backend is gone: per packet each datagram is looked at. The node's own sockets have no such way.
     if proto == proto::UDP && origin == origin::POD && globals::connected_udp() == 0 {
         return untranslated(view);
@@ -55,7 +58,7 @@ fn connect<V: View>(view: &V) -> i32 {
             if stick(&client, service, &sticky, &mut backend, || chosen) {
                 count::turn_back(service);
             }
-            log::chosen(view.ctx(), proto, (vip.addr, vip.port), (backend.addr, backend.port));
+            log::chosen(view.ctx(), (vip.addr, vip.port), (backend.addr, backend.port));
             view.set_target(backend);
             if let Some(record) = Record::of_or_new(view) {
                 record.set(Peer { vip, backend }, service, proto);

@@ -29,12 +29,14 @@ mod view;
 
 use aya_ebpf::{
     EbpfContext as _,
-    helpers::generated::{bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_set_retval},
+    helpers::generated::{
+        bpf_get_current_ancestor_cgroup_id, bpf_get_netns_cookie, bpf_get_prandom_u32, bpf_set_retval,
+    },
     programs::SockAddrContext,
 };
 use proxy_common::{frontend::origin, globals::socket_lb, maglev};
 
-use crate::{client::ByNetns, globals};
+use crate::{client::ByNetns, globals, maps::LEFT_PODS};
 
 /// What a program returns to let the call go on.
 const PASS: i32 = 1;
@@ -63,6 +65,31 @@ fn origin_of(ctx: &SockAddrContext) -> Option<(usize, ByNetns)> {
     } else {
         Some((origin::POD, ByNetns(cookie)))
     }
+}
+
+/// Cgroups above a process that are looked at.
+const DEPTH: i32 = 16;
+
+/// Whether the calling pod is left to its packets. Its processes are in cgroups below the pod's, whose depth depends on the kubelet and on what
+/// the node itself is in. Nobody is asked where no pod can be left (`--pod-annotations`). 0: it is not.
+#[inline(never)]
+fn is_left_alone(origin: usize) -> u32 {
+    if globals::left_pods() == 0 || origin != origin::POD {
+        return 0;
+    }
+    let mut depth = 1;
+    while depth < DEPTH {
+        // SAFETY: no pointers. Kernel 5.7 for these hooks (0f09abd105da).
+        let id = unsafe { bpf_get_current_ancestor_cgroup_id(depth) };
+        if id == 0 {
+            return 0;
+        }
+        if LEFT_PODS.get_ptr(id).is_some() {
+            return 1;
+        }
+        depth += 1;
+    }
+    0
 }
 
 /// What Maglev goes by at connect time. A connection has no source port yet, and mostly no source address, so it is one at random; what

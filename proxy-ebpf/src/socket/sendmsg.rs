@@ -22,7 +22,7 @@ use proxy_common::{
 use super::{
     PASS,
     errno::{ECONNREFUSED, EPERM},
-    fail, hash, origin_of,
+    fail, hash, is_left_alone, origin_of,
     peer::Record,
     view::{Either, V4, View},
 };
@@ -75,6 +75,11 @@ fn sendmsg<V: View>(view: &V) -> i32 {
             }
             return PASS;
         }
+    }
+
+    // A connected socket goes on as it is, above; any other datagram may go either way.
+    if is_left_alone(origin) != 0 {
+        return direct(view, record.is_some(), to);
     }
 
     let key = FrontendKey::new(to.addr, to.port, proto::UDP);

@@ -35,15 +35,16 @@ use proxy_common::{
 };
 
 use self::{
-    packet::{Header, tcp_flags},
+    packet::{Header, pair32, tcp_flags},
     rewrite::{End, rewrite},
     table::Room,
 };
 use crate::{
+    apart::apart,
     client::{Sticky, admit, stick},
-    count, globals, log,
+    clock, count, globals, log,
     lookup::{self, Choice},
-    maps::{BRIDGES, DEVICES, Family, Packet, Work, kind},
+    maps::{ALONE, BRIDGES, DEVICES, Family, Packet, STRAY_SLOTS, STRAYS, Work, kind},
 };
 
 pub(crate) const ETHERNET: u32 = 14;
@@ -54,7 +55,20 @@ const REMAP_TRIES: u32 = 4;
 /// Ports tried for a masqueraded flow before it counts as exhaustion.
 const MASQUERADE_TRIES: u32 = 10;
 
-/// `pkt_type` of a frame that is not addressed to the device.
+/// Seconds for which a sender says the same before a connection without entries is taken for lost at an address that may be somebody
+/// else's: those answer sooner, unless they are gone as well.
+const IN_VAIN: u32 = 5;
+/// Seconds for which nobody else takes an element of [`STRAYS`]: with TCP's pauses, which double, the first that is long enough has
+/// ended by then.
+const HELD: u32 = 15;
+/// Bits of a note that tell flows which share an element apart; the others tell a flow's packets apart.
+const WHOSE: u32 = 0xff << 24;
+/// Bytes that ask whether a closed window is still closed, or whether somebody is there.
+const PROBE: u32 = 1;
+
+/// `pkt_type` of a frame that is addressed to the device.
+const PACKET_HOST: u32 = 0;
+/// And of those that are not.
 const PACKET_BROADCAST: u32 = 1;
 const PACKET_MULTICAST: u32 = 2;
 const PACKET_OTHERHOST: u32 = 3;
@@ -65,6 +79,10 @@ const NEXT: i32 = TC_ACT_UNSPEC;
 const REFUSE: i32 = i32::MIN;
 /// Nor this: send a reset back.
 const RESET: i32 = i32::MIN + 1;
+/// Nor this: reset it as one whose connection has lost its entries.
+const RESET_LOST: i32 = i32::MIN + 3;
+/// Nor this: do as the flow's entry says, which is new and still where it was made.
+const ENTERED: i32 = i32::MIN + 2;
 
 #[classifier]
 pub(crate) fn tc_ingress_ether(ctx: TcContext) -> i32 {
@@ -138,7 +156,7 @@ fn family<A: Header, const HOOK: u8>(ctx: &TcContext, l3: u32) -> i32 {
 fn carry_out<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, verdict: i32) -> i32 {
     match verdict {
         REFUSE => reject::reject(ctx, l3, packet),
-        RESET => reset::reset(ctx, l3, packet),
+        RESET | RESET_LOST => reset::reset(ctx, l3, packet, verdict == RESET_LOST),
         verdict => verdict,
     }
 }
@@ -148,7 +166,7 @@ fn carry_out<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, verdict: i
 #[inline(never)]
 fn other<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> i32 {
     if packet.kind == kind::LOST_FRAGMENT {
-        return stray(packet);
+        return stray(ctx, l3, packet);
     }
     match lookup::guard(packet.dst, origin::EXTERNAL) {
         Choice::Pass | Choice::Backend { .. } => NEXT,
@@ -162,7 +180,7 @@ fn other<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> i32 {
 /// default gateway (contract A50). Only a pod may have such an address, for reasons of its own.
 #[inline(never)]
 fn leave<A: Header>(ctx: &TcContext, packet: &Packet<A>) -> i32 {
-    if !lookup::is_guarded(packet.dst) || device(ctx).0 == origin::POD {
+    if !lookup::has_guard(packet.dst) || device(ctx).0 == origin::POD {
         return NEXT;
     }
     count::reason(Reason::Unserved);
@@ -245,24 +263,39 @@ fn ingress<A: Header>(
         if marked && !may_open {
             return RESET;
         }
-        if !marked && (!may_open || !reopens(key, packet, value, hit.established)) {
+        if !marked && is_anothers(key, packet, value, u32::from(hit.established)) == 0 {
             hit.note(ctx, key, value, packet);
             return apply(ctx, l3, packet, End::Destination, value);
         }
         table::void(table::forget(key, value));
     }
-    // A TCP packet that is no SYN and has no connection is somebody else's: a flow that another proxy translated before us.
+    // A TCP packet that is no SYN and has no connection may be somebody else's: of a flow that another proxy translated before us.
     if !may_open {
-        return stray(packet);
+        return stray(ctx, l3, packet);
     }
-    new_flow(ctx, l3, packet, key)
+    let verdict = new_flow(ctx, l3, packet, key);
+    if verdict != ENTERED {
+        return verdict;
+    }
+    // Here and not where it was entered: each needs the stack that the other takes.
+    let Some(Work { value, .. }) = Room::Enter.work::<A>() else { return TC_ACT_SHOT };
+    apply(ctx, l3, packet, End::Destination, value)
 }
 
-/// A packet that belongs to no flow of ours and opens none. TCP may be of a flow that another proxy translates, in pieces, too; any
-/// other fragment towards an address of ours goes where its first one went, which was refused or dropped.
+/// A packet that belongs to no flow of ours and opens none. TCP may be of a flow that another proxy translates, in pieces, too, or
+/// of one that [has lost its entries](has_lost_its_entries); any other fragment towards an address of ours goes where its first one went, which was
+/// refused or dropped.
 #[inline(never)]
-fn stray<A: Header>(packet: &Packet<A>) -> i32 {
-    if !lookup::is_guarded(packet.dst) {
+fn stray<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> i32 {
+    // A SYN-ACK and a reset are not answered, and what acknowledges nothing does not tell which number its sender expects.
+    let flags = packet.tcp_flags & (tcp_flags::SYN | tcp_flags::RST | tcp_flags::ACK);
+    let goes_on = packet.kind == kind::WHOLE && packet.more == 0 && flags == tcp_flags::ACK;
+    // One look-up for what is not ours, whichever it is.
+    if goes_on && packet.proto == proto::TCP && ALONE.get(0).copied() == Some(1) {
+        let key = FrontendKey::new(packet.dst, packet.dport, packet.proto);
+        return if lookup::has_frontend(&key) && has_lost_its_entries::<A>(ctx, l3) { RESET_LOST } else { NEXT };
+    }
+    if !lookup::has_guard(packet.dst) {
         return NEXT;
     }
     if packet.kind == kind::WHOLE {
@@ -274,6 +307,117 @@ fn stray<A: Header>(packet: &Packet<A>) -> i32 {
     }
     count::reason(Reason::StrayFragment);
     TC_ACT_SHOT
+}
+
+/// What a connection to a frontend goes on with although it has no entry, and nobody else translates any: it had one, which was evicted
+/// with its other half. Nobody knows its backend any more, and the stack would send it to the default gateway: it is reset, as a backend
+/// does that conntrack chose for it anew. Only where a new one would be served: what is refused or dropped stays so.
+///
+/// At once if the address is a ClusterIP, or if the stack knows no better than to send the packet back to a host off the node. Another one may
+/// have been somebody else's until there was the Service, and a connection from then goes on with them: there it is reset once it is [`in_vain`].
+///
+/// Apart, as [`apart`] makes it (before 6.2 it is walked as any other). The packet and its key it finds where they are, since the entry point's
+/// stack is full.
+#[inline(always)]
+fn has_lost_its_entries<A: Header>(ctx: &TcContext, l3: u32) -> bool {
+    let skb = ctx.as_ptr().cast::<__sk_buff>();
+    0 != if A::VERSION == 4 { is_lost_v4(skb, l3) } else { is_lost_v6(skb, l3) }
+}
+
+macro_rules! is_lost {
+    ($($name:ident: $family:ty),+) => {$(
+        #[unsafe(no_mangle)]
+        #[inline(never)]
+        extern "C" fn $name(skb: *mut __sk_buff, l3: u32) -> u32 {
+            let Some(Work { packet, key, .. }) = Room::Main.work::<$family>() else { return 0 };
+            is_lost(&TcContext::new(skb), l3, packet, key)
+        }
+    )+};
+}
+
+is_lost!(is_lost_v4: Ipv4Be, is_lost_v6: Ipv6Be);
+
+#[inline(always)]
+fn is_lost<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &ConnectionKey<A>) -> u32 {
+    let (from, _, flags) = device(ctx);
+    // Of what comes by a bridge's port it is not known whether it is for this node: the bridge's address may be another than the port's, and a
+    // switch may have flooded what is for another host, who answers then.
+    let skb = ctx.as_ptr().cast::<__sk_buff>();
+    // SAFETY: the context is live; both fields are readable for classifiers.
+    let (kind, ifindex) = unsafe { ((*skb).pkt_type, (*skb).ifindex) };
+    let is_own = l3 == 0 || from == origin::POD || kind == PACKET_HOST;
+    // Of an entry that was read torn again and again it is not known what it says, but that it is not lost.
+    if !is_overheard(ctx, l3, from) && !table::is_there(key) {
+        let served = would_get(key, from, flags);
+        // A pod sends all that it says to its link, whoever it means; a tunnel's peers mean each other.
+        // SAFETY: a byte, copied at once.
+        let is_outward = || unsafe { DEVICES.get(ifindex) }.is_some_and(|device| device.role == role::OUTWARD);
+        if is_own && served == lookup::OURS
+            || is_own && served == lookup::SHARED && l3 != 0 && is_outward() && source::turns_back(ctx, key) != 0
+            || (served == lookup::OURS || served == lookup::SHARED) && is_said_in_vain(ctx, l3, packet, key)
+        {
+            return 1;
+        }
+    }
+    count::reason(Reason::NotASyn);
+    0
+}
+
+/// Whether the packet says something, and that [`in_vain`].
+#[inline(always)]
+fn is_said_in_vain<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &ConnectionKey<A>) -> bool {
+    // Its number, what it acknowledges, the header's length.
+    let Some(header) = packet::load::<[u16; 5]>(ctx, packet.l4 + 4) else { return false };
+    // As the IP header has it: behind that there may be what a switch has added. 0: more than fits the field.
+    let (field, counted) = if A::VERSION == 4 { (2, 0) } else { (4, A::LEN_MIN) };
+    let Some(length) = packet::load::<Be16>(ctx, l3 + field) else { return false };
+    let (length, tcp) = (length.to_host() as u32, (header[4].to_ne_bytes()[0] >> 4) as u32 * 4);
+    // Whoever only asks whether the other one is there (keep-alive, a closed window) says the same each time, and is answered.
+    let says = packet.tcp_flags & (tcp_flags::PSH | tcp_flags::FIN) != 0
+        || length == 0
+        || l3 + counted + length > packet.l4 + tcp + PROBE;
+    let numbers = (pair32([header[0], header[1]]) as u64) << 32 | pair32([header[2], header[3]]) as u64;
+    says && in_vain(key, numbers) != 0
+}
+
+apart! {
+    /// Whether this very packet came for the first time so long ago that somebody who heard it would have said so (1). Notes it if nobody's
+    /// note is in its place that is still waited for.
+    fn in_vain[in_vain_v4, in_vain_v6](reads key: ConnectionKey; writes; numbers: u64) -> u32 = noted;
+}
+
+/// What a new connection in this one's place would get ([`lookup::served`]), if its sender may ask and can be answered. `from` and `flags` are
+/// the device's.
+#[inline(never)]
+fn would_get<A: Header>(key: &ConnectionKey<A>, from: usize, flags: u32) -> u32 {
+    if !reject::is_host(key.src) || key.src.is_loopback() || lookup::is_guarded(key.src) {
+        return lookup::UNSERVED;
+    }
+    let origin = origin_of(&key.src, from, flags);
+    lookup::served(&FrontendKey::new(key.dst, key.dport, key.proto), origin, &key.src)
+}
+
+#[inline(always)]
+fn noted<A: Header>(key: &ConnectionKey<A>, numbers: u64) -> u32 {
+    let whose = key.digest(0);
+    let which = whose & WHOSE | key.digest(numbers) & !WHOSE;
+    let Some(last) = STRAYS.get_ptr_mut(whose % STRAY_SLOTS as u32) else { return 0 };
+    // SAFETY: a live element; one aligned word, which other CPUs write whole.
+    let noted = unsafe { last.read_volatile() };
+    let age = clock::since(noted as u32);
+    let other = (noted >> 32) as u32 ^ which;
+    let is_again = other == 0;
+    // What began in one second ended in another: five of them may be four and a bit. Who says something else waits for nobody but neighbours:
+    // of what was under way when the entries were lost, the first one is not always the one that is sent again.
+    let is_due = if is_again { age > IN_VAIN } else { other & WHOSE == 0 || age >= HELD };
+    if !is_due {
+        return 0;
+    }
+    // Who is reset leaves the place to the next one. As long as that has not come, it is told again: the reset may have been one too many, or lost.
+    let since = if is_again { clock::now_secs().wrapping_sub(HELD) } else { clock::now_secs() };
+    // SAFETY: as above.
+    unsafe { last.write_volatile((which as u64) << 32 | since as u64) };
+    u32::from(is_again)
 }
 
 /// Whether what asks for an address of ours comes from one that asks nothing: of the loopback network, or one of ours. Counts it then. Only
@@ -309,7 +453,26 @@ pub(crate) fn reopens<A: Header>(
     if !packet.is_syn() && !table::may_be_idle(key, value) {
         return false;
     }
-    table::is_over(key, value, established)
+    table::is_over(key, value, u32::from(established)) != 0
+}
+
+/// Whether the flow of the entry is over and the packet is none of it: it [`reopens`], or it is an answer that begins a connection, to a port
+/// that the flow was masqueraded with. That answers none of ours: the kernel gave the port to a connection of the node's own, where that would
+/// have shared its answers with one that conntrack remembers. 1: it is so. A function of its own: 6.1 has no stack left in its caller's frame.
+#[inline(never)]
+fn is_anothers<A: Header>(
+    key: &ConnectionKey<A>,
+    packet: &Packet<A>,
+    value: &ConnectionValue<A>,
+    established: u32,
+) -> u32 {
+    let begins = if value.flags & flags::MASQUERADE != 0 {
+        packet.is_syn_ack()
+    } else {
+        let may_open = packet.kind == kind::WHOLE && packet.may_open();
+        may_open && (packet.is_syn() || table::may_be_idle(key, value))
+    };
+    u32::from(begins && table::is_over(key, value, established) != 0)
 }
 
 #[inline(never)]
@@ -344,7 +507,7 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
             if value.addr == packet.src {
                 value.flags |= connection::flags::NEEDS_MASQUERADE;
             }
-            table::void(log::chosen(ctx, key.proto, (key.dst, key.dport), (value.addr, value.port)));
+            table::void(log::chosen(ctx, (key.dst, key.dport), (value.addr, value.port)));
             // Answers to a connection that the pod has there already must not be taken for this flow's.
             if netns != 0 && direct::is_connected(ctx, packet, value, netns - 1) != 0 {
                 value.other = random_port();
@@ -365,11 +528,7 @@ fn new_flow<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, key: &Conne
         }
         _ => return TC_ACT_SHOT,
     }
-    if enter(packet, key, value, pair_key, found) {
-        apply(ctx, l3, packet, End::Destination, value)
-    } else {
-        TC_ACT_SHOT
-    }
+    if enter(packet, key, value, pair_key, found) { ENTERED } else { TC_ACT_SHOT }
 }
 
 pub(crate) const PICKED: u32 = 0;
@@ -428,18 +587,18 @@ pub(crate) fn enter<A: Header>(
         let mut again = false;
         // A pod that reaches itself from the port it serves on: what is to be masqueraded would have the tuple of its answer.
         let loops = value.addr == packet.src && value.port == value.other;
-        if !loops && is_free(key, value, pair_key, found) {
+        if !loops && is_free(key, value, pair_key, found) != 0 {
             match table::open(key, value, pair_key, found) {
-                Ok(true) => {
+                table::ENTERED => {
                     if value.other != packet.sport {
                         count::reason(Reason::PortRemapped);
                     }
                     return true;
                 }
                 // Taken since we looked: look once more, it may be this very flow's, opened by another CPU.
-                Ok(false) if tries == 0 => again = true,
-                Ok(false) => {}
-                Err(()) => return false,
+                table::TAKEN if tries == 0 => again = true,
+                table::TAKEN => {}
+                _ => return false,
             }
         }
         tries += 1;
@@ -451,29 +610,35 @@ pub(crate) fn enter<A: Header>(
     false
 }
 
-/// Whether the reply tuple that `value` would lead to is nobody's, or that of a flow that is over.
-#[inline(never)]
-fn is_free<A: Header>(
+apart! {
+    /// Whether the reply tuple that `value` would lead to is nobody's, or that of a flow that is over (1).
+    fn is_free[is_free_v4, is_free_v6](
+        reads key: ConnectionKey, value: ConnectionValue; writes reply_key: ConnectionKey, found: ConnectionValue;
+    ) -> u32 = freed;
+}
+
+#[inline(always)]
+fn freed<A: Header>(
     key: &ConnectionKey<A>,
     value: &ConnectionValue<A>,
     reply_key: &mut ConnectionKey<A>,
     found: &mut ConnectionValue<A>,
-) -> bool {
+) -> u32 {
     table::void(table::put_pair_key(key, value, reply_key));
     let held = table::peek(reply_key, found);
     if held == 0 {
-        return true;
+        return 1;
     }
     // Left over from this very flow: its notes are of a peer that has not spoken yet.
     if found.addr == key.dst && found.port == key.dport && found.other == key.sport {
         table::void(table::remove(reply_key));
-        return true;
+        return 1;
     }
-    if !table::is_over(reply_key, found, held == 2) {
-        return false;
+    if table::is_over(reply_key, found, u32::from(held == 2)) == 0 {
+        return 0;
     }
     table::void(table::forget(reply_key, found));
-    true
+    1
 }
 
 /// A port of the masquerade range, apart from those the kernel hands out.
@@ -510,7 +675,7 @@ fn yields<A: Header>(
     if held == 0 || found.flags & flags::MASQUERADE != 0 {
         return false;
     }
-    if table::is_over(reply_key, found, held == 2) {
+    if table::is_over(reply_key, found, u32::from(held == 2)) != 0 {
         table::void(table::forget(reply_key, found));
         return false;
     }
@@ -587,8 +752,8 @@ pub(crate) fn masquerade<A: Header>(
         tries += 1;
         // Any free port will do; when those get rare, ports of flows that are over. The packet's own may be this flow's already.
         let look = tries == 1 || tries > MASQUERADE_TRIES - 4;
-        match table::claim_masquerade(key, value, reverse_key, reverse, look) {
-            Ok(true) => {
+        match table::claim_masquerade(key, value, reverse_key, reverse, u32::from(look)) {
+            table::ENTERED => {
                 if value.port == given {
                     count::reason(Reason::PairRepaired);
                 }
@@ -597,8 +762,10 @@ pub(crate) fn masquerade<A: Header>(
                 return 1;
             }
             // The last ones side by side: in a small range all are looked at.
-            Ok(false) => value.port = if tries > MASQUERADE_TRIES - 4 { next_port(value.port) } else { random_port() },
-            Err(()) => {
+            table::TAKEN => {
+                value.port = if tries > MASQUERADE_TRIES - 4 { next_port(value.port) } else { random_port() }
+            }
+            _ => {
                 count::reason(Reason::InsertFailed);
                 return 0;
             }

@@ -25,6 +25,7 @@ pub(crate) mod tcp_flags {
     pub(crate) const FIN: u8 = 0x01;
     pub(crate) const SYN: u8 = 0x02;
     pub(crate) const RST: u8 = 0x04;
+    pub(crate) const PSH: u8 = 0x08;
     pub(crate) const ACK: u8 = 0x10;
 }
 
@@ -35,10 +36,10 @@ impl<A: Address> Packet<A> {
         self.proto == proto::UDP || self.is_syn()
     }
 
-    /// SYN or INIT. Datagrams have no flags.
+    /// SYN or INIT. Datagrams have no flags. One that closes or resets in the same breath is nobody's opening: hosts drop it, and so does conntrack.
     #[inline(always)]
     pub(crate) fn is_syn(&self) -> bool {
-        self.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST) == tcp_flags::SYN
+        self.tcp_flags & (tcp_flags::SYN | tcp_flags::ACK | tcp_flags::RST | tcp_flags::FIN) == tcp_flags::SYN
     }
 
     #[inline(always)]
@@ -415,7 +416,7 @@ fn later_fragment<A: Header>(packet: &mut Packet<A>, id: u32, hook: u8) {
     // SAFETY: copied at once; a recycled element could at worst give another datagram's ports, as a lost one would none.
     let first = unsafe { A::fragments().get(fragment_key(packet, packet.proto, id, hook)) }.copied();
     match first {
-        Some(first) if clock::now_secs().wrapping_sub(first.seen) <= FRAGMENT_TIME => {
+        Some(first) if clock::since(first.seen) <= FRAGMENT_TIME => {
             packet.sport = first.sport;
             packet.dport = first.dport;
             packet.proto = first.proto;

@@ -4,7 +4,7 @@
 
 use aya_ebpf::{
     EbpfContext as _,
-    bindings::{__sk_buff, TC_ACT_SHOT},
+    bindings::{__sk_buff, BPF_F_RECOMPUTE_CSUM, TC_ACT_SHOT},
     helpers::{
         bpf_ktime_get_ns,
         generated::{bpf_csum_diff, bpf_redirect, bpf_skb_adjust_room, bpf_skb_change_tail, bpf_skb_load_bytes},
@@ -33,7 +33,7 @@ const SECOND: u64 = 1_000_000_000;
 /// spares a time-out. What was not sent in a second may be sent at once. Another program on this CPU can
 /// come in between at worst, and one more goes out.
 #[inline(always)]
-fn is_allowed<A: Header>(packet: &Packet<A>) -> bool {
+pub(crate) fn is_allowed<A: Header>(packet: &Packet<A>) -> bool {
     let (hi, lo) = packet.src.words();
     let digest = ((hi ^ lo.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u32;
     let all = u32::from(packet.proto != proto::TCP);
@@ -63,9 +63,15 @@ const fn later(one: u64, other: u64) -> u64 {
 
 /// Nobody to tell, or nothing to quote: later fragments, errors, groups, the unspecified address (RFC 1122, 3.2.2).
 #[inline(always)]
-fn is_answerable<A: Header>(packet: &Packet<A>) -> bool {
+pub(crate) fn is_answerable<A: Header>(packet: &Packet<A>) -> bool {
     let kind = packet.kind == kind::WHOLE || packet.kind == kind::OTHER;
-    kind && packet.src != A::UNSPECIFIED && !is_group(packet.src)
+    kind && is_host(packet.src)
+}
+
+/// Whether that is somebody who can be told.
+#[inline(always)]
+pub(crate) fn is_host<A: Header>(addr: A) -> bool {
+    addr != A::UNSPECIFIED && !is_group(addr)
 }
 
 /// Turns the packet into its refusal. Returns the verdict, and counts it under one reason.
@@ -75,9 +81,15 @@ pub(crate) fn reject<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) ->
         count::reason(Reason::RejectLimited);
         return TC_ACT_SHOT;
     }
-    match build(ctx, l3, packet) {
+    answer(build(ctx, l3, packet), Reason::Rejected)
+}
+
+/// What became of a refusal or a reset: sent, with this verdict, for this `reason`, or dropped. Counts it under one reason.
+#[inline(always)]
+pub(crate) fn answer(built: Option<i32>, reason: Reason) -> i32 {
+    match built {
         Some(verdict) => {
-            count::reason(Reason::Rejected);
+            count::reason(reason);
             verdict
         }
         None => {
@@ -153,6 +165,12 @@ pub(crate) fn send_back(ctx: &TcContext, l3: u32) -> Option<i32> {
     Some(unsafe { bpf_redirect((*skb).ifindex, 0) } as i32)
 }
 
+/// Writes a part of what goes back; a hardware sum over the packet follows.
+#[inline(always)]
+pub(crate) fn put<T>(ctx: &TcContext, offset: u32, value: &T) -> Option<()> {
+    ctx.store(offset as usize, value, BPF_F_RECOMPUTE_CSUM.into()).ok()
+}
+
 /// Header of what goes back for a packet with this one, with `length` bytes behind it.
 #[inline(always)]
 pub(crate) fn header_v4(old: &Ipv4Header, length: u32, proto: u8) -> Ipv4Header {
@@ -223,23 +241,25 @@ pub(crate) fn is_unfinished<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet
 /// lack to 0xffff, and in one's complement a half is a rotation.
 #[inline(always)]
 fn settle(ctx: &TcContext, transport: u32, len: u32, protocol: u8) -> Option<()> {
-    let field = (transport + checksum_field(protocol)) as usize;
-    ctx.store(field, &0_u16, 0).ok()?;
+    let field = transport + checksum_field(protocol);
+    put(ctx, field, &0_u16)?;
     let others = quoted_sum(ctx, transport, len);
     if others < 0 {
         return None;
     }
-    ctx.store(field, &checksum::finish(others as u64).rotate_right(1), 0).ok()
+    put(ctx, field, &checksum::finish(others as u64).rotate_right(1))
 }
 
 /// Sum of the quoted bytes, 4-byte padded with zeroes; negative if they cannot be read.
 #[inline(never)]
 fn quoted_sum(ctx: &TcContext, offset: u32, len: u32) -> i64 {
     let mut quote = [0_u32; QUOTE_MAX as usize / 4];
-    let len = core::hint::black_box(len);
-    if len == 0 || len > QUOTE_MAX {
+    // One less, since a verifier (6.1) that has seen a length differ from 0 does not know that it is greater.
+    let less = core::hint::black_box(len.wrapping_sub(1));
+    if less >= QUOTE_MAX {
         return -1;
     }
+    let len = less + 1;
     // SAFETY: `len` is within the buffer; both helpers are told its length.
     unsafe {
         if bpf_skb_load_bytes(ctx.as_ptr().cast(), offset, quote.as_mut_ptr().cast(), len) != 0 {
@@ -254,8 +274,8 @@ fn write_v4(ctx: &TcContext, l3: u32, old: &Ipv4Header, quote: u32, quoted: u64)
     // Destination unreachable, port unreachable.
     let unreachable = u16::from_ne_bytes([3, 3]);
     let icmp_sum = checksum::finish(quoted + unreachable as u64);
-    ctx.store(l3 as usize, &header_v4(old, 8 + quote, proto::ICMP), 0).ok()?;
-    ctx.store(l3 as usize + 20, &[unreachable, icmp_sum, 0, 0], 0).ok()
+    put(ctx, l3, &header_v4(old, 8 + quote, proto::ICMP))?;
+    put(ctx, l3 + 20, &[unreachable, icmp_sum, 0, 0])
 }
 
 #[inline(always)]
@@ -270,8 +290,8 @@ fn write_v6(ctx: &TcContext, l3: u32, old: &Ipv6Header, quote: u32, quoted: u64)
         sum += header.src[i] as u64 + header.dst[i] as u64;
         i += 1;
     }
-    ctx.store(l3 as usize, &header, 0).ok()?;
-    ctx.store(l3 as usize + 40, &[unreachable, checksum::finish(sum), 0, 0], 0).ok()
+    put(ctx, l3, &header)?;
+    put(ctx, l3 + 40, &[unreachable, checksum::finish(sum), 0, 0])
 }
 
 #[inline(always)]

@@ -1,5 +1,5 @@
-//! The end of a TCP connection whose backend was deleted: what the client sent is turned into a reset from the VIP (RFC 9293, 3.5.2)
-//! and sent back where it came from.
+//! The end of a TCP connection whose backend was deleted, or that has lost its entries: what the client sent is turned into a reset from
+//! the VIP (RFC 9293, 3.5.2) and sent back where it came from.
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -11,7 +11,7 @@ use proxy_common::{Be16, checksum, counters::Reason, proto};
 
 use super::{
     packet::{Header, Ipv4Header, Ipv6Header, load, tcp_flags},
-    reject::{header_v4, header_v6, is_unfinished, send_back},
+    reject::{answer, header_v4, header_v6, is_allowed, is_unfinished, put, send_back},
     rewrite::halves,
 };
 use crate::{
@@ -23,19 +23,14 @@ const TCP: u32 = 20;
 const ADJ_ROOM_NET: u32 = 0;
 
 /// Turns the packet into the reset; what has no answer (a fragment, what acknowledges nothing) is dropped. Returns the verdict, and counts it
-/// under one reason.
+/// under one reason. `lost`: nobody knows the connection, so anybody could have sent the packet; no more often than others are refused.
 #[inline(never)]
-pub(crate) fn reset<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> i32 {
-    match build(ctx, l3, packet) {
-        Some(verdict) => {
-            count::reason(Reason::Rejected);
-            verdict
-        }
-        None => {
-            count::reason(Reason::RejectFailed);
-            TC_ACT_SHOT
-        }
+pub(crate) fn reset<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>, lost: bool) -> i32 {
+    if lost && !is_allowed(packet) {
+        count::reason(Reason::RejectLimited);
+        return TC_ACT_SHOT;
     }
+    answer(build(ctx, l3, packet), if lost { Reason::LostConnection } else { Reason::Rejected })
 }
 
 #[inline(always)]
@@ -61,10 +56,10 @@ fn build<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<i32>
     }
     if A::VERSION == 4 {
         let old: Ipv4Header = load(ctx, l3)?;
-        ctx.store(l3 as usize, &header_v4(&old, TCP, proto::TCP), 0).ok()?;
+        put(ctx, l3, &header_v4(&old, TCP, proto::TCP))?;
     } else {
         let old: Ipv6Header = load(ctx, l3)?;
-        ctx.store(l3 as usize, &header_v6(&old, TCP, proto::TCP), 0).ok()?;
+        put(ctx, l3, &header_v6(&old, TCP, proto::TCP))?;
     }
     let ((src_hi, src_lo), (dst_hi, dst_lo)) = (packet.src.words(), packet.dst.words());
     let pseudo = halves(src_hi)
@@ -83,6 +78,6 @@ fn build<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<i32>
     // Where the device is to finish the checksum, the field holds the sum of the pseudo-header.
     let field = if unfinished { !checksum::finish(pseudo) } else { checksum::finish(sum) };
     let header: [u16; 10] = [packet.dport.0, packet.sport.0, number[0], number[1], 0, 0, length_and_flags, 0, field, 0];
-    ctx.store((l3 + A::LEN_MIN) as usize, &header, 0).ok()?;
+    put(ctx, l3 + A::LEN_MIN, &header)?;
     send_back(ctx, l3)
 }

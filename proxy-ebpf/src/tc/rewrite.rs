@@ -1,8 +1,9 @@
 //! Rewriting in place: addresses, ports, checksums.
 //!
-//! Addresses, ports and the IPv4 header checksum are written directly; the transport checksum goes through the kernel's helper,
-//! because only it knows whether the field holds a checksum or, on its way to a device that will fill it in, just the
-//! pseudo-header's sum (`CHECKSUM_PARTIAL`), and keeps a hardware sum over the packet right (`CHECKSUM_COMPLETE`).
+//! Addresses, ports and the IPv4 header checksum are written directly. So is a transport checksum that is one for certain. Where it
+//! may be just the pseudo-header's sum, on its way to a device that will fill it in (`CHECKSUM_PARTIAL`), it goes through the kernel's
+//! helper, which knows, and calls three functions for each of the two differences. A hardware sum over the packet
+//! (`CHECKSUM_COMPLETE`) is kept right either way.
 
 use aya_ebpf::{
     EbpfContext as _,
@@ -13,7 +14,7 @@ use aya_ebpf::{
 use proxy_common::{Address, Be16, checksum, proto};
 
 use super::{
-    packet::{Header, at},
+    packet::{Header, at, load},
     sctp,
 };
 use crate::maps::{Packet, kind};
@@ -127,19 +128,20 @@ pub(crate) fn rewrite<A: Header>(
     let old = if end == End::Source { packet.src } else { packet.dst };
     let diff = address_diff(old, addr);
     if packet.kind == kind::LATER_FRAGMENT {
-        write_address(ctx, l3, end, old, addr)?;
-        if A::VERSION == 6 {
-            // No header checksum to compensate, no transport checksum here: a hardware sum has to follow the addresses.
-            // SAFETY: live context; fails harmlessly where there is no such sum.
-            unsafe { bpf_csum_update(ctx.as_ptr().cast(), diff) };
-        }
-        return Ok(());
+        return write_unsummed(ctx, l3, (end, old, addr), 0);
     }
     let ports = if end == End::Source { (port, other) } else { (other, port) };
     let (field, mangled_0) =
         if packet.proto == proto::TCP { (packet.l4 + 16, 0) } else { (packet.l4 + 6, u64::from(BPF_F_MARK_MANGLED_0)) };
 
+    if let Some(field) = finished(ctx, l3, packet) {
+        return rewrite_plain(ctx, l3, packet, (end, old, addr), ports, field);
+    }
     let summed = packet.proto != proto::SCTP;
+    if packet.proto == proto::UDP && load::<u16>(ctx, field) == Some(0) {
+        write_ports(ctx, l3, packet, ports)?;
+        return write_unsummed(ctx, l3, (end, old, addr), ports_diff((packet.sport, packet.dport), ports));
+    }
     if ports != (packet.sport, packet.dport) {
         if summed {
             add_diff(ctx, field, ports_diff((packet.sport, packet.dport), ports), mangled_0)?;
@@ -154,6 +156,79 @@ pub(crate) fn rewrite<A: Header>(
         if summed && diff != 0 && diff != 0xffff_ffff {
             add_pseudo_diff::<A>(ctx, field, diff, mangled_0)?;
         }
+    }
+    Ok(())
+}
+
+/// Writes the address of a packet that has no transport checksum, a later fragment or a UDP datagram of which none was wanted. What
+/// changed shows in a hardware sum then, ports and all; an IPv4 address, which the header's checksum compensates, does not.
+#[inline(always)]
+fn write_unsummed<A: Header>(
+    ctx: &TcContext,
+    l3: u32,
+    (end, old, addr): (End, A, A),
+    ports_changed: u32,
+) -> Result<(), ()> {
+    write_address(ctx, l3, end, old, addr)?;
+    let diff = if A::VERSION == 4 { 0 } else { address_diff(old, addr) };
+    // SAFETY: live context; fails harmlessly where there is no such sum.
+    unsafe { bpf_csum_update(ctx.as_ptr().cast(), fold32(diff as u64 + ports_changed as u64)) };
+    Ok(())
+}
+
+/// The checksum field of a TCP or UDP packet without options, if it holds a checksum: anything but the pseudo-header's sum, which one
+/// packet in 65536 has by chance. (Whoever sends a packet with an inner checksum to be filled in has finished the outer one.)
+#[inline(always)]
+fn finished<A: Header>(ctx: &TcContext, l3: u32, packet: &Packet<A>) -> Option<*mut u16> {
+    if packet.kind != kind::WHOLE || packet.l4 != l3 + A::LEN_MIN {
+        return None;
+    }
+    let (at_length, counted) = if A::VERSION == 4 { (2, A::LEN_MIN as u16) } else { (4, 0) };
+    let length = at::<Be16>(ctx, l3 as usize + at_length)?;
+    // SAFETY: bounds checked; 2-byte aligned.
+    let length = unsafe { *length }.to_host();
+    let l4 = (l3 + A::LEN_MIN) as usize;
+    let field = match packet.proto {
+        proto::TCP => at::<u16>(ctx, l4 + 16)?,
+        proto::UDP => at::<u16>(ctx, l4 + 6)?,
+        _ => return None,
+    };
+    // SAFETY: as above.
+    let held = unsafe { *field };
+    // No length: a packet beyond 64 KiB (BIG TCP). No checksum: there is nothing to keep right.
+    if length <= counted || held == 0 {
+        return None;
+    }
+    let (src, dst) = (packet.src.words(), packet.dst.words());
+    let pseudo = halves(src.0) + halves(src.1) + halves(dst.0) + halves(dst.1);
+    let rest = (packet.proto as u16).to_be() as u64 + (length - counted).to_be() as u64;
+    // Neither is zero, so what is equal looks equal.
+    if held == checksum::fold(pseudo + rest) { None } else { Some(field) }
+}
+
+/// [`rewrite`] of a packet whose checksum `field` is one. `end`: which, its address before and after.
+#[inline(always)]
+fn rewrite_plain<A: Header>(
+    ctx: &TcContext,
+    l3: u32,
+    packet: &Packet<A>,
+    (end, old, addr): (End, A, A),
+    ports: (Be16, Be16),
+    field: *mut u16,
+) -> Result<(), ()> {
+    let diff = address_diff(old, addr);
+    let ports_changed = ports_diff((packet.sport, packet.dport), ports);
+    // SAFETY: `field` was checked against the packet's end, and no helper was called since.
+    unsafe {
+        let sum = !checksum::fold((!*field) as u64 + diff as u64 + ports_changed as u64);
+        *field = if sum == 0 && packet.proto == proto::UDP { 0xffff } else { sum };
+    }
+    write_ports(ctx, l3, packet, ports)?;
+    write_address(ctx, l3, end, old, addr)?;
+    if A::VERSION == 4 && diff != 0 && diff != 0xffff_ffff {
+        // Over the whole packet, the header's checksum compensates the address, and the transport's does once more.
+        // SAFETY: live context; fails harmlessly where there is no such sum.
+        unsafe { bpf_csum_update(ctx.as_ptr().cast(), !diff) };
     }
     Ok(())
 }

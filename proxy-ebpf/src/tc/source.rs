@@ -4,8 +4,9 @@ use core::mem::size_of;
 
 use aya_ebpf::{
     EbpfContext,
-    bindings::{BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC},
+    bindings::{__sk_buff, BPF_FIB_LOOKUP_OUTPUT, BPF_FIB_LOOKUP_SKIP_NEIGH, BPF_FIB_LOOKUP_SRC},
     helpers::generated::bpf_fib_lookup,
+    programs::TcContext,
 };
 use proxy_common::{Be16, connection::ConnectionKey};
 
@@ -17,6 +18,10 @@ use crate::maps::BRIDGES;
 
 const AF_INET: u8 = 2;
 const AF_INET6: u8 = 10;
+
+/// What `bpf_fib_lookup` answers: the next hop is known; it is but for its neighbour.
+pub(crate) const FOUND: i64 = 0;
+pub(crate) const NO_NEIGHBOUR: i64 = 7;
 
 /// `struct bpf_fib_lookup`; IPv4 addresses take the first word of their four.
 #[derive(Clone, Copy)]
@@ -55,6 +60,25 @@ impl Route {
         if A::VERSION == 4 { AF_INET } else { AF_INET6 }
     }
 
+    /// A question about this flow; without its ends.
+    #[inline(always)]
+    fn to<A: Header>(key: &ConnectionKey<A>, ifindex: u32) -> Self {
+        Self {
+            family: Self::family::<A>(),
+            proto: key.proto,
+            sport: key.sport,
+            dport: key.dport,
+            // Of no account here, but 0 would have the packet's own length compared with the MTU.
+            length: 1,
+            ifindex,
+            flow: 0,
+            src: [0; 4],
+            dst: [0; 4],
+            vlan: 0,
+            macs: [[0; 3]; 2],
+        }
+    }
+
     /// # Safety
     ///
     /// `route` has room for one.
@@ -80,20 +104,7 @@ pub(crate) fn by_route<A: Header>(
 ) -> Void {
     // SAFETY: an aligned word, copied at once.
     let ifindex = unsafe { BRIDGES.get(ifindex) }.map_or(ifindex, |bridge| *bridge);
-    let mut route = Route {
-        family: Route::family::<A>(),
-        proto: key.proto,
-        sport: key.sport,
-        dport: key.dport,
-        // Of no account here, but 0 would have the packet's own length compared with the MTU.
-        length: 1,
-        ifindex,
-        flow: 0,
-        src: [0; 4],
-        dst: [0; 4],
-        vlan: 0,
-        macs: [[0; 3]; 2],
-    };
+    let mut route = Route::to::<A>(key, ifindex);
     let flags = BPF_FIB_LOOKUP_OUTPUT | BPF_FIB_LOOKUP_SKIP_NEIGH | BPF_FIB_LOOKUP_SRC;
     // SAFETY: live context; `route` has the size that is told.
     let found = unsafe {
@@ -105,4 +116,21 @@ pub(crate) fn by_route<A: Header>(
         *source = picked;
     }
     VOID
+}
+
+/// Whether the packet's route leads back by the device that it came in by (1): who sent it here meant this node. The stack would tell them of
+/// the router behind, and they would go by that with all further connections. A bridge's port has no routes: what goes back to its bridge may be for a
+/// pod there.
+#[inline(never)]
+pub(crate) fn turns_back<A: Header>(ctx: &TcContext, key: &ConnectionKey<A>) -> u32 {
+    let skb = ctx.as_ptr().cast::<__sk_buff>();
+    // SAFETY: live context.
+    let ifindex = unsafe { (*skb).ifindex };
+    let mut route = Route::to::<A>(key, ifindex);
+    // SAFETY: live context; `route` has the size that is told.
+    let found = unsafe {
+        Route::put_ends(&raw mut route, key.src, key.dst);
+        bpf_fib_lookup(ctx.as_ptr().cast(), (&raw mut route).cast(), size_of::<Route>() as i32, 0)
+    };
+    u32::from((found == FOUND || found == NO_NEIGHBOUR) && route.ifindex == ifindex)
 }

@@ -8,20 +8,21 @@
 use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use proxy_common::{
     Be16,
-    connection::{ConnectionKey, ConnectionValue, flags, hook, pair, state},
+    connection::{
+        self, ConnectionKey, ConnectionValue, flags, hook, state,
+        times::{SCTP_ESTABLISHED, SCTP_OTHERS, TCP_HALF_OPEN},
+    },
     counters::Reason,
     proto,
 };
 
 use super::packet::{Frame, Header, load, tcp_flags};
 use crate::{
+    apart::apart,
     clock, count, globals,
     maps::{Packet, Work, kind},
     sealed,
 };
-
-/// Seconds without a packet after which a half-open TCP flow's entries may be taken over; the others are options.
-const TCP_HALF_OPEN: u32 = 60;
 
 /// What a peer may have sent behind its SYN-ACK (TCP Fast Open) before the first acknowledgement that gets through to us. A
 /// forged one is in it once in 4096 tries.
@@ -32,7 +33,8 @@ const EEXIST: i32 = -17;
 
 /// Where an entry was found that was copied and checked against its seal.
 pub(crate) struct Hit<A> {
-    live: *mut ConnectionValue<A>,
+    /// For notes; `None`: only a second look found it. Such a packet leaves none, which the next one does.
+    live: Option<*mut ConnectionValue<A>>,
     pub(crate) established: bool,
 }
 
@@ -115,58 +117,134 @@ fn look<A: Header>(
 #[inline(always)]
 fn find_once<A: Header>(key: &ConnectionKey<A>, to: &mut ConnectionValue<A>) -> Result<Option<Hit<A>>, ()> {
     if let Some(found) = look(established::get(key), key, to) {
-        return found.map(|live| Some(Hit { live, established: true }));
+        return found.map(|live| Some(Hit { live: Some(live), established: true }));
     }
     match look(A::half_open().get_ptr_mut(key), key, to) {
-        Some(found) => found.map(|live| Some(Hit { live, established: false })),
+        Some(found) => found.map(|live| Some(Hit { live: Some(live), established: false })),
         None => Ok(None),
     }
 }
 
-/// Copies the entry of `key` to `to`. One torn read is looked up again; a second counts as a miss.
+/// Copies the entry of `key` to `to`. A torn read is looked up again, at most twice; then it counts as a miss, though it [is there](is_there).
+///
+/// An entry that moves on is in the established map before it leaves the half-open one. Who looks in the same order may pass it on the
+/// way, so it is gone only if a second look into the first map says so: a packet that went untranslated would cost the connection.
 #[inline(always)]
 pub(crate) fn find<A: Header>(key: &ConnectionKey<A>, to: &mut ConnectionValue<A>) -> Option<Hit<A>> {
-    if let Ok(hit) = find_once(key, to) {
-        return hit;
-    }
-    count::reason(Reason::TornRead);
-    if let Ok(hit) = find_once(key, to) {
-        return hit;
-    }
-    count::reason(Reason::TornRead);
-    None
+    let found = match find_once(key, to) {
+        Ok(Some(hit)) => return Some(hit),
+        Ok(None) => look_again(key, to),
+        Err(()) => {
+            count::reason(Reason::TornRead);
+            peek(key, to)
+        }
+    };
+    if found == 0 { None } else { Some(Hit { live: None, established: found == 2 }) }
 }
 
-/// [`find`] for the slow path: 0 for none, 1 half-open, 2 established.
-#[inline(never)]
-pub(crate) fn peek<A: Header>(key: &ConnectionKey<A>, to: &mut ConnectionValue<A>) -> u32 {
-    match find(key, to) {
-        Some(Hit { established: true, .. }) => 2,
-        Some(_) => 1,
-        None => 0,
-    }
+/// Whether there is an entry, be it one that cannot be read whole. In this order, since one that moves on is in the established map before
+/// it leaves the other.
+#[inline(always)]
+pub(crate) fn is_there<A: Header>(key: &ConnectionKey<A>) -> bool {
+    A::half_open().get_ptr_mut(key).is_some() || established::get(key).is_some()
 }
 
-/// [`pair`] into room of the slow path. A call of its own: its temporaries are off the stack before the next call.
-#[inline(never)]
-fn put_pair<A: Header>(
+apart! {
+    /// The last look of [`find`], among the established flows alone: 0 for none, 2 if it is there.
+    fn look_again[look_again_v4, look_again_v6](reads key: ConnectionKey; writes to: ConnectionValue;) -> u32 = found_again;
+
+    /// [`find`] for the slow path: 0 for none, 1 half-open, 2 established.
+    pub(crate) fn peek[peek_v4, peek_v6](reads key: ConnectionKey; writes to: ConnectionValue;) -> u32 = found;
+
+    /// [`pair`](connection::pair) into room of the slow path.
+    fn put_pair[put_pair_v4, put_pair_v6](
+        reads key: ConnectionKey, value: ConnectionValue; writes to_key: ConnectionKey, to_value: ConnectionValue;
+    ) -> u32 = paired;
+
+    /// The key of that alone.
+    pub(crate) fn put_pair_key[put_pair_key_v4, put_pair_key_v6](
+        reads key: ConnectionKey, value: ConnectionValue; writes to: ConnectionKey;
+    ) -> u32 = paired_key;
+
+    /// Puts back the half of an established pair that was evicted, and for a masqueraded flow the request for its other pair, with the port
+    /// that it had.
+    fn repair[repair_v4, repair_v6](reads key: ConnectionKey, value: ConnectionValue; writes;) -> u32 = repaired;
+
+    /// Fresh notes and the seal.
+    pub(crate) fn freshen[freshen_v4, freshen_v6](reads key: ConnectionKey; writes value: ConnectionValue;) -> u32 = freshened;
+
+    /// Whether a new connection may take this flow's place (1): closed on both sides, reset, or idle beyond its time-out.
+    pub(crate) fn is_over[is_over_v4, is_over_v6](
+        reads key: ConnectionKey, value: ConnectionValue; writes; established: u32
+    ) -> u32 = over;
+
+    pub(crate) fn remove[remove_v4, remove_v6](reads key: ConnectionKey; writes;) -> u32 = removed;
+
+    /// Removes a flow: the pair of `key`, and the pair that masquerades it, if there is one.
+    pub(crate) fn forget[forget_v4, forget_v6](reads key: ConnectionKey, value: ConnectionValue; writes;) -> u32 = forgotten;
+
+    /// Enters a pair as half-open; `pair_key` and `pair_value` are its other half. That one goes first and claims the reply tuple, so
+    /// two flows that two CPUs open at once never share one.
+    ///
+    /// [`TAKEN`]: nothing was entered. [`LOST`]: the same, counted.
+    pub(crate) fn open[open_v4, open_v6](
+        reads key: ConnectionKey; writes value: ConnectionValue, pair_key: ConnectionKey, pair_value: ConnectionValue;
+    ) -> u32 = opened;
+
+    /// Enters the masquerade pair of `key` (egress): the reverse entry claims the port, so two flows never share one. `look`: at who
+    /// has the port; a flow that is over is put out of it, and one that was this flow's before its own entry was evicted is
+    /// its again. Without it only a free port is taken, which is quick to find out.
+    pub(crate) fn claim_masquerade[claim_masquerade_v4, claim_masquerade_v6](
+        reads key: ConnectionKey;
+        writes value: ConnectionValue, reverse_key: ConnectionKey, reverse: ConnectionValue;
+        look: u32
+    ) -> u32 = claimed;
+}
+
+/// What [`open`] and [`claim_masquerade`] say: somebody else has the tuple.
+pub(crate) const TAKEN: u32 = 0;
+pub(crate) const ENTERED: u32 = 1;
+/// There was no room.
+pub(crate) const LOST: u32 = 2;
+
+#[inline(always)]
+fn found_again<A: Header>(key: &ConnectionKey<A>, to: &mut ConnectionValue<A>) -> u32 {
+    for _ in 0..2 {
+        match look(established::get(key), key, to) {
+            Some(Ok(_)) => return 2,
+            Some(Err(())) => count::reason(Reason::TornRead),
+            None => return 0,
+        }
+    }
+    0
+}
+
+#[inline(always)]
+fn found<A: Header>(key: &ConnectionKey<A>, to: &mut ConnectionValue<A>) -> u32 {
+    for _ in 0..2 {
+        match find_once(key, to) {
+            Ok(Some(Hit { established, .. })) => return if established { 2 } else { 1 },
+            Ok(None) => return found_again(key, to),
+            Err(()) => count::reason(Reason::TornRead),
+        }
+    }
+    0
+}
+
+#[inline(always)]
+fn paired<A: Header>(
     key: &ConnectionKey<A>,
     value: &ConnectionValue<A>,
     to_key: &mut ConnectionKey<A>,
     to_value: &mut ConnectionValue<A>,
 ) -> Void {
-    (*to_key, *to_value) = pair(key, value);
+    connection::put_pair(key, value, to_key, to_value);
     VOID
 }
 
-/// The key of [`pair`] alone.
-#[inline(never)]
-pub(crate) fn put_pair_key<A: Header>(
-    key: &ConnectionKey<A>,
-    value: &ConnectionValue<A>,
-    to: &mut ConnectionKey<A>,
-) -> Void {
-    *to = pair(key, value).0;
+#[inline(always)]
+fn paired_key<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>, to: &mut ConnectionKey<A>) -> Void {
+    connection::put_pair_key(key, value, to);
     VOID
 }
 
@@ -178,6 +256,25 @@ fn is_forward<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> 
 }
 
 impl<A: Header> Hit<A> {
+    /// Whether XDP is to leave this packet to the stack, which looks for a neighbour that is gone: it is sent again for want of an answer.
+    #[inline(always)]
+    pub(crate) fn is_sent_again(&self, key: &ConnectionKey<A>, value: &ConnectionValue<A>, packet: &Packet<A>) -> bool {
+        if packet.proto != proto::UDP {
+            // Each has an entry, so it is not the first one.
+            return packet.is_syn() || packet.is_syn_ack() && (self.established || value.state & state::NUMBERED != 0);
+        }
+        let now = clock::now_secs();
+        if self.established || !is_forward(key, value) || now.wrapping_sub(value.checked).cast_signed() <= 1 {
+            return false;
+        }
+        // One each second or two: who sends and expects no answer is not slowed down.
+        if let Some(live) = self.live {
+            // SAFETY: as for the other notes.
+            unsafe { note_checked(live, value, now) };
+        }
+        true
+    }
+
     /// Notes a packet on this entry, moves the flow on to established where it is due, looks after its pair.
     ///
     /// The notes go into an element that could have been recycled since the seal was checked. So it is looked at once more just
@@ -191,14 +288,18 @@ impl<A: Header> Hit<A> {
         value: &mut ConnectionValue<A>,
         packet: &Packet<A>,
     ) {
+        let Some(live) = self.live else { return };
         let now = clock::now_secs();
         let mut seen = value.state | state::SEEN;
         if packet.proto != proto::UDP {
             if packet.tcp_flags & tcp_flags::FIN != 0 {
                 seen |= state::FIN;
             }
+            // Who has reset the connection says no more. Who goes on has not: the reset was forged, or late, and its receiver ignored it.
             if packet.tcp_flags & tcp_flags::RST != 0 {
                 seen |= state::RST;
+            } else {
+                seen &= !state::RST;
             }
             // Ports used anew: what the last connection ended with no longer counts.
             if packet.is_syn() {
@@ -208,11 +309,11 @@ impl<A: Header> Hit<A> {
         // SAFETY: a live map value (see above for recycling); each store is one aligned word or byte. Unchanged notes are
         // not stored, to leave the cache line to its readers.
         unsafe {
-            if (seen != value.state || now != value.seen) && is_still(self.live, value) {
+            if (seen != value.state || now != value.seen) && is_still(live, value) {
                 if seen != value.state {
-                    (&raw mut (*self.live).state).write_volatile(seen);
+                    (&raw mut (*live).state).write_volatile(seen);
                 }
-                (&raw mut (*self.live).seen).write_volatile(now);
+                (&raw mut (*live).seen).write_volatile(now);
             }
         }
         value.state = seen;
@@ -226,11 +327,11 @@ impl<A: Header> Hit<A> {
             if due && value.flags & flags::PENDING == 0 {
                 void(confirm(ctx, key, value, packet));
             } else if !forward && packet.is_syn_ack() {
-                void(number(ctx, packet, key, value, self.live));
+                void(number(ctx, packet, key, value, live));
             }
-        } else if now.wrapping_sub(value.checked) > 1 {
+        } else if now.wrapping_sub(value.checked).cast_signed() > 1 {
             // SAFETY: as above.
-            unsafe { (&raw mut (*self.live).checked).write_volatile(now) };
+            unsafe { note_checked(live, value, now) };
             void(repair(key, value));
         }
     }
@@ -245,6 +346,21 @@ impl<A: Header> Hit<A> {
 unsafe fn is_still<A: Header>(live: *const ConnectionValue<A>, value: &ConnectionValue<A>) -> bool {
     // SAFETY: by the contract; an aligned word.
     unsafe { (&raw const (*live).seal).read_volatile() == value.seal }
+}
+
+/// Writes `checked`, unless the element is another flow's by now: there it may be the number that a SYN-ACK carried.
+///
+/// # Safety
+///
+/// As of [`is_still`].
+#[inline(always)]
+unsafe fn note_checked<A: Header>(live: *mut ConnectionValue<A>, value: &ConnectionValue<A>, checked: u32) {
+    // SAFETY: by the contract; an aligned word.
+    unsafe {
+        if is_still(live, value) {
+            (&raw mut (*live).checked).write_volatile(checked);
+        }
+    }
 }
 
 /// Whether both rewrite alike.
@@ -280,9 +396,9 @@ fn number<A: Header>(
         }
         let Some(Work { key: opener_key, found, .. }) = Room::Confirm.work::<A>() else { return VOID };
         void(put_pair_key(key, value, opener_key));
-        let Some(Hit { live: opener, established: false }) = find(opener_key, found) else { return VOID };
+        let Some(Hit { live: Some(opener), established: false }) = find(opener_key, found) else { return VOID };
         // SAFETY: as for the other notes.
-        unsafe { (&raw mut (*opener).checked).write_volatile(value.checked) };
+        unsafe { note_checked(opener, found, value.checked) };
         noted |= state::RENUMBERED;
     }
     // SAFETY: as for the other notes; the number goes before the word that it is there.
@@ -345,16 +461,15 @@ fn confirm<A: Header>(
     if established::insert(reverse_key, reverse, BPF_ANY).is_ok() && established::insert(key, found, BPF_ANY).is_ok() {
         let _ = A::half_open().remove(key);
         let _ = A::half_open().remove(&*reverse_key);
+        count::confirmed::<A>(packet.proto);
     } else {
         count::reason(Reason::InsertFailed);
     }
     VOID
 }
 
-/// Puts back the half of an established pair that was evicted, and for a masqueraded flow the request for its other pair, with the port
-/// that it had.
-#[inline(never)]
-fn repair<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void {
+#[inline(always)]
+fn repaired<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void {
     let Some(Work { key: other_key, value: other, found, .. }) = Room::Confirm.work::<A>() else { return VOID };
     void(put_pair(key, value, other_key, other));
     let now = clock::now_secs();
@@ -404,9 +519,8 @@ fn request_masquerade<A: Header>(
     A::half_open().insert(key, &*room, BPF_ANY.into())
 }
 
-/// Fresh notes and the seal.
-#[inline(never)]
-pub(crate) fn freshen<A: Header>(key: &ConnectionKey<A>, value: &mut ConnectionValue<A>) -> Void {
+#[inline(always)]
+fn freshened<A: Header>(key: &ConnectionKey<A>, value: &mut ConnectionValue<A>) -> Void {
     let now = clock::now_secs();
     value.seen = now;
     value.checked = now;
@@ -417,36 +531,39 @@ pub(crate) fn freshen<A: Header>(key: &ConnectionKey<A>, value: &mut ConnectionV
     VOID
 }
 
-/// Whether the entry alone has been idle long enough for [`is_over`] to be worth asking.
+/// Whether the entry alone has been idle long enough for [`is_over`] to be worth asking for a packet that opens nothing by itself.
 #[inline(always)]
 pub(crate) fn may_be_idle<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> bool {
-    let shortest = if key.proto == proto::UDP { globals::udp_secs() } else { TCP_HALF_OPEN };
-    clock::now_secs().wrapping_sub(value.seen) > shortest
+    let shortest = match key.proto {
+        proto::UDP => globals::udp_secs(),
+        proto::SCTP => SCTP_ESTABLISHED,
+        _ => TCP_HALF_OPEN,
+    };
+    clock::since(value.seen) > shortest
 }
 
-/// Whether a new connection may take this flow's place: closed on both sides, reset, or idle beyond its time-out.
-#[inline(never)]
-pub(crate) fn is_over<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>, established: bool) -> bool {
+#[inline(always)]
+fn over<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>, established: u32) -> u32 {
     if value.flags & flags::PENDING != 0 {
-        return false;
+        return 0;
     }
-    let Some(Work { key: other_key, found, .. }) = Room::Over.work::<A>() else { return false };
+    let Some(Work { key: other_key, found, .. }) = Room::Over.work::<A>() else { return 0 };
     void(put_pair_key(key, value, other_key));
     let (other_state, other_seen) = if peek(other_key, found) != 0 { (found.state, found.seen) } else { (0, 0) };
     let seen = if other_seen > value.seen { other_seen } else { value.seen };
-    let idle = clock::now_secs().wrapping_sub(seen);
+    let idle = clock::since(seen);
     if key.proto != proto::UDP {
         if (value.state | other_state) & state::RST != 0 || value.state & other_state & state::FIN != 0 {
-            return true;
+            return 1;
         }
-        let established_secs = if (value.state | other_state) & state::FIN != 0 {
-            globals::tcp_close_wait_secs()
-        } else {
-            globals::tcp_established_secs()
-        };
-        return idle > if established { established_secs } else { TCP_HALF_OPEN };
+        let closes = (value.state | other_state) & state::FIN != 0;
+        if key.proto == proto::SCTP {
+            return u32::from(idle > if established != 0 && !closes { SCTP_ESTABLISHED } else { SCTP_OTHERS });
+        }
+        let established_secs = if closes { globals::tcp_close_wait_secs() } else { globals::tcp_established_secs() };
+        return u32::from(idle > if established != 0 { established_secs } else { TCP_HALF_OPEN });
     }
-    idle > if established { globals::udp_stream_secs() } else { globals::udp_secs() }
+    u32::from(idle > if established != 0 { globals::udp_stream_secs() } else { globals::udp_secs() })
 }
 
 /// Notes in the main pair of the flow that `key` (egress) masquerades which port it was given. `pair_key`, `other_key` and `found` are
@@ -460,30 +577,42 @@ pub(crate) fn note_given<A: Header>(
     found: &mut ConnectionValue<A>,
 ) -> Void {
     *pair_key = ConnectionKey::new(hook::EGRESS, key.proto, key.dst, key.dport, key.src, key.sport);
-    let Some(hit) = find(pair_key, found) else { return VOID };
+    let Some(Hit { live: Some(live), .. }) = find(pair_key, found) else { return VOID };
     if found.flags & (flags::NEEDS_MASQUERADE | flags::PENDING) != flags::NEEDS_MASQUERADE {
         return VOID;
     }
-    // SAFETY: as for the other notes; an aligned half-word.
-    unsafe { (&raw mut (*hit.live).given).write_volatile(given) };
+    // SAFETY: as for the other notes.
+    unsafe { write_given(live, found, given) };
     void(put_pair_key(pair_key, found, other_key));
-    if let Some(hit) = find(other_key, found) {
+    if let Some(Hit { live: Some(live), .. }) = find(other_key, found) {
         // SAFETY: as above.
-        unsafe { (&raw mut (*hit.live).given).write_volatile(given) };
+        unsafe { write_given(live, found, given) };
     }
     VOID
 }
 
-#[inline(never)]
-pub(crate) fn remove<A: Header>(key: &ConnectionKey<A>) -> Void {
+/// # Safety
+///
+/// As of [`is_still`].
+#[inline(always)]
+unsafe fn write_given<A: Header>(live: *mut ConnectionValue<A>, value: &ConnectionValue<A>, given: Be16) {
+    // SAFETY: by the contract; an aligned half-word.
+    unsafe {
+        if is_still(live, value) {
+            (&raw mut (*live).given).write_volatile(given);
+        }
+    }
+}
+
+#[inline(always)]
+fn removed<A: Header>(key: &ConnectionKey<A>) -> Void {
     established::remove(key);
     let _ = A::half_open().remove(key);
     VOID
 }
 
-/// Removes a flow: the pair of `key`, and the pair that masquerades it, if there is one.
-#[inline(never)]
-pub(crate) fn forget<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void {
+#[inline(always)]
+fn forgotten<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void {
     let Some(Work { key: other_key, value: other, found, spare_key, .. }) = Room::Forget.work::<A>() else {
         return VOID;
     };
@@ -505,79 +634,73 @@ pub(crate) fn forget<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<
     VOID
 }
 
-/// Enters a pair as half-open; `pair_key` and `pair_value` are its other half. That one goes first and claims the reply tuple, so
-/// two flows that two CPUs open at once never share one.
-///
-/// `Ok(false)`: the tuple is taken, nothing was entered. `Err` counts and leaves nothing of the flow.
 #[inline(always)]
-pub(crate) fn open<A: Header>(
+fn opened<A: Header>(
     key: &ConnectionKey<A>,
     value: &mut ConnectionValue<A>,
     pair_key: &mut ConnectionKey<A>,
     pair_value: &mut ConnectionValue<A>,
-) -> Result<bool, ()> {
+) -> u32 {
     void(freshen(key, value));
     void(put_pair(key, value, pair_key, pair_value));
     match A::half_open().insert(&*pair_key, &*pair_value, BPF_NOEXIST.into()) {
         Ok(()) => {}
-        Err(EEXIST) => return Ok(false),
+        Err(EEXIST) => return TAKEN,
         Err(_) => {
             count::reason(Reason::InsertFailed);
-            return Err(());
+            return LOST;
         }
     }
     // Moved on by another CPU between the look and the claim: then it has the tuple.
     if established::get(pair_key).is_some() {
         let _ = A::half_open().remove(&*pair_key);
-        return Ok(false);
+        return TAKEN;
     }
     let mut entered = A::half_open().insert(key, &*value, BPF_ANY.into()).is_ok();
     if entered && value.flags & flags::NEEDS_MASQUERADE != 0 {
         *pair_key = masquerade_key(key, value);
+        // Of an earlier connection from this port to this backend its masquerade may be left alone, by an eviction or a sweep: found before
+        // the request, it would go on with what that connection ended with.
+        established::remove(pair_key);
         entered = request_masquerade(pair_key, pair_value, value.service, Be16(0)).is_ok();
     }
     if entered {
-        return Ok(true);
+        return ENTERED;
     }
     void(forget(key, value));
     count::reason(Reason::InsertFailed);
-    Err(())
+    LOST
 }
 
-/// Enters the masquerade pair of `key` (egress): the reverse entry claims the port, so two flows never share one. `look`: at who
-/// has the port; a flow that is over is put out of it, and one that was this flow's before its own entry was evicted is
-/// its again. Without it only a free port is taken, which is quick to find out.
-///
-/// `Ok(false)`: the port is taken.
 #[inline(always)]
-pub(crate) fn claim_masquerade<A: Header>(
+fn claimed<A: Header>(
     key: &ConnectionKey<A>,
     value: &mut ConnectionValue<A>,
     reverse_key: &mut ConnectionKey<A>,
     reverse: &mut ConnectionValue<A>,
-    look: bool,
-) -> Result<bool, ()> {
+    look: u32,
+) -> u32 {
     void(freshen(key, value));
     void(put_pair_key(key, value, reverse_key));
-    if look {
+    if look != 0 {
         let held = peek(reverse_key, reverse);
         if held != 0 {
             let own = reverse.addr == key.src && reverse.port == key.sport && reverse.other == key.dport;
-            if !own && !is_over(reverse_key, reverse, held == 2) {
-                return Ok(false);
+            if !own && is_over(reverse_key, reverse, u32::from(held == 2)) == 0 {
+                return TAKEN;
             }
             void(forget(reverse_key, reverse));
         }
     }
     void(put_pair(key, value, reverse_key, reverse));
     if A::half_open().insert(&*reverse_key, &*reverse, BPF_NOEXIST.into()).is_err() {
-        return Ok(false);
+        return TAKEN;
     }
     // Moved on by another CPU between the look and the claim: then it has the port.
     let lost = established::get(reverse_key).is_some();
     if lost || A::half_open().insert(key, &*value, BPF_ANY.into()).is_err() {
         let _ = A::half_open().remove(&*reverse_key);
-        return if lost { Ok(false) } else { Err(()) };
+        return if lost { TAKEN } else { LOST };
     }
-    Ok(true)
+    ENTERED
 }

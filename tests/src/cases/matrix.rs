@@ -83,7 +83,8 @@ pub fn ports(ground: &Ground<'_>) -> Result<()> {
                 let answer = report.tries.first().and_then(|one| one.answer.as_ref()).context("no answer")?;
                 ensure!(answer.local.ends_with(behind), "{} -> {to}: led to {}", from.name, answer.local);
                 let report = ground.world.ask(from, &Ask::new(to, Transport::Udp).timeout(1000))?;
-                ensure!(report.errors().contains_key("ECONNREFUSED"), "{} -> {to} by UDP: {report:?}", from.name);
+                let refused = report.errors().keys().any(|error| ground.is_refusal(from, error));
+                ensure!(refused, "{} -> {to} by UDP: {report:?}", from.name);
             }
         }
     }

@@ -24,7 +24,7 @@ use crate::{
         socket::Transport,
     },
     suite::Suite,
-    world::{Ask, Family, Place, SocketLb, Topology, World, vip},
+    world::{Ask, Fallback, Family, Place, SocketLb, Topology, World, kernel, slower, vip},
 };
 
 use services::Svc;
@@ -36,40 +36,45 @@ pub struct Ground<'a> {
     pub socket_lb: SocketLb,
     /// Whether the pods' links take segments beyond their MTU.
     pub large_segments: bool,
+    /// Who serves in the place of eBPF.
+    pub fallback: Option<Fallback>,
 }
 
 type Case = (&'static str, fn(&Ground<'_>) -> Result<()>);
 
 /// What holds on every kind of link and for pods and clients outside, whoever is translated at connect time.
-const EVERYWHERE: [Case; 20] = [
+const EVERYWHERE: [Case; 21] = [
     ("A77: pod to ClusterIP, all endpoints, true source", matrix::pod),
     ("A77: outside to ClusterIP, all endpoints, masqueraded", matrix::outside),
     ("A77: internal policy Local, local endpoints only", matrix::local),
-    ("A70: a pod reaches itself through its Service", matrix::hairpin),
+    ("A70 F47: a pod reaches itself through its Service", matrix::hairpin),
     ("A51: host-network endpoints", matrix::host_network),
     ("A47: protocol and port are part of the frontend", matrix::ports),
     ("sockets see the VIP: getpeername, answers", matrix::names),
     ("IPv4 through IPv6 sockets", matrix::mapped),
-    ("A48: unused port, refused", refusal::unused_port),
+    ("A48 F50: unused port, refused", refusal::unused_port),
+    ("F43: what the backend's own host refuses", refusal::by_the_backend),
     ("A83: internal policy Local without local endpoints, dropped", refusal::local_without_local),
     ("A62: fragmented datagrams", packets::fragments),
-    ("bursts of datagrams by one call", packets::bursts),
-    ("datagrams without a checksum", packets::no_checksum),
+    ("F44: bursts of datagrams by one call", packets::bursts),
+    ("F44: datagrams without a checksum", packets::no_checksum),
     ("megabytes both ways", packets::bulk),
-    ("path MTU is found through a VIP", packets::path_mtu),
-    ("SCTP: associations from pods and outside, both ways", sctp::served),
-    ("SCTP: refused, unserved, shown", sctp::others),
+    ("F43: path MTU is found through a VIP", packets::path_mtu),
+    ("A61: SCTP: associations from pods and outside, both ways", sctp::served),
+    ("A61: SCTP: refused, unserved, shown", sctp::others),
     ("two VIPs of one backend from one source port", collisions::two_vips),
     ("a VIP, then its backend from the same source port", collisions::vip_then_backend),
     ("a backend, then its VIP from the same source port", collisions::backend_then_vip),
 ];
 
 /// What does not depend on links: asked where everybody is served.
-const FURTHER: [Case; 6] = [
+const FURTHER: [Case; 8] = [
     ("frames with a VLAN tag are left alone", packets::tagged),
     ("A81: no endpoints, refused", refusal::no_endpoints),
+    ("A86: no endpoints anywhere, internal policy Local, refused", refusal::local_without_any),
     ("A35: only ready endpoints", choice::ready_only),
     ("A32: terminating endpoints where none is ready", choice::terminating),
+    ("A33: a terminating endpoint here, a ready one elsewhere, internal policy Local", choice::local_terminating),
     ("A37: zone hints", choice::zones),
     ("A36: node hints", choice::nodes),
 ];
@@ -83,6 +88,22 @@ pub fn all(suite: &mut Suite, group: &str, ground: &Ground<'_>) {
     let everything = ground.socket_lb != SocketLb::Off && ground.world.topology != Topology::Tun;
     let further = FURTHER.into_iter().filter(|_| everything);
     each(suite, group, ground, [node].into_iter().chain(EVERYWHERE).chain(further));
+}
+
+/// What those of them are called that IPVS does not keep: it knows a connection by its tuple, and changes no source port, so two that
+/// come to the same one are mixed up. And what is eBPF's alone.
+const NOT_BY_IPVS: [&str; 5] = [
+    "two VIPs of one backend from one source port",
+    "a VIP, then its backend from the same source port",
+    "a backend, then its VIP from the same source port",
+    "frames with a VLAN tag are left alone",
+    "A61: SCTP: refused, unserved, shown",
+];
+
+/// The same, where IPVS serves.
+pub fn by_ipvs(suite: &mut Suite, group: &str, ground: &Ground<'_>) {
+    let all = [NODE].into_iter().chain(EVERYWHERE).chain(FURTHER);
+    each(suite, group, ground, all.filter(|(name, _)| !NOT_BY_IPVS.contains(name)));
 }
 
 fn each(suite: &mut Suite, group: &str, ground: &Ground<'_>, cases: impl IntoIterator<Item = Case>) {
@@ -100,20 +121,20 @@ fn each(suite: &mut Suite, group: &str, ground: &Ground<'_>, cases: impl IntoIte
     }
 }
 
-/// Version of the kernel: the first two numbers.
-fn kernel() -> Result<(u32, u32)> {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease")?;
-    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-    let mut next = || numbers.next().context("no version")?.context("kernel version");
-    Ok((next()?, next()?))
-}
-
 impl Ground<'_> {
-    /// Asks and expects an answer every time. Returns what was seen.
+    /// Asks and expects an answer every time, on a slow machine as long as that may take. Returns what was seen.
     fn answered(&self, from: &Place, ask: &Ask) -> Result<Report> {
-        let report = self.world.ask(from, &ask.clone().with("--fail-fast"))?;
-        let errors = report.errors();
-        ensure!(errors.is_empty(), "{} -> {} {}: {errors:?} of {} tries", from.name, ask.to, ask.transport, ask.count);
+        let patient = ask.clone().timeout(ask.timeout.saturating_mul(slower()));
+        let report = self.world.ask(from, &patient.with("--fail-fast"))?;
+        ensure!(
+            report.errors().is_empty(),
+            "{} -> {} {}: {} of {}",
+            from.name,
+            ask.to,
+            ask.transport,
+            report.failure().unwrap_or_default(),
+            ask.count
+        );
         Ok(report)
     }
 
@@ -184,25 +205,37 @@ impl Ground<'_> {
 
     /// Expects a refusal, at once, which every kind of socket hears of.
     fn refused(&self, from: &Place, ip: IpAddr, port: u16) -> Result<()> {
-        let to = SocketAddr::new(ip, port);
-        for transport in Transport::ALL {
-            let ask = Ask::new(to, transport).timeout(3000);
-            let ask = if transport == Transport::UdpUnconnected { ask.with("--hear-errors") } else { ask };
-            let report = self.world.ask(from, &ask)?;
-            let what = format!("{} -> {to} {transport}", from.name);
-            let one = report.tries.first().context("no try")?;
-            ensure!(one.error.as_deref() == Some("ECONNREFUSED"), "{what}: expected a refusal, saw {one:?}");
-            // On a link without latency the ICMPv6 error arrives while connect() still holds the socket's lock, and the
-            // kernel drops it (LockDroppedIcmps): it takes the second SYN, a second later. nftables' reject shows
-            // the same.
-            let slow = to.is_ipv6() && transport == Transport::Tcp && self.per_packet(from);
-            ensure!(
-                one.micros < if slow { 2_500_000 } else { 500_000 },
-                "{what}: refused only after {} us",
-                one.micros
-            );
-        }
+        Transport::ALL
+            .into_iter()
+            .try_for_each(|transport| self.refused_over(transport, from, SocketAddr::new(ip, port)))
+    }
+
+    fn refused_over(&self, transport: Transport, from: &Place, to: SocketAddr) -> Result<()> {
+        let ask = Ask::new(to, transport).timeout(3000);
+        let ask = if transport == Transport::UdpUnconnected { ask.with("--hear-errors") } else { ask };
+        let report = self.world.ask(from, &ask)?;
+        let what = format!("{} -> {to} {transport}", from.name);
+        let one = report.tries.first().context("no try")?;
+        ensure!(
+            one.error.as_deref().is_some_and(|error| self.is_refusal(from, error)),
+            "{what}: expected a refusal, saw {one:?}"
+        );
+        // On a link without latency the ICMPv6 error arrives while connect() still holds the socket's lock, and the
+        // kernel drops it (LockDroppedIcmps): it takes the second SYN, a second later. nftables' reject shows
+        // the same.
+        let slow = to.is_ipv6() && transport == Transport::Tcp && self.per_packet(from);
+        ensure!(one.micros < if slow { 2_500_000 } else { 900_000 }, "{what}: refused only after {} us", one.micros);
         Ok(())
+    }
+
+    /// With IPVS the node's own sender takes the way for loopback's, whose MTU is another, and the kernel keeps no other one for it.
+    fn loses_large_datagrams(&self, from: &Place, family: Family) -> bool {
+        self.fallback == Some(Fallback::Ipvs) && from.is_node() && family == Family::V6
+    }
+
+    /// What netfilter refuses on the node's own way out is an error of sending, too.
+    fn is_refusal(&self, from: &Place, error: &str) -> bool {
+        error == "ECONNREFUSED" || (self.fallback.is_some() && from.is_node() && error == "EPERM")
     }
 
     /// Expects silence: what netfilter's DROP looks like to the caller (A83). On the node's own way out that is EPERM for a

@@ -7,13 +7,16 @@ use anyhow::{Context, Result, ensure};
 use super::{Ground, services::Svc};
 use crate::{
     pod::{bulk::Report, frame, socket::Transport},
-    world::{Ask, Family, Namespace, Place, Topology, vip},
+    world::{Ask, Family, Namespace, Place, Topology, World, vip},
 };
 
 /// Datagrams of 8 and 60 KB both ways: only the first fragment carries ports.
 pub fn fragments(ground: &Ground<'_>) -> Result<()> {
     for from in ground.origins() {
         for family in Family::BOTH {
+            if ground.loses_large_datagrams(from, family) {
+                continue;
+            }
             for transport in [Transport::Udp, Transport::UdpUnconnected] {
                 let to = Svc::Web.at(family, transport);
                 let ask = |size: usize| {
@@ -93,19 +96,11 @@ fn sent(pod: &Place) -> Result<(u64, u64)> {
 /// translated nor refused here. The same frame without the tag is.
 pub fn tagged(ground: &Ground<'_>) -> Result<()> {
     let world = ground.world;
-    let (outside, node) = (world.outside(), world.node(1));
-    let uplink = if world.topology == Topology::Uplink { "cni0" } else { "eth0" };
-    let (from_mac, to_mac) = (mac(&outside.namespace, "eth0")?, mac(&node.place.namespace, uplink)?);
+    let node = world.node(1);
     for (family, source) in Family::BOTH.into_iter().zip([31_001, 31_002]) {
         for (port, answer) in [(80, "tcp"), (4711, "icmp")] {
             let to = SocketAddr::new(vip(family, Svc::Web.number()), port);
-            let ask = |extra: &[&str]| -> Result<frame::Report> {
-                let from = outside.at(family, source);
-                let mut args = vec!["frame".to_owned(), to.to_string(), "--device=eth0".to_owned()];
-                args.extend([format!("--from={from}"), format!("--from-mac={from_mac}"), format!("--to-mac={to_mac}")]);
-                args.extend(extra.iter().map(|&arg| arg.to_owned()));
-                outside.testpod(&world.programs().testpod, &args)
-            };
+            let ask = |extra: &[&str]| framed(world, to, source, extra);
             let seen = || -> Result<(String, bool)> {
                 let flows = world.cli(node, &["connections", "-o", "json"])?;
                 let counters = world.cli(node, &["counters", "-o", "json"])?;
@@ -120,6 +115,44 @@ pub fn tagged(ground: &Ground<'_>) -> Result<()> {
             ensure!(report.answer.as_deref() == Some(answer), "{to}: the same frame without a tag: {report:?}");
             ensure!(seen()? != before, "{to}: the same frame without a tag was not counted");
         }
+    }
+    Ok(())
+}
+
+/// What comes back for a SYN from outside that is sent to node1's hardware address, whoever it is for.
+pub(super) fn framed(world: &World, to: SocketAddr, source: u16, extra: &[&str]) -> Result<frame::Report> {
+    let from = world.outside().at(if to.is_ipv4() { Family::V4 } else { Family::V6 }, source);
+    framed_from(world, from, to, extra)
+}
+
+/// The same, with any address as its source.
+pub(super) fn framed_from(world: &World, from: SocketAddr, to: SocketAddr, extra: &[&str]) -> Result<frame::Report> {
+    let (outside, node) = (world.outside(), &world.node(1).place.namespace);
+    let uplink = if world.topology == Topology::Uplink { "cni0" } else { "eth0" };
+    let (from_mac, to_mac) = (mac(&outside.namespace, "eth0")?, mac(node, uplink)?);
+    let mut args = vec!["frame".to_owned(), to.to_string(), "--device=eth0".to_owned()];
+    args.extend([format!("--from={from}"), format!("--from-mac={from_mac}"), format!("--to-mac={to_mac}")]);
+    args.extend(extra.iter().map(|&arg| arg.to_owned()));
+    outside.testpod(&world.programs().testpod, &args)
+}
+
+/// A109: what conntrack takes for invalid does not leave a pod untranslated; what it knows nothing against does.
+pub fn invalid(world: &World) -> Result<()> {
+    let (pod, other) = (world.pod("b1"), world.pod("b2"));
+    let node = &world.node(1).place.namespace;
+    let (from_mac, to_mac) = (mac(&pod.namespace, "eth0")?, mac(node, &world.pod_link(pod))?);
+    for (family, source) in Family::BOTH.into_iter().zip([31_011, 31_012]) {
+        let (from, to) = (pod.at(family, source), other.at(family, 4711));
+        let ask = |flags: &str| -> Result<frame::Report> {
+            let mut args = vec!["frame".to_owned(), to.to_string(), "--device=eth0".to_owned(), flags.to_owned()];
+            args.extend([format!("--from={from}"), format!("--from-mac={from_mac}"), format!("--to-mac={to_mac}")]);
+            pod.testpod(&world.programs().testpod, &args)
+        };
+        // Nobody listens there, and the kernel says so to whatever is no RST.
+        let report = ask("--flags=2")?;
+        ensure!(report.answer.as_deref() == Some("tcp"), "{from} -> {to}: a SYN: {report:?}");
+        let report = ask("--flags=3")?;
+        ensure!(report.answer.is_none(), "{from} -> {to}: a SYN with FIN went through: {report:?}");
     }
     Ok(())
 }

@@ -5,7 +5,7 @@ use anyhow::{Context, Result, ensure};
 use super::{Ground, services::Svc};
 use crate::{
     pod::socket::Transport,
-    world::{Ask, Family, vip},
+    world::{Ask, Fallback, Family, vip},
 };
 
 const SCTP: Transport = Transport::Sctp;
@@ -49,7 +49,10 @@ pub fn served(ground: &Ground<'_>) -> Result<()> {
             let peer = one.answer.as_ref().context("no answer")?.peer.parse::<std::net::SocketAddr>()?;
             ensure!(world.node_addresses(1)?.contains(&peer.ip()), "a pod that reaches itself saw {peer}");
         }
-        for svc in [Svc::One, Svc::Other, Svc::One, Svc::Other] {
+        // IPVS changes no source port.
+        let both = [Svc::One, Svc::Other, Svc::One, Svc::Other];
+        let both = if ground.fallback == Some(Fallback::Ipvs) { &both[..1] } else { &both[..] };
+        for svc in both {
             let ask = Ask::new(svc.at(family, SCTP), SCTP).with(format!("--source-port={}", 41_000 + n));
             ground.answered(pod, &ask)?;
         }

@@ -47,10 +47,16 @@ pub enum Svc {
     Unready,
     /// `b2`
     Remote,
+    /// `c1` terminating and still serving, `b2` ready; internal policy Local
+    LocalTerminating,
+    /// No endpoints at all; internal policy Local
+    EmptyLocal,
+    /// `b2`, at a port where nobody listens
+    Deaf,
 }
 
 impl Svc {
-    const ALL: [Self; 15] = [
+    const ALL: [Self; 18] = [
         Self::Web,
         Self::Local,
         Self::RemoteOnly,
@@ -66,6 +72,9 @@ impl Svc {
         Self::Other,
         Self::Unready,
         Self::Remote,
+        Self::LocalTerminating,
+        Self::EmptyLocal,
+        Self::Deaf,
     ];
 
     /// The last part of its addresses.
@@ -96,8 +105,8 @@ impl Svc {
         let node = |place: &Place| json!({"forNodes": [{"name": format!("node{}", place.node.unwrap_or(0))}]});
         match self {
             Self::Web | Self::Local => slice.endpoint(b1).endpoint(b2),
-            Self::RemoteOnly | Self::Remote => slice.endpoint(b2),
-            Self::Empty => slice,
+            Self::RemoteOnly | Self::Remote | Self::Deaf => slice.endpoint(b2),
+            Self::Empty | Self::EmptyLocal => slice,
             Self::OneReady => slice.endpoint(b1).endpoint_with(c1, unready(), Value::Null).endpoint_with(
                 c2,
                 terminating(),
@@ -106,6 +115,7 @@ impl Svc {
             Self::Terminating => {
                 slice.endpoint_with(c1, terminating(), Value::Null).endpoint_with(c2, unready(), Value::Null)
             }
+            Self::LocalTerminating => slice.endpoint_with(c1, terminating(), Value::Null).endpoint(b2),
             Self::Zones => slice.endpoint_with(b1, ready(), zone("zone-a")).endpoint_with(b2, ready(), zone("zone-b")),
             Self::Nodes => slice.endpoint_with(b1, ready(), node(b1)).endpoint_with(b2, ready(), node(b2)),
             Self::Hairpin => slice.endpoint(world.pod("a1")),
@@ -119,15 +129,16 @@ impl Svc {
     fn objects(self, world: &World) -> Vec<Value> {
         let name = self.name();
         let mut service = objects::service(&name).cluster_ips(&[vip4(self.number()), vip6(self.number())]);
-        if matches!(self, Self::Local | Self::RemoteOnly) {
+        if matches!(self, Self::Local | Self::RemoteOnly | Self::LocalTerminating | Self::EmptyLocal) {
             service = service.local();
         }
         let (service, ports) = if self == Self::TwoPorts {
             (service.port("http", "TCP", 80).port("alt", "TCP", 81), vec![("http", "TCP", 8080), ("alt", "TCP", 9090)])
         } else {
+            let port = if self == Self::Deaf { 9 } else { 8080 };
             (
                 service.port("web", "TCP", 80).port("dns", "UDP", 53).port("ngap", "SCTP", 38_412),
-                vec![("web", "TCP", 8080), ("dns", "UDP", 8080), ("ngap", "SCTP", 8080)],
+                vec![("web", "TCP", port), ("dns", "UDP", port), ("ngap", "SCTP", port)],
             )
         };
         let slices = Family::BOTH.map(|family| {

@@ -1,6 +1,7 @@
 //! Cases in which something changes between two questions.
 
 use std::{
+    collections::BTreeMap,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpListener, TcpStream},
     time::{Duration, Instant},
@@ -10,29 +11,33 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{
-    lab::Lab,
-    services::{At, Service, Via, endpoint},
-    table::{Case, Expected},
+    lab::{Lab, question},
+    services::{self, At, FIRST, SERVICES, Service, Via, endpoint},
+    table::{Case, Expected, SIZE},
 };
 use crate::{
-    pod::{hold, socket::Transport},
-    world::{Ask, Family},
+    pod::{hold, socket::Transport, survey::Question},
+    world::{Ask, Family, patience, within},
 };
 
 type Change = (&'static str, fn(&mut Lab) -> Result<()>);
 
-pub const CHANGES: [Change; 11] = [
+pub const CHANGES: [Change; 15] = [
+    ("A96 A97: each port of a Service remembers by itself", apart),
     ("A1: another proxy's label comes and goes", label),
     ("A6: a Service becomes an ExternalName and comes back", external_name),
     ("A13: deleted and made again with another address", made_again),
     ("A14: a port comes and goes", ports),
     ("A41: the node changes its zone", zone),
-    ("A45 A87: an open connection outlives its endpoints", open),
+    ("A45 A87 A94: an open connection outlives its endpoints, and ranges that let it in", open),
     ("A60: the node port moves", node_port_moves),
     ("A95 A98 A99: sticky on every address; its backend goes; affinity is switched off", sticky),
-    ("A103: a UDP flow of a removed backend goes on with another", udp_flow),
+    ("A103 A108: UDP flows from one port go on with another backend", udp_flows),
+    ("A106 A108: they end with the last endpoint, and go on with the next one", udp_flows_emptied),
     ("A111 A112 A113 A114: health-check node ports count local endpoints", health),
     ("A115: a health-check node port that is taken", taken_port),
+    ("A102: who is remembered stays so over a restart", restarted),
+    ("A96 A101: once its time is over a client may be led elsewhere", forgotten),
 ];
 
 /// A Service of its own for each case, numbered beyond those of the table.
@@ -53,6 +58,7 @@ fn expect_by(lab: &Lab, from: &str, service: &Service, via: Via, answer: &str, b
         expected: Expected::parse(answer)?,
         families: service.families.clone(),
         transports: by.to_vec(),
+        size: SIZE,
     };
     let seen = lab.ask_all(&[case], std::slice::from_ref(service))?.concat();
     ensure!(seen.is_empty(), "{from} to {} {via:?}: expected {answer}, but {}", service.name, seen.join("; "));
@@ -81,18 +87,15 @@ fn replace_service(lab: &mut Lab, object: &Value) -> Result<()> {
 }
 
 fn delete(lab: &Lab, service: &Service) -> Result<()> {
-    lab.server.delete("service", &service.name)?;
-    for family in &service.families {
-        lab.server.delete("endpointslice", &format!("{}-{family}", service.name))?;
-    }
-    Ok(())
+    lab.objects.delete("service", &service.name)?;
+    service.slice_names().iter().try_for_each(|name| lab.objects.delete("endpointslice", name))
 }
 
 fn label(lab: &mut Lab) -> Result<()> {
-    let own = service(60, "label | ClusterIP | b1")?;
+    let own = service(80, "label | ClusterIP | b1")?;
     install(lab, &own)?;
     expect(lab, "pod", &own, Via::ClusterIp, "b1 own")?;
-    let foreign = service(60, "label | ClusterIP foreign | b1")?;
+    let foreign = service(80, "label | ClusterIP foreign | b1")?;
     replace_service(lab, &foreign.json())?;
     expect_nobody(lab, "pod", &own, Via::ClusterIp)?;
     expect_nobody(lab, "outside", &own, Via::ClusterIp)?;
@@ -102,7 +105,7 @@ fn label(lab: &mut Lab) -> Result<()> {
 }
 
 fn external_name(lab: &mut Lab) -> Result<()> {
-    let own = service(61, "outer-name | ClusterIP | b1")?;
+    let own = service(81, "outer-name | ClusterIP | b1")?;
     install(lab, &own)?;
     expect(lab, "pod", &own, Via::ClusterIp, "b1 own")?;
     let name = json!({
@@ -110,21 +113,21 @@ fn external_name(lab: &mut Lab) -> Result<()> {
         "metadata": {"namespace": "default", "name": own.name},
         "spec": {"type": "ExternalName", "externalName": "elsewhere.example"},
     });
-    lab.server.kubectl(&["replace", "--validate=false", "-f", "-"], &name.to_string())?;
+    lab.objects.replace(&name)?;
     lab.settle()?;
     expect_nobody(lab, "pod", &own, Via::ClusterIp)?;
-    lab.server.kubectl(&["replace", "--validate=false", "-f", "-"], &own.json().to_string())?;
+    lab.objects.replace(&own.json())?;
     lab.settle()?;
     expect(lab, "pod", &own, Via::ClusterIp, "b1 own")?;
     delete(lab, &own)
 }
 
 fn made_again(lab: &mut Lab) -> Result<()> {
-    let old = service(62, "again | ClusterIP | b1")?;
-    let new = service(63, "again | ClusterIP | b1")?;
+    let old = service(82, "again | ClusterIP | b1")?;
+    let new = service(83, "again | ClusterIP | b1")?;
     install(lab, &old)?;
     expect(lab, "pod", &old, Via::ClusterIp, "b1 own")?;
-    lab.server.delete("service", &old.name)?;
+    lab.objects.delete("service", &old.name)?;
     install(lab, &new)?;
     expect(lab, "pod", &new, Via::ClusterIp, "b1 own")?;
     expect(lab, "outside", &new, Via::ClusterIp, "b1 node")?;
@@ -134,7 +137,7 @@ fn made_again(lab: &mut Lab) -> Result<()> {
 }
 
 fn ports(lab: &mut Lab) -> Result<()> {
-    let own = service(64, "more-ports | ClusterIP | b1")?;
+    let own = service(84, "more-ports | ClusterIP | b1")?;
     install(lab, &own)?;
     let mut objects = own.objects(&lab.world)?;
     let more = [
@@ -148,8 +151,8 @@ fn ports(lab: &mut Lab) -> Result<()> {
     }
     lab.apply(&objects)?;
     lab.settle()?;
-    expect_by(lab, "pod", &own, Via::ClusterIpPort(81), "b1 own", &[Transport::Tcp])?;
-    expect_by(lab, "outside", &own, Via::ClusterIpPort(81), "b1 node", &[Transport::Tcp])?;
+    expect_by(lab, "pod", &own, Via::ClusterIpPort(81), "b1:9090 own", &[Transport::Tcp])?;
+    expect_by(lab, "outside", &own, Via::ClusterIpPort(81), "b1:9090 node", &[Transport::Tcp])?;
     expect(lab, "pod", &own, Via::ClusterIp, "b1 own")?;
     replace_service(lab, &own.json())?;
     expect_nobody(lab, "pod", &own, Via::ClusterIpPort(81))?;
@@ -158,7 +161,7 @@ fn ports(lab: &mut Lab) -> Result<()> {
 }
 
 fn zone(lab: &mut Lab) -> Result<()> {
-    let own = service(65, "zoned | ClusterIP | b1@zone-a b2@zone-b")?;
+    let own = service(85, "zoned | ClusterIP | b1@zone-a b2@zone-b")?;
     install(lab, &own)?;
     expect(lab, "pod", &own, Via::ClusterIp, "b1 own")?;
     let moved = move_node(lab, "zone-b").and_then(|()| expect(lab, "pod", &own, Via::ClusterIp, "b2 own"));
@@ -169,8 +172,7 @@ fn zone(lab: &mut Lab) -> Result<()> {
 }
 
 fn move_node(lab: &mut Lab, zone: &str) -> Result<()> {
-    let label = format!("topology.kubernetes.io/zone={zone}");
-    lab.server.kubectl(&["label", "--overwrite", "node", "node1", &label], "")?;
+    lab.objects.label_node("node1", "topology.kubernetes.io/zone", zone)?;
     // The marker is a Service: nothing says that Nodes were heard of before it.
     lab.settle()?;
     std::thread::sleep(Duration::from_millis(500));
@@ -178,29 +180,33 @@ fn move_node(lab: &mut Lab, zone: &str) -> Result<()> {
 }
 
 fn open(lab: &mut Lab) -> Result<()> {
-    let mut own = service(66, "open | ClusterIP | b1 b2")?;
+    let mut own = service(86, "open | LoadBalancer ranges=192.168.77.100/32,fd00:77::100/128 | b1 b2")?;
     install(lab, &own)?;
     let mut held = Vec::new();
-    for (from, family) in [("pod", Family::V4), ("outside", Family::V6)] {
-        let to = own.address(&lab.world, Via::ClusterIp, family, Transport::Tcp);
-        let args = ["hold".to_owned(), to.to_string(), "--connections=6".to_owned(), "--interval=20".to_owned()];
-        let mut client = lab.place(from)?.start(&lab.world.programs().testpod, &args)?;
-        client.wait_for_line("ready", Duration::from_secs(5))?;
-        held.push((from, client));
+    for (from, via) in [("pod", Via::ClusterIp), ("outside", Via::ClusterIp), ("outside", Via::LoadBalancer)] {
+        for family in Family::BOTH {
+            let to = own.address(&lab.world, via, family, Transport::Tcp);
+            let args = ["hold".to_owned(), to.to_string(), "--connections=6".to_owned(), "--interval=20".to_owned()];
+            held.push((from, lab.place(from)?.start(&lab.world.programs().testpod, &args)?));
+        }
+    }
+    for (_, client) in &mut held {
+        client.wait_for_line("ready", patience(5))?;
     }
     own.endpoints.clear();
+    own.ranges = vec!["10.99.0.0/16".to_owned(), "fd00:99::/64".to_owned()];
     install(lab, &own)?;
     expect(lab, "pod", &own, Via::ClusterIp, "refused")?;
     for (from, client) in held {
-        let report: hold::Report = client.finish(Duration::from_secs(10))?;
+        let report: hold::Report = client.finish(patience(10))?;
         ensure!(report.broken.is_empty() && report.wrong.is_empty(), "held by {from}: {report:?}");
     }
     delete(lab, &own)
 }
 
 fn node_port_moves(lab: &mut Lab) -> Result<()> {
-    let own = service(67, "moving | NodePort | b1")?;
-    let mut moved = service(68, "moving | NodePort | b1")?;
+    let own = service(87, "moving | NodePort | b1")?;
+    let mut moved = service(88, "moving | NodePort | b1")?;
     install(lab, &own)?;
     expect(lab, "outside", &own, Via::NodePort(At::Node1), "b1 node")?;
     let mut object = own.json();
@@ -216,7 +222,7 @@ fn node_port_moves(lab: &mut Lab) -> Result<()> {
 }
 
 fn sticky(lab: &mut Lab) -> Result<()> {
-    let mut own = service(69, "clinging | LoadBalancer affinity=10800 | b1 b2")?;
+    let mut own = service(89, "clinging | LoadBalancer affinity=10800 | b1 b2")?;
     install(lab, &own)?;
     for from in ["pod", "outside"] {
         for family in Family::BOTH {
@@ -234,7 +240,7 @@ fn sticky(lab: &mut Lab) -> Result<()> {
     install(lab, &own)?;
     expect(lab, "pod", &own, Via::ClusterIp, "c1 own")?;
     expect(lab, "outside", &own, Via::LoadBalancer, "c1 node")?;
-    let off = service(69, "clinging | LoadBalancer | b1 b2")?;
+    let off = service(89, "clinging | LoadBalancer | b1 b2")?;
     install(lab, &off)?;
     expect(lab, "pod", &off, Via::ClusterIp, "b1 b2 own")?;
     delete(lab, &own)
@@ -245,36 +251,145 @@ fn who(lab: &Lab, from: &str, to: SocketAddr) -> Result<String> {
     report.backends().into_keys().next().with_context(|| format!("{from} to {to}: {:?}", report.errors()))
 }
 
-fn udp_flow(lab: &mut Lab) -> Result<()> {
-    let mut own = service(70, "datagrams | ClusterIP | b1")?;
-    install(lab, &own)?;
-    let ask = |lab: &Lab, own: &Service, wanted: &str| -> Result<()> {
-        for from in ["pod", "node", "outside"] {
-            for family in Family::BOTH {
-                let to = own.address(&lab.world, Via::ClusterIp, family, Transport::Udp);
-                // The node's own sockets keep out of the ports that others are masqueraded to.
-                let port = if from == "node" { "--source-port=34070" } else { "--source-port=4070" };
-                let report = lab.world.ask(lab.place(from)?, &Ask::new(to, Transport::Udp).with(port))?;
-                ensure!(report.backends().contains_key(wanted), "{from} to {to}: expected {wanted}, saw {report:?}");
+/// Who asks, by which ways, and from which port on: the node's own sockets keep out of the ports that others are masqueraded to.
+const TALKERS: [(&str, u16, &[Via]); 3] = [
+    ("pod", 4_070, &[Via::ClusterIp, Via::LoadBalancer]),
+    ("node", 34_070, &[Via::ClusterIp]),
+    ("outside", 4_070, &[Via::ClusterIp, Via::LoadBalancer, Via::NodePort(At::Node1)]),
+];
+
+/// Each question from a port of its own, which is the same every time. `wanted` is who answers, if anybody: of the first Service, of the
+/// second one.
+fn talk(lab: &Lab, services: &[Service; 2], wanted: [Option<&str>; 2]) -> Result<()> {
+    for (from, first, ways) in TALKERS {
+        let mut asked: Vec<(Question, Option<&str>)> = Vec::new();
+        for (service, wanted) in services.iter().zip(wanted) {
+            for &via in ways {
+                for family in Family::BOTH {
+                    // By policy Local a pod may use any endpoint, but by the ClusterIP.
+                    if service.external_local && from == "pod" && via != Via::ClusterIp {
+                        continue;
+                    }
+                    let to = service.address(&lab.world, via, family, Transport::Udp);
+                    let port = first + u16::try_from(asked.len())?;
+                    let question = question(to, Transport::Udp, 1, Duration::from_millis(700));
+                    asked.push((Question { source_port: Some(port), ..question }, wanted));
+                }
             }
         }
-        Ok(())
+        let questions: Vec<Question> = asked.iter().map(|(question, _)| question.clone()).collect();
+        for ((Question { to, .. }, wanted), report) in asked.iter().zip(lab.survey(from, &questions)?) {
+            let seen = report.backends();
+            let seen: Vec<&str> = seen.keys().map(String::as_str).collect();
+            ensure!(wanted.is_some() || seen.is_empty(), "{from} to {to}: {STILL}");
+            ensure!(seen == wanted.as_slice(), "{from} to {to}: expected {wanted:?}, saw {report:?}");
+        }
+    }
+    Ok(())
+}
+
+/// As docs/conformance.md has it.
+const STILL: &str = "still answered";
+
+/// Endpoints of the two Services, and who answers.
+type Step = ([&'static str; 2], [Option<&'static str>; 2]);
+const BEFORE: Step = (["b1", "b1 b2"], [Some("b1"); 2]);
+const AFTER: Step = (["b2", "c1 b2"], [Some("b2"), Some("c1")]);
+const EMPTIED: Step = (["", ""], [None, None]);
+
+fn udp_flows(lab: &mut Lab) -> Result<()> {
+    let services =
+        [service(90, "datagrams | LoadBalancer | b1")?, service(94, "datagrams-local | LoadBalancer eTP iTP | b1")?];
+    steps(lab, services, &[AFTER])
+}
+
+fn udp_flows_emptied(lab: &mut Lab) -> Result<()> {
+    // Of addresses of their own: kube-proxy ends no flows where a Service is new and its endpoints are not.
+    let services =
+        [service(95, "emptied | LoadBalancer | b1")?, service(96, "emptied-local | LoadBalancer eTP iTP | b1")?];
+    steps(lab, services, &[EMPTIED, AFTER])
+}
+
+fn steps(lab: &mut Lab, mut own: [Service; 2], steps: &[Step]) -> Result<()> {
+    let outcome = [BEFORE].iter().chain(steps).try_for_each(|(endpoints, wanted)| {
+        for (service, endpoints) in own.iter_mut().zip(endpoints) {
+            service.endpoints = endpoints.split_whitespace().map(endpoint).collect();
+        }
+        lab.install(&own)?;
+        lab.settle()?;
+        // Flows end after the sync that the marker waits for, as soon as a walk over them is done. kube-proxy is not waited for where it is known
+        // to end none.
+        let known = wanted.contains(&None) && lab.subject.is_some_and(|subject| !subject.is_agent());
+        eventually_within(if known { 2 } else { 15 }, || talk(lab, &own, *wanted))
+    });
+    own.iter().try_for_each(|service| delete(lab, service))?;
+    outcome
+}
+
+/// Who is asked by whom about affinity that ends soon.
+const CLIENTS: [&str; 5] = ["pod", "other", "node", "node2", "outside"];
+const BRIEF: &str = "sticky-for-10s";
+const FORGOTTEN_AFTER: Duration = Duration::from_secs(10);
+
+/// Who answers each client, by each port of a Service of the table.
+fn remembered(lab: &Lab, name: &str) -> Result<BTreeMap<String, String>> {
+    let services = services::parse(SERVICES, FIRST)?;
+    let service = services.iter().find(|service| service.name == name).context("no such Service")?;
+    let mut seen = BTreeMap::new();
+    for from in CLIENTS {
+        let ways = Family::BOTH.into_iter().flat_map(|family| [Transport::Tcp, Transport::Udp].map(|by| (family, by)));
+        let (keys, questions): (Vec<String>, Vec<Question>) = ways
+            .map(|(family, by)| {
+                let to = service.address(&lab.world, Via::ClusterIp, family, by);
+                (format!("{by} {from} {family}"), question(to, by, 3, patience(2)))
+            })
+            .unzip();
+        for (key, report) in keys.into_iter().zip(lab.survey(from, &questions)?) {
+            let backends: Vec<String> = report.backends().into_keys().collect();
+            let [one] = &backends[..] else { bail!("{key}: {report:?}") };
+            seen.insert(key, one.clone());
+        }
+    }
+    Ok(seen)
+}
+
+fn apart(lab: &mut Lab) -> Result<()> {
+    let (first, second) = (remembered(lab, BRIEF)?, remembered(lab, BRIEF)?);
+    ensure!(first == second, "{first:?}, and a moment later {second:?}");
+    let by = |transport: &str| -> Vec<String> {
+        second.iter().filter(|(key, _)| key.starts_with(transport)).map(|(_, backend)| backend.clone()).collect()
     };
-    ask(lab, &own, "b1")?;
-    own.endpoints = vec![endpoint("b2")];
-    install(lab, &own)?;
-    // kube-proxy ends flows after the sync that the marker waits for.
-    std::thread::sleep(Duration::from_millis(300));
-    ask(lab, &own, "b2")?;
-    delete(lab, &own)
+    // Of four backends ten clients draw the same twice in a row once in a million times.
+    ensure!(by("tcp") != by("udp"), "both ports are led alike: {second:?}");
+    lab.remembered = Some((Instant::now(), second));
+    Ok(())
+}
+
+fn restarted(lab: &mut Lab) -> Result<()> {
+    let before = remembered(lab, "sticky")?;
+    lab.restart()?;
+    let after = remembered(lab, "sticky")?;
+    ensure!(before == after, "{before:?}, and after the restart {after:?}");
+    Ok(())
+}
+
+fn forgotten(lab: &mut Lab) -> Result<()> {
+    if lab.remembered.is_none() {
+        lab.remembered = Some((Instant::now(), remembered(lab, BRIEF)?));
+    }
+    let (since, before) = lab.remembered.take().context("nothing is remembered")?;
+    std::thread::sleep((FORGOTTEN_AFTER + Duration::from_secs(1)).saturating_sub(since.elapsed()));
+    let after = remembered(lab, BRIEF)?;
+    ensure!(before != after, "{before:?}, and after {:?} still the same", since.elapsed());
+    Ok(())
 }
 
 fn health(lab: &mut Lab) -> Result<()> {
-    let own = service(71, "healthy | LoadBalancer eTP | b2 c2 b1:unready")?;
+    let own = service(91, "healthy | LoadBalancer eTP | b2 c2 b1:unready")?;
     install(lab, &own)?;
     answers(lab, &own, [(1, Some(0)), (2, Some(2))])?;
     // One that terminates goes on serving, and is no reason to send more (A113).
-    let own = service(71, "healthy | LoadBalancer eTP | b1 c2 b2:terminating")?;
+    let own = service(91, "healthy | LoadBalancer eTP | b1 c2 b2:terminating")?;
     install(lab, &own)?;
     answers(lab, &own, [(1, Some(1)), (2, Some(1))])?;
     expect(lab, "outside", &own, Via::NodePort(At::Node1), "b1 own")?;
@@ -292,8 +407,8 @@ fn health(lab: &mut Lab) -> Result<()> {
 }
 
 fn taken_port(lab: &mut Lab) -> Result<()> {
-    let own = service(72, "unlucky | LoadBalancer eTP | b1 b2")?;
-    let other = service(73, "lucky | LoadBalancer eTP | b1 b2")?;
+    let own = service(92, "unlucky | LoadBalancer eTP | b1 b2")?;
+    let other = service(93, "lucky | LoadBalancer eTP | b1 b2")?;
     let taken = Family::BOTH.map(|family| SocketAddr::new(lab.world.node(1).place.ip(family), own.health_port()));
     let held = lab.world.node(1).place.namespace.enter(|| taken.map(TcpListener::bind))?;
     let held = held.into_iter().collect::<Result<Vec<_>, _>>().context("take the port")?;
@@ -301,8 +416,7 @@ fn taken_port(lab: &mut Lab) -> Result<()> {
     lab.settle()?;
     answers(lab, &other, [(1, Some(1)), (2, Some(1))])?;
     eventually(|| {
-        let arguments = ["get", "events.events.k8s.io", "-o", "json"];
-        let events: Value = serde_json::from_str(&lab.server.kubectl(&arguments, "")?)?;
+        let Some(events) = lab.objects.events()? else { return Ok(()) };
         let found = events["items"].as_array().into_iter().flatten().find(|event| {
             let of_own = event["regarding"]["kind"] == "Service" && event["regarding"]["name"] == own.name.as_str();
             let said = (&event["type"], &event["reason"], &event["action"]);
@@ -368,20 +482,16 @@ fn health_answer(service: &Service, local: usize) -> String {
 
 /// What is in force is told a moment later.
 fn eventually(check: impl Fn() -> Result<()>) -> Result<()> {
-    let deadline = Instant::now() + Duration::from_secs(15);
-    loop {
-        let Err(error) = check() else { return Ok(()) };
-        if Instant::now() > deadline {
-            return Err(error);
-        }
-        std::thread::sleep(Duration::from_millis(50));
-    }
+    eventually_within(15, check)
+}
+
+fn eventually_within(seconds: u64, check: impl Fn() -> Result<()>) -> Result<()> {
+    within(patience(seconds), check)
 }
 
 fn get(at: SocketAddr) -> Result<String> {
-    let mut stream =
-        TcpStream::connect_timeout(&at, Duration::from_secs(2)).with_context(|| format!("connect to {at}"))?;
-    stream.set_read_timeout(Some(Duration::from_secs(3)))?;
+    let mut stream = TcpStream::connect_timeout(&at, patience(2)).with_context(|| format!("connect to {at}"))?;
+    stream.set_read_timeout(Some(patience(3)))?;
     write!(stream, "GET /any HTTP/1.0\r\nHost: {at}\r\n\r\n")?;
     let mut answer = String::new();
     stream.read_to_string(&mut answer)?;

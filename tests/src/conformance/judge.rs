@@ -15,6 +15,8 @@ struct Deviation {
     subject: String,
     case: String,
     seen: String,
+    /// Of each such case, how many questions are answered so: all that are not answered as expected.
+    questions: usize,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -36,12 +38,13 @@ impl Judge {
         for row in rows.take_while(|line| line.starts_with('|')) {
             // Cells have no `|` of their own but for that of an answer, which has no blanks round it.
             let cells: Vec<&str> = row.trim_matches('|').split(" | ").map(str::trim).collect();
-            let [subject, case, seen, why] = cells[..] else { bail!("docs/conformance.md: {row}") };
+            let [subject, case, seen, questions, why] = cells[..] else { bail!("docs/conformance.md: {row}") };
             if why.is_empty() {
                 bail!("docs/conformance.md: no reason: {row}");
             }
             let plain = |text: &str| text.trim_matches('`').to_owned();
-            deviations.push(Deviation { subject: plain(subject), case: plain(case), seen: plain(seen) });
+            let questions = questions.parse().with_context(|| format!("docs/conformance.md: no number: {row}"))?;
+            deviations.push(Deviation { subject: plain(subject), case: plain(case), seen: plain(seen), questions });
         }
         if deviations.is_empty() {
             bail!("docs/conformance.md has no table of deviations");
@@ -65,8 +68,16 @@ impl Judge {
         if let Some(deviation) = listed {
             // `ADDRESS TRANSPORT: what came back`
             let as_listed = |one: &String| one.rsplit_once(": ").is_some_and(|(_, heard)| heard == deviation.seen);
-            if deviation.seen == "fails" || seen.iter().all(as_listed) {
-                return Verdict::Deviates;
+            if seen.iter().all(as_listed) {
+                if seen.len() == deviation.questions {
+                    return Verdict::Deviates;
+                }
+                let Deviation { seen: listed, questions, .. } = deviation;
+                return Verdict::Failed(format!(
+                    "{}: docs/conformance.md lists {listed:?} for {questions} of its questions, not for {}",
+                    seen.join("; "),
+                    seen.len()
+                ));
             }
         }
         Verdict::Failed(seen.join("; "))
@@ -96,6 +107,8 @@ pub struct Sum {
     pub passed: usize,
     pub failed: usize,
     pub deviating: usize,
+    /// What could not be asked, once for each reason: the suite says it.
+    pub skipped: usize,
 }
 
 impl Sum {
@@ -110,4 +123,70 @@ impl Sum {
 
 pub fn judge() -> Result<Judge> {
     Judge::new().context("the table of deviations")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        conformance::{
+            changes::CHANGES,
+            subject::Mode,
+            table::{CASES, MATRICES},
+        },
+        world::SocketLb,
+    };
+
+    fn number(word: &str) -> Option<u32> {
+        word.strip_prefix('A')?.parse().ok()
+    }
+
+    fn numbers(text: &str) -> impl Iterator<Item = u32> {
+        text.split_whitespace().filter_map(number)
+    }
+
+    #[test]
+    fn every_statement_is_asked_or_something_else_shows_it() {
+        let contract = include_str!("../../../docs/contract.md");
+        let first_cell = |row: &str| row.trim().strip_prefix("| ")?.split(' ').next().map(str::to_owned);
+        let stated = contract.lines().filter_map(|row| number(&first_cell(row)?)).filter(|&number| number <= 110);
+        let mut asked: BTreeSet<u32> = MATRICES.iter().flat_map(|matrix| numbers(matrix.number)).collect();
+        asked.extend(CASES.lines().filter_map(|row| row.split_once('|')).flat_map(|(cell, _)| numbers(cell)));
+        asked.extend(CHANGES.iter().filter_map(|(name, _)| name.split_once(':')).flat_map(|(cell, _)| numbers(cell)));
+        let unasked: BTreeSet<u32> = stated.filter(|number| !asked.contains(number)).collect();
+        let mut listed = BTreeSet::new();
+        let rows = DOCUMENT.lines().skip_while(|row| !row.starts_with("| number |")).skip(2);
+        for row in rows.take_while(|row| row.starts_with('|')) {
+            let (cell, proof) = row.trim_matches(['|', ' ']).split_once(" | ").expect(row);
+            assert!(listed.insert(number(cell).expect(row)), "twice: {row}");
+            // A file, and what stands in it.
+            let quoted: Vec<&str> = proof.split('`').skip(1).step_by(2).collect();
+            for proof in quoted.chunks(2) {
+                let [file, text] = proof else { panic!("{row}") };
+                let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("..").join(file);
+                let source = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{file}: {error}"));
+                assert!(source.contains(text), "{text:?} is not in {file}");
+            }
+        }
+        assert_eq!(unasked, listed, "numbers that nothing asks, and those that docs/conformance.md lists");
+    }
+
+    fn lines(answers: &[&str]) -> Vec<String> {
+        answers.iter().map(|heard| format!("[fd00::1]:80 tcp: {heard}")).collect()
+    }
+
+    #[test]
+    fn a_deviation_has_to_be_as_listed_for_every_question() {
+        let judge = judge().unwrap();
+        let subject = Subject::Ebpf(SocketLb::All);
+        let case = "A89: outside to ranged-empty lb";
+        let verdict = |answers: &[&str]| judge.verdict(subject, case, &lines(answers));
+        assert_eq!(verdict(&["refused"; 4]), Verdict::Deviates);
+        for other in [&["refused"; 3][..], &["refused"; 5], &["refused", "refused", "refused", "b1 own"], &[]] {
+            assert!(matches!(verdict(other), Verdict::Failed(_)), "{other:?}");
+        }
+        let nftables = Subject::KubeProxy(Mode::Nftables);
+        assert!(matches!(judge.verdict(nftables, case, &lines(&["refused"; 4])), Verdict::Failed(_)));
+        assert_eq!(judge.verdict(nftables, case, &[]), Verdict::Passed);
+    }
 }

@@ -11,41 +11,62 @@ use std::{
 };
 
 use anyhow::{Context, Result, bail, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use super::{
+    objects::Objects,
     services::{At, OUTER_NETWORKS, Service, Via, second},
     subject::{KubeProxy, Subject},
-    table::{Case, Configuration, Expected},
+    table::{Case, Configuration, Expected, SIZE},
 };
 use crate::{
-    apiserver::{self, ApiServer, Seat, User},
+    apiserver::{self, ApiServer, Seat},
     pod::{probe::Report, socket::Transport, survey::Question},
-    world::{AgentOptions, Family, Place, Programs, Spec, Topology, World, objects},
+    world::{
+        AgentOptions, Fallback, Family, Place, Programs, SERVER_PORTS, Spec, Topology, World, objects, patience, slower,
+    },
 };
 
 /// Syncs of kube-proxy take a second on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(30);
-/// Longer than a refusal takes that came while the socket was locked: TCP hears of it at its second SYN, after a second.
-const SILENCE: u64 = 1600;
-const ANSWER: u64 = 4000;
+const PATIENCE: u64 = 30;
+const ANSWER: Duration = Duration::from_secs(4);
+/// First of the source ports of connections, where they are given: below those that the kernel chooses, of which some have just been closed.
+const STREAMS: u32 = 2_000;
+/// Where an agent listens.
+const AGENT_PORTS: [u16; 2] = [10_249, 10_256];
 /// With two backends one is missed once in a million times.
 const TRIES: u32 = 20;
 
 /// Fields are dropped in this order: nothing may run in the namespaces that the world removes.
 pub struct Lab {
     proxies: Vec<KubeProxy>,
-    pub server: ApiServer,
+    pub objects: Objects,
     pub world: World,
-    kube_proxy: PathBuf,
+    kube_proxy: Option<PathBuf>,
     dir: PathBuf,
     markers: u16,
     pub subject: Option<Subject>,
+    configuration: Configuration,
+    /// Answers of a Service with affinity, and since when they are remembered.
+    pub remembered: Option<(Instant, BTreeMap<String, String>)>,
+    /// What node2 answers `outside` goes by node1.
+    detoured: bool,
+}
+
+/// What there is besides our own programs.
+pub enum Means {
+    Upstream {
+        servers: apiserver::Programs,
+        kube_proxy: PathBuf,
+    },
+    /// Nothing: objects are files, and kube-proxy is not asked.
+    None,
 }
 
 impl Lab {
-    pub fn new(programs: Programs, servers: apiserver::Programs, kube_proxy: PathBuf) -> Result<Self> {
-        let spec = Spec { rp_filter: false, ..Spec::two_nodes(Topology::Routed) };
+    pub fn new(programs: Programs, means: Means) -> Result<Self> {
+        let for_xdp = matches!(means, Means::Upstream { .. });
+        let spec = Spec { rp_filter: false, for_xdp, ..Spec::two_nodes(Topology::Routed) };
         let world = World::new(&spec, programs)?;
         let (entry, outside) = (&world.node(1).place, world.outside());
         // What no dataplane takes leaves node1 by the way that it came, and the kernel would tell `outside` of a shorter one: past
@@ -56,23 +77,43 @@ impl Lab {
             ("ipv6/conf/all/accept_redirects", "0"),
             ("ipv6/conf/eth0/accept_redirects", "0"),
         ])?;
+        // What is asked is who refuses, not how many refusals a second the kernel sends to one client.
+        for node in &world.nodes {
+            node.place.namespace.sysctl(&[("ipv4/icmp_ratemask", "0"), ("ipv6/icmp/ratemask", "0")])?;
+        }
         for network in OUTER_NETWORKS {
             let by = if network.contains(':') { IpAddr::from(entry.v6) } else { entry.v4.into() };
             outside.namespace.ip(&format!("route replace {network} via {by}\n"))?;
         }
         let (v4, v6) = (second(Family::V4), second(Family::V6));
         entry.namespace.ip(&format!("addr add {v4}/24 dev eth0\naddr add {v6}/64 dev eth0 nodad\n"))?;
-        // Every node reaches it there, and no dataplane's rules are in its way.
-        let seat = Seat { address: outside.v4.into(), namespace: Some(outside.namespace.path().into()) };
-        let server = ApiServer::start(servers, seat)?;
         let dir = world.objects_dir();
-        let lab = Self { proxies: Vec::new(), server, world, kube_proxy, dir, markers: 0, subject: None };
+        let (objects, kube_proxy) = match means {
+            Means::Upstream { servers, kube_proxy } => {
+                // Every node reaches it there, and no dataplane's rules are in its way.
+                let seat = Seat { address: outside.v4.into(), namespace: Some(outside.namespace.path().into()) };
+                (Objects::Served(ApiServer::start(servers, seat)?), Some(kube_proxy))
+            }
+            Means::None => (Objects::Files(dir.clone()), None),
+        };
+        let lab = Self {
+            proxies: Vec::new(),
+            objects,
+            world,
+            kube_proxy,
+            dir,
+            markers: 0,
+            subject: None,
+            configuration: Configuration::BASE,
+            remembered: None,
+            detoured: false,
+        };
         lab.apply(&objects::nodes(&lab.world))?;
         Ok(lab)
     }
 
     pub fn apply(&self, objects: &[Value]) -> Result<()> {
-        self.server.apply(&list(objects))
+        self.objects.apply(objects)
     }
 
     /// Writes Services with slices and statuses.
@@ -83,22 +124,60 @@ impl Lab {
             statuses.extend(service.status());
         }
         self.apply(&objects)?;
-        if statuses.is_empty() { Ok(()) } else { self.server.apply_status(&list(&statuses)) }
+        self.objects.apply_status(&statuses)
     }
 
     /// Starts the subject on every node and waits until it has in force what was written so far.
     pub fn start(&mut self, subject: Subject, configuration: Configuration) -> Result<()> {
-        self.subject = Some(subject);
-        let kubeconfig = self.server.kubeconfig(User::Proxy, self.server.address())?;
+        (self.subject, self.configuration) = (Some(subject), configuration);
+        self.remembered = None;
+        self.detour(!configuration.detector && !configuration.masquerade_all)?;
+        if subject.is_agent() {
+            // What another subject left would answer in its place.
+            for node in &self.world.nodes {
+                let rules = node.place.namespace.rules()?;
+                ensure!(rules.is_empty(), "{} has rules already:\n{}", node.place.name, rules.join("\n"));
+                let filters = node.place.namespace.filters()?;
+                ensure!(filters.is_empty(), "{} has tc filters already:\n{}", node.place.name, filters.join("\n"));
+            }
+        }
+        self.launch(subject)
+    }
+
+    /// Kills the subject on every node, and starts it with what it left in the kernel.
+    pub fn restart(&mut self) -> Result<()> {
+        let subject = self.subject.context("nobody was started")?;
+        self.proxies.clear();
+        for number in 1..=self.world.nodes.len() {
+            self.world.kill_agent(number)?;
+        }
+        self.launch(subject)
+    }
+
+    fn launch(&mut self, subject: Subject) -> Result<()> {
+        let configuration = self.configuration;
+        let kubeconfig = self.objects.kubeconfig()?;
         match subject {
             Subject::KubeProxy(mode) => {
+                let program = self.kube_proxy.as_ref().context("there is no kube-proxy here")?;
+                let kubeconfig = kubeconfig.context("kube-proxy reads no files")?;
                 for node in &self.world.nodes {
-                    let proxy = KubeProxy::start(&self.kube_proxy, node, &self.dir, mode, configuration, &kubeconfig)?;
+                    let proxy = KubeProxy::start(program, node, &self.dir, mode, configuration, &kubeconfig)?;
                     self.proxies.push(proxy);
                 }
             }
-            Subject::Ebpf(socket_lb) => {
-                let mut options = AgentOptions { kubeconfig: Some(kubeconfig), ..AgentOptions::new(socket_lb) };
+            Subject::Ebpf(_) | Subject::Xdp(_) | Subject::Fallback(_) => {
+                let mut options = match subject {
+                    Subject::Fallback(fallback) => AgentOptions::by(fallback),
+                    Subject::Ebpf(socket_lb) | Subject::Xdp(socket_lb) => AgentOptions::new(socket_lb),
+                    Subject::KubeProxy(_) => bail!("no agent"),
+                };
+                options.kubeconfig = kubeconfig;
+                if options.fallback.is_none() {
+                    // Not another mode in its place, where the kernel refuses a program.
+                    options.extra.extend(["--proxy-mode", "ebpf"].map(str::to_owned));
+                }
+                options.extra.extend(subject.extra().iter().map(|&word| word.to_owned()));
                 if configuration.masquerade_all {
                     options.extra.push("--masquerade-all".to_owned());
                 }
@@ -116,25 +195,77 @@ impl Lab {
         self.settle()
     }
 
+    /// Where nothing to a ClusterIP is masqueraded (A78), what a backend of node2 answers `outside` has to come by node1 all the same, which
+    /// translated the question.
+    fn detour(&mut self, wanted: bool) -> Result<()> {
+        if self.detoured != wanted {
+            let (entry, far) = (&self.world.node(1).place, &self.world.node(2).place);
+            for family in Family::BOTH {
+                let (outside, by) = (self.world.outside().ip(family), entry.ip(family));
+                let bits = if family == Family::V4 { 32 } else { 128 };
+                let change = if wanted { "replace" } else { "del" };
+                far.namespace.ip(&format!("route {change} {outside}/{bits} via {by}\n"))?;
+            }
+            // Both are on one link, which node1 would tell node2 of.
+            let redirects = if wanted { "0" } else { "1" };
+            entry
+                .namespace
+                .sysctl(&[("ipv4/conf/all/send_redirects", redirects), ("ipv4/conf/eth0/send_redirects", redirects)])?;
+            self.detoured = wanted;
+        }
+        Ok(())
+    }
+
     /// Ends it and takes what it left in the kernel.
     pub fn stop(&mut self) -> Result<()> {
         match self.subject.take() {
             None => {}
-            Some(Subject::Ebpf(_)) => self.world.remove_agents()?,
+            Some(Subject::Ebpf(_) | Subject::Xdp(_)) => {
+                for number in 1..=self.world.nodes.len() {
+                    self.world.kill_agent(number)?;
+                }
+                for node in &self.world.nodes {
+                    // Without TCX a program is a filter's, and no pin's: it would go on with the next subject's packets.
+                    if !node.place.namespace.filters()?.is_empty() {
+                        self.world.cli(node, &["cleanup"])?;
+                    }
+                }
+                self.world.remove_agents()?;
+            }
+            Some(Subject::Fallback(by)) => {
+                self.world.remove_agents()?;
+                if by == Fallback::Ipvs {
+                    for node in &self.world.nodes {
+                        self.world.cli(node, &["cleanup"])?;
+                    }
+                }
+                self.forget_flows()?;
+            }
             Some(Subject::KubeProxy(_)) => {
                 self.proxies.clear();
                 for node in &self.world.nodes {
-                    let namespace = &node.place.namespace;
-                    namespace.nft("flush ruleset")?;
-                    // Flows that are gone already are no error; it says how many there were.
-                    for family in ["ipv4", "ipv6"] {
-                        namespace.output("conntrack", &["-F", "-f", family])?;
-                    }
-                    namespace.sysctl(&[("ipv4/conf/all/route_localnet", "0")])?;
+                    node.place.namespace.flush_rules()?;
+                    node.place.namespace.sysctl(&[("ipv4/conf/all/route_localnet", "0")])?;
                 }
+                self.forget_flows()?;
             }
         }
         Ok(())
+    }
+
+    fn forget_flows(&self) -> Result<()> {
+        for node in &self.world.nodes {
+            // Flows that are gone already are no error; it says how many there were.
+            for family in ["ipv4", "ipv6"] {
+                node.place.namespace.output("conntrack", &["-F", "-f", family])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends kube-proxy and leaves its rules.
+    pub fn end_proxies(&mut self) {
+        self.proxies.clear();
     }
 
     /// What the subject's logs end with.
@@ -149,27 +280,31 @@ impl Lab {
         self.markers += 1;
         let number = self.markers;
         let name = format!("marker-{number}");
-        let addresses = [
-            IpAddr::from([10, 96, 255, u8::try_from(number).context("too many markers")?]),
-            IpAddr::from([0xfd00, 0x96, 0, 0, 0, 0, 0, 0xff00 + number]),
-        ];
+        // Some thousands of them, none the last address of its network.
+        let [high, low] = (0xf000 + number).to_be_bytes();
+        ensure!(number < 0xfff, "too many markers");
+        let addresses =
+            [IpAddr::from([10, 96, high, low]), IpAddr::from([0xfd00, 0x96, 0, 0, 0, 0, 0, 0xf000 + number])];
         let mut service = objects::service(&name).port("", "TCP", 1).cluster_ips(&addresses).json();
         service["spec"]["ipFamilyPolicy"] = "RequireDualStack".into();
         let backend = self.world.pod("c2");
         let slices =
             Family::BOTH.map(|family| objects::slice(&name, family).port("", "TCP", 8080).endpoint(backend).json());
         self.apply(&[vec![service], slices.to_vec()].concat())?;
-        let deadline = Instant::now() + PATIENCE;
+        let patience = patience(PATIENCE);
+        let deadline = Instant::now() + patience;
+        let timeout = Duration::from_millis(300) * slower();
         for from in ["a1", "a2"] {
             loop {
-                let questions = addresses.map(|address| question(SocketAddr::new(address, 1), Transport::Tcp, 1, 300));
+                let questions =
+                    addresses.map(|address| question(SocketAddr::new(address, 1), Transport::Tcp, 1, timeout));
                 let reports = self.survey(from, &questions)?;
                 if reports.iter().all(|report| report.errors().is_empty()) {
                     break;
                 }
                 ensure!(
                     Instant::now() < deadline,
-                    "{name} does not answer {from} within {PATIENCE:?}\n{}",
+                    "{name} does not answer {from} within {patience:?}\n{}",
                     self.logs()
                 );
                 std::thread::sleep(Duration::from_millis(30));
@@ -200,8 +335,15 @@ impl Lab {
             .spawn()
             .context("start testpod")?;
         if let Some(mut stdin) = child.stdin.take() {
-            let first = place.source_ports();
-            let questions: Vec<Question> = questions.iter().map(|question| with_ports(question, first)).collect();
+            let datagrams = place.source_ports();
+            let every = self.subject.is_some_and(Subject::mixes_ports);
+            let numbered = |question: &Question| match question.transport {
+                _ if question.source_port.is_some() => question.clone(),
+                Transport::Tcp if !every => question.clone(),
+                Transport::Tcp => with_ports(question, STREAMS),
+                _ => with_ports(question, datagrams),
+            };
+            let questions: Vec<Question> = questions.iter().map(numbered).collect();
             stdin.write_all(&serde_json::to_vec(&questions)?)?;
         }
         let done = child.wait_with_output()?;
@@ -221,7 +363,7 @@ impl Lab {
             for &family in &case.families {
                 for &transport in &case.transports {
                     let to = service.address(&self.world, case.via, family, transport);
-                    let question = expecting(to, transport, &case.expected);
+                    let question = Question { size: case.size, ..expecting(to, transport, &case.expected) };
                     by_place.entry(&case.from).or_default().push((number, family, question));
                 }
             }
@@ -232,29 +374,29 @@ impl Lab {
             let questions: Vec<Question> = asked.iter().map(|(_, _, question)| question.clone()).collect();
             for ((number, family, question), report) in asked.iter().zip(self.survey(from, &questions)?) {
                 let case = cases.get(*number).context("a case")?;
+                let service = services.iter().find(|one| one.name == case.service).context("no such Service")?;
                 let heard = self.heard(from, *family, &report)?;
-                if !self.as_expected(case, &heard, from) {
-                    seen[*number].push(format!("{} {}: {heard}", question.to, question.transport));
+                if !self.as_expected(case, service.filters(case.via, *family), question.transport, &heard) {
+                    let failure = report.failure().map(|what| format!(" ({what})")).unwrap_or_default();
+                    seen[*number].push(format!("{} {}{failure}: {heard}", question.to, question.transport));
                 }
             }
         }
         Ok(seen)
     }
 
-    /// Where pods are translated at connect time they keep their address, which is right (A77).
-    fn as_expected(&self, case: &Case, heard: &str, from: &str) -> bool {
-        let expected = self
-            .subject
-            .map_or(case.expected.clone(), |subject| at_connect_time(subject, from, case.via, &case.expected));
+    /// Where pods are translated at connect time they keep their address, which is right (A77). SCTP never is.
+    fn as_expected(&self, case: &Case, filtered: bool, transport: Transport, heard: &str) -> bool {
+        let Some(subject) = self.subject else { return false };
+        let Case { from, via, expected, .. } = case;
+        let own = transport != Transport::Sctp && keeps_own(subject, from, *via, filtered);
         match expected {
-            Expected::Answered { backends, sticky: true, source } => {
-                backends.iter().any(|backend| heard == format!("{backend} {source}"))
+            Expected::Answered { backends, sticky, source } => {
+                let source = if own { "own" } else { source };
+                let of = |backend: &str| heard == format!("{backend} {source}");
+                if *sticky { backends.iter().any(|one| of(one)) } else { of(&backends.join(" ")) }
             }
-            // On the node's own way out a refused datagram and a dropped one look the same.
-            Expected::Refused | Expected::Silent if heard == "EPERM" => {
-                matches!(from, "node" | "node2" | "localhost")
-            }
-            expected => heard == expected.text(),
+            expected => nothing(subject, from, heard) == expected.text() || heard == "EPERM" && is_blind(subject, from),
         }
     }
 
@@ -263,9 +405,11 @@ impl Lab {
         let place = self.place(from)?;
         let nodes: BTreeSet<IpAddr> =
             [self.world.node(1).place.ip(family), self.world.node(2).place.ip(family), second(family)].into();
-        let mut sources = BTreeSet::new();
+        let (mut sources, mut backends) = (BTreeSet::new(), BTreeSet::new());
         for answer in report.tries.iter().filter_map(|one| one.answer.as_ref()) {
             let source = answer.peer.parse::<SocketAddr>()?.ip();
+            let by = answer.local.parse::<SocketAddr>()?.port();
+            backends.insert(if by == 8080 { answer.backend.clone() } else { format!("{}:{by}", answer.backend) });
             sources.insert(if !place.is_node() && source == place.ip(family) {
                 "own".to_owned()
             } else if nodes.contains(&source) {
@@ -274,7 +418,7 @@ impl Lab {
                 source.to_string()
             });
         }
-        let mut words: Vec<String> = report.backends().into_keys().collect();
+        let mut words: Vec<String> = backends.into_iter().collect();
         if !sources.is_empty() {
             words.push(sources.into_iter().collect::<Vec<_>>().join("+"));
         }
@@ -282,55 +426,75 @@ impl Lab {
             words.push(match error.as_str() {
                 "ECONNREFUSED" => "refused".to_owned(),
                 // The default route ends at a host that forwards nothing, and says so if it is IPv6.
-                "ETIMEDOUT" | "ENETUNREACH" => "silent".to_owned(),
-                _ => error,
+                // What is dropped on the node's own way out, a raw socket hears of.
+                "ETIMEDOUT" | "ENETUNREACH" | "ENOBUFS" => "silent".to_owned(),
+                "EPERM" => error,
+                // Nothing in the table ends so: say all that is known.
+                _ => report.failure().unwrap_or(error),
             });
         }
         Ok(words.join(" "))
     }
 }
 
-/// What the answer becomes for a subject that translates this place's connections at connect time. Node ports of another node are
-/// that node's to translate.
-fn at_connect_time(subject: Subject, from: &str, via: Via, expected: &Expected) -> Expected {
-    let pod = !matches!(from, "node" | "node2" | "localhost" | "outside");
+/// Whether a backend sees the asker's own address, masqueraded or not: where the subject translates this place's connections at connect
+/// time (A77). Node ports of another node are that node's to translate, and where only packets tell whether somebody may ask
+/// (`filtered`), pods are left to them (A91).
+pub fn keeps_own(subject: Subject, from: &str, via: Via, filtered: bool) -> bool {
+    let pod = !is_node(from) && from != "outside";
     let elsewhere = match via {
         Via::NodePort(At::Node2) => from != "other",
         Via::NodePort(_) => from == "other",
         _ => false,
     };
-    match expected {
-        Expected::Answered { backends, sticky, .. } if pod && !elsewhere && subject.pods_at_connect_time() => {
-            Expected::Answered { backends: backends.clone(), sticky: *sticky, source: "own".to_owned() }
-        }
-        expected => expected.clone(),
-    }
+    pod && !elsewhere && !filtered && subject.pods_at_connect_time()
 }
 
-pub fn question(to: SocketAddr, transport: Transport, count: u32, timeout: u64) -> Question {
-    Question { to, transport, count, timeout, source_port: None }
+fn is_node(place: &str) -> bool {
+    matches!(place, "node" | "node2" | "localhost")
+}
+
+/// On the node's own way out netfilter answers a refused datagram as a dropped one: `EPERM`.
+pub fn is_blind(subject: Subject, from: &str) -> bool {
+    matches!(subject, Subject::KubeProxy(_) | Subject::Fallback(_)) && is_node(from)
+}
+
+/// What was heard, by its meaning: our hook on the node's own way out tells the drop of a datagram at once.
+pub fn nothing<'a>(subject: Subject, from: &str, heard: &'a str) -> &'a str {
+    if heard == "EPERM" && is_node(from) && !is_blind(subject, from) { "silent" } else { heard }
+}
+
+pub fn question(to: SocketAddr, transport: Transport, count: u32, timeout: Duration) -> Question {
+    let timeout = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+    Question { to, transport, count, timeout, source_port: None, size: SIZE }
+}
+
+/// Who has not answered until then does not. Longer than a refusal takes that came while the socket was locked: TCP hears of it at its
+/// second SYN, after a second; on an emulated machine at the third, after three.
+pub fn silence() -> Duration {
+    Duration::from_millis(if slower() > 1 { 4000 } else { 1600 })
 }
 
 /// A UDP flow outlives its socket: ports that another question just had would mix the two. Counted from `first`.
 fn with_ports(question: &Question, first: u32) -> Question {
     static NEXT: AtomicU32 = AtomicU32::new(0);
-    let mut question = question.clone();
-    if question.transport != Transport::Tcp {
-        question.source_port = u16::try_from(first + NEXT.fetch_add(question.count, Ordering::Relaxed) % 25_000).ok();
-    }
-    question
+    let count = question.count;
+    let port = loop {
+        let port = first + NEXT.fetch_add(count, Ordering::Relaxed) % 25_000;
+        // Whose servers those are cannot ask from there.
+        if !SERVER_PORTS.iter().chain(&AGENT_PORTS).any(|taken| (port..port + count).contains(&u32::from(*taken))) {
+            break port;
+        }
+    };
+    Question { source_port: u16::try_from(port).ok(), ..question.clone() }
 }
 
 fn expecting(to: SocketAddr, transport: Transport, expected: &Expected) -> Question {
     match expected {
-        Expected::Refused => question(to, transport, 1, ANSWER),
-        Expected::Silent => question(to, transport, 1, SILENCE),
+        Expected::Refused => question(to, transport, 1, ANSWER * slower()),
+        Expected::Silent => question(to, transport, 1, silence()),
         Expected::Answered { backends, .. } => {
-            question(to, transport, if backends.len() > 1 { TRIES } else { 10 }, ANSWER)
+            question(to, transport, if backends.len() > 1 { TRIES } else { 10 }, ANSWER * slower())
         }
     }
-}
-
-fn list(objects: &[Value]) -> String {
-    json!({"apiVersion": "v1", "kind": "List", "items": objects}).to_string()
 }

@@ -3,7 +3,7 @@
 //! - [`services`] are the Services, one line each; [`table`] are the questions and their answers, one line each.
 //! - [`changes`] are cases in which something changes between two questions.
 //! - [`random`] makes Services up; what kube-proxy and we answer about them is compared.
-//! - [`lab`] is the cluster: nodes and pods, a real API server, and the [`subject`] whose turn it is.
+//! - [`lab`] is the cluster: nodes and pods, a real API server (or files: [`objects`]), and the [`subject`] whose turn it is.
 //! - [`judge`] knows what may differ: `docs/conformance.md` lists it, with the reason.
 //!
 //! kube-proxy passing a case is what proves the case.
@@ -11,6 +11,7 @@
 pub mod changes;
 pub mod judge;
 pub mod lab;
+pub mod objects;
 pub mod random;
 pub mod services;
 pub mod subject;

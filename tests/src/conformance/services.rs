@@ -17,11 +17,14 @@ use crate::{
 /// - `external`: an external IP of each family.
 /// - `eTP`, `iTP`: external and internal traffic policy Local.
 /// - `ingress=proxy`: `ipMode: Proxy`; `ingress=none`: no load balancer has taken it on yet.
-/// - `ranges=A,B`: `loadBalancerSourceRanges`.
+/// - `ranges=A,B`: `loadBalancerSourceRanges`, `_` for a blank in them.
 /// - `affinity=N`: ClientIP affinity for N seconds.
 /// - `v4`, `v6`: this family only.
 /// - `no-node-ports`: `allocateLoadBalancerNodePorts: false`.
 /// - `foreign`: labelled as another proxy's; `headless-slices`: its slices are labelled as a headless Service's.
+/// - `sctp`: has SCTP 38412 besides.
+/// - `doubled`: the first endpoint terminates in a slice of its own, and is ready in that of the others.
+/// - `numbers`: the last endpoint is in a slice of its own, which has another number for the same port: 9090.
 ///
 /// An endpoint is a place, `:unready`, `:terminating` (and still serving) or `:bare` (no conditions at all), `@zone-a`, `@node1`
 /// (hints).
@@ -63,6 +66,11 @@ pub const SERVICES: &str = "
     ranged-empty      | LoadBalancer ranges=10.99.0.0/16,fd00:99::/64           |
     sticky            | LoadBalancer affinity=10800                             | b1 b2
     sticky-local      | LoadBalancer affinity=10800 eTP                         | b1 c1 b2
+    sticky-for-10s    | LoadBalancer affinity=10                                | b1 b2 c1 c2
+    ranged-blank      | LoadBalancer ranges=_192.168.77.100/32_,_fd00:77::100/128 | b1 b2
+    doubled           | NodePort doubled                                        | b1 b2
+    numbers           | NodePort numbers                                        | b1 b2
+    sctp              | LoadBalancer external sctp                              | b1 b2
 ";
 
 /// Number of the first one: the API server has taken lower addresses for itself.
@@ -144,8 +152,22 @@ pub struct Service {
     pub node_ports: bool,
     pub foreign: bool,
     pub headless_slices: bool,
+    pub sctp: bool,
+    pub slices: Slices,
     pub endpoints: Vec<Endpoint>,
 }
+
+/// How endpoints are spread over slices.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Slices {
+    /// One of each family
+    One,
+    Doubled,
+    Numbers,
+}
+
+/// Where endpoints of a slice that says otherwise serve.
+const OTHER_PORT: u16 = 9090;
 
 /// Every Service of a table; numbered from `first`.
 pub fn parse(table: &str, first: u8) -> Result<Vec<Service>> {
@@ -171,6 +193,8 @@ impl Service {
             node_ports: true,
             foreign: false,
             headless_slices: false,
+            sctp: false,
+            slices: Slices::One,
             endpoints: endpoints.split_whitespace().map(endpoint).collect(),
         };
         for word in what.split_whitespace() {
@@ -181,13 +205,16 @@ impl Service {
                 "eTP" => service.external_local = true,
                 "iTP" => service.internal_local = true,
                 "ingress" => service.ingress = Some(value.to_owned()),
-                "ranges" => service.ranges = value.split(',').map(str::to_owned).collect(),
+                "ranges" => service.ranges = value.split(',').map(|range| range.replace('_', " ")).collect(),
                 "affinity" => service.affinity = Some(value.parse()?),
                 "v4" => service.families = vec![Family::V4],
                 "v6" => service.families = vec![Family::V6],
                 "no-node-ports" => service.node_ports = false,
                 "foreign" => service.foreign = true,
                 "headless-slices" => service.headless_slices = true,
+                "sctp" => service.sctp = true,
+                "doubled" => service.slices = Slices::Doubled,
+                "numbers" => service.slices = Slices::Numbers,
                 other => bail!("{line}: no Service is {other}"),
             }
         }
@@ -195,7 +222,12 @@ impl Service {
     }
 
     pub fn node_port(&self, transport: Transport) -> u16 {
-        30_000 + 10 * u16::from(self.number) + u16::from(transport != Transport::Tcp)
+        let of_transport = match transport {
+            Transport::Tcp => 0,
+            Transport::Udp | Transport::UdpUnconnected => 1,
+            Transport::Sctp => 2,
+        };
+        30_000 + 10 * u16::from(self.number) + of_transport
     }
 
     /// Where `/healthz` says how many endpoints are local.
@@ -217,8 +249,18 @@ impl Service {
         }
     }
 
+    /// Whether who asks there is let through by its address only (A91); a range of everybody asks nobody (A93).
+    pub fn filters(&self, via: Via, family: Family) -> bool {
+        let mut ranges = self.ranges.iter().filter(|range| range.contains(':') == (family == Family::V6)).peekable();
+        via == Via::LoadBalancer && ranges.peek().is_some() && ranges.all(|range| !range.ends_with("/0"))
+    }
+
     pub fn address(&self, world: &World, via: Via, family: Family, transport: Transport) -> SocketAddr {
-        let port = if transport == Transport::Tcp { 80 } else { 53 };
+        let port = match transport {
+            Transport::Tcp => 80,
+            Transport::Udp | Transport::UdpUnconnected => 53,
+            Transport::Sctp => 38_412,
+        };
         match via {
             Via::ClusterIp => SocketAddr::new(vip(family, self.number), port),
             Via::ClusterIpPort(port) => SocketAddr::new(vip(family, self.number), port),
@@ -241,7 +283,7 @@ impl Service {
     pub fn objects(&self, world: &World) -> Result<Vec<Value>> {
         let mut objects = vec![self.json()];
         for &family in &self.families {
-            objects.push(self.slice(world, family)?);
+            objects.extend(self.slices(world, family)?);
         }
         Ok(objects)
     }
@@ -250,15 +292,17 @@ impl Service {
         let Self { name, kind, affinity, .. } = self;
         let addresses: Vec<IpAddr> = self.families.iter().map(|&family| vip(family, self.number)).collect();
         let names: Vec<&str> = self.families.iter().map(|&family| family_name(family)).collect();
-        let ports = [("web", "TCP", 80, Transport::Tcp), ("dns", "UDP", 53, Transport::Udp)].map(
-            |(name, protocol, port, transport)| {
+        let sctp = self.sctp.then_some(("ngap", "SCTP", 38_412, Transport::Sctp));
+        let ports = [("web", "TCP", 80, Transport::Tcp), ("dns", "UDP", 53, Transport::Udp)].into_iter().chain(sctp);
+        let ports: Vec<Value> = ports
+            .map(|(name, protocol, port, transport)| {
                 let mut port = json!({"name": name, "protocol": protocol, "port": port, "targetPort": 8080});
                 if kind != "ClusterIP" && self.node_ports {
                     port["nodePort"] = self.node_port(transport).into();
                 }
                 port
-            },
-        );
+            })
+            .collect();
         let mut spec = json!({
             "type": kind,
             "clusterIP": addresses.first(),
@@ -314,12 +358,34 @@ impl Service {
         }))
     }
 
-    pub fn slice(&self, world: &World, family: Family) -> Result<Value> {
+    /// Their names.
+    pub fn slice_names(&self) -> Vec<String> {
+        let suffixes: &[&str] = if self.slices == Slices::One { &[""] } else { &["", "-more"] };
+        let of = |&family: &Family| suffixes.iter().map(move |suffix| format!("{}-{family}{suffix}", self.name));
+        self.families.iter().flat_map(of).collect()
+    }
+
+    fn slices(&self, world: &World, family: Family) -> Result<Vec<Value>> {
+        let all = &self.endpoints;
+        let slice = |suffix, endpoints: &[Endpoint], port| self.slice(world, family, suffix, endpoints, port);
+        Ok(match (self.slices, &all[..]) {
+            (Slices::Doubled, [first, ..]) => {
+                let leaving = Endpoint { condition: Some("terminating".to_owned()), ..first.clone() };
+                vec![slice("", &[leaving], 8080)?, slice("-more", all, 8080)?]
+            }
+            (Slices::Numbers, [others @ .., last]) => {
+                vec![slice("", others, 8080)?, slice("-more", std::slice::from_ref(last), OTHER_PORT)?]
+            }
+            (_, all) => vec![slice("", all, 8080)?],
+        })
+    }
+
+    fn slice(&self, world: &World, family: Family, suffix: &str, endpoints: &[Endpoint], port: u16) -> Result<Value> {
         let mut labels = json!({"kubernetes.io/service-name": self.name});
         if self.headless_slices {
             labels["service.kubernetes.io/headless"] = "".into();
         }
-        let endpoints = self.endpoints.iter().map(|endpoint| {
+        let endpoints = endpoints.iter().map(|endpoint| {
             let place = world.place(&endpoint.place).with_context(|| format!("no place {}", endpoint.place))?;
             let mut one = json!({
                 "addresses": [place.ip(family)],
@@ -339,12 +405,18 @@ impl Service {
             }
             Ok(one)
         });
+        let sctp = self.sctp.then(|| json!({"name": "ngap", "protocol": "SCTP", "port": port}));
+        let ports = [
+            json!({"name": "web", "protocol": "TCP", "port": port}),
+            json!({"name": "dns", "protocol": "UDP", "port": port}),
+        ];
+        let ports: Vec<Value> = ports.into_iter().chain(sctp).collect();
         Ok(json!({
             "apiVersion": "discovery.k8s.io/v1",
             "kind": "EndpointSlice",
-            "metadata": {"namespace": "default", "name": format!("{}-{family}", self.name), "labels": labels},
+            "metadata": {"namespace": "default", "name": format!("{}-{family}{suffix}", self.name), "labels": labels},
             "addressType": family_name(family),
-            "ports": [{"name": "web", "protocol": "TCP", "port": 8080}, {"name": "dns", "protocol": "UDP", "port": 8080}],
+            "ports": ports,
             "endpoints": endpoints.collect::<Result<Vec<Value>>>()?,
         }))
     }

@@ -6,18 +6,25 @@ use std::{
     process::{Child, Stdio},
 };
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 
-use super::table::Configuration;
+use super::{
+    services::{At, Service, Via},
+    table::Configuration,
+};
 use crate::{
     apiserver,
-    world::{Node, SocketLb},
+    pod::socket::Transport,
+    world::{Ask, Fallback, Family, Node, SocketLb, World},
 };
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Subject {
     KubeProxy(Mode),
     Ebpf(SocketLb),
+    /// And with XDP where packets come in from outside.
+    Xdp(SocketLb),
+    Fallback(Fallback),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -28,11 +35,16 @@ pub enum Mode {
 
 impl Subject {
     /// kube-proxy first: it proves the cases.
-    pub const ALL: [Self; 4] = [
+    pub const ALL: [Self; 9] = [
         Self::KubeProxy(Mode::Nftables),
         Self::KubeProxy(Mode::Iptables),
         Self::Ebpf(SocketLb::All),
         Self::Ebpf(SocketLb::Node),
+        Self::Xdp(SocketLb::Node),
+        Self::Fallback(Fallback::Nftables),
+        Self::Fallback(Fallback::IptablesNft),
+        Self::Fallback(Fallback::IptablesLegacy),
+        Self::Fallback(Fallback::Ipvs),
     ];
 
     pub fn name(self) -> &'static str {
@@ -42,13 +54,81 @@ impl Subject {
             Self::Ebpf(SocketLb::All) => "ebpf socket-lb all",
             Self::Ebpf(SocketLb::Node) => "ebpf socket-lb node",
             Self::Ebpf(SocketLb::Off) => "ebpf socket-lb off",
+            Self::Xdp(_) => "ebpf XDP",
+            Self::Fallback(Fallback::Nftables) => "agent nftables",
+            Self::Fallback(Fallback::IptablesNft) => "agent iptables-nft",
+            Self::Fallback(Fallback::IptablesLegacy) => "agent iptables-legacy",
+            Self::Fallback(Fallback::Ipvs) => "agent ipvs",
         }
+    }
+
+    /// Whether it is one to be asked where objects are files.
+    pub fn reads_files(self) -> bool {
+        !matches!(self, Self::KubeProxy(_) | Self::Xdp(_))
+    }
+
+    /// Why it cannot be asked here, if so.
+    pub fn unavailable(self) -> Option<&'static str> {
+        (self == Self::Fallback(Fallback::Ipvs)).then(World::without_ipvs).flatten()
+    }
+
+    /// Whether two connections from one port to one backend are taken for one, where they came by two Services: IPVS changes no source
+    /// port, and looks answers up by these.
+    pub fn mixes_ports(self) -> bool {
+        self == Self::Fallback(Fallback::Ipvs)
+    }
+
+    /// Whether it is one of ours.
+    pub fn is_agent(self) -> bool {
+        !matches!(self, Self::KubeProxy(_))
+    }
+
+    /// Further options of our agent. `native`: what cannot be had is heard of.
+    pub fn extra(self) -> &'static [&'static str] {
+        match self {
+            Self::Xdp(_) => &["--xdp", "native"],
+            Self::KubeProxy(_) | Self::Ebpf(_) | Self::Fallback(_) => &[],
+        }
+    }
+
+    /// Once it was asked: that XDP had a part in the answers, where it should, of each family and transport. `services`: those of the
+    /// table.
+    pub fn check(self, world: &World, services: &[Service]) -> Result<()> {
+        if !matches!(self, Self::Xdp(_)) {
+            return Ok(());
+        }
+        // Two endpoints, one of them on the other node.
+        let service = services.iter().find(|service| service.name == "ports").context("no Service with node ports")?;
+        for family in Family::BOTH {
+            for transport in [Transport::Tcp, Transport::Udp] {
+                let to = service.address(world, Via::NodePort(At::Node1), family, transport);
+                let before = bypassed(world)?;
+                let report = world.ask(world.outside(), &Ask::new(to, transport).times(30))?;
+                let there = report.backends().get("b2").copied().unwrap_or_default();
+                ensure!(report.errors().is_empty() && there > 0, "{to} {transport}: {report:?}");
+                // Both ways, but the stack has its turn with each neighbour every few seconds, on each CPU.
+                let count = bypassed(world)? - before;
+                ensure!(
+                    count >= there as u64,
+                    "{to} {transport}: {there} flows to the other node, {count} packets past the stack"
+                );
+            }
+        }
+        Ok(())
     }
 
     /// Whether pods are translated at connect time: their own address reaches the backend then, and nothing is masqueraded.
     pub fn pods_at_connect_time(self) -> bool {
         self == Self::Ebpf(SocketLb::All)
     }
+}
+
+/// Packets that XDP on node1 sent on past the stack.
+fn bypassed(world: &World) -> Result<u64> {
+    let counters = world.cli(world.node(1), &["counters"])?;
+    let bypassed = counters.lines().find_map(|line| line.strip_prefix("bypassed"));
+    let count = bypassed.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+    count.with_context(|| format!("how much went past the stack is not told:\n{counters}"))
 }
 
 /// kube-proxy: `KUBE_PROXY_BIN`, or the release that `tests/apiserver/go.mod` names, built with Go.

@@ -5,9 +5,8 @@ use anyhow::{Context, Result, bail};
 use super::services::{Service, Via};
 use crate::{pod::socket::Transport, world::Family};
 
-/// The 30 flows of A6 in the contract's own notation: `A` all endpoints, `L` local ones only, `m` masqueraded; endpoints are one on
-/// the node that is asked, one on the other. `-` is not asked: unmasqueraded from outside to a backend on the other node, whose
-/// answers take another way back than by the node that would have to translate them.
+/// The 30 flows of A77 in the contract's own notation: `A` all endpoints, `L` local ones only, `m` masqueraded; endpoints are one on
+/// the node that is asked, one on the other. `-` is no flow: a loopback's address has no other way to a Service than NodePorts.
 pub struct Matrix {
     pub configuration: Configuration,
     pub number: &'static str,
@@ -54,7 +53,7 @@ pub const MATRICES: [Matrix; 4] = [
             | pod       | A   | A       | L       | A m | L      | A m    | A m | L      | A m    |
             | node      | A   | A       | L       | A m | A m    | A m    | A m | A m    | A m    |
             | localhost | -   | -       | -       | A m | A m    | A m    | -   | -      | -      |
-            | outside   | -   | -       | L       | A m | L      | A m    | A m | L      | A m    |",
+            | outside   | A   | A       | L       | A m | L      | A m    | A m | L      | A m    |",
     },
     Matrix {
         configuration: Configuration { detector: true, masquerade_all: true },
@@ -82,9 +81,10 @@ pub const MATRICES: [Matrix; 4] = [
 ///
 /// Who: `pod` (on node1), `node` (node1), `localhost` (node1, over its loopback), `outside`, `other` (a pod of node2), or a place
 /// by its name. What: the backends that answer and whose source they see (`own`: the asker's; `node`: a node's, as masquerading
-/// leaves it), `refused`, `silent`. `b1|b2`: always the same one of them. Limits: `v4`, `v6`, `tcp`, `udp`.
+/// leaves it), `refused`, `silent`. `b1|b2`: always the same one of them; `b2:9090`: by another port than 8080. Limits: `v4`, `v6`, `tcp`,
+/// `udp`; `sctp`, instead of these; `large`: datagrams that take several fragments, there and back.
 pub const CASES: &str = "
-    A1       | pod       | foreign cluster-ip           | silent        |
+    A1 A49   | pod       | foreign cluster-ip           | silent        |
     A1       | outside   | foreign node-port            | refused       |
     A2       | pod       | headless-slices cluster-ip   | refused       |
     A8       | pod       | only-v4 cluster-ip           | b1 b2 own     | v4
@@ -94,13 +94,19 @@ pub const CASES: &str = "
     A8 A9    | outside   | only-v6 lb                   | b1 b2 node    | v6
     A8 A9    | outside   | only-v6 external-ip          | b1 b2 node    | v6
     A8 A56   | outside   | only-v4 node-port            | refused       | v6
+    A10 A91  | outside   | ranged-blank lb              | b1 b2 node    |
+    A10 A91  | pod       | ranged-blank lb              | silent        |
     A11      | pod       | proxied lb                   | silent        |
     A11      | node      | proxied lb                   | silent        |
     A11      | outside   | proxied lb                   | silent        |
     A11      | outside   | proxied node-port            | b1 b2 node    |
-    A15      | pod       | plain cluster-ip             | b1 b2 own     |
+    A15 A46  | pod       | plain cluster-ip             | b1 b2 own     |
     A15 A51  | node      | plain cluster-ip             | b1 b2 node    |
     A15 A51  | outside   | plain cluster-ip             | b1 b2 node    |
+    A19 A20  | pod       | doubled cluster-ip           | b1 b2 own     |
+    A19 A20  | outside   | doubled node-port            | b1 b2 node    |
+    A23      | pod       | numbers cluster-ip           | b1 b2:9090 own |
+    A23      | outside   | numbers node-port            | b1 b2:9090 node |
     A24      | pod       | bare cluster-ip              | b1 b2 own     |
     A32      | pod       | one-ready cluster-ip         | b1 own        |
     A32      | outside   | one-ready node-port          | b1 node       |
@@ -153,6 +159,21 @@ pub const CASES: &str = "
     A59      | pod       | no-node-ports lb             | b1 b2 node    |
     A60      | outside   | pending node-port            | b1 b2 node    |
     A60      | pod       | pending cluster-ip           | b1 b2 own     |
+    A61      | pod       | sctp cluster-ip              | b1 b2 own     | sctp
+    A61      | pod       | sctp node-port               | b1 b2 node    | sctp
+    A61      | pod       | sctp lb                      | b1 b2 node    | sctp
+    A61      | other     | sctp cluster-ip              | b1 b2 own     | sctp
+    A61      | other     | sctp node-port               | b1 b2 node    | sctp
+    A61      | other     | sctp lb                      | b1 b2 node    | sctp
+    A61      | outside   | sctp cluster-ip              | b1 b2 node    | sctp
+    A61      | outside   | sctp node-port               | b1 b2 node    | sctp
+    A61      | outside   | sctp lb                      | b1 b2 node    | sctp
+    A61      | node      | sctp cluster-ip              | b1 b2 node    | sctp
+    A61      | node      | sctp lb                      | b1 b2 node    | sctp
+    A62      | pod       | lb cluster-ip                | b1 b2 own     | large
+    A62      | node      | lb cluster-ip                | b1 b2 node    | large
+    A62      | outside   | lb node-port                 | b1 b2 node    | large
+    A62      | outside   | lb lb                        | b1 b2 node    | large
     A64      | other     | lb node-port                 | b1 b2 node    |
     A64      | outside   | one-ready lb                 | b1 node       |
     A65      | outside   | ext-local node-port@node2    | b2 own        |
@@ -163,8 +184,8 @@ pub const CASES: &str = "
     A70      | pod       | self external-ip             | a1 node       |
     A70      | b1        | lb cluster-ip                | b1 b2 node+own |
     A71      | other     | int-local cluster-ip         | b2 own        |
-    A81      | pod       | empty cluster-ip             | refused       |
-    A81      | node      | empty cluster-ip             | refused       |
+    A81 A82  | pod       | empty cluster-ip             | refused       |
+    A81 A82  | node      | empty cluster-ip             | refused       |
     A81      | outside   | empty cluster-ip             | refused       |
     A81      | pod       | empty node-port              | refused       |
     A81      | node      | empty node-port              | refused       |
@@ -180,17 +201,17 @@ pub const CASES: &str = "
     A83      | node      | far-int cluster-ip           | silent        |
     A83      | outside   | far-int cluster-ip           | silent        |
     A83      | other     | far-int cluster-ip           | b2 own        |
-    A83      | outside   | far-int node-port            | b2 node       |
+    A43 A83  | outside   | far-int node-port            | b2 node       |
     A83      | outside   | far-int lb                   | b2 node       |
     A84      | outside   | far-ext node-port            | silent        |
-    A84      | outside   | far-ext lb                   | silent        |
+    A84 A85  | outside   | far-ext lb                   | silent        |
     A84      | outside   | far-ext external-ip          | silent        |
     A84 A69  | other     | far-ext node-port            | silent        |
     A84 A66  | pod       | far-ext node-port            | b2 own        |
     A84 A66  | pod       | far-ext lb                   | b2 own        |
     A84 A67  | node      | far-ext lb                   | b2 node       |
     A84 A67  | node      | far-ext node-port            | b2 node       |
-    A84      | pod       | far-ext cluster-ip           | b2 own        |
+    A43 A84  | pod       | far-ext cluster-ip           | b2 own        |
     A84      | outside   | far-ext cluster-ip           | b2 node       |
     A86      | pod       | empty-int cluster-ip         | refused       |
     A86      | outside   | empty-int cluster-ip         | refused       |
@@ -214,7 +235,7 @@ pub const CASES: &str = "
     A91      | node      | ranged-out lb                | silent        |
     A91      | outside   | ranged-local lb              | b1 own        |
     A91      | pod       | ranged-local lb              | silent        |
-    A91      | node      | ranged-nodes lb              | b1 b2 node    |
+    A91 A92  | node      | ranged-nodes lb              | b1 b2 node    |
     A91      | pod       | ranged-nodes lb              | silent        |
     A91      | outside   | ranged-nodes lb              | b1 b2 node    |
     A93      | outside   | ranged-v4 lb                 | silent        | v4
@@ -237,7 +258,14 @@ pub struct Case {
     pub expected: Expected,
     pub families: Vec<Family>,
     pub transports: Vec<Transport>,
+    /// Bytes, of a question and of its answer.
+    pub size: usize,
 }
+
+/// Of a question that says nothing of it.
+pub const SIZE: usize = 16;
+/// Several fragments, on any link.
+const LARGE: usize = 8_000;
 
 /// What has to come back.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -307,12 +335,15 @@ fn case(line: &str, services: &[Service]) -> Result<Case> {
         _ => service.families.clone(),
     };
     let mut transports = vec![Transport::Tcp, Transport::Udp];
+    let mut size = SIZE;
     for limit in limits.split_whitespace() {
         match limit {
             "v4" => families.retain(|&family| family == Family::V4),
             "v6" => families.retain(|&family| family == Family::V6),
             "tcp" => transports.retain(|&transport| transport == Transport::Tcp),
             "udp" => transports.retain(|&transport| transport != Transport::Tcp),
+            "sctp" => transports = vec![Transport::Sctp],
+            "large" => (transports, size) = (vec![Transport::Udp], LARGE),
             _ => bail!("no limit is called {limit}"),
         }
     }
@@ -325,6 +356,7 @@ fn case(line: &str, services: &[Service]) -> Result<Case> {
         expected: Expected::parse(answer)?,
         families,
         transports,
+        size,
     })
 }
 
@@ -373,6 +405,7 @@ impl Matrix {
             expected,
             families,
             transports: vec![Transport::Tcp, Transport::Udp],
+            size: SIZE,
         })
     }
 }

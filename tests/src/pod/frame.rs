@@ -1,4 +1,4 @@
-//! One TCP SYN as a whole Ethernet frame, with or without a VLAN tag, and what comes back for it.
+//! One TCP packet, a SYN if nothing else is asked for, as a whole Ethernet frame, with or without a VLAN tag, and what comes back for it.
 
 use std::{
     io,
@@ -32,6 +32,9 @@ pub struct Args {
     /// Put an 802.1Q tag on it
     #[arg(long)]
     pub vlan: Option<u16>,
+    /// Of TCP's header
+    #[arg(long, default_value_t = SYN)]
+    pub flags: u8,
     /// Milliseconds to listen
     #[arg(long, default_value_t = 1000)]
     pub timeout: u64,
@@ -48,14 +51,14 @@ const TCP: u8 = 6;
 const SYN: u8 = 2;
 
 pub fn run(args: &Args) -> Result<Report> {
-    let Args { to, from, device, from_mac, to_mac, vlan, timeout } = args;
+    let Args { to, from, device, from_mac, to_mac, vlan, flags, timeout } = args;
     let socket = open(device)?;
     let mut frame = [mac(to_mac)?, mac(from_mac)?].concat();
     if let Some(vlan) = vlan {
         frame.extend(0x8100_u16.to_be_bytes());
         frame.extend(vlan.to_be_bytes());
     }
-    frame.extend(ip(*from, *to)?);
+    frame.extend(ip(*from, *to, *flags)?);
     send(socket.as_raw_fd(), &frame, MsgFlags::empty()).context("send the frame")?;
     let deadline = Instant::now() + Duration::from_millis(*timeout);
     let mut buffer = vec![0; 65536];
@@ -101,12 +104,12 @@ fn mac(text: &str) -> Result<Vec<u8>> {
 }
 
 /// From the EtherType on.
-fn ip(from: SocketAddr, to: SocketAddr) -> Result<Vec<u8>> {
+fn ip(from: SocketAddr, to: SocketAddr, flags: u8) -> Result<Vec<u8>> {
     let (src, dst) = (octets(from.ip()), octets(to.ip()));
     let mut tcp = [from.port().to_be_bytes(), to.port().to_be_bytes()].concat();
     tcp.extend(0x1234_5678_u32.to_be_bytes());
     tcp.extend([0; 4]);
-    tcp.extend([5 << 4, SYN, 0xff, 0xff, 0, 0, 0, 0]);
+    tcp.extend([5 << 4, flags, 0xff, 0xff, 0, 0, 0, 0]);
     let mut pseudo = [src.clone(), dst.clone()].concat();
     pseudo.extend([0, TCP, 0, u8::try_from(tcp.len())?]);
     let sum = checksum(&[pseudo, tcp.clone()].concat());

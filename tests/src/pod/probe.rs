@@ -67,6 +67,8 @@ pub struct Try {
     pub answer: Option<Answer>,
     /// Name of the errno that ended the try.
     pub error: Option<String>,
+    /// What it was about to do last: a connection that is refused is not one that breaks.
+    pub step: String,
     pub micros: u64,
     /// `getpeername` of a connected socket.
     pub peer_name: Option<String>,
@@ -103,6 +105,13 @@ impl Report {
         }
         count
     }
+
+    /// The first try that failed: which it was, in doing what, and when.
+    pub fn failure(&self) -> Option<String> {
+        let (number, seen) = self.tries.iter().enumerate().find(|(_, seen)| seen.error.is_some())?;
+        let Try { error, step, micros, .. } = seen;
+        Some(format!("try {}, {step}, {} after {micros} µs", number + 1, error.as_deref()?))
+    }
 }
 
 pub fn run(args: &Args) -> Result<Report> {
@@ -138,11 +147,14 @@ fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()>
     let io = |error: std::io::Error| socket::errno(&error);
     let bytes = match transport {
         Transport::Tcp => {
+            "connect".clone_into(&mut seen.step);
             let mut stream = socket::tcp(to, source_port, timeout)?;
             seen.peer_name = socket::peer_name(&stream);
             stream.set_read_timeout(Some(timeout)).map_err(io)?;
             stream.set_write_timeout(Some(timeout)).map_err(io)?;
+            "write".clone_into(&mut seen.step);
             stream.write_all(&request).map_err(io)?;
+            "read".clone_into(&mut seen.step);
             let mut line = Vec::new();
             BufReader::new(&stream).read_until(b'\n', &mut line).map_err(io)?;
             if reset {
@@ -154,9 +166,10 @@ fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()>
             }
             line
         }
-        Transport::Sctp => sctp::ask(to, source_port.unwrap_or(50_000), timeout, &request)?,
+        Transport::Sctp => sctp::ask(to, source_port.unwrap_or(50_000), timeout, &request, &mut seen.step)?,
         Transport::Udp | Transport::UdpUnconnected => {
             let connected = transport == Transport::Udp;
+            "connect".clone_into(&mut seen.step);
             let socket = match socket::udp(to, source_port, connected) {
                 // A server of this place has that port; any other will do.
                 Err(nix::errno::Errno::EADDRINUSE) if args.successive => socket::udp(to, None, connected)?,
@@ -172,6 +185,7 @@ fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()>
             if burst > 1 {
                 socket::segment(&socket, request.len())?;
             }
+            "send".clone_into(&mut seen.step);
             let datagrams = request.repeat(burst);
             if connected {
                 seen.peer_name = socket::peer_name(&socket);
@@ -179,6 +193,7 @@ fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()>
             } else {
                 socket.send_to(&datagrams, to).map_err(io)?;
             }
+            "receive".clone_into(&mut seen.step);
             let mut buffer = vec![0; 65536];
             let (mut length, mut from) = socket.recv_from(&mut buffer).map_err(io)?;
             for _ in 1..burst {
@@ -194,6 +209,7 @@ fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()>
             buffer
         }
     };
+    "understand".clone_into(&mut seen.step);
     seen.answer = Some(serde_json::from_slice(&bytes).map_err(|_| Errno::EBADMSG)?);
     Ok(())
 }

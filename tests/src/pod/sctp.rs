@@ -99,6 +99,16 @@ fn data(message: &[u8]) -> Vec<u8> {
     [&[0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0], message].concat()
 }
 
+const fn name(chunk: u8) -> &'static str {
+    match chunk {
+        INIT => "INIT",
+        COOKIE_ECHO => "COOKIE ECHO",
+        DATA => "DATA",
+        SHUTDOWN => "SHUTDOWN",
+        _ => "SHUTDOWN COMPLETE",
+    }
+}
+
 /// The standard library's datagram socket will do for it, with ports of 0.
 fn open(v6: bool) -> io::Result<UdpSocket> {
     let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
@@ -117,8 +127,14 @@ fn payload(bytes: &[u8], v6: bool) -> Option<&[u8]> {
     bytes.get(header..)
 }
 
-/// Asks with one association; the answer as it came.
-pub fn ask(to: SocketAddr, source_port: u16, timeout: Duration, request: &[u8]) -> nix::Result<Vec<u8>> {
+/// Asks with one association; the answer as it came. `step` is what it said last.
+pub fn ask(
+    to: SocketAddr,
+    source_port: u16,
+    timeout: Duration,
+    request: &[u8],
+    step: &mut String,
+) -> nix::Result<Vec<u8>> {
     let io = |error: io::Error| errno(&error);
     if request.len() > LONGEST {
         return Err(Errno::EMSGSIZE);
@@ -128,7 +144,8 @@ pub fn ask(to: SocketAddr, source_port: u16, timeout: Duration, request: &[u8]) 
     let deadline = Instant::now() + timeout;
     let own = u32::from(source_port) << 16 | 0x0bad;
     let mut tag = 0;
-    let say = |tag: u32, chunk: u8, body: Vec<u8>, wanted: Option<u8>| -> nix::Result<Option<Packet>> {
+    let mut say = |tag: u32, chunk: u8, body: Vec<u8>, wanted: Option<u8>| -> nix::Result<Option<Packet>> {
+        name(chunk).clone_into(step);
         let packet = Packet { from: source_port, to: to.port(), tag, chunk, body };
         socket.send(&packet.bytes()).map_err(io)?;
         let Some(wanted) = wanted else { return Ok(None) };

@@ -89,6 +89,19 @@ pub fn tcp(to: SocketAddr, source_port: Option<u16>, timeout: Duration) -> nix::
     Ok(stream)
 }
 
+/// How many segments were sent again: of a connection that was just made, its SYN.
+pub fn sent_again(stream: &TcpStream) -> nix::Result<u32> {
+    let mut info = std::mem::MaybeUninit::<libc::tcp_info>::zeroed();
+    let mut length = size_of::<libc::tcp_info>() as libc::socklen_t;
+    // SAFETY: `info` is of the length that is given.
+    let result = unsafe {
+        libc::getsockopt(stream.as_raw_fd(), libc::IPPROTO_TCP, libc::TCP_INFO, info.as_mut_ptr().cast(), &mut length)
+    };
+    Errno::result(result)?;
+    // SAFETY: zeroed, and any bytes are valid.
+    Ok(unsafe { info.assume_init() }.tcpi_total_retrans)
+}
+
 /// A UDP socket, connected if `connected`.
 pub fn udp(to: SocketAddr, source_port: Option<u16>, connected: bool) -> nix::Result<UdpSocket> {
     let fd = open(to, SockType::Datagram, source_port)?;

@@ -50,6 +50,9 @@ pub struct Args {
     pub log: bool,
 }
 
+/// So many failures are told one by one.
+const TOLD: usize = 8;
+
 /// Source ports before the first is used again.
 pub const PORTS: u16 = 6_000;
 
@@ -59,10 +62,15 @@ pub struct Report {
     pub answered: u64,
     /// By errno, with what was being done.
     pub failures: BTreeMap<String, u64>,
+    /// The first of those: when it began, as [`now`] has it, from which port, and how it failed.
+    #[serde(default)]
+    pub failed: Vec<(u64, Option<u16>, String)>,
     pub backends: BTreeMap<String, u64>,
     /// Answers from a backend that was not expected.
     pub wrong: BTreeMap<String, u64>,
     pub slowest_micros: u64,
+    /// TCP connections whose SYN had to be sent again: nobody answered for a second.
+    pub sent_again: u64,
     /// With `--log`, in no order.
     #[serde(default)]
     pub log: Vec<Answered>,
@@ -89,7 +97,7 @@ pub fn run(args: &Args) -> Result<Report> {
     let expect: BTreeSet<&str> = args.expect.iter().map(String::as_str).collect();
     let started = Instant::now();
     let end = started + Duration::from_secs(args.seconds);
-    let turn = AtomicU64::new(0);
+    let (turn, sent_again) = (AtomicU64::new(0), AtomicU64::new(0));
     thread::scope(|scope| {
         for _ in 0..args.workers {
             scope.spawn(|| {
@@ -104,7 +112,8 @@ pub fn run(args: &Args) -> Result<Report> {
                     let port =
                         args.source_port.map(|first| first + u16::try_from(mine % u64::from(PORTS)).unwrap_or(0));
                     let began = now();
-                    let outcome = ask(args, port);
+                    let mut from = port;
+                    let outcome = ask(args, &mut from, &sent_again);
                     let ended = now();
                     let Ok(mut report) = report.lock() else { return };
                     report.tries += 1;
@@ -120,21 +129,31 @@ pub fn run(args: &Args) -> Result<Report> {
                             }
                             *report.backends.entry(answer.backend).or_insert(0) += 1;
                         }
-                        Err((doing, errno)) => *report.failures.entry(format!("{doing}: {errno:?}")).or_insert(0) += 1,
+                        Err((doing, errno)) => {
+                            let how = format!("{doing}: {errno:?}");
+                            if report.failed.len() < TOLD {
+                                report.failed.push((began, from, how.clone()));
+                            }
+                            *report.failures.entry(how).or_insert(0) += 1;
+                        }
                     }
                 }
             });
         }
     });
-    Ok(report.into_inner().unwrap_or_default())
+    let report = report.into_inner().unwrap_or_default();
+    Ok(Report { sent_again: sent_again.into_inner(), ..report })
 }
 
-fn ask(args: &Args, source_port: Option<u16>) -> Result<Answer, (&'static str, Errno)> {
+/// `from`: the source port that it is to have, and then the one that it has.
+fn ask(args: &Args, from: &mut Option<u16>, sent_again: &AtomicU64) -> Result<Answer, (&'static str, Errno)> {
+    let has = |addr: std::io::Result<SocketAddr>| addr.ok().map(|addr| addr.port());
     let timeout = Duration::from_millis(args.timeout);
     let request = wire::request(0, 0);
     let mut line = Vec::new();
     if args.udp {
-        let socket = socket::udp(args.to, source_port, true).map_err(|errno| ("connect", errno))?;
+        let socket = socket::udp(args.to, *from, true).map_err(|errno| ("connect", errno))?;
+        *from = has(socket.local_addr());
         let doing = |what| move |error: std::io::Error| (what, socket::errno(&error));
         socket.set_read_timeout(Some(timeout)).map_err(doing("connect"))?;
         socket.send(&request).map_err(doing("send"))?;
@@ -142,7 +161,10 @@ fn ask(args: &Args, source_port: Option<u16>) -> Result<Answer, (&'static str, E
         let length = socket.recv(&mut line).map_err(doing("receive"))?;
         line.truncate(length);
     } else {
-        let mut stream = socket::tcp(args.to, source_port, timeout).map_err(|errno| ("connect", errno))?;
+        let mut stream = socket::tcp(args.to, *from, timeout).map_err(|errno| ("connect", errno))?;
+        *from = has(stream.local_addr());
+        let again = socket::sent_again(&stream).map_err(|errno| ("connect", errno))?;
+        sent_again.fetch_add(u64::from(again > 0), Ordering::Relaxed);
         let doing = |what| move |error: std::io::Error| (what, socket::errno(&error));
         stream.set_read_timeout(Some(timeout)).map_err(doing("connect"))?;
         stream.write_all(&request).map_err(doing("send"))?;

@@ -35,6 +35,8 @@ pub struct Question {
     pub timeout: u64,
     /// Of the first try; each further one binds the next.
     pub source_port: Option<u16>,
+    /// Bytes to send, and to ask for.
+    pub size: usize,
 }
 
 impl Question {
@@ -47,8 +49,8 @@ impl Question {
             successive: self.source_port.is_some(),
             timeout: self.timeout,
             mapped: false,
-            size: 16,
-            reply: 0,
+            size: self.size,
+            reply: self.size,
             burst: 1,
             no_check: false,
             hear_errors: false,

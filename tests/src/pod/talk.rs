@@ -31,8 +31,8 @@ pub struct Args {
     /// Milliseconds between two requests
     #[arg(long, default_value_t = 50)]
     pub interval: u64,
-    /// Milliseconds to wait for an answer
-    #[arg(long, default_value_t = 100)]
+    /// Milliseconds to wait for an answer: long enough that a machine with much to do loses none
+    #[arg(long, default_value_t = 1000)]
     pub timeout: u64,
     /// Reach an IPv4 address through an IPv6 socket
     #[arg(long)]

@@ -1,7 +1,7 @@
 //! The real agent on a node.
 
 use std::{
-    ffi::OsString,
+    ffi::{OsStr, OsString},
     fs::{self, File},
     io::{Read, Write},
     net::{SocketAddr, TcpStream},
@@ -17,6 +17,51 @@ use super::{
     pins::{self, Pinned},
     trace,
 };
+
+/// A dataplane that is no eBPF.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Fallback {
+    Nftables,
+    IptablesNft,
+    IptablesLegacy,
+    Ipvs,
+}
+
+impl Fallback {
+    /// Those that every machine has. Not every kernel has IPVS, which has a suite of its own.
+    pub const ALL: [Self; 3] = [Self::Nftables, Self::IptablesNft, Self::IptablesLegacy];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Nftables => "nftables",
+            Self::IptablesNft => "iptables-nft",
+            Self::IptablesLegacy => "iptables-legacy",
+            Self::Ipvs => "ipvs",
+        }
+    }
+
+    /// The commands with which its rules are looked at, by the beginnings of their names.
+    pub fn iptables(self) -> Option<[&'static str; 2]> {
+        match self {
+            Self::Nftables | Self::Ipvs => None,
+            Self::IptablesNft => Some(["iptables-nft", "ip6tables-nft"]),
+            Self::IptablesLegacy => Some(["iptables-legacy", "ip6tables-legacy"]),
+        }
+    }
+
+    fn arguments(self) -> &'static [&'static str] {
+        match self {
+            Self::Nftables => &["--proxy-mode", "nftables"],
+            Self::Ipvs => &["--proxy-mode", "ipvs"],
+            Self::IptablesNft => {
+                &["--proxy-mode", "iptables", "--iptables-flavour", "nft", "--iptables-localhost-nodeports"]
+            }
+            Self::IptablesLegacy => {
+                &["--proxy-mode", "iptables", "--iptables-flavour", "legacy", "--iptables-localhost-nodeports"]
+            }
+        }
+    }
+}
 
 /// Whose sockets are translated at connect time (`--socket-lb`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -44,21 +89,42 @@ impl SocketLb {
 #[derive(Clone, Debug)]
 pub struct AgentOptions {
     pub socket_lb: SocketLb,
+    /// The dataplane in place of eBPF.
+    pub fallback: Option<Fallback>,
     /// The directory to read instead of the world's own.
     pub source: Option<PathBuf>,
     /// The cluster to watch instead of a directory.
     pub kubeconfig: Option<PathBuf>,
+    /// As in a pod: no other input than the service account's directory, in its place, and where the API server is.
+    pub service_account: Option<(PathBuf, SocketAddr)>,
     /// Further arguments of `proxy-agent run`.
     pub extra: Vec<String>,
     /// Note every bpf(2) call that it makes, for [`Node::bpf_calls`].
     pub traced: bool,
     /// Its only capabilities, as setpriv(1) names them.
     pub capabilities: Option<String>,
+    /// A directory of programs that it finds before the system's.
+    pub programs: Option<PathBuf>,
 }
 
 impl AgentOptions {
     pub fn new(socket_lb: SocketLb) -> Self {
-        Self { socket_lb, source: None, kubeconfig: None, extra: Vec::new(), traced: false, capabilities: None }
+        Self {
+            socket_lb,
+            fallback: None,
+            source: None,
+            kubeconfig: None,
+            service_account: None,
+            extra: Vec::new(),
+            traced: false,
+            capabilities: None,
+            programs: None,
+        }
+    }
+
+    /// Where another dataplane than eBPF serves, all goes per packet.
+    pub fn by(fallback: Fallback) -> Self {
+        Self { fallback: Some(fallback), ..Self::new(SocketLb::Node) }
     }
 }
 
@@ -76,17 +142,35 @@ impl Agent {
         logs: &Path,
         options: &AgentOptions,
     ) -> Result<Self> {
-        let AgentOptions { socket_lb, source, kubeconfig, extra, traced, capabilities } = options;
+        let AgentOptions {
+            socket_lb,
+            fallback,
+            source,
+            kubeconfig,
+            service_account,
+            extra,
+            traced,
+            capabilities,
+            programs,
+        } = options;
         let name = &node.place.name;
         let log = logs.join(format!("{name}.log"));
         let stderr =
             File::options().create(true).append(true).open(&log).with_context(|| format!("open {}", log.display()))?;
-        let input = match kubeconfig {
-            Some(kubeconfig) => ["--kubeconfig".as_ref(), kubeconfig.as_os_str()],
-            None => ["--source".as_ref(), source.as_deref().unwrap_or(objects).as_os_str()],
+        let input: &[&OsStr] = match (kubeconfig, service_account) {
+            (Some(kubeconfig), _) => &["--kubeconfig".as_ref(), kubeconfig.as_os_str()],
+            (None, Some(_)) => &[],
+            (None, None) => &["--source".as_ref(), source.as_deref().unwrap_or(objects).as_os_str()],
         };
         let trace = traced.then(|| logs.join(format!("{name}.trace")));
         let mut words: Vec<OsString> = Vec::new();
+        let mut variables: Vec<(&str, String)> = Vec::new();
+        if let Some((account, server)) = service_account {
+            words.extend(["unshare", "--mount", "--propagation=private", "sh", "-c", MOUNTED].map(OsString::from));
+            words.push(account.into());
+            variables.push(("KUBERNETES_SERVICE_HOST", server.ip().to_string()));
+            variables.push(("KUBERNETES_SERVICE_PORT", server.port().to_string()));
+        }
         if let Some(capabilities) = capabilities {
             words.extend(["setpriv".into(), format!("--bounding-set=-all,{capabilities}").into()]);
         }
@@ -108,10 +192,14 @@ impl Agent {
             .arg(&node.bpffs)
             .arg("--cgroup-root")
             .arg(&node.cgroup)
+            .args(fallback.iter().flat_map(|fallback| fallback.arguments()))
             .args(extra)
             .env("NO_COLOR", "1")
+            .env("PATH", path(programs.as_deref()))
             // The machine's own proxy settings and cluster mean nothing inside.
             .env_remove("KUBECONFIG")
+            .env("HOME", "/nonexistent")
+            .envs(variables)
             .stdin(Stdio::null())
             .stdout(stderr.try_clone()?)
             .stderr(stderr)
@@ -137,6 +225,20 @@ impl Agent {
     }
 }
 
+/// Where a pod's service account is, for this process and what it becomes alone.
+const MOUNTED: &str = "mount -t tmpfs none /run && mkdir -p /var/run/secrets/kubernetes.io && \
+                       ln -s \"$0\" /var/run/secrets/kubernetes.io/serviceaccount && exec \"$@\"";
+
+fn path(first: Option<&Path>) -> OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    if let Some(first) = first {
+        let system = std::mem::replace(&mut path, first.into());
+        path.push(":");
+        path.push(system);
+    }
+    path
+}
+
 impl Drop for Agent {
     /// As a crash would; whatever is pinned stays.
     fn drop(&mut self) {
@@ -154,6 +256,16 @@ impl Node {
     /// One of the maps that only the agent writes.
     pub fn pinned_map(&self, name: &str) -> Result<pins::Elements> {
         pins::map(&self.bpffs, name)
+    }
+
+    /// Whether its programs know that nobody else translates here.
+    pub fn is_alone(&self) -> Result<bool> {
+        Ok(self.pinned_map("alone")?.values().flatten().any(|byte| *byte != 0))
+    }
+
+    /// Takes everything out of one of its hash maps; how much there was.
+    pub fn clear_map(&self, name: &str) -> Result<usize> {
+        pins::clear(&self.bpffs, name)
     }
 
     /// Every bpf(2) call of the running agent so far that succeeded. It has to be started as `traced`.

@@ -8,7 +8,7 @@
 //! | pins | `/sys/fs/bpf/proxy-world-<id>/` |
 
 use std::{
-    fs,
+    fs::{self, File},
     path::{Path, PathBuf},
     sync::{
         Mutex,
@@ -18,6 +18,7 @@ use std::{
 
 use anyhow::{Context, Result};
 use nix::{
+    fcntl::{Flock, FlockArg},
     mount::{MntFlags, MsFlags, mount, umount2},
     sys::signal::{SigSet, Signal},
 };
@@ -166,8 +167,19 @@ fn remove_namespaces(prefix: &str) -> Result<()> {
     Ok(())
 }
 
+/// Other programs that make worlds wait meanwhile.
+fn alone() -> Result<Flock<File>> {
+    fs::create_dir_all(RUN).with_context(|| format!("make {RUN}"))?;
+    let path = Path::new(RUN).join(".lock");
+    let file = File::create(&path).with_context(|| format!("make {}", path.display()))?;
+    Flock::lock(file, FlockArg::LockExclusive)
+        .map_err(|(_, error)| error)
+        .with_context(|| format!("lock {}", path.display()))
+}
+
 /// Removes the worlds whose owner is gone.
 pub(super) fn sweep() -> Result<usize> {
+    let _alone = alone()?;
     let mut removed = 0;
     for entry in fs::read_dir(RUN).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
@@ -183,6 +195,7 @@ pub(super) fn sweep() -> Result<usize> {
 }
 
 fn mount_bpffs() -> Result<()> {
+    let _alone = alone()?;
     let mounts = fs::read_to_string("/proc/mounts").context("read /proc/mounts")?;
     if mounts.lines().any(|line| line.split_whitespace().skip(1).take(2).eq([BPFFS, "bpf"])) {
         return Ok(());

@@ -35,7 +35,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 
-pub use agent::{AgentOptions, SocketLb};
+pub use agent::{AgentOptions, Fallback, SocketLb};
 pub use layout::{cleanup_on_signals, set_exit_status, wait_if_ending};
 pub use namespace::Namespace;
 pub use place::{Ask, Client, Family, Place};
@@ -183,6 +183,13 @@ impl World {
         cgroup::root().err().map(|error| format!("{error:#}"))
     }
 
+    /// Why there can be no IPVS here, if so.
+    pub fn without_ipvs() -> Option<&'static str> {
+        // A kernel that has it built in knows no such module.
+        let _loaded = std::process::Command::new("modprobe").args(["-q", "ip_vs"]).status();
+        (!Path::new("/proc/net/ip_vs").exists()).then_some("this kernel has no IPVS")
+    }
+
     /// A world in which agents serve the objects that are made for it.
     pub fn serving(
         spec: &Spec,
@@ -233,19 +240,38 @@ impl World {
 
     fn start_servers(&mut self) -> Result<()> {
         let places = self.nodes.iter().map(|node| &node.place).chain(self.pods.values());
-        let mut servers = Vec::new();
-        for place in places {
-            let mut args = vec!["serve".to_owned(), format!("--name={}", place.name)];
-            args.extend([place.v4.to_string(), place.v6.to_string()].map(|address| format!("--address={address}")));
-            args.extend(SERVER_PORTS.iter().map(|port| format!("--port={port}")));
-            servers
-                .push(place.start(&self.programs.testpod, &args).with_context(|| format!("server in {}", place.name))?);
-        }
+        let mut servers = places.map(|place| self.start_server(place)).collect::<Result<Vec<_>>>()?;
         for server in &mut servers {
-            server.wait_for_line("serving", Duration::from_secs(5))?;
+            server.wait_for_line("serving", patience(5))?;
         }
         self.servers = servers;
         Ok(())
+    }
+
+    fn start_server(&self, place: &Place) -> Result<Client> {
+        let mut args = vec!["serve".to_owned(), format!("--name={}", place.name)];
+        args.extend([place.v4.to_string(), place.v6.to_string()].map(|address| format!("--address={address}")));
+        args.extend(SERVER_PORTS.iter().map(|port| format!("--port={port}")));
+        place.start(&self.programs.testpod, &args).with_context(|| format!("server in {}", place.name))
+    }
+
+    /// A further pod of node N, as a CNI plugs it in while all else runs; with a server.
+    pub fn plug(&mut self, number: usize, name: &str) -> Result<()> {
+        let nth = self.pods.values().filter(|pod| pod.node == Some(number)).count();
+        let nth = u8::try_from(nth).context("too many pods")?;
+        let node = u8::try_from(number)?;
+        let place = topology::build_pod(self.topology, self.node(number), node, nth, name, &self.layout)?;
+        let mut server = self.start_server(&place)?;
+        server.wait_for_line("serving", patience(5))?;
+        self.servers.push(server);
+        self.pods.insert(name.to_owned(), place);
+        Ok(())
+    }
+
+    /// Takes the link of a pod away, as a CNI does when the pod ends.
+    pub fn unplug(&self, pod: &Place) -> Result<()> {
+        let node = self.node(pod.node.context("no pod")?);
+        node.place.namespace.ip(&format!("link del {}\n", self.pod_link(pod)))
     }
 
     /// A pod by name.
@@ -309,6 +335,8 @@ impl World {
         // "2: eth0    inet 192.168.77.1/24 brd …"
         Ok(out
             .lines()
+            // Addresses of Services.
+            .filter(|line| !line.contains("proxy-ipvs0"))
             .filter_map(|line| line.split_whitespace().nth(3)?.split('/').next()?.parse::<IpAddr>().ok())
             .filter(|address| !address.is_loopback())
             .collect())
@@ -339,7 +367,8 @@ impl World {
         let address = Ipv6Addr::new(0xfd00, 0x96, 0, 0, 0, 0, 0, 0xf000 + u16::try_from(self.markers % 0xfff)?);
         self.write(&objects::service("marker").port("", "TCP", 1).cluster_ips(&[address.into()]).json())?;
         let wanted = format!("\"{address}\"");
-        let deadline = Instant::now() + Duration::from_secs(10);
+        let limit = patience(10);
+        let deadline = Instant::now() + limit;
         for node in self.nodes.iter().filter(|node| node.agent.is_some()) {
             loop {
                 let shown = self.cli(node, &["services", "-o", "json"]);
@@ -349,13 +378,27 @@ impl World {
                 if Instant::now() > deadline {
                     let why = shown.err().map_or(String::new(), |error| format!(" ({error:#})"));
                     bail!(
-                        "{}: the agent has not programmed {address} within 10 s{why}\n{}",
+                        "{}: the agent has not programmed {address} within {limit:?}{why}\n{}",
                         node.place.name,
                         node.agent_log()
                     );
                 }
                 std::thread::sleep(Duration::from_millis(20));
             }
+        }
+        Ok(())
+    }
+
+    /// Until the agent of node N has found that nobody else translates there; it looks again after pauses that grow by the half from five
+    /// seconds on.
+    pub fn wait_until_alone(&self, number: usize) -> Result<()> {
+        let node = self.node(number);
+        let deadline = Instant::now() + patience(40);
+        while !node.is_alone()? {
+            if Instant::now() > deadline {
+                bail!("{}: others are said to translate there\n{}", node.place.name, node.agent_log());
+            }
+            std::thread::sleep(Duration::from_millis(50));
         }
         Ok(())
     }
@@ -380,7 +423,7 @@ impl World {
         for number in 1..=self.nodes.len() {
             self.start_agent(number, options)?;
         }
-        (1..=self.nodes.len()).try_for_each(|number| self.node(number).wait_ready(Duration::from_secs(30)))
+        (1..=self.nodes.len()).try_for_each(|number| self.node(number).wait_ready(patience(30)))
     }
 
     /// Starts the agent on node N; does not wait.
@@ -404,6 +447,11 @@ impl World {
         for node in &mut self.nodes {
             node.agent = None;
             layout::remove_pins(&node.bpffs)?;
+            // Deleting what is not there is an error, making what is there is none.
+            let tables = ["ip", "ip6"]
+                .map(|family| format!("add table {family} proxy-agent\ndelete table {family} proxy-agent\n"));
+            node.place.namespace.nft(&tables.concat())?;
+            node.remove_chains()?;
         }
         Ok(())
     }
@@ -471,6 +519,37 @@ fn counters() -> Result<Vec<(String, u64)>> {
     Ok(counters)
 }
 
+/// How long to wait for what takes no more than so many seconds on a machine: longer on an emulated one, by the factor that
+/// `PROXY_TESTS_SLOWER` says.
+pub fn patience(seconds: u64) -> Duration {
+    Duration::from_secs(seconds.saturating_mul(slower().into()))
+}
+
+/// Asks again and again, until it is so; what was wrong the last time, where it has not come to be so within `patience`.
+pub fn within(patience: Duration, check: impl Fn() -> Result<()>) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        let Err(error) = check() else { return Ok(()) };
+        if began.elapsed() > patience {
+            return Err(error.context(format!("still not so after {} s", patience.as_secs())));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// By what factor things take longer here.
+pub fn slower() -> u32 {
+    std::env::var("PROXY_TESTS_SLOWER").ok().and_then(|factor| factor.parse().ok()).unwrap_or(1)
+}
+
+/// Version of the kernel: the first two numbers.
+pub fn kernel() -> Result<(u32, u32)> {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease")?;
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    let mut next = || numbers.next().context("no version")?.context("kernel version");
+    Ok((next()?, next()?))
+}
+
 /// The Service network of every world.
 pub const SERVICE_CIDR_V4: &str = "10.96.0.0/16";
 pub const SERVICE_CIDR_V6: &str = "fd00:96::/112";
@@ -506,6 +585,21 @@ pub fn vip(family: Family, n: u8) -> IpAddr {
 }
 
 impl Node {
+    /// Flushes iptables' tables in which an agent has chains.
+    fn remove_chains(&self) -> Result<()> {
+        let namespace = &self.place.namespace;
+        for command in Fallback::ALL.into_iter().filter_map(Fallback::iptables).flatten() {
+            if !namespace.output(&format!("{command}-save"), &[])?.contains(":PROXY-SERVICES") {
+                continue;
+            }
+            for table in ["nat", "filter", "mangle"] {
+                namespace.output(command, &["-t", table, "-F"])?;
+                namespace.output(command, &["-t", table, "-X"])?;
+            }
+        }
+        namespace.sysctl(&[("ipv4/conf/all/route_localnet", "0")])
+    }
+
     pub fn agent_running(&self) -> bool {
         self.agent.is_some()
     }

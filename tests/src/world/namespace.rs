@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use nix::sched::{CloneFlags, setns};
+use serde_json::Value;
 
 #[derive(Clone)]
 pub struct Namespace {
@@ -98,6 +99,60 @@ impl Namespace {
     /// Loads an nftables script.
     pub fn nft(&self, script: &str) -> Result<()> {
         self.output("nft", &[script]).map(drop)
+    }
+
+    /// Takes all rules of netfilter, of whatever tool.
+    pub fn flush_rules(&self) -> Result<()> {
+        self.nft("flush ruleset")?;
+        for (tool, table) in self.legacy_tables()? {
+            // A chain goes once no rule names it.
+            for what in ["-F", "-X"] {
+                self.output(tool, &["-w", "-t", &table, what])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All rules of netfilter, of whatever tool; tables and chains without any are none.
+    pub fn rules(&self) -> Result<Vec<String>> {
+        let listed: Value = serde_json::from_str(&self.output("nft", &["-j", "list", "ruleset"])?)?;
+        let of_nft = listed["nftables"].as_array().into_iter().flatten().filter(|one| one.get("rule").is_some());
+        let mut rules: Vec<String> = of_nft.map(Value::to_string).collect();
+        for (tool, table) in self.legacy_tables()? {
+            let listed = self.output(tool, &["-w", "-t", &table, "-S"])?;
+            rules.extend(listed.lines().filter(|line| line.starts_with("-A")).map(|line| format!("{table} {line}")));
+        }
+        Ok(rules)
+    }
+
+    /// Filters of clsact on every device. They stay when whoever made them is gone, and so do their programs and maps.
+    pub fn filters(&self) -> Result<Vec<String>> {
+        let links: Value = serde_json::from_str(&self.output("ip", &["-j", "link", "show"])?)?;
+        let mut filters = Vec::new();
+        for link in links.as_array().into_iter().flatten().filter_map(|link| link["ifname"].as_str()) {
+            for way in ["ingress", "egress"] {
+                let shown = self.output("tc", &["filter", "show", "dev", link, way])?;
+                filters.extend(shown.lines().map(|line| format!("{link} {way}: {line}")));
+            }
+        }
+        Ok(filters)
+    }
+
+    /// Those that are in use here, each with the tool to change it. nft sees nothing of them.
+    fn legacy_tables(&self) -> Result<Vec<(&'static str, String)>> {
+        self.enter(|| {
+            let mut tables = Vec::new();
+            for (tool, names) in [("iptables-legacy", "ip_tables_names"), ("ip6tables-legacy", "ip6_tables_names")] {
+                let path = format!("/proc/thread-self/net/{names}");
+                // Without the file the kernel has no such tables.
+                match fs::read_to_string(&path) {
+                    Ok(text) => tables.extend(text.lines().map(|table| (tool, table.to_owned()))),
+                    Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                    Err(error) => return Err(error).with_context(|| format!("read {path}")),
+                }
+            }
+            Ok(tables)
+        })?
     }
 
     /// Runs a closure on a thread that has entered the namespace. Not in the place's cgroup: what it connects is not

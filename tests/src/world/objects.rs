@@ -231,6 +231,26 @@ impl Slice {
 }
 
 /// Every node of a world, each in a zone of its own.
+/// By which the cgroup of a world's pod is named.
+pub fn pod_uid(name: &str) -> String {
+    let hash = name
+        .bytes()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
+    format!("{:08x}-0000-4000-8000-{:012x}", hash >> 32, hash & 0xffff_ffff)
+}
+
+/// A pod of a world, in the namespace `default`.
+pub fn pod(place: &Place, annotations: Value) -> Value {
+    let Place { name, node, .. } = place;
+    json!({
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {"name": name, "namespace": "default", "uid": pod_uid(name), "annotations": annotations},
+        "spec": {"nodeName": node.map(|node| format!("node{node}"))},
+        "status": {"phase": "Running", "podIP": place.v4},
+    })
+}
+
 pub fn nodes(world: &World) -> Vec<Value> {
     world.nodes.iter().zip(["zone-a", "zone-b"]).map(|(at, zone)| node(&at.place, zone)).collect()
 }
@@ -254,7 +274,8 @@ pub fn node(place: &Place, zone: &str) -> Value {
     })
 }
 
-fn file(dir: &Path, object: &Value) -> Result<PathBuf> {
+/// Where an object of this kind and name is.
+pub fn file(dir: &Path, object: &Value) -> Result<PathBuf> {
     let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str);
     let kind = text("/kind").context("an object without kind")?;
     let name = text("/metadata/name").context("an object without name")?;
@@ -262,14 +283,14 @@ fn file(dir: &Path, object: &Value) -> Result<PathBuf> {
 }
 
 /// One object, one file; renamed into place, so that a reader never sees half of it.
-pub(super) fn write(dir: &Path, object: &Value) -> Result<()> {
+pub fn write(dir: &Path, object: &Value) -> Result<()> {
     let path = file(dir, object)?;
     let draft = path.with_extension("draft");
     fs::write(&draft, serde_json::to_vec_pretty(object)?).with_context(|| format!("write {}", draft.display()))?;
     fs::rename(&draft, &path).with_context(|| format!("rename {}", draft.display()))
 }
 
-pub(super) fn remove(dir: &Path, object: &Value) -> Result<()> {
+pub fn remove(dir: &Path, object: &Value) -> Result<()> {
     let path = file(dir, object)?;
     fs::remove_file(&path).with_context(|| format!("remove {}", path.display()))
 }

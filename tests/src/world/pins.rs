@@ -16,10 +16,24 @@ use anyhow::{Context, Result};
 use nix::libc;
 
 const MAP_LOOKUP: i64 = 1;
+const MAP_DELETE: i64 = 3;
 const MAP_NEXT_KEY: i64 = 4;
+const PROG_LOAD: i64 = 5;
+const OBJ_PIN: i64 = 6;
 const OBJ_GET: i64 = 7;
+const PROG_ATTACH: i64 = 8;
+const PROG_QUERY: i64 = 16;
 const HASH: u32 = 1;
 const MMAPABLE: u32 = 1 << 10;
+
+/// `BPF_PROG_TYPE_CGROUP_SOCK_ADDR`, `BPF_CGROUP_INET4_CONNECT`, `BPF_F_ALLOW_MULTI`
+const SOCK_ADDR: u32 = 18;
+const CONNECT4: u32 = 10;
+const BESIDE_OTHERS: u32 = 2;
+/// `enum bpf_attach_type`, as far as kernels may have it.
+const ATTACH_TYPES: std::ops::Range<u32> = 0..64;
+/// `r0 = 1; exit`: it goes on as it would without.
+const NOTHING: [u64; 2] = [0x0000_0001_0000_00b7, 0x95];
 
 /// Maps that nobody but the agent writes.
 const AGENTS: [&str; 7] = ["frontends_v4", "frontends_v6", "slots_v4", "slots_v6", "devices", "names", "meta"];
@@ -96,6 +110,75 @@ pub(super) fn map(bpffs: &Path, name: &str) -> Result<Elements> {
     elements(&fd, &Facts::of(&fd)?).with_context(|| format!("read the map {name}"))
 }
 
+/// Removes the elements of a hash map, one after the other.
+pub(super) fn clear(bpffs: &Path, name: &str) -> Result<usize> {
+    let path = top(bpffs).join("maps").join(name);
+    let fd = open(&path).with_context(|| format!("open the pin {}", path.display()))?;
+    let (map, size) = (u32::try_from(fd.as_raw_fd())?, Facts::of(&fd)?.number("key_size")? as usize);
+    let mut removed = 0;
+    loop {
+        let mut first = vec![0_u8; size];
+        match bpf(MAP_NEXT_KEY, &mut ElementAttr { map, pad: 0, key: 0, value: first.as_mut_ptr() as u64, flags: 0 }) {
+            Ok(_) => {}
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(removed),
+            Err(error) => return Err(error.into()),
+        }
+        match bpf(MAP_DELETE, &mut ElementAttr { map, pad: 0, key: first.as_ptr() as u64, value: 0, flags: 0 }) {
+            Ok(_) => removed += 1,
+            // Evicted meanwhile.
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+/// Somebody else's program at connect time, which does nothing: on this cgroup for as long as that is there, and pinned.
+pub fn attach_others(cgroup: &Path, pin: &Path) -> Result<()> {
+    let license = c"GPL";
+    let mut load = LoadAttr {
+        kind: SOCK_ADDR,
+        count: NOTHING.len() as u32,
+        instructions: NOTHING.as_ptr() as u64,
+        license: license.as_ptr() as u64,
+        expected: CONNECT4,
+        ..LoadAttr::default()
+    };
+    let fd = bpf(PROG_LOAD, &mut load).context("load a program")?;
+    // SAFETY: the kernel has just made it for us alone.
+    let program = unsafe { OwnedFd::from_raw_fd(fd) };
+    let program = u32::try_from(program.as_raw_fd()).map(|fd| (program, fd))?;
+    let target = fs::File::open(cgroup).with_context(|| format!("open {}", cgroup.display()))?;
+    let target = u32::try_from(target.as_raw_fd()).map(|fd| (target, fd))?;
+    let mut attach = AttachAttr { target: target.1, program: program.1, kind: CONNECT4, flags: BESIDE_OTHERS };
+    bpf(PROG_ATTACH, &mut attach).with_context(|| format!("attach a program to {}", cgroup.display()))?;
+    let path = CString::new(pin.as_os_str().as_bytes())?;
+    let mut at = ObjectAttr { path: path.as_ptr() as u64, fd: program.1, flags: 0 };
+    bpf(OBJ_PIN, &mut at).with_context(|| format!("pin a program at {}", pin.display()))?;
+    Ok(())
+}
+
+/// Which programs there are on a cgroup, by the way in which they are attached.
+pub fn on_cgroup(cgroup: &Path) -> Result<BTreeMap<u32, Vec<u32>>> {
+    let target = fs::File::open(cgroup).with_context(|| format!("open {}", cgroup.display()))?;
+    let mut found = BTreeMap::new();
+    for kind in ATTACH_TYPES {
+        let mut ids = vec![0_u32; 64];
+        let mut attr = QueryAttr {
+            target: u32::try_from(target.as_raw_fd())?,
+            kind,
+            ids: ids.as_mut_ptr() as u64,
+            count: 64,
+            ..QueryAttr::default()
+        };
+        // What is not for cgroups is refused.
+        if bpf(PROG_QUERY, &mut attr).is_ok() && attr.count > 0 {
+            ids.truncate(attr.count as usize);
+            found.insert(kind, ids);
+        }
+    }
+    Ok(found)
+}
+
 /// Keys whose elements came, went or are others now.
 pub fn changed<'a>(before: &'a Elements, after: &'a Elements) -> Vec<&'a Vec<u8>> {
     keys(before, after).into_iter().filter(|key| before.get(*key) != after.get(*key)).collect()
@@ -141,6 +224,43 @@ struct ObjectAttr {
     path: u64,
     fd: u32,
     flags: u32,
+}
+
+#[derive(Default)]
+#[repr(C)]
+struct LoadAttr {
+    kind: u32,
+    count: u32,
+    instructions: u64,
+    license: u64,
+    log_level: u32,
+    log_size: u32,
+    log: u64,
+    kernel: u32,
+    flags: u32,
+    name: [u8; 16],
+    device: u32,
+    expected: u32,
+}
+
+#[repr(C)]
+struct AttachAttr {
+    target: u32,
+    program: u32,
+    kind: u32,
+    flags: u32,
+}
+
+#[derive(Default)]
+#[repr(C)]
+struct QueryAttr {
+    target: u32,
+    kind: u32,
+    flags: u32,
+    attach_flags: u32,
+    ids: u64,
+    count: u32,
+    pad: u32,
 }
 
 #[repr(C)]

@@ -2,7 +2,7 @@
 
 use std::{
     fs::OpenOptions,
-    io::{BufRead, BufReader, Read, Write},
+    io::{BufRead, BufReader, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
@@ -11,6 +11,7 @@ use std::{
         atomic::{AtomicU32, Ordering},
         mpsc,
     },
+    thread::JoinHandle,
     time::Duration,
 };
 
@@ -127,7 +128,16 @@ impl Place {
                 }
             });
         }
-        Ok(Client { what: format!("{} in {}", args.join(" "), self.name), child, stdin, lines })
+        let what = format!("{} in {}", args.join(" "), self.name);
+        // Shown at once: what a server has to say explains failures elsewhere, and a pipe that nobody reads would hold it up.
+        let words = child.stderr.take().map(|stderr| {
+            let what = what.clone();
+            std::thread::spawn(move || {
+                let lines = BufReader::new(stderr).lines().map_while(Result::ok);
+                lines.inspect(|line| eprintln!("{what}: {line}")).collect::<Vec<_>>().join("\n")
+            })
+        });
+        Ok(Client { what, child, stdin, lines, words })
     }
 
     /// Runs `testpod` to its end and parses what it printed.
@@ -204,6 +214,8 @@ pub struct Client {
     child: Child,
     stdin: Option<ChildStdin>,
     lines: mpsc::Receiver<String>,
+    /// What it wrote to stderr, once that is closed.
+    words: Option<JoinHandle<String>>,
 }
 
 impl Client {
@@ -222,6 +234,11 @@ impl Client {
     /// Closes its stdin, which ends it, and parses its last word.
     pub fn finish<T: serde::de::DeserializeOwned>(mut self, timeout: Duration) -> Result<T> {
         drop(self.stdin.take());
+        self.ends(timeout)
+    }
+
+    /// Waits until it ends by itself, and parses its last word.
+    pub fn ends<T: serde::de::DeserializeOwned>(mut self, timeout: Duration) -> Result<T> {
         match self.lines.recv_timeout(timeout) {
             Ok(line) => serde_json::from_str(&line).with_context(|| format!("{}: printed {line:?}", self.what)),
             Err(_) => {
@@ -234,11 +251,7 @@ impl Client {
     /// Ends it and returns what it wrote to stderr.
     fn last_words(&mut self) -> String {
         let _ = self.child.kill();
-        let mut text = String::new();
-        if let Some(mut stderr) = self.child.stderr.take() {
-            let _ = stderr.read_to_string(&mut text);
-        }
-        text.trim().to_owned()
+        self.words.take().and_then(|words| words.join().ok()).unwrap_or_default()
     }
 }
 

@@ -341,7 +341,14 @@ fn build_node(spec: &Spec, number: u8, underlay: &Namespace, layout: &Layout) ->
     Ok(Node { place, cgroup, bpffs, agent: None })
 }
 
-fn build_pod(topology: Topology, node: &Node, number: u8, i: u8, name: &str, layout: &Layout) -> Result<Place> {
+pub(super) fn build_pod(
+    topology: Topology,
+    node: &Node,
+    number: u8,
+    i: u8,
+    name: &str,
+    layout: &Layout,
+) -> Result<Place> {
     let namespace = Namespace::create(&layout.namespace(name))?;
     let (v4, v6) = (pod4(number, i), pod6(number, i));
     let host = &node.place.namespace;
@@ -390,7 +397,14 @@ fn build_pod(topology: Topology, node: &Node, number: u8, i: u8, name: &str, lay
              route add default via fd00:244:{number}::1\n"
         ))?;
     }
-    let cgroup = make_cgroup(&node.cgroup.join(format!("pod-{name}")))?;
+    // As kubelets name them, one way or the other; containers are below.
+    let uid = super::objects::pod_uid(name);
+    let cgroup = if i.is_multiple_of(2) {
+        node.cgroup.join(format!("kubepods.slice/kubepods-pod{}.slice", uid.replace('-', "_")))
+    } else {
+        node.cgroup.join(format!("kubepods/burstable/pod{uid}"))
+    };
+    let cgroup = make_cgroup(&cgroup.join("container"))?;
     Ok(Place { name: name.to_owned(), node: Some(number.into()), v4, v6, namespace, cgroup })
 }
 

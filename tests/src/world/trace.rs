@@ -21,12 +21,16 @@ pub struct Call {
 }
 
 impl Call {
-    /// Whether it changes anything that others see: an element, a link, a pin. What is loaded and not pinned is seen by nobody: the
-    /// agent tries that way what the kernel can do.
+    /// Whether it changes anything that others see: an element, a link, a pin. What is loaded and not pinned is seen by nobody, and
+    /// so are the elements of a map that is not: the agent tries that way what the kernel can do.
     pub fn writes(&self) -> bool {
-        ["MAP_UPDATE", "MAP_DELETE", "LINK_", "OBJ_PIN", "PROG_ATTACH", "PROG_DETACH"]
-            .iter()
-            .any(|write| self.command.strip_prefix("BPF_").is_some_and(|command| command.starts_with(write)))
+        let is = |writes: &[&str]| {
+            writes
+                .iter()
+                .any(|write| self.command.strip_prefix("BPF_").is_some_and(|command| command.starts_with(write)))
+        };
+        is(&["LINK_", "OBJ_PIN", "PROG_ATTACH", "PROG_DETACH"])
+            || (is(&["MAP_UPDATE", "MAP_DELETE"]) && self.pin.is_some())
     }
 }
 
@@ -35,7 +39,8 @@ pub(super) fn calls(text: &str) -> Result<Vec<Call>> {
     let mut pins: BTreeMap<String, String> = BTreeMap::new();
     let mut begun: BTreeMap<&str, &str> = BTreeMap::new();
     let mut calls = Vec::new();
-    for line in text.lines() {
+    // The last line may be written at this moment.
+    for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
         let (thread, rest) = line.trim_start().split_once(' ').with_context(|| format!("strace wrote {line:?}"))?;
         let rest = rest.trim_start();
         if let Some(head) = rest.strip_suffix("<unfinished ...>") {
@@ -65,6 +70,10 @@ pub(super) fn calls(text: &str) -> Result<Vec<Call>> {
                 .and_then(|path| path.split(['"', '/']).rfind(|part| !part.is_empty()));
             pins.insert(descriptor(result).to_owned(), pin.unwrap_or_default().to_owned());
             pin.map(str::to_owned)
+        } else if command == "BPF_MAP_CREATE" {
+            // The number may have been another map's, which is closed.
+            pins.remove(descriptor(result));
+            None
         } else {
             argument(arguments, "map_fd=").and_then(|fd| pins.get(descriptor(fd)).cloned())
         };
@@ -100,6 +109,8 @@ mod tests {
 7 <... bpf resumed>) = 0
 7 bpf(BPF_LINK_CREATE, {link_create={prog_fd=20<anon_inode:bpf-prog>, target_fd=0</dev/null>, attach_type=BPF_TRACE_ITER, flags=0}}, 64) = 21<anon_inode:bpf_link>
 7 bpf(BPF_LINK_CREATE, {link_create={prog_fd=20<anon_inode:bpf-prog>, target_fd=3, attach_type=BPF_TCX_INGRESS, flags=0}}, 64) = 21<anon_inode:bpf_link>
+7 bpf(BPF_MAP_CREATE, {map_type=BPF_MAP_TYPE_ARRAY, key_size=4}, 80) = 11<anon_inode:bpf-map>
+7 bpf(BPF_MAP_UPDATE_ELEM, {map_fd=11<anon_inode:bpf-map>, key=0x5, value=0x7, flags=BPF_ANY}, 32) = 0
 8 +++ killed by SIGKILL +++"#;
         let seen = calls(text.trim_start()).unwrap();
         let call = |command: &str, pin: Option<&str>, count| Call {
@@ -115,8 +126,10 @@ mod tests {
                 call("BPF_MAP_UPDATE_BATCH", Some("frontends_v4"), 2),
                 call("BPF_ITER_LINK_CREATE", None, 1),
                 call("BPF_LINK_CREATE", None, 1),
+                call("BPF_MAP_CREATE", None, 1),
+                call("BPF_MAP_UPDATE_ELEM", None, 1),
             ]
         );
-        assert_eq!(seen.iter().map(Call::writes).collect::<Vec<_>>(), [false, false, true, false, true]);
+        assert_eq!(seen.iter().map(Call::writes).collect::<Vec<_>>(), [false, false, true, false, true, false, false]);
     }
 }

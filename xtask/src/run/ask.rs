@@ -92,6 +92,7 @@ pub fn all(world: &World, plan: &Plan, node_is_served: bool, tries: u32) -> Resu
         let transport = match frontend.protocol.as_str() {
             "TCP" => Transport::Tcp,
             "UDP" => Transport::Udp,
+            "SCTP" => Transport::Sctp,
             other => {
                 problems.push(format!("{}: nobody here can ask over {other}", frontend.service));
                 continue;
@@ -100,6 +101,8 @@ pub fn all(world: &World, plan: &Plan, node_is_served: bool, tries: u32) -> Resu
         for (from, place) in origins {
             // 127.0.0.1 is somebody else wherever else it is asked.
             let elsewhere = frontend.address.is_loopback() && from != "node";
+            // No hook sees what the node's own processes send over SCTP.
+            let node_is_served = node_is_served && transport != Transport::Sctp;
             if !elsewhere && (node_is_served || from != "node") {
                 asked.push(one(world, frontend, transport, from, place, tries)?);
             }
@@ -224,7 +227,27 @@ fn is_fair(counts: impl Iterator<Item = usize> + Clone) -> bool {
     chi_square <= freedom * (1.0 - spread + 4.75 * spread.sqrt()).powi(3)
 }
 
+/// What `examples/` has of every kind, over each family, and who comes from outside is answered by. The plan that says what is asked is the
+/// product's own: what it forgot would not be missed.
+const FROM_OUTSIDE: [&str; 3] = ["ClusterIP", "NodePort", "LoadBalancer"];
+
 impl Report {
+    /// Of the repository's own objects.
+    pub fn requires_every_kind(&mut self) {
+        for kind in FROM_OUTSIDE {
+            for (family, is_v4) in [("IPv4", true), ("IPv6", false)] {
+                let is_it = |asked: &&Asked| {
+                    let of_family = asked.address.parse().is_ok_and(|address: IpAddr| address.is_ipv4() == is_v4);
+                    of_family && asked.kind == kind && asked.from == "outside" && asked.ok && !asked.backends.is_empty()
+                };
+                if !self.frontends.iter().any(|asked| is_it(&asked)) {
+                    self.problems.push(format!("nobody outside was answered by a {kind} over {family}"));
+                    self.ok = false;
+                }
+            }
+        }
+    }
+
     pub fn table(&self) -> String {
         let mut rows = vec![["SERVICE", "FRONTEND", "FROM", "ANSWERED BY", ""].map(str::to_owned)];
         for asked in &self.frontends {

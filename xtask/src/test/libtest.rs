@@ -135,7 +135,7 @@ impl Parser {
                     self.failures.insert(case.split(" (").next().unwrap_or(case).to_owned());
                     return Some(line);
                 }
-                if line.starts_with("ok   ") {
+                if line.starts_with("ok   ") || line.starts_with("sum  ") {
                     return Some(line);
                 }
                 if let Some(counts) = line.strip_prefix("suite ").and_then(|rest| rest.split_once(": ")) {

@@ -7,6 +7,7 @@ use clap::{Arg, ArgAction, Args as ClapArgs, ValueEnum, value_parser};
 use crate::{
     cli::shapes::{SocketLb, Xdp},
     config::{self, BPFFS, Bind, ClusterCidr, LocalMode, PortRange, ProxyMode},
+    dataplane::iptables::Flavour,
     desired::Algorithm,
     model::address::NodePortAddresses,
 };
@@ -33,12 +34,15 @@ pub struct Args {
     #[arg(long, value_name = "NAME", env = "PROXY_AGENT_HOSTNAME_OVERRIDE", help_heading = "Source")]
     pub hostname_override: Option<String>,
 
-    /// Which dataplane: auto or ebpf
+    /// Which dataplane: ebpf, nftables, iptables, ipvs, or auto, the first of these that this node can run
     #[arg(long, value_name = "MODE", default_value_t, env = "PROXY_AGENT_PROXY_MODE")]
     pub proxy_mode: ProxyMode,
     /// Whose sockets are translated at connect time; what is not goes per packet
     #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_SOCKET_LB")]
     pub socket_lb: SocketLb,
+    /// Annotations of this node's Pods and of Namespaces may leave pods alone at connect time; needs leave to list and watch both
+    #[arg(long, env = "PROXY_AGENT_POD_ANNOTATIONS")]
+    pub pod_annotations: bool,
     /// Whether what leaves again by an outward device goes past the stack, its firewall included
     #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_XDP")]
     pub xdp: Xdp,
@@ -77,7 +81,16 @@ pub struct Args {
         help_heading = "Local detection"
     )]
     pub pod_interface_name_prefix: Option<String>,
-    /// Source ports of masqueraded flows
+    /// Bit of a packet's mark that asks for masquerading, where netfilter does it
+    #[arg(
+        long,
+        value_name = "BIT",
+        default_value_t = 14,
+        value_parser = value_parser!(u8).range(0..=31),
+        env = "PROXY_AGENT_IPTABLES_MASQUERADE_BIT"
+    )]
+    pub iptables_masquerade_bit: u8,
+    /// Source ports of masqueraded flows, with eBPF
     #[arg(long, value_name = "MIN-MAX", default_value_t = PortRange::MASQUERADE, env = "PROXY_AGENT_MASQUERADE_PORTS")]
     pub masquerade_ports: PortRange,
     /// Where NodePorts answer: addresses of the node within these, or primary, its InternalIPs [default: all]
@@ -88,9 +101,29 @@ pub struct Args {
         env = "PROXY_AGENT_NODEPORT_ADDRESSES"
     )]
     pub nodeport_addresses: Option<NodePortAddresses>,
-    /// NodePorts answer the node's own processes on 127.0.0.1, too, at connect time
-    #[arg(long, default_value_t = true, env = "PROXY_AGENT_IPTABLES_LOCALHOST_NODEPORTS")]
-    pub iptables_localhost_nodeports: bool,
+    /// NodePorts answer the node's own processes on 127.0.0.1, too: by default at connect time alone; if asked for, by iptables, too, with
+    /// route_localnet
+    #[arg(
+        long,
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        env = "PROXY_AGENT_IPTABLES_LOCALHOST_NODEPORTS"
+    )]
+    pub iptables_localhost_nodeports: Option<bool>,
+    /// Which iptables, with --proxy-mode iptables: nft or legacy [default: the one that others use here]
+    #[arg(long, value_name = "FLAVOUR", env = "PROXY_AGENT_IPTABLES_FLAVOUR")]
+    pub iptables_flavour: Option<Flavour>,
+    /// How IPVS chooses a backend, where the Service does not say: rr, lc, sh …, as the kernel has them
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "rr",
+        value_parser = config::ipvs_scheduler,
+        env = "PROXY_AGENT_IPVS_SCHEDULER"
+    )]
+    pub ipvs_scheduler: String,
     /// Serve the external IPs of Services
     #[arg(long, default_value_t = true, env = "PROXY_AGENT_EXTERNAL_IPS")]
     pub external_ips: bool,

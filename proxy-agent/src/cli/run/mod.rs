@@ -7,11 +7,14 @@
 
 use std::{
     path::Path,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::{Duration, Instant},
 };
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use proxy_common::counters::Reason;
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -22,8 +25,14 @@ use tracing::{info, warn};
 
 use super::Exit;
 use crate::{
-    config::{ClusterCidr, ConfigError, HEALTHZ_PORT, LocalMode, METRICS_PORT, PortRange},
-    dataplane::{Dataplane, Fill, ebpf},
+    config::{ClusterCidr, ConfigError, HEALTHZ_PORT, LocalMode, METRICS_PORT, PortRange, ProxyMode},
+    dataplane::{
+        self, Dataplane, Ended, Fill,
+        choose::{self, Choice},
+        ebpf,
+        netfilter::{self, lock::Lock},
+        select::{self, Mode},
+    },
     desired::{Algorithm, Devices},
     model::{NodeFacts, SourceState, Warning},
     node, plan, serve, source,
@@ -53,7 +62,9 @@ struct Plan {
     node: node::Options,
     sync: sync::Options,
     serve: serve::Options,
-    dataplane: ebpf::Options,
+    dataplane: select::Options,
+    /// Why this one.
+    reason: Arc<str>,
     /// For whoever can tell the owners of Services.
     warnings: mpsc::Receiver<Warning>,
 }
@@ -61,18 +72,37 @@ struct Plan {
 pub fn execute(args: Args) -> anyhow::Result<Exit> {
     logging::start(args.log_format, &args.log_level)?;
     let plan = plan(args)?;
-    warn_of_settings(plan.dataplane.masquerade_ports);
-    privileges::check(&plan.dataplane.bpffs)?;
+    let mode = plan.dataplane.mode;
+    if plan.source.pods && !mode.has_pins() {
+        warn!("--pod-annotations: the {} mode translates no sockets, so there are none to leave alone", mode.name());
+    }
+    warn_of_settings(mode.has_pins().then_some(plan.dataplane.ebpf.masquerade_ports));
+    let allowed = privileges::check(mode.has_pins().then_some(&plan.dataplane.ebpf.bpffs));
+    allowed.map_err(|error| with_advice(error, &plan.dataplane))?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    // The modes of netfilter take it themselves.
+    let alone = mode.has_pins().then(Lock::take).transpose()?;
     let dataplane = {
         // The programs' own log is read by a task.
         let _inside = runtime.enter();
-        ebpf::Ebpf::open(&plan.dataplane).context("the eBPF dataplane cannot be had on this node")?
+        let name = mode.name();
+        let opened = select::open(&plan.dataplane);
+        let opened = opened.with_context(|| format!("the {name} dataplane cannot be had on this node"));
+        opened.map_err(|error| with_advice(error, &plan.dataplane))?
     };
-    let outcome = runtime.block_on(run(plan, Box::new(dataplane)));
+    let outcome = runtime.block_on(run(plan, dataplane));
+    drop(alone);
     // A blocking read of the kernel for a scrape may still be under way; nobody waits for it.
     runtime.shutdown_background();
     outcome.map(|()| Exit::Done)
+}
+
+/// Where the node cannot run what was asked for, what it could run.
+fn with_advice(error: anyhow::Error, options: &select::Options) -> anyhow::Error {
+    match choose::instead(options.mode, options) {
+        Some(advice) => anyhow!("{error:#}; {advice}"),
+        None => error,
+    }
 }
 
 /// From options to what each task wants; everything that can be wrong with them is found here.
@@ -82,14 +112,15 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         master,
         source: directory,
         hostname_override,
-        // Both modes there are lead to the one dataplane there is.
-        proxy_mode: _,
+        proxy_mode,
         socket_lb,
+        pod_annotations,
         xdp,
         devices,
         uplinks,
         algorithm,
         masquerade_all,
+        iptables_masquerade_bit,
         masquerade_ports: PortRange { min, max },
         detect_local_mode,
         cluster_cidr,
@@ -97,6 +128,8 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         pod_interface_name_prefix,
         nodeport_addresses,
         iptables_localhost_nodeports,
+        iptables_flavour,
+        ipvs_scheduler,
         external_ips,
         cgroup_root,
         bpffs,
@@ -111,7 +144,8 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         log_level: _,
         ebpf_log_level,
     } = args;
-    let ended = Arc::<ebpf::Ended>::default();
+    let ended = Arc::<Ended>::default();
+    let restore_failures = Arc::<AtomicU64>::default();
     let node = source::node_name(hostname_override.as_deref())?;
     let input = match directory {
         Some(directory) => source::Input::Directory(directory),
@@ -121,12 +155,43 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
     };
     let detection = Detection::of(detect_local_mode, cluster_cidr, pod_bridge_interface, pod_interface_name_prefix)?;
     let (warnings, warned) = mpsc::channel(WARNINGS);
+    let mut dataplane = select::Options {
+        mode: Mode::Ebpf,
+        netfilter: netfilter::Options {
+            detect_local: detection.dataplane,
+            masquerade_bit: iptables_masquerade_bit,
+            affinity_entries: maps.map_affinity,
+            ended: Arc::clone(&ended),
+            iptables_flavour,
+            localhost_node_ports: iptables_localhost_nodeports == Some(true),
+            restore_failures: Arc::clone(&restore_failures),
+            masquerade_ports: netfilter::beside((min, max)),
+            ipvs_scheduler,
+        },
+        ebpf: ebpf::Options {
+            bpffs: bpffs.clone(),
+            cgroup_root,
+            socket_lb: socket_lb.into(),
+            xdp: xdp.into(),
+            detect_local: detection.dataplane,
+            left_pods: pod_annotations,
+            sizes: sizes(maps),
+            masquerade_ports: (min, max),
+            timeouts: timeouts(conntrack),
+            ended: Arc::clone(&ended),
+            log_level: ebpf_log_level.number(),
+            ..Default::default()
+        },
+    };
+    let Choice { mode, reason } = chosen(proxy_mode, &dataplane)?;
+    dataplane.mode = mode;
     Ok(Plan {
-        source: source::Options { node, input },
+        source: source::Options { node, pods: pod_annotations, input },
         node: node::Options {
             patterns: node::Pattern::all(&devices),
             detect: detection.node,
             uplinks: node::Pattern::all(&uplinks),
+            xdp: ebpf::Xdp::from(xdp) != ebpf::Xdp::Off,
         },
         sync: sync::Options {
             defaults: plan::Defaults {
@@ -134,7 +199,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
                 masquerade_all,
                 detect_local: detection.plan,
                 node_port_addresses: nodeport_addresses.unwrap_or_default(),
-                localhost_node_ports: iptables_localhost_nodeports,
+                localhost_node_ports: iptables_localhost_nodeports.unwrap_or(true),
                 external_ips,
             },
             min_period: min_sync_period,
@@ -146,26 +211,32 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             metrics: metrics_bind_address.socket(METRICS_PORT),
             bind_address_hard_fail,
             sync_period,
-            socket_lb: socket_lb.name(),
-            bpffs: bpffs.clone(),
-            probe: probe(&bpffs, Arc::clone(&ended)),
+            // Netfilter translates packets alone.
+            socket_lb: mode.has_pins().then_some(socket_lb.name()),
+            bpffs: mode.has_pins().then(|| bpffs.clone()),
+            probe: if mode.has_pins() {
+                probe(&bpffs, Arc::clone(&ended))
+            } else {
+                probe_rules(mode, Arc::clone(&ended), Arc::clone(&restore_failures))
+            },
             warnings,
         },
-        dataplane: ebpf::Options {
-            bpffs,
-            cgroup_root,
-            socket_lb: socket_lb.into(),
-            xdp: xdp.into(),
-            detect_local: detection.dataplane,
-            sizes: sizes(maps),
-            masquerade_ports: (min, max),
-            timeouts: timeouts(conntrack),
-            ended,
-            log_level: ebpf_log_level.number(),
-            ..Default::default()
-        },
+        dataplane,
+        reason: reason.into(),
         warnings: warned,
     })
+}
+
+/// `auto` is decided anew at each start.
+fn chosen(asked: ProxyMode, options: &select::Options) -> anyhow::Result<Choice> {
+    let mode = match asked {
+        ProxyMode::Auto => return Ok(choose::first(options)?),
+        ProxyMode::Ebpf => Mode::Ebpf,
+        ProxyMode::Nftables => Mode::Nftables,
+        ProxyMode::Iptables => Mode::Iptables,
+        ProxyMode::Ipvs => Mode::Ipvs,
+    };
+    Ok(Choice { mode, reason: "asked for".into() })
 }
 
 /// How pods of this node are told (contract A72), for each who has a part in it.
@@ -173,7 +244,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
 struct Detection {
     plan: plan::DetectLocal,
     node: node::Detect,
-    dataplane: ebpf::DetectLocal,
+    dataplane: dataplane::DetectLocal,
 }
 
 impl Detection {
@@ -186,7 +257,7 @@ impl Detection {
         let name = |name: Option<String>, mode, option| {
             name.filter(|name| !name.is_empty()).ok_or(ConfigError::NoName { mode, option })
         };
-        let by_address = |plan| Self { plan, dataplane: ebpf::DetectLocal::Address, ..Self::default() };
+        let by_address = |plan| Self { plan, dataplane: dataplane::DetectLocal::Address, ..Self::default() };
         let by_device = |node| Self { node, ..Self::default() };
         Ok(match mode {
             None => Self::default(),
@@ -245,8 +316,10 @@ fn sizes(maps: Maps) -> ebpf::Sizes {
 }
 
 /// Settings of the node that will hurt; `check` names more.
-fn warn_of_settings((min, max): (u16, u16)) {
-    let overlap = PortRange::ephemeral().and_then(|ephemeral| PortRange { min, max }.overlap_warning(ephemeral));
+fn warn_of_settings(masquerade_ports: Option<(u16, u16)>) {
+    let overlap = masquerade_ports
+        .zip(PortRange::ephemeral())
+        .and_then(|((min, max), ephemeral)| PortRange { min, max }.overlap_warning(ephemeral));
     if let Some(text) = overlap {
         warn!("{text}");
     }
@@ -258,17 +331,19 @@ fn warn_of_settings((min, max): (u16, u16)) {
 }
 
 async fn run(plan: Plan, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
-    let Plan { source, node, sync, serve, dataplane: ebpf::Options { bpffs, .. }, warnings } = plan;
+    let Plan { source, node, sync, serve, dataplane: _, reason, warnings } = plan;
     let stop = stop_signal()?;
     info!(
         version = env!("CARGO_PKG_VERSION"),
         node = source.node,
         mode = dataplane.capabilities().name,
+        reason = &*reason,
         socket_lb = serve.socket_lb,
-        bpffs = %bpffs.display(),
+        bpffs = serve.bpffs.as_ref().map(|bpffs| tracing::field::display(bpffs.display())),
         "starting"
     );
-    let starting = Status::starting(dataplane.capabilities().name, source.node.as_str().into());
+    let starting =
+        Status { mode_reason: reason, ..Status::starting(dataplane.capabilities().name, source.node.as_str().into()) };
     let (events, heard) = mpsc::channel(EVENTS);
     let (source_state, source_seen) = watch::channel(SourceState::Listing { missing: Vec::new() });
     let (devices, devices_seen) = watch::channel(Devices::new());
@@ -326,7 +401,7 @@ fn stop_signal() -> anyhow::Result<impl Future<Output = &'static str>> {
 const FILL_IS_GOOD_FOR: Duration = Duration::from_secs(60);
 
 /// What metrics read from the kernel: events at every scrape, the maps' fill once a minute.
-fn probe(bpffs: &Path, ended: Arc<ebpf::Ended>) -> serve::Probe {
+fn probe(bpffs: &Path, ended: Arc<Ended>) -> serve::Probe {
     let bpffs = bpffs.to_owned();
     let counted: Mutex<Option<(Instant, Vec<Fill>)>> = Mutex::new(None);
     Arc::new(move || {
@@ -347,8 +422,55 @@ fn probe(bpffs: &Path, ended: Arc<ebpf::Ended>) -> serve::Probe {
                 events: pins.reasons()?.into_iter().map(event).collect(),
                 fill,
                 ended: ended.counts().into(),
+                restore_failures: None,
             })
         };
         read().map_err(|error| error.to_string())
     })
+}
+
+/// The same where nothing is pinned.
+fn probe_rules(mode: Mode, ended: Arc<Ended>, restore_failures: Arc<AtomicU64>) -> serve::Probe {
+    Arc::new(move || {
+        let restore_failures = (mode == Mode::Iptables).then(|| restore_failures.load(Ordering::Relaxed));
+        Ok(serve::Readings { ended: ended.counts().into(), restore_failures, ..serve::Readings::default() })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A mode is of one of the three alone; the options of other modes mean nothing to it.
+    #[test]
+    fn each_mode_is_told_to_whom_it_concerns_a72() {
+        let cidrs = || Some(crate::config::cluster_cidr("10.244.0.0/16,fd00:244::/48").unwrap());
+        let all = |mode| Detection::of(mode, cidrs(), Some("cni0".into()), Some("veth".into())).unwrap();
+        let of = |mode| {
+            let Detection { plan, node, dataplane } = all(mode);
+            (plan, node, dataplane)
+        };
+        let by_device = |node| (plan::DetectLocal::Device, node, dataplane::DetectLocal::Device);
+        let by_address = |plan| (plan, node::Detect::Roles, dataplane::DetectLocal::Address);
+        let ranges = ["10.244.0.0/16", "fd00:244::/48"].map(|cidr| cidr.parse().unwrap());
+        assert_eq!(of(None), by_device(node::Detect::Roles));
+        assert_eq!(of(Some(LocalMode::ClusterCidr)), by_address(plan::DetectLocal::Cidrs(ranges.into())));
+        assert_eq!(of(Some(LocalMode::NodeCidr)), by_address(plan::DetectLocal::NodeCidrs));
+        assert_eq!(of(Some(LocalMode::BridgeInterface)), by_device(node::Detect::Bridge("cni0".into())));
+        assert_eq!(of(Some(LocalMode::InterfaceNamePrefix)), by_device(node::Detect::Prefix("veth".into())));
+
+        // Without a range nobody can be told, by that mode (A73); a name has to be there.
+        let Detection { plan, dataplane, .. } = Detection::of(Some(LocalMode::ClusterCidr), None, None, None).unwrap();
+        assert_eq!((plan, dataplane), (plan::DetectLocal::Cidrs([].into()), dataplane::DetectLocal::Address));
+        for nothing in [None, Some(String::new())] {
+            let (veth, cni0) = (Some("veth".to_owned()), Some("cni0".to_owned()));
+            for (mode, bridge, prefix, option) in [
+                (LocalMode::BridgeInterface, nothing.clone(), veth, "--pod-bridge-interface"),
+                (LocalMode::InterfaceNamePrefix, cni0, nothing.clone(), "--pod-interface-name-prefix"),
+            ] {
+                let Err(error) = Detection::of(Some(mode), None, bridge, prefix) else { panic!("{option}") };
+                assert!(error.to_string().contains(option), "{error}");
+            }
+        }
+    }
 }

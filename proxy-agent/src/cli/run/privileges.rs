@@ -1,20 +1,25 @@
 //! What the agent must be allowed, asked before it makes anything: a directory that an unprivileged start left in a bpffs would be
 //! in the way of every later one.
 
-use std::{io, os::unix::fs::MetadataExt, path::Path};
+use std::path::Path;
 
 use anyhow::{Context, bail};
-use rustix::{
-    process::geteuid,
-    thread::{CapabilitySet, capabilities},
-};
+use rustix::thread::{CapabilitySet, capabilities};
 
-use crate::dataplane::ebpf::probe::missing_capabilities;
+use crate::dataplane::ebpf::probe::{missing_capabilities, not_its_own};
 
-/// Fails with all that is missing, and what to do.
-pub(super) fn check(bpffs: &Path) -> anyhow::Result<()> {
+/// Fails with all that is missing, and what to do. Without pins netfilter's rules are all there is to write.
+pub(super) fn check(bpffs: Option<&Path>) -> anyhow::Result<()> {
     let held = capabilities(None).context("asking for the own capabilities")?.effective;
-    let missing = missing(held, geteuid().as_raw(), owner(bpffs));
+    let Some(bpffs) = bpffs else {
+        if held.contains(CapabilitySet::NET_ADMIN) {
+            return Ok(());
+        }
+        bail!(
+            "not allowed to write netfilter's rules: CAP_NET_ADMIN missing; run as root, or in a container with the capability NET_ADMIN"
+        );
+    };
+    let missing = missing(held, not_its_own(bpffs));
     if missing.is_empty() {
         return Ok(());
     }
@@ -25,22 +30,10 @@ pub(super) fn check(bpffs: &Path) -> anyhow::Result<()> {
     )
 }
 
-/// Who owns the directory, or what it would be made in.
-fn owner(bpffs: &Path) -> Option<u32> {
-    bpffs.ancestors().find_map(|path| match path.metadata() {
-        Ok(metadata) => Some(Some(metadata.uid())),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
-        // Not ours to look into; whoever may will say what is wrong with it.
-        Err(_) => Some(None),
-    })?
-}
-
-fn missing(held: CapabilitySet, uid: u32, owner: Option<u32>) -> Vec<String> {
-    let mut missing: Vec<_> = missing_capabilities(held).map(str::to_owned).collect();
-    if uid != 0 && owner == Some(0) && !held.contains(CapabilitySet::DAC_OVERRIDE) {
-        missing.push(format!("uid 0 (it is {uid}, and the bpffs is root's)"));
-    }
-    missing
+/// `uid`: the own one, where the bpffs is another's.
+fn missing(held: CapabilitySet, uid: Option<u32>) -> Vec<String> {
+    let uid = uid.map(|uid| format!("uid 0 (it is {uid}, and the bpffs is root's)"));
+    missing_capabilities(held).map(str::to_owned).chain(uid).collect()
 }
 
 #[cfg(test)]
@@ -50,9 +43,9 @@ mod tests {
     #[test]
     fn what_is_missing_is_named() {
         let all = CapabilitySet::BPF | CapabilitySet::PERFMON | CapabilitySet::NET_ADMIN;
-        assert_eq!(missing(all, 0, Some(0)), Vec::<String>::new());
-        assert_eq!(missing(CapabilitySet::SYS_ADMIN | CapabilitySet::NET_ADMIN, 0, Some(0)), Vec::<String>::new());
-        assert_eq!(missing(CapabilitySet::BPF, 7, Some(7)), ["CAP_PERFMON", "CAP_NET_ADMIN"]);
-        assert_eq!(missing(all, 7, Some(0)), ["uid 0 (it is 7, and the bpffs is root's)"]);
+        assert_eq!(missing(all, None), Vec::<String>::new());
+        assert_eq!(missing(CapabilitySet::SYS_ADMIN | CapabilitySet::NET_ADMIN, None), Vec::<String>::new());
+        assert_eq!(missing(CapabilitySet::BPF, None), ["CAP_PERFMON", "CAP_NET_ADMIN"]);
+        assert_eq!(missing(all, Some(7)), ["uid 0 (it is 7, and the bpffs is root's)"]);
     }
 }

@@ -27,12 +27,7 @@ impl Cgroup {
         let path = match root {
             Some(path) => path.to_owned(),
             None => {
-                let path = mounted().map_err(kernel("/proc/self/mountinfo"))?.ok_or_else(|| {
-                    unavailable(
-                        "no cgroup v2 hierarchy is mounted: mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with \
-                         --cgroup-root, or run with --socket-lb off",
-                    )
-                })?;
+                let path = mounted().map_err(kernel("/proc/self/mountinfo"))?.ok_or_else(not_mounted)?;
                 if !is_root(&path) {
                     tracing::warn!(
                         path = %path.display(),
@@ -65,6 +60,13 @@ impl Cgroup {
         }
         Ok(Self { path, fd, id })
     }
+}
+
+fn not_mounted() -> DataplaneError {
+    unavailable(
+        "no cgroup v2 hierarchy is mounted: mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with --cgroup-root, or run \
+         with --socket-lb off",
+    )
 }
 
 /// The mount whose directory is the root of the hierarchy; where none is, the first cgroup2 mount.
@@ -136,6 +138,28 @@ mod tests {
         // Nothing of the node's to be seen: better its own than none.
         assert_eq!(found(&[("tmpfs", dir.path()), ("cgroup2", &own)]), Some(own));
         assert_eq!(found(&[("tmpfs", dir.path())]), None);
+    }
+
+    /// No node without cgroup v2 is left alone with an error number.
+    #[test]
+    fn no_cgroup_v2_is_said_in_a_line_with_the_remedy() {
+        let of = |path: &str| Cgroup::open(Some(Path::new(path))).unwrap_err().to_string();
+        assert_eq!(
+            of("/proc"),
+            "--cgroup-root /proc is not in a cgroup v2 hierarchy: connect-time programs cannot be attached there; name one that is, or run \
+             with --socket-lb off"
+        );
+        assert_eq!(
+            of("/nonexistent"),
+            "--cgroup-root /nonexistent: No such file or directory (os error 2); name a directory of the cgroup v2 hierarchy, or run with \
+             --socket-lb off"
+        );
+        assert_eq!(
+            not_mounted().to_string(),
+            "no cgroup v2 hierarchy is mounted: mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with --cgroup-root, or run \
+             with --socket-lb off"
+        );
+        assert_eq!(choose("41 31 0:38 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n", |_| true), None);
     }
 
     #[test]

@@ -47,8 +47,8 @@ pub(crate) fn put<S: Store>(store: &mut S, devices: &Devices, report: &mut Repor
             }
             for (index, device) in devices {
                 let mut value = device_value(device);
-                let takes_over = !present.contains_key(index)
-                    && bridges.iter().any(|(port, bridge)| bridge == index && leaves(port));
+                // Whether it has an entry does not matter: an attempt that failed since may have made it.
+                let takes_over = bridges.iter().any(|(port, bridge)| bridge == index && leaves(port));
                 if takes_over && value.flags & flags::BEHIND == 0 {
                     value.flags |= flags::BEHIND;
                     moves = true;
@@ -75,14 +75,29 @@ pub(crate) fn put<S: Store>(store: &mut S, devices: &Devices, report: &mut Repor
     moves
 }
 
-/// Brings the entries of the XDP program to exactly `devices`.
+/// Takes the entries of the XDP program of all but these devices: from then on it leaves what comes in there to the stack, wherever its links
+/// are.
+pub(crate) fn keep_xdp<S: Store>(
+    store: &mut S,
+    devices: &BTreeSet<u32>,
+    report: &mut Report,
+) -> Result<(), StoreError> {
+    let before = store.writes();
+    for (index, _) in store.xdp_devices()? {
+        if !devices.contains(&index) {
+            store.remove_xdp_device(index)?;
+        }
+    }
+    report.writes += store.writes() - before;
+    Ok(())
+}
+
+/// Brings the entries of the XDP program, once others are taken, to exactly `devices`.
 pub(crate) fn put_xdp<S: Store>(store: &mut S, devices: &BTreeMap<u32, XdpDevice>, report: &mut Report) {
     let before = store.writes();
     let mut put = || -> Result<(), StoreError> {
+        keep_xdp(store, &devices.keys().copied().collect(), &mut Report::default())?;
         let present: BTreeMap<_, _> = store.xdp_devices()?.into_iter().collect();
-        for index in present.keys().filter(|index| !devices.contains_key(index)) {
-            store.remove_xdp_device(*index)?;
-        }
         for (index, value) in devices.iter().filter(|(index, value)| present.get(index) != Some(value)) {
             store.put_xdp_device(*index, value)?;
         }
@@ -194,23 +209,26 @@ mod tests {
         assert_eq!(turn(&mut store, &ports), (vec![], false));
         assert_eq!(turn(&mut store, &alone), (vec![5], true));
         assert_eq!(turn(&mut store, &alone), (vec![], false));
+        // Attempts at which no program moved, and nothing was pruned.
+        turn(&mut store, &ports);
+        for _ in 0..2 {
+            assert!(put(&mut store, &alone, &mut Report::default()));
+            assert_eq!(behind(&mut store), [5]);
+        }
+        assert_eq!(turn(&mut store, &alone), (vec![5], true));
+        for _ in 0..2 {
+            assert!(!put(&mut store, &ports, &mut Report::default()));
+            assert_eq!(behind(&mut store), [5]);
+        }
+        assert_eq!(turn(&mut store, &ports), (vec![5], false));
     }
 
     #[test]
     fn devices_are_written_once_and_pruned() {
         let device = |name: &str| Device {
-            name: name.into(),
-            role: DeviceRole::Pod,
-            ethernet: true,
             source4: Some([10, 0, 0, 1].into()),
-            source6: None,
             netns: Some(6),
-            bridge: None,
-            behind: false,
-            mac: None,
-            veth: false,
-            without_xdp: None,
-            local: true,
+            ..Device::new(name, DeviceRole::Pod)
         };
         let devices: Devices = [(3, device("a")), (4, device("b"))].into();
         let mut store = Memory::new(0, 0);

@@ -4,14 +4,10 @@ use std::{io, os::fd::OwnedFd};
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 
+use crate::dataplane::netlink::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NLMSG_DONE, NLMSG_ERROR, error, message, split};
+
 const SOCK_DIAG_BY_FAMILY: u16 = 20;
 const SOCK_DESTROY: u16 = 21;
-const NLM_F_REQUEST: u16 = 1;
-const NLM_F_ACK: u16 = 4;
-const NLM_F_DUMP: u16 = 0x300;
-const NLMSG_ERROR: u16 = 2;
-const NLMSG_DONE: u16 = 3;
-const HEADER: usize = 16;
 /// States of a socket that has a peer: all but closed, listening, TIME_WAIT and those without a socket.
 const WITH_PEER: u32 = 1 << 1 | 1 << 2 | 1 << 4 | 1 << 5 | 1 << 8 | 1 << 9 | 1 << 11;
 const ANY_STATE: u32 = u32::MAX;
@@ -76,17 +72,9 @@ impl Socket {
     }
 
     fn send(&self, kind: u16, flags: u16, family: u8, protocol: u8, states: u32, id: &Id) -> io::Result<()> {
-        let length = HEADER + 8 + id.len();
-        let mut message = Vec::with_capacity(length);
-        message.extend_from_slice(&(length as u32).to_ne_bytes());
-        message.extend_from_slice(&kind.to_ne_bytes());
-        message.extend_from_slice(&(NLM_F_REQUEST | flags).to_ne_bytes());
-        // Sequence number and port: one request is out at a time.
-        message.extend_from_slice(&[0; 8]);
         // `struct inet_diag_req_v2`.
-        message.extend_from_slice(&[family, protocol, 0, 0]);
-        message.extend_from_slice(&states.to_ne_bytes());
-        message.extend_from_slice(id);
+        let body = [&[family, protocol, 0, 0], states.to_ne_bytes().as_slice(), id].concat();
+        let message = message(kind, NLM_F_REQUEST | flags, &body);
         rustix::net::send(&self.0, &message, SendFlags::empty())?;
         Ok(())
     }
@@ -116,42 +104,9 @@ fn judge(listed: io::Result<()>, destroyed: impl FnOnce() -> io::Result<bool>) -
     }
 }
 
-/// The first message: its type, what is in it, and what comes after it.
-fn split(bytes: &[u8]) -> Option<(u16, &[u8], &[u8])> {
-    let length = u32::from_ne_bytes(*bytes.first_chunk()?) as usize;
-    let kind = u16::from_ne_bytes(*bytes.get(4..)?.first_chunk()?);
-    let message = bytes.get(HEADER..length)?;
-    Some((kind, message, bytes.get(length.next_multiple_of(4)..).unwrap_or_default()))
-}
-
-/// What `NLMSG_ERROR` and `NLMSG_DONE` say; nothing if all went well.
-fn error(message: &[u8]) -> Option<io::Error> {
-    let code = message.first_chunk().map_or(-libc::EINVAL, |code| i32::from_ne_bytes(*code));
-    (code != 0).then(|| io::Error::from_raw_os_error(-code))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn messages_follow_one_another() {
-        let message = |kind: u16, body: &[u8]| {
-            let mut bytes = ((HEADER + body.len()) as u32).to_ne_bytes().to_vec();
-            bytes.extend(kind.to_ne_bytes());
-            bytes.resize(HEADER, 0);
-            bytes.extend(body);
-            bytes
-        };
-        let code = (-libc::ENOENT).to_ne_bytes();
-        let both = [message(SOCK_DIAG_BY_FAMILY, b"1234"), message(NLMSG_ERROR, &code)].concat();
-        let (kind, body, rest) = split(&both).unwrap();
-        assert_eq!((kind, body), (SOCK_DIAG_BY_FAMILY, b"1234".as_slice()));
-        let (kind, body, rest) = split(rest).unwrap();
-        assert_eq!((kind, error(body).unwrap().raw_os_error()), (NLMSG_ERROR, Some(libc::ENOENT)));
-        assert!(rest.is_empty() && split(rest).is_none());
-        assert!(error(&0_i32.to_ne_bytes()).is_none());
-    }
 
     /// 99 is nobody's: as if UDP's or TCP's diagnostics were missing.
     const NOBODYS: u8 = 99;

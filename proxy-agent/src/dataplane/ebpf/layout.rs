@@ -9,7 +9,7 @@ use proxy_common::{
     Ipv4Be, Ipv6Be,
     affinity::{AffinityKey, AffinityValue},
     connection::{ConnectionKey, ConnectionValue, FragmentKey, FragmentValue},
-    counters::{Reason, ServiceCounters},
+    counters::{Confirmed, Reason, ServiceCounters},
     device::{DeviceValue, XdpDevice},
     frontend::{FrontendKey, FrontendValue},
     local_cidr::{LocalCidrKey, LocalCidrValue},
@@ -87,8 +87,11 @@ maps! {
     Devices = "devices": HASH<u32, DeviceValue>, map_flag::NO_PREALLOC, |_: &Sizes| 16_384, "";
     XdpDevices = "xdp_devices": HASH<u32, XdpDevice>, map_flag::NO_PREALLOC, |_: &Sizes| 1_024, "";
     Bridges = "bridges": HASH<u32, u32>, map_flag::NO_PREALLOC, |_: &Sizes| 16_384, "";
+    LeftPods = "left_pods": HASH<u64, u32>, map_flag::NO_PREALLOC, |_: &Sizes| 4_096, "";
+    Alone = "alone": ARRAY<u32, u32>, 0, |_: &Sizes| 1, "";
     ServiceCounters = "service_counters": PERCPU_HASH<u32, ServiceCounters>, map_flag::NO_PREALLOC, |s: &Sizes| s.services, "--map-services";
     Reasons = "reasons": PERCPU_ARRAY<u32, u64>, 0, |_: &Sizes| Reason::COUNT as u32, "";
+    Confirmed = "confirmed": PERCPU_ARRAY<u32, Confirmed>, 0, |_: &Sizes| 1, "";
     Names = "names": HASH<u32, ServiceName>, map_flag::NO_PREALLOC, |s: &Sizes| s.services, "--map-services";
     Meta = "meta": ARRAY<u32, Meta>, 0, |_: &Sizes| 1, "";
 }
@@ -109,6 +112,8 @@ impl MapName {
                 | Self::Devices
                 | Self::Bridges
                 | Self::XdpDevices
+                | Self::LeftPods
+                | Self::Alone
                 | Self::Names
                 | Self::Meta
         )

@@ -5,6 +5,7 @@
 //!       ├─ devices what the programs must know of each device; pure over the same store
 //!       │    └─ maps    the store: the pinned maps (slots through a mapping)
 //!       ├─ hooks   programs, pinned links, tc filters
+//!       ├─ alone   whether somebody else translates here, too
 //!       └─ pins    the directory: owner, lock
 //! read     the same maps for readers: CLI, metrics; never writes
 //! probe    can this node run it, and why not
@@ -25,22 +26,28 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    dataplane::{Capabilities, Dataplane, DataplaneError, Drift, Failure, Fill, Hook, Report},
-    desired::{Changes, DesiredState, Devices, Frontend},
+    dataplane::{Capabilities, Dataplane, DataplaneError, DetectLocal, Drift, Ended, Failure, Fill, Hook, Report},
+    desired::{Algorithm, Changes, DesiredState, Devices, Frontend, LeftPods},
+    ipsec,
     model::{Protocol, ServiceKey},
 };
 
 mod alloc;
+mod alone;
 mod cgroup;
 mod clsact;
 mod devices;
 mod diag;
 mod family;
+mod former;
 mod hooks;
 mod hygiene;
 mod layout;
+mod left;
+pub mod linkage;
 mod log;
 mod maps;
+mod noted;
 pub mod object;
 mod pins;
 pub mod probe;
@@ -51,16 +58,21 @@ mod services;
 mod store;
 mod sys;
 mod table;
-mod xdp;
+pub mod xdp;
 
-pub use hygiene::Ended;
+pub(crate) use former::Former;
+pub(crate) use hygiene::Hygiene;
+/// For tests and benchmarks, with maps that are pinned nowhere.
+#[doc(hidden)]
+pub use hygiene::sweep::{Sweep, Swept};
 pub use layout::Sizes;
 pub use pins::PinError;
 pub use xdp::Xdp;
 
+use alone::Alone;
 use hooks::Hooks;
-use hygiene::Hygiene;
 use layout::MapName;
+use left::Left;
 use maps::Maps;
 use pins::{Layout, Pinned};
 use resize::Steps;
@@ -78,16 +90,6 @@ pub enum SocketLb {
     Node,
     /// Nobody's.
     Off,
-}
-
-/// How packets of this node's pods are told from others.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub enum DetectLocal {
-    /// By the device that they come in by.
-    #[default]
-    Device,
-    /// By their source, with what is desired (`local_cidrs`).
-    Address,
 }
 
 /// How the per-packet programs are attached.
@@ -108,6 +110,8 @@ pub struct Options {
     pub cgroup_root: Option<PathBuf>,
     pub socket_lb: SocketLb,
     pub detect_local: DetectLocal,
+    /// Pods may be left alone at connect time, each by itself.
+    pub left_pods: bool,
     pub tc: Tc,
     pub xdp: Xdp,
     pub sizes: Sizes,
@@ -129,6 +133,7 @@ impl Default for Options {
             cgroup_root: None,
             socket_lb: SocketLb::All,
             detect_local: DetectLocal::Device,
+            left_pods: false,
             tc: Tc::Auto,
             xdp: Xdp::Off,
             sizes: Sizes::default(),
@@ -153,6 +158,18 @@ pub struct Timeouts {
     pub udp: u32,
     /// UDP, answered.
     pub udp_stream: u32,
+}
+
+impl Timeouts {
+    fn longer(self, other: Self) -> Self {
+        let Self { tcp_established, tcp_close_wait, udp, udp_stream } = self;
+        Self {
+            tcp_established: tcp_established.max(other.tcp_established),
+            tcp_close_wait: tcp_close_wait.max(other.tcp_close_wait),
+            udp: udp.max(other.udp),
+            udp_stream: udp_stream.max(other.udp_stream),
+        }
+    }
 }
 
 impl Default for Timeouts {
@@ -184,6 +201,14 @@ pub struct Ebpf {
     lagging: Vec<String>,
     steps: Steps,
     hygiene: Hygiene,
+    left: Left,
+    alone: Alone,
+    /// The first full state is in force: before that there may be no frontend that others' connections could be told by.
+    serving: bool,
+    /// And every device has its hooks.
+    complete: bool,
+    /// Pods may be left alone at connect time ([`Options::left_pods`]).
+    leaves_pods: bool,
     started: Instant,
 }
 
@@ -197,7 +222,8 @@ fn unavailable(what: impl Into<String>) -> DataplaneError {
 }
 
 impl Ebpf {
-    /// Opens or makes the maps, adopts or loads the programs. Changes nothing that is in force.
+    /// Opens or makes the maps, adopts or loads the programs. Changes nothing that is in force, but that XDP of an earlier run goes on past
+    /// IPsec policies.
     pub fn open(options: &Options) -> Result<Self, DataplaneError> {
         Self::open_counting(options, Steps::endless())
     }
@@ -224,6 +250,9 @@ impl Ebpf {
         let sizes: Vec<_> = MapName::ALL.iter().map(|map| (*map, map.info(&options.sizes).max_entries)).collect();
         let meta = sys::open(&layout.map(MapName::Meta)).and_then(sys::Map::new).map_err(kernel("map meta"))?;
         let hooks = Hooks::open(layout, options, &meta, &sizes, &path)?;
+        noted::take_up(layout)
+            .and_then(|()| noted::note(layout, options.timeouts))
+            .map_err(kernel("note the time-outs"))?;
         if !moving {
             let written_by_agents = resized.iter().copied().filter(|map| !map.is_written_by_programs());
             resize::copy(layout, written_by_agents, sys::ANY, &mut steps)?;
@@ -232,11 +261,18 @@ impl Ebpf {
         let tcp = hygiene::reaches_sockets(Protocol::Tcp);
         let reach = if tcp.is_ok() { render::Reach::Sockets } else { render::Reach::Packets };
         let pods = hygiene::reaches_sockets(Protocol::Udp).or_else(|why| tcp.map_err(|_| why));
-        let hygiene = Hygiene::start(layout.clone(), pods, Arc::clone(&options.ended))
+        let hygiene = Hygiene::start(layout.clone(), pods, options.timeouts, Arc::clone(&options.ended))
             .map_err(kernel("start the thread that ends stale flows"))?;
-        Ok(Self {
+        let mut ebpf = Self {
             hygiene,
-            table: Table::new(maps, alloc::REST).resetting_by(reach),
+            left: Left::new(&pinned.layout, hooks.cgroup_root().map(PathBuf::from)),
+            alone: Alone::new(&pinned.layout),
+            serving: false,
+            complete: false,
+            leaves_pods: options.left_pods,
+            table: Table::new(maps, alloc::REST)
+                .resetting_by(reach)
+                .leaving_local_cidrs(options.detect_local == DetectLocal::Device),
             hooks,
             sizes: options.sizes,
             resized,
@@ -246,7 +282,12 @@ impl Ebpf {
             steps,
             started: Instant::now(),
             pinned,
-        })
+        };
+        if ebpf.changes_maps() {
+            ebpf.alone.doubt().map_err(kernel("map alone"))?;
+        }
+        ebpf.wait();
+        Ok(ebpf)
     }
 
     /// Removes what a directory of pins holds, with no agent running on it.
@@ -265,6 +306,17 @@ impl Ebpf {
     /// Devices that may carry filters of ours, as the kernel remembers them.
     fn known_devices(&mut self) -> Vec<u32> {
         self.table.store_mut().devices().map(|d| d.into_iter().map(|(index, _)| index).collect()).unwrap_or_default()
+    }
+
+    /// Until links move, which may take time, or fail: XDP of an earlier run, or of other circumstances, leaves to the stack what it should.
+    fn keep_xdp(&mut self, devices: &Devices, report: &mut Report) {
+        let wanted = self.hooks.for_xdp(devices, report);
+        if let Err(error) = devices::keep_xdp(self.table.store_mut(), &wanted, report) {
+            for device in devices.iter().filter_map(|(index, device)| (!wanted.contains(index)).then_some(device)) {
+                let why = format!("device {}: XDP may go on there: {error}", device.name);
+                report.failed_devices.insert(device.name.clone(), Failure::Retry(why));
+            }
+        }
     }
 
     /// What is left of devices that are not wanted any more.
@@ -324,9 +376,11 @@ impl Ebpf {
         }
     }
 
-    /// Once every link holds our programs: maps of a new size take the place of the old ones, and `meta` says what runs.
-    fn settle(&mut self) -> Result<(), DataplaneError> {
+    /// Once every link holds our programs: maps of a new size take the place of the old ones, and `meta` says what runs. Where a link is
+    /// missing others may go on translating, and come over later: they are not looked for yet.
+    fn settle(&mut self, missing: bool) -> Result<(), DataplaneError> {
         self.lagging = if self.moving || !self.former.is_empty() { self.hooks.lagging() } else { Vec::new() };
+        self.complete = false;
         if !self.hooks.is_settled() {
             return Ok(());
         }
@@ -340,23 +394,71 @@ impl Ebpf {
             self.former.clear();
             self.hygiene.look();
         }
+        self.table.clear_local_cidrs().map_err(|error| unavailable(error.to_string()))?;
         self.steps.next()?;
         let meta = *self.hooks.meta();
-        self.table.store_mut().set_meta(&meta).map_err(kernel("map meta"))
+        self.table.store_mut().set_meta(&meta).map_err(kernel("map meta"))?;
+        self.complete = !missing;
+        if self.serving && self.complete {
+            self.alone.look();
+        }
+        Ok(())
+    }
+
+    /// Before the first links are made: what comes in by a link that had none may have been another proxy's until now, whatever an earlier run
+    /// found out.
+    fn before_new_links(&self, devices: &Devices) -> Result<(), DataplaneError> {
+        if !self.hooks.are_new(devices) {
+            return Ok(());
+        }
+        tracing::debug!("links are new: who else translates there is to be found out");
+        self.alone.doubt().map_err(kernel("map alone"))
     }
 }
 
 impl Dataplane for Ebpf {
     fn capabilities(&self) -> Capabilities {
-        Capabilities { name: "ebpf", protocols: vec![Protocol::Tcp, Protocol::Udp, Protocol::Sctp], affinity: true }
+        Capabilities {
+            name: "ebpf",
+            protocols: vec![Protocol::Tcp, Protocol::Udp, Protocol::Sctp],
+            affinity: true,
+            algorithms: vec![Algorithm::Random, Algorithm::RoundRobin, Algorithm::Maglev],
+            loopback: true,
+            resets: true,
+            affinity_clients: None,
+            affinity_apart: false,
+        }
     }
 
     fn resync(&mut self, desired: &DesiredState) -> Report {
         let now = self.now();
         let mut report = self.table.resync(desired, now);
+        // Nobody will ever say who it is where nobody is asked: what an earlier run left there goes.
+        let nobody = (!self.leaves_pods).then(LeftPods::new);
+        if let Some(left_pods) = desired.left_pods.as_ref().or(nobody.as_ref()) {
+            self.left.set(left_pods, now);
+        }
         self.degrade(&mut report, desired.frontends.keys().copied());
         self.hygiene.all(desired, &report);
         report
+    }
+
+    fn wait(&mut self) {
+        let store = self.table.store_mut();
+        if store.xdp_devices().is_ok_and(|entries| entries.is_empty()) {
+            return;
+        }
+        // Devices are told by the node's facts, which may be long in coming; of policies the kernel knows.
+        let Some(why) = ipsec::bars() else { return };
+        match devices::keep_xdp(store, &BTreeSet::new(), &mut Report::default()) {
+            Ok(()) => tracing::warn!(why, "XDP of an earlier run leaves everything to the stack"),
+            Err(error) => tracing::error!(why, %error, "XDP of an earlier run goes on; it is tried again"),
+        }
+    }
+
+    /// Where nothing is in force yet. Maps of another size are filled before links move to them.
+    fn hooks_first(&self) -> bool {
+        !self.changes_maps() && self.table.is_out_of_force()
     }
 
     fn hold(&mut self, services: &BTreeSet<ServiceKey>) {
@@ -366,6 +468,9 @@ impl Dataplane for Ebpf {
     fn apply(&mut self, changes: &Changes) -> Report {
         let now = self.now();
         let mut report = self.table.apply(changes, now);
+        if let Some(left_pods) = &changes.left_pods {
+            self.left.set(left_pods, now);
+        }
         self.degrade(&mut report, changes.set.keys().chain(&changes.remove).copied());
         self.hygiene.changed(changes, &report);
         report
@@ -373,10 +478,11 @@ impl Dataplane for Ebpf {
 
     fn set_devices(&mut self, devices: &Devices) -> Report {
         let mut report = Report::default();
+        self.keep_xdp(devices, &mut report);
         // A program finds its device's entry from its first packet on.
         let moves = devices::put(self.table.store_mut(), devices, &mut report);
-        if let Err(error) = self.before_links_move() {
-            // Links that moved now would leave connections behind.
+        if let Err(error) = self.before_links_move().and_then(|()| self.before_new_links(devices)) {
+            // Links that moved now would leave connections behind, links that are made have them reset.
             let failed = |device: &crate::desired::Device| (device.name.clone(), Failure::Retry(error.to_string()));
             report.failed_devices.extend(devices.values().map(failed));
             return report;
@@ -387,10 +493,12 @@ impl Dataplane for Ebpf {
         if moves {
             devices::put(self.table.store_mut(), devices, &mut report);
         }
-        if let Err(error) = self.settle() {
+        let missing = !report.failed_devices.is_empty();
+        if let Err(error) = self.settle(missing) {
             tracing::warn!(%error, "the next start will load the programs again");
         }
         self.degrade(&mut report, self.table.frontends());
+        self.hygiene.devices();
         report
     }
 
@@ -401,7 +509,14 @@ impl Dataplane for Ebpf {
         for (device, failure) in &report.failed_devices {
             tracing::warn!(device, %failure, "not attached");
         }
-        self.settle()
+        self.settle(!report.failed_devices.is_empty())
+    }
+
+    fn in_force(&mut self) {
+        self.serving = true;
+        if self.complete {
+            self.alone.look();
+        }
     }
 
     fn observe(&mut self) -> Result<Drift, DataplaneError> {
@@ -417,7 +532,12 @@ impl Dataplane for Ebpf {
 
     fn tick(&mut self) -> Option<Duration> {
         let now = self.now();
-        self.table.tick(now, read::monotonic_secs())
+        let next = [self.table.tick(now, read::monotonic_secs()), self.left.tick(now)];
+        next.into_iter().flatten().min()
+    }
+
+    fn unplaced(&self) -> Option<String> {
+        self.left.complaint(self.now())
     }
 
     fn teardown(&mut self) -> Result<(), DataplaneError> {

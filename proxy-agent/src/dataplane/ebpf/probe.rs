@@ -1,17 +1,21 @@
 //! Can this node run the eBPF dataplane, and why not: one check a line, each with its remedy. Changes nothing.
 
-use std::{fs, os::fd::AsFd, path::Path};
+use std::{
+    fs, io,
+    os::{fd::AsFd, unix::fs::MetadataExt},
+    path::{Path, PathBuf},
+};
 
 use aya::{
     EbpfLoader,
     maps::MapType,
-    programs::{Program, ProgramType},
+    programs::{Program, ProgramError, ProgramType},
     sys::{BpfHelper, is_helper_supported, is_map_supported, is_program_supported},
 };
 use rustix::thread::CapabilitySet;
 use serde::Serialize;
 
-use super::{Options, SocketLb, cgroup as cgroups, hooks, hygiene, pins};
+use super::{Options, SocketLb, Xdp, cgroup as cgroups, hooks, hygiene, linkage, pins};
 use crate::model::Protocol;
 
 pub const PROC_SYS: &str = "/proc/sys";
@@ -127,15 +131,19 @@ fn kernel() -> Check {
     )
     .chain(hooks::netns_cookie().is_err().then_some("SO_NETNS_COOKIE"))
     .collect();
+    kernel_with(&release, &lacking)
+}
+
+fn kernel_with(release: &str, lacking: &[&str]) -> Check {
     if lacking.is_empty() {
-        Check::good("kernel", release)
-    } else {
-        Check::bad(
-            "kernel",
-            format!("{release} lacks (or this process may not use) {}", lacking.join(", ")),
-            "use kernel 5.14 or later with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF, and run with the capabilities above",
-        )
+        return Check::good("kernel", release);
     }
+    Check::bad(
+        "kernel",
+        format!("{release} lacks (or this process may not use) {}", lacking.join(", ")),
+        "use kernel 5.14 or later with CONFIG_BPF_SYSCALL and CONFIG_CGROUP_BPF, and run with the capabilities above; older ones can run \
+         --proxy-mode nftables or iptables",
+    )
 }
 
 /// `version`: what was built, and how (`uname -v`). There softirqs of one CPU may preempt one another (3253cb49cbad), unless it was
@@ -163,13 +171,23 @@ fn btf() -> Check {
 
 fn bpffs(path: &Path) -> Check {
     match pins::is_on_bpffs(path) {
-        Ok(true) => Check::good("bpffs", path.display().to_string()),
-        Ok(false) if path.starts_with("/sys/fs/bpf") => Check::bad(
+        Ok(true) => match not_its_own(path) {
+            None => Check::good("bpffs", path.display().to_string()),
+            Some(uid) => {
+                Check::bad("bpffs", format!("uid 0 missing (it is {uid}, and the bpffs is root's)"), "run as root")
+            }
+        },
+        Ok(false) if path.starts_with("/sys/fs/bpf") && Path::new("/sys/fs/bpf").is_dir() && may_mount() => Check::bad(
             "bpffs",
             "nothing is mounted at /sys/fs/bpf",
             "mount -t bpf bpf /sys/fs/bpf (the agent does it if it may)",
         )
         .optional(),
+        Ok(false) if path.starts_with("/sys/fs/bpf") => Check::bad(
+            "bpffs",
+            "nothing is mounted at /sys/fs/bpf, and this process may not (CAP_SYS_ADMIN)",
+            "mount -t bpf bpf /sys/fs/bpf on the node, and give it to the container",
+        ),
         Ok(false) => Check::bad(
             "bpffs",
             format!("{} is not on a bpf filesystem", path.display()),
@@ -179,14 +197,39 @@ fn bpffs(path: &Path) -> Check {
     }
 }
 
+fn may_mount() -> bool {
+    rustix::thread::capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN))
+}
+
+/// The own uid, where the directory, or what it would be made in, is root's and this process may not write there.
+pub fn not_its_own(bpffs: &Path) -> Option<u32> {
+    let uid = rustix::process::geteuid().as_raw();
+    let held = rustix::thread::capabilities(None).map_or(CapabilitySet::empty(), |sets| sets.effective);
+    lacks_uid(held, uid, owner(bpffs)).then_some(uid)
+}
+
+fn lacks_uid(held: CapabilitySet, uid: u32, owner: Option<u32>) -> bool {
+    uid != 0 && owner == Some(0) && !held.contains(CapabilitySet::DAC_OVERRIDE)
+}
+
+/// Who owns the directory, or what it would be made in.
+fn owner(bpffs: &Path) -> Option<u32> {
+    bpffs.ancestors().find_map(|path| match path.metadata() {
+        Ok(metadata) => Some(Some(metadata.uid())),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+        // Not ours to look into; whoever may will say what is wrong with it.
+        Err(_) => Some(None),
+    })?
+}
+
 fn cgroup(root: Option<&Path>) -> Check {
+    cgroup_of(root, || cgroups::mounted().ok().flatten())
+}
+
+fn cgroup_of(root: Option<&Path>, mounted: impl Fn() -> Option<PathBuf>) -> Check {
     let remedy =
         "mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with --cgroup-root, or use --socket-lb off";
-    let path = match root {
-        Some(root) => Some(root.to_owned()),
-        None => cgroups::mounted().ok().flatten(),
-    };
-    match path {
+    match root.map(Path::to_owned).or_else(mounted) {
         None => Check::bad("cgroup v2", "not mounted", remedy),
         // Whoever names a part of the hierarchy means it.
         Some(path) if root.is_none() && !cgroups::is_root(&path) => Check::bad(
@@ -213,6 +256,9 @@ fn helper(name: &'static str, program: ProgramType, helper: BpfHelper, without: 
     }
 }
 
+/// Where the kernel cannot even be asked to load programs.
+const CAPABLE: &str = "run with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON, on kernel 5.14 or later";
+
 /// Loads every program as a dry run, with small maps, pinning nothing; and asks how tc programs can be attached.
 fn programs(options: &Options) -> Vec<Check> {
     let Ok(object) = options.object() else { return vec![] };
@@ -224,17 +270,16 @@ fn programs(options: &Options) -> Vec<Check> {
     }
     let globals = match hooks::Globals::of(options) {
         Ok(globals) => globals,
-        Err(error) => return vec![Check::bad("load", error.to_string(), "run with CAP_BPF and CAP_PERFMON")],
+        Err(error) => return vec![Check::bad("load", error.to_string(), CAPABLE)],
     };
     globals.give(&mut loader);
-    let remedy =
-        "run with CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON; if they are held, report the verifier's words and the kernel";
-    let mut ebpf = match loader.load(object) {
+    let mut ebpf = match loader.load(&linkage::suited(object)) {
         Ok(ebpf) => ebpf,
-        Err(error) => return vec![Check::bad("load", hooks::chain(&error), remedy)],
+        Err(error) => return vec![Check::bad("load", hooks::in_a_line(&error), CAPABLE)],
     };
     let mut tcx = None;
     let mut loaded = 0;
+    let mut xdp = None;
     for (name, program) in ebpf.programs_mut() {
         let result = match program {
             Program::CgroupSockAddr(_) if options.socket_lb == SocketLb::Off => continue,
@@ -246,15 +291,33 @@ fn programs(options: &Options) -> Vec<Check> {
                 }
                 result
             }
+            Program::Xdp(program) if options.xdp != Xdp::Off => {
+                xdp = Some(xdp_program(program.load()));
+                continue;
+            }
             _ => continue,
         };
         if let Err(error) = result {
-            return vec![Check::bad("load", format!("{name}: {}", hooks::chain(&error)), remedy)];
+            return vec![Check::bad("load", hooks::refused(name, &error), hooks::remedy(&error))];
         }
         loaded += 1;
     }
     let attach = if tcx == Some(true) { "TCX" } else { "clsact filters (TCX needs kernel 6.6)" };
-    vec![Check::good("load", format!("{loaded} programs pass the verifier")), Check::good("tc", attach)]
+    let checks = [Check::good("load", format!("{loaded} programs pass the verifier")), Check::good("tc", attach)];
+    checks.into_iter().chain(xdp).collect()
+}
+
+fn xdp_program(loaded: Result<(), ProgramError>) -> Check {
+    const NAME: &str = "XDP program";
+    match loaded {
+        Ok(()) => Check::good(NAME, "passes the verifier"),
+        Err(error) => Check::bad(
+            NAME,
+            format!("{}: everything is served without XDP", hooks::refused("xdp_ingress", &error)),
+            "use --xdp off, or a later kernel; please report the verifier's words and the kernel",
+        )
+        .optional(),
+    }
 }
 
 /// Whether sockets can be taken off a backend that is gone; where not, pods' are served per packet.
@@ -290,7 +353,8 @@ pub fn forwards(proc_sys: &Path) -> [(&'static str, bool); 2] {
     ]
 }
 
-fn forwarding() -> Check {
+/// Whatever serves: nothing else passes packets on to pods.
+pub fn forwarding() -> Check {
     let [(_, v4), (_, v6)] = forwards(Path::new(PROC_SYS));
     Check::of(
         "forwarding",
@@ -309,6 +373,54 @@ fn forwarding() -> Check {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::dataplane::DataplaneError;
+
+    #[test]
+    fn roots_directory_is_roots() {
+        assert!(lacks_uid(CapabilitySet::BPF, 7, Some(0)));
+        for (held, uid, owner) in
+            [(CapabilitySet::BPF, 0, 0), (CapabilitySet::BPF, 7, 7), (CapabilitySet::DAC_OVERRIDE, 7, 0)]
+        {
+            assert!(!lacks_uid(held, uid, Some(owner)), "{uid} {owner}");
+        }
+    }
+
+    #[test]
+    fn no_cgroup_v2_and_no_bpffs_have_their_remedies() {
+        let failed = |check: Check| {
+            assert!(!check.ok && !check.optional, "{check:?}");
+            (check.name, check.detail, check.remedy)
+        };
+        let cgroup_remedy =
+            "mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with --cgroup-root, or use --socket-lb off";
+        for (root, detail) in [
+            (None, "not mounted"),
+            (Some("/proc"), "/proc is no cgroup v2 directory"),
+            (Some("/nonexistent"), "/nonexistent is no cgroup v2 directory"),
+        ] {
+            let check = failed(cgroup_of(root.map(Path::new), || None));
+            assert_eq!(check, ("cgroup v2", detail.to_owned(), cgroup_remedy.to_owned()));
+        }
+        let (_, detail, remedy) = failed(bpffs(Path::new("/proc/pins")));
+        assert_eq!(detail, "/proc/pins is not on a bpf filesystem");
+        assert_eq!(remedy, "mount one (`mount -t bpf bpf DIR`) or give --bpffs a path on one");
+    }
+
+    #[test]
+    fn a_kernel_that_is_too_old_is_named_with_what_it_lacks() {
+        assert_eq!(kernel_with("6.1.0", &[]), Check::good("kernel", "6.1.0"));
+        let Check { ok, optional, detail, remedy, .. } = kernel_with("4.19.0", &["socket storage", "SO_NETNS_COOKIE"]);
+        assert!(!ok && !optional);
+        assert_eq!(detail, "4.19.0 lacks (or this process may not use) socket storage, SO_NETNS_COOKIE");
+        assert!(remedy.contains("kernel 5.14") && remedy.contains("--proxy-mode nftables"), "{remedy}");
+        assert!(!remedy.contains('\n'));
+        // What the programs are told is asked of the kernel, too.
+        let error = DataplaneError::Kernel {
+            what: "SO_NETNS_COOKIE (kernel 5.14)".into(),
+            source: io::Error::from_raw_os_error(libc::ENOPROTOOPT),
+        };
+        assert!(error.to_string().ends_with("the kernel is too old for that: upgrade it (docs/kernels.md)"), "{error}");
+    }
 
     #[test]
     fn a_kernel_whose_softirqs_preempt_one_another_is_named() {

@@ -28,6 +28,7 @@ use super::{
     hooks::{self, CGROUP_PROGRAMS},
     layout::{MapName, Sizes},
     maps::{self, SlotArray},
+    noted,
     pins::{self, Layout},
     render, sys,
 };
@@ -181,9 +182,24 @@ impl Pins {
         Ok(meta.get(&0).map_err(self.failed(MapName::Meta))?.unwrap_or_default())
     }
 
+    /// Whether nobody else translates here, so that TCP connections that have lost their entries are reset.
+    pub fn is_alone(&self) -> Result<bool> {
+        // Pins of a version that had no such map.
+        if !self.layout.map(MapName::Alone).exists() {
+            return Ok(false);
+        }
+        let alone = self.map::<u32, u32>(MapName::Alone)?;
+        Ok(alone.get(&0).map_err(self.failed(MapName::Alone))? == Some(1))
+    }
+
     /// Whether an agent holds the directory now.
     pub fn agent_running(&self) -> bool {
         pins::is_held(&self.layout.root)
+    }
+
+    /// Whether another mode has taken over: they are there for open connections alone.
+    pub fn is_retired(&self) -> bool {
+        noted::is_retired(&self.layout)
     }
 
     /// Its pid, as far as this pid namespace can tell.
@@ -345,7 +361,7 @@ impl Pins {
                 MapName::SlotsV4 => self.slots_used::<Ipv4Be>()?,
                 MapName::SlotsV6 => self.slots_used::<Ipv6Be>()?,
                 // Socket storage has no size, the others are always full.
-                MapName::PeersV4 | MapName::PeersV6 | MapName::Reasons | MapName::Meta => continue,
+                MapName::PeersV4 | MapName::PeersV6 | MapName::Reasons | MapName::Confirmed | MapName::Meta => continue,
                 _ => {
                     let info = map.info(&Sizes::default());
                     let value = maps::value_size(map).map_err(self.failed(map))?;

@@ -28,6 +28,7 @@ mod cmd {
     pub(super) const OBJ_PIN: i64 = 6;
     pub(super) const OBJ_GET: i64 = 7;
     pub(super) const OBJ_INFO: i64 = 15;
+    pub(super) const LOOKUP_AND_DELETE: i64 = 21;
     pub(super) const LOOKUP_BATCH: i64 = 24;
     pub(super) const UPDATE_BATCH: i64 = 26;
     pub(super) const DELETE_BATCH: i64 = 27;
@@ -398,9 +399,13 @@ impl<K: Pod, V: Pod> Map<K, V> {
     }
 
     pub(crate) fn get(&self, key: &K) -> io::Result<Option<V>> {
+        self.get_by(cmd::MAP_LOOKUP, key)
+    }
+
+    fn get_by(&self, command: i64, key: &K) -> io::Result<Option<V>> {
         let mut value = MaybeUninit::<V>::zeroed();
         let attr = &mut ElementAttr { key: address(key), value: address(value.as_mut_ptr()), ..self.element() };
-        match bpf(cmd::MAP_LOOKUP, attr) {
+        match bpf(command, attr) {
             // SAFETY: the kernel filled it (and it was zeroed); `Pod`: every bit pattern is valid.
             Ok(_) => Ok(Some(unsafe { value.assume_init() })),
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(None),
@@ -420,6 +425,11 @@ impl<K: Pod, V: Pod> Map<K, V> {
             Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
             Err(error) => Err(error),
         }
+    }
+
+    /// Removes an element and tells what it held at that moment (hash maps since 5.14, 3e87f192b405).
+    pub(crate) fn take(&self, key: &K) -> io::Result<Option<V>> {
+        self.get_by(cmd::LOOKUP_AND_DELETE, key)
     }
 
     /// Writes all, or as many as fit: how many landed, and why no more did.
@@ -594,6 +604,17 @@ fn dump_each(map: BorrowedFd<'_>, key: usize, value: usize, mut each: impl FnMut
         }
         at = Some(next);
     }
+}
+
+/// The bytes of one element of an array; `value` is as long as all its CPUs' values together.
+pub(crate) fn read_element(map: BorrowedFd<'_>, index: u32, value: &mut [u8]) -> io::Result<()> {
+    let attr = &mut ElementAttr {
+        map: raw(map),
+        key: address(&raw const index),
+        value: address(value.as_mut_ptr()),
+        ..Default::default()
+    };
+    bpf(cmd::MAP_LOOKUP, attr).map(drop)
 }
 
 /// Deletes one element of a map whose values the caller does not care for. Whether there was one.

@@ -82,6 +82,10 @@ pub(crate) struct Table<S> {
     /// Services (`namespace/name`) whose frontends stay as they are.
     held: BTreeSet<String>,
     reach: Reach,
+    /// Addresses that tell a pod, as they landed; `None`: not known to be right.
+    local_cidrs: Option<BTreeSet<IpNet>>,
+    /// Those of a former process stay as they are: its programs ask for them until ours have taken their place.
+    leaves_local_cidrs: bool,
 }
 
 /// Keys to delete beyond those that `Changes` name.
@@ -106,12 +110,29 @@ impl<S: Store> Table<S> {
             held: BTreeSet::new(),
             prune_at: Duration::ZERO,
             reach: Reach::default(),
+            local_cidrs: None,
+            leaves_local_cidrs: false,
         }
     }
 
     /// How connections of pods are reset where that is asked for.
     pub(crate) fn resetting_by(self, reach: Reach) -> Self {
         Self { reach, ..self }
+    }
+
+    /// For programs that tell pods by their devices: what others go by is left until [`clear_local_cidrs`](Self::clear_local_cidrs).
+    pub(crate) fn leaving_local_cidrs(self, leaves_local_cidrs: bool) -> Self {
+        Self { leaves_local_cidrs, ..self }
+    }
+
+    /// Nobody asks for them any more.
+    pub(crate) fn clear_local_cidrs(&mut self) -> Result<(), StoreError> {
+        if !self.leaves_local_cidrs {
+            return Ok(());
+        }
+        self.set_local_cidrs(&BTreeSet::new())?;
+        self.leaves_local_cidrs = false;
+        Ok(())
     }
 
     #[cfg(test)]
@@ -163,6 +184,12 @@ impl<S: Store> Table<S> {
         report
     }
 
+    /// The kernel has no frontend and no guard.
+    pub(crate) fn is_out_of_force(&self) -> bool {
+        self.store.frontends::<Ipv4Be>().is_ok_and(|v4| v4.is_empty())
+            && self.store.frontends::<Ipv6Be>().is_ok_and(|v6| v6.is_empty())
+    }
+
     /// See [`dataplane::Dataplane::hold`].
     pub(crate) fn hold(&mut self, services: &BTreeSet<ServiceKey>) {
         self.held = services.iter().map(ToString::to_string).collect();
@@ -190,7 +217,7 @@ impl<S: Store> Table<S> {
 
     /// Everything desired, and the removal of everything else the shadow holds.
     fn towards(&self, desired: &DesiredState) -> Changes {
-        let DesiredState { frontends, guards, local_cidrs } = desired;
+        let DesiredState { frontends, guards, local_cidrs, left_pods: _ } = desired;
         let mut changes = Changes {
             set: frontends.clone(),
             guard: guards.clone(),
@@ -221,8 +248,10 @@ impl<S: Store> Table<S> {
         if !self.held.is_empty() {
             self.spare(changes.to_mut(), &mut report);
         }
-        let Changes { set, remove, guard, unguard, local_cidrs } = &*changes;
-        if let Some(local_cidrs) = local_cidrs {
+        let Changes { set, remove, guard, unguard, local_cidrs, left_pods: _ } = &*changes;
+        if let Some(local_cidrs) = local_cidrs
+            && !self.leaves_local_cidrs
+        {
             let error = self.set_local_cidrs(local_cidrs).err();
             report.failed_local_cidrs =
                 error.map(|error| Failure::Retry(format!("addresses that tell a pod of this node: {error}")));
@@ -242,6 +271,7 @@ impl<S: Store> Table<S> {
 
     /// Brings exactly these in. What is new comes first: where two overlap, nobody is outside for a moment.
     fn set_local_cidrs(&mut self, wanted: &BTreeSet<IpNet>) -> Result<(), StoreError> {
+        self.local_cidrs = None;
         let present = self.store.local_cidrs()?;
         for cidr in wanted.difference(&present) {
             self.store.put_local_cidr(*cidr)?;
@@ -249,6 +279,7 @@ impl<S: Store> Table<S> {
         for cidr in present.difference(wanted) {
             self.store.remove_local_cidr(*cidr)?;
         }
+        self.local_cidrs = Some(wanted.clone());
         Ok(())
     }
 
@@ -435,6 +466,9 @@ impl<S: Store> Table<S> {
         }
         drift.frontends.sort();
         drift.guards.sort();
+        if let Some(local_cidrs) = &self.local_cidrs {
+            drift.local_cidrs = self.store.local_cidrs()? != *local_cidrs;
+        }
         Ok(drift)
     }
 

@@ -3,7 +3,7 @@
 //! Only one program fits a device's hook, and what it sends on nobody else sees. So nothing is ever taken off a device, and where XDP is not to
 //! be had tc serves alone.
 
-use std::io;
+use std::{fs, io, path::Path};
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
 use serde::{Deserialize, Serialize};
@@ -64,7 +64,7 @@ impl Mode {
 }
 
 /// Why XDP is no use on this device, whatever its driver says.
-pub(crate) fn bars(device: &Device) -> Option<&'static str> {
+pub fn bars(device: &Device) -> Option<&'static str> {
     if !device.ethernet || device.mac.is_none() {
         return Some("it has no Ethernet frames");
     }
@@ -87,14 +87,57 @@ fn refusal(mode: Mode, error: &io::Error) -> String {
     }
 }
 
-/// `NETDEV_XDP_ACT_NDO_XMIT`.
+/// `NETDEV_XDP_ACT_BASIC`, `NETDEV_XDP_ACT_NDO_XMIT`.
+const RUNS: u64 = 1;
 const SENDS: u64 = 1 << 2;
+
+/// What a driver can.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Driver {
+    /// Runs XDP programs.
+    pub runs: bool,
+    /// Takes frames that are redirected to it; some do only once they have a program.
+    pub sends: bool,
+}
+
+/// What this device's driver can; known since 6.3 (d3d854fd6a1d).
+pub fn driver(index: u32) -> io::Result<Driver> {
+    features(index).map(|features| Driver { runs: features & RUNS != 0, sends: features & SENDS != 0 })
+}
 
 /// Whether the driver takes frames that XDP redirects to it. The kernel does not say before the frame is lost.
 ///
 /// Known since 6.3 (d3d854fd6a1d); before, to be careful, no.
 pub(crate) fn sends(index: u32) -> bool {
-    features(index).is_ok_and(|features| features & SENDS != 0)
+    driver(index).is_ok_and(|driver| driver.sends)
+}
+
+/// Drivers of hardware: frames come by a wire, whole. Those of virtual machines hand over what a socket on the same host left for the hardware
+/// to do, or may.
+const HARDWARE: [&str; 14] = [
+    "atlantic",
+    "bnxt_en",
+    "i40e",
+    "ice",
+    "igb",
+    "igc",
+    "ixgbe",
+    "ixgbevf",
+    "mlx4_core",
+    "mlx5_core",
+    "nfp",
+    "nicvf",
+    "qede",
+    "sfc",
+];
+
+/// Whether no frame comes in there whose checksum is yet to be made. What is not known may.
+pub(crate) fn makes_sums(index: u32, device: &str) -> bool {
+    let path = Path::new("/sys/class/net").join(device);
+    // What is mounted there may be another network namespace's.
+    let is_it = fs::read_to_string(path.join("ifindex")).is_ok_and(|text| text.trim() == index.to_string());
+    let driver = fs::read_link(path.join("device/driver"));
+    is_it && driver.is_ok_and(|path| path.file_name().is_some_and(|name| HARDWARE.iter().any(|driver| name == *driver)))
 }
 
 const GENL_ID_CTRL: u16 = 16;

@@ -150,8 +150,12 @@ fn sockets_of_pods_are_left_alone_by_annotation() {
 fn a_cluster_ip_that_the_node_owns_is_left_to_it() {
     let service = Service { cluster_ips: service(&["192.0.2.99", "fd00::a"]).cluster_ips, ..service(&["10.96.0.1"]) };
     let planned = plan(&service, &[]);
-    let of = |addr: &str| planned.frontends.iter().any(|(frontend, _)| frontend.addr.to_string() == addr);
-    assert_eq!((of("192.0.2.99"), of("fd00::a")), (false, true));
+    let of = |addr: &str| {
+        let (_, spec) = planned.frontends.iter().find(|(frontend, _)| frontend.addr.to_string() == addr).unwrap();
+        let Verdicts { pod, node, external } = spec.verdicts;
+        [pod, node, external].map(|verdict| verdict.action)
+    };
+    assert_eq!((of("192.0.2.99"), of("fd00::a")), ([Action::Pass; 3], [Action::Reject; 3]));
     assert_eq!(planned.guards, ["fd00::a".parse::<IpAddr>().unwrap()]);
     assert!(planned.problems[0].contains("clusterIP 192.0.2.99 is an address of this node"), "{:?}", planned.problems);
 }

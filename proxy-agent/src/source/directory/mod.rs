@@ -1,4 +1,4 @@
-//! A directory of ordinary Service, EndpointSlice and Node files as a source.
+//! A directory of ordinary Service, EndpointSlice and Node files as a source; of Pod and Namespace files, too, if they are asked for.
 //!
 //! Owns the files' last good state. Files are read again when the tree looks different from the last time; the kernel's
 //! notification makes that prompt, a walk several times a second makes it certain (notifications miss what links lead to, and
@@ -32,7 +32,7 @@ use self::{
     parse::{Line, Object, Parsed},
 };
 use super::{SourceError, convert::Names};
-use crate::model::{EndpointSlice, Event, NodeFacts, Service, ServiceKey, SourceState, Teller};
+use crate::model::{EndpointSlice, Event, NodeFacts, Pod, PodKey, Service, ServiceKey, SourceState, Teller};
 
 /// How often the tree is looked at, come a notification or not. Changes are promised within a second.
 const LOOK: Duration = Duration::from_millis(500);
@@ -62,6 +62,9 @@ struct World {
     services: BTreeMap<ServiceKey, Arc<Service>>,
     slices: BTreeMap<SliceKey, Arc<EndpointSlice>>,
     node: NodeFacts,
+    /// Of this node, and of namespaces the annotated ones.
+    pods: BTreeMap<PodKey, Arc<Pod>>,
+    namespaces: BTreeMap<Arc<str>, Arc<str>>,
     /// There, but unreadable, and nothing is known of them.
     unknown_services: BTreeSet<ServiceKey>,
     unknown_slices: BTreeMap<SliceKey, Option<ServiceKey>>,
@@ -71,6 +74,8 @@ struct World {
 struct Directory {
     root: PathBuf,
     node: Arc<str>,
+    /// Pods and namespaces are asked for.
+    pods: bool,
     names: Names,
     files: BTreeMap<PathBuf, File>,
     unreadable: BTreeMap<PathBuf, String>,
@@ -90,13 +95,14 @@ struct Directory {
 
 pub(super) async fn run(
     node: &str,
+    pods: bool,
     root: &Path,
     events: &mpsc::Sender<Event>,
     state: &watch::Sender<SourceState>,
     cancel: &CancellationToken,
 ) -> Result<(), SourceError> {
     let (wake, mut woken) = mpsc::channel::<()>(1);
-    let mut directory = Directory::new(root, node);
+    let mut directory = Directory { pods, ..Directory::new(root, node) };
     // Watching starts before the first look, or a change between the two would wait for the next one.
     let _watcher = watch_tree(root, wake);
     loop {
@@ -180,6 +186,7 @@ impl Directory {
         Self {
             root: root.to_path_buf(),
             node: node.into(),
+            pods: false,
             names: Names::default(),
             files: BTreeMap::new(),
             unreadable: BTreeMap::new(),
@@ -228,7 +235,7 @@ impl Directory {
             }
         }
         let events = match &before {
-            None => first(&now),
+            None => first(&now, self.pods),
             Some(before) => changes(before, &now),
         };
         self.world = Some(now);
@@ -306,14 +313,15 @@ impl Directory {
             World { node: NodeFacts { name: Arc::clone(&self.node), ..NodeFacts::default() }, ..World::default() };
         let mut say = |place: String, problem: String| world.problems.entry(place).or_default().push(problem);
         for (path, why) in &self.unreadable {
-            say(self.place(path, 0), format!("{why}; what it held before stands"));
+            say(self.place(path, 0), format!("{why}; what it held before stands until it can be read"));
         }
         let (mut services, mut slices) = (Owners::default(), Owners::default());
+        let (mut pods, mut namespaces) = (Owners::default(), Owners::default());
         let mut node: Option<String> = None;
         for (path, file) in &self.files {
             let File { signature: _, again: _, good, parsed: _, broken } = file;
             if let Some((line, why)) = broken {
-                say(self.place(path, *line), format!("{why}; what the file held before stands"));
+                say(self.place(path, *line), format!("{why}; what the file held before stands until that is mended"));
             }
             for (line, problem) in &good.problems {
                 say(self.place(path, *line), problem.clone());
@@ -321,7 +329,7 @@ impl Directory {
             for (line, service) in &good.services {
                 let place = self.place(path, *line);
                 if let Some(other) = services.claim(service.key.clone(), Arc::clone(service), &place) {
-                    say(place, format!("Service {} is in {other} already, which stands", service.key));
+                    say(place, format!("Service {} is in {other} already, which stands; take one away", service.key));
                 }
             }
             for (line, slice) in &good.slices {
@@ -329,13 +337,29 @@ impl Directory {
                 let key = (Arc::clone(&slice.namespace), Arc::clone(&slice.name));
                 if let Some(other) = slices.claim(key, Arc::clone(slice), &place) {
                     let name = format!("EndpointSlice {}/{}", slice.namespace, slice.name);
-                    say(place, format!("{name} is in {other} already, which stands"));
+                    say(place, format!("{name} is in {other} already, which stands; take one away"));
+                }
+            }
+            let of_node = good.pods.iter().filter(|(_, node, _)| self.pods && *node == self.node);
+            for (line, _, pod) in of_node {
+                let place = self.place(path, *line);
+                if let Some(other) = pods.claim(pod.key.clone(), Arc::clone(pod), &place) {
+                    let (namespace, name) = &pod.key;
+                    say(place, format!("Pod {namespace}/{name} is in {other} already, which stands; take one away"));
+                }
+            }
+            for (line, name, value) in good.namespaces.iter().filter(|_| self.pods) {
+                let place = self.place(path, *line);
+                if let Some(other) = namespaces.claim(Arc::clone(name), value.clone(), &place) {
+                    say(place, format!("Namespace {name} is in {other} already, which stands; take one away"));
                 }
             }
             for (line, facts) in good.nodes.iter().filter(|(_, facts)| facts.name == self.node) {
                 let place = self.place(path, *line);
                 match &node {
-                    Some(other) => say(place, format!("Node {} is in {other} already, which stands", facts.name)),
+                    Some(other) => {
+                        say(place, format!("Node {} is in {other} already, which stands; take one away", facts.name));
+                    }
                     None => {
                         world.node = facts.clone();
                         node = Some(place);
@@ -371,13 +395,24 @@ impl Directory {
                         true
                     }
                     Object::Node(_) => false,
+                    Object::Pod(_) | Object::Namespace(_) if !self.pods => continue,
+                    Object::Pod(key) => before
+                        .and_then(|before| before.pods.get(key))
+                        .is_some_and(|known| pods.claim(key.clone(), Arc::clone(known), &place).is_none()),
+                    Object::Namespace(name) => {
+                        before.and_then(|before| before.namespaces.get(name)).is_some_and(|known| {
+                            namespaces.claim(Arc::clone(name), Some(Arc::clone(known)), &place).is_none()
+                        })
+                    }
                 };
                 let outcome = if stands { "what was known of it before stands" } else { "it is left out" };
-                say(place, format!("{object} {why}; {outcome}"));
+                say(place, format!("{object} {why}; {outcome} until it is mended"));
             }
         }
         world.services = services.objects();
         world.slices = slices.objects();
+        world.pods = pods.objects();
+        world.namespaces = namespaces.objects().into_iter().filter_map(|(name, value)| Some((name, value?))).collect();
         world
     }
 
@@ -470,9 +505,14 @@ impl<K: Ord, T> Owners<K, T> {
     }
 }
 
-fn first(now: &World) -> Vec<Event> {
-    let World { services, slices, node, unknown_services, unknown_slices, problems } = now;
+/// `with_pods`: they are told, and if there are none.
+fn first(now: &World, with_pods: bool) -> Vec<Event> {
+    let World { services, slices, node, pods: _, namespaces: _, unknown_services, unknown_slices, problems } = now;
     let mut events = vec![Event::Node(node.clone())];
+    if with_pods {
+        events.push(pods(now));
+        events.push(namespaces(now));
+    }
     if !unknown_slices.is_empty() {
         events.push(Event::UnreadableSlices(unknown_slices.clone()));
     }
@@ -487,12 +527,26 @@ fn first(now: &World) -> Vec<Event> {
     events
 }
 
+fn pods(now: &World) -> Event {
+    Event::Pods { list: now.pods.values().cloned().collect(), unreadable: BTreeSet::new() }
+}
+
+fn namespaces(now: &World) -> Event {
+    Event::Namespaces { list: now.namespaces.clone(), unreadable: BTreeSet::new() }
+}
+
 /// Endpoints come before the Services that want them and go after them: no moment in between has a Service without its
 /// endpoints.
 fn changes(before: &World, now: &World) -> Vec<Event> {
     let mut events = Vec::new();
     if before.node != now.node {
         events.push(Event::Node(now.node.clone()));
+    }
+    if before.pods != now.pods {
+        events.push(pods(now));
+    }
+    if before.namespaces != now.namespaces {
+        events.push(namespaces(now));
     }
     let changed = now.slices.iter().filter(|(key, slice)| before.slices.get(key) != Some(slice));
     events.extend(changed.map(|(_, slice)| Event::Slice(Arc::clone(slice))));

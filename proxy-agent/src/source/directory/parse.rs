@@ -14,7 +14,7 @@ use serde_json::Value;
 use serde_saphyr::{NonFiniteFloatPolicy, Spanned};
 
 use crate::{
-    model::{EndpointSlice, NodeFacts, Service, ServiceKey},
+    model::{EndpointSlice, NodeFacts, Pod, PodKey, Service, ServiceKey},
     source::{
         api,
         convert::{self, Names, NotOurs},
@@ -27,6 +27,10 @@ pub(super) struct Parsed {
     pub(super) services: Vec<(Line, Arc<Service>)>,
     pub(super) slices: Vec<(Line, Arc<EndpointSlice>)>,
     pub(super) nodes: Vec<(Line, NodeFacts)>,
+    /// With the names of their nodes.
+    pub(super) pods: Vec<(Line, Arc<str>, Arc<Pod>)>,
+    /// And what their annotation says.
+    pub(super) namespaces: Vec<(Line, Arc<str>, Option<Arc<str>>)>,
     /// Objects that are there but cannot be read, and why not.
     pub(super) unreadable: Vec<(Line, Object, String)>,
     /// Objects that were left out, or not wholly understood where the model has no place to say so.
@@ -42,6 +46,8 @@ pub(super) enum Object {
     /// And the Service whose it says it is.
     Slice((Arc<str>, Arc<str>), Option<ServiceKey>),
     Node(Arc<str>),
+    Pod(PodKey),
+    Namespace(Arc<str>),
 }
 
 impl fmt::Display for Object {
@@ -50,6 +56,8 @@ impl fmt::Display for Object {
             Self::Service(key) => write!(f, "Service {key}"),
             Self::Slice((namespace, name), _) => write!(f, "EndpointSlice {namespace}/{name}"),
             Self::Node(name) => write!(f, "Node {name}"),
+            Self::Pod((namespace, name)) => write!(f, "Pod {namespace}/{name}"),
+            Self::Namespace(name) => write!(f, "Namespace {name}"),
         }
     }
 }
@@ -144,16 +152,30 @@ fn yaml_documents(text: &str) -> Result<Vec<(Line, Value)>, Broken> {
 const LINE: &str = "\0line";
 
 fn items(document: &Value) -> Option<&Vec<Value>> {
-    if kind_of(document)?.ends_with("List") { document.get("items")?.as_array() } else { None }
+    if is_list(document) { document.get("items")?.as_array() } else { None }
 }
 
 fn items_mut(document: &mut Value) -> Option<&mut Vec<Value>> {
-    if kind_of(document)?.ends_with("List") { document.get_mut("items")?.as_array_mut() } else { None }
+    if is_list(document) { document.get_mut("items")?.as_array_mut() } else { None }
 }
 
-fn kind_of(document: &Value) -> Option<&str> {
-    document.get("kind")?.as_str()
+fn is_list(document: &Value) -> bool {
+    let text = |field| document.get(field).and_then(Value::as_str);
+    text("apiVersion").zip(text("kind")).is_some_and(|(version, kind)| list_of(version, kind).is_some())
 }
+
+/// What the items of such a list are, unless they say it themselves (`v1 List`). Whatever else ends in `List` is somebody's own kind.
+fn list_of(version: &str, kind: &str) -> Option<Option<(&'static str, &'static str)>> {
+    if (version, kind) == ("v1", "List") {
+        return Some(None);
+    }
+    let of = kind.strip_suffix("List")?;
+    KINDS.into_iter().find(|known| *known == (version, of)).map(Some)
+}
+
+/// apiVersion and kind of what means something here.
+const KINDS: [(&str, &str); 5] =
+    [("v1", "Service"), ("discovery.k8s.io/v1", "EndpointSlice"), ("v1", "Node"), ("v1", "Pod"), ("v1", "Namespace")];
 
 impl Object {
     /// The name of an object that may hold anything else.
@@ -173,6 +195,8 @@ impl Object {
                 let service = service.map(|service| ServiceKey::new(namespace, service));
                 Some(Self::Slice((namespace.into(), name.into()), service))
             }
+            "Pod" => Some(Self::Pod((namespace.into(), name.into()))),
+            "Namespace" => Some(Self::Namespace(name.into())),
             _ => Some(Self::Node(name.into())),
         }
     }
@@ -186,9 +210,9 @@ impl Parsed {
     /// Whether something that `other` holds may be missing here.
     pub(super) fn holds_less_than(&self, other: &Self) -> bool {
         let counts = |parsed: &Self| {
-            let Self { services, slices, nodes, unreadable, problems: _, ignored: _ } = parsed;
+            let Self { services, slices, nodes, pods, namespaces, unreadable, problems: _, ignored: _ } = parsed;
             [
-                services.len() + slices.len() + nodes.len() + unreadable.len(),
+                services.len() + slices.len() + nodes.len() + pods.len() + namespaces.len() + unreadable.len(),
                 services.iter().map(|(_, service)| service.ports.len()).sum(),
                 slices.iter().map(|(_, slice)| slice.ports.len()).sum(),
                 slices.iter().map(|(_, slice)| slice.endpoints.len()).sum(),
@@ -203,30 +227,35 @@ impl Parsed {
             return;
         }
         if !object.is_object() {
-            return self.say(line, "is no Kubernetes object, but a bare value or list");
+            return self.say(
+                line,
+                "is no Kubernetes object, but a bare value or list; it is left out, write a List with items",
+            );
         }
         let line = object.get(LINE).and_then(Value::as_u64).unwrap_or(line);
         let text = |field: &str| object.get(field).and_then(Value::as_str).map(str::to_owned);
         let version = text("apiVersion").or_else(|| inherited.map(|(version, _)| version.to_owned()));
         let kind = text("kind").or_else(|| inherited.map(|(_, kind)| kind.to_owned()));
         let (Some(version), Some(kind)) = (version, kind) else {
-            return self.say(line, "has no apiVersion and kind, so it is left out");
+            return self.say(line, "has no apiVersion and kind, so it is left out; write both");
         };
         match (version.as_str(), kind.as_str()) {
             ("v1", "Service") => self.service(line, object, names),
             ("discovery.k8s.io/v1", "EndpointSlice") => self.slice(line, object, names),
             ("v1", "Node") => self.node(line, object),
-            (_, list) if list.ends_with("List") => {
-                let Some(items) = items_mut(&mut object) else {
-                    return self.say(line, format!("{list} has no items"));
+            ("v1", "Pod") => self.pod(line, object, names),
+            ("v1", "Namespace") => self.namespace(line, object, names),
+            (version, kind) => {
+                let Some(of) = list_of(version, kind) else {
+                    self.ignored.insert(format!("{version} {kind}"));
+                    return;
                 };
-                let of = list.trim_end_matches("List");
+                let Some(items) = object.get_mut("items").and_then(Value::as_array_mut) else {
+                    return self.say(line, format!("{kind} has no items; write at least `items: []`"));
+                };
                 for item in std::mem::take(items) {
-                    self.object(line, item, (!of.is_empty()).then_some((version.as_str(), of)), names);
+                    self.object(line, item, of, names);
                 }
-            }
-            _ => {
-                self.ignored.insert(format!("{version} {kind}"));
             }
         }
     }
@@ -244,7 +273,7 @@ impl Parsed {
             Err(error) => {
                 match named {
                     Some(named) => self.unreadable.push((line, named, format!("cannot be read: {error}"))),
-                    None => self.say(line, format!("{kind}: {error}; the object is left out")),
+                    None => self.say(line, format!("{kind}: {error}; the object is left out until that is mended")),
                 }
                 None
             }
@@ -254,7 +283,7 @@ impl Parsed {
                     metadata.namespace = "default".to_owned();
                 }
                 if metadata.name.is_empty() {
-                    self.say(line, format!("{kind}: metadata.name is missing; the object is left out"));
+                    self.say(line, format!("{kind}: metadata.name is missing; the object is left out, give it one"));
                     return None;
                 }
                 Some(object)
@@ -292,13 +321,34 @@ impl Parsed {
             Err(NotOurs::NoServiceName) => {
                 self.say(
                     line,
-                    format!("{}: label {} is missing, so it serves no Service", key(), api::SERVICE_NAME_LABEL),
+                    format!("{}: label {} is missing, so it serves no Service; add it", key(), api::SERVICE_NAME_LABEL),
                 );
             }
             Err(NotOurs::AddressType) if object.address_type != "FQDN" => {
-                self.say(line, format!("{}: addressType {:?} is neither IPv4 nor IPv6", key(), object.address_type));
+                let why = "is neither IPv4 nor IPv6; it is left out, write one of these";
+                self.say(line, format!("{}: addressType {:?} {why}", key(), object.address_type));
             }
             Err(_) => {}
+        }
+    }
+
+    fn pod(&mut self, line: Line, object: Value, names: &mut Names) {
+        let Some(object) = self.typed::<api::Pod>(line, "Pod", object, |object| &mut object.metadata) else { return };
+        if let Some(pod) = convert::pod(&object, &object.spec.node_name, names) {
+            if pod.uid.is_empty() {
+                let (namespace, name) = &pod.key;
+                let why = "metadata.uid is missing, by which its cgroup is found; it is left out, write it";
+                return self.say(line, format!("Pod {namespace}/{name}: {why}"));
+            }
+            self.pods.push((line, names.get(&object.spec.node_name), Arc::new(pod)));
+        }
+    }
+
+    fn namespace(&mut self, line: Line, object: Value, names: &mut Names) {
+        let object = self.typed::<api::Namespace>(line, "Namespace", object, |object| &mut object.metadata);
+        if let Some(object) = object {
+            let (name, value) = convert::namespace(&object.metadata, names);
+            self.namespaces.push((line, name, value));
         }
     }
 
@@ -346,6 +396,44 @@ mod tests {
         assert_eq!((*line, slice.service.to_string(), &*slice.ports[0].name), (31, "default/a".to_owned(), ""));
         assert_eq!(parsed.ignored.iter().collect::<Vec<_>>(), ["apps/v1 Deployment", "v1 ConfigMap"]);
         assert_eq!(parsed.problems, []);
+    }
+
+    /// `AllowList` of somebody's own is no list of `Allow`s.
+    #[test]
+    fn kinds_that_end_in_list_are_kinds() {
+        let own = [
+            "{apiVersion: x.example/v1, kind: AllowList, metadata: {name: a}, spec: {}}",
+            "{apiVersion: x.example/v1, kind: AllowList, metadata: {name: b}, items: [10.0.0.1, 10.0.0.2]}",
+            "{apiVersion: x.example/v1, kind: ServiceList, items: [{metadata: {name: c}}]}",
+            "{apiVersion: x.example/v1, kind: List, items: [1]}",
+            "{apiVersion: v1, kind: ConfigMapList, items: [{metadata: {name: d}}]}",
+            "{apiVersion: apps/v1, kind: DeploymentList}",
+        ];
+        for name in ["a.yaml", "a.json"] {
+            let text = if name == "a.json" {
+                let values = own.iter().map(|text| serde_saphyr::from_str::<Value>(text).unwrap().to_string());
+                values.collect::<Vec<_>>().join("\n")
+            } else {
+                own.join("\n---\n")
+            };
+            let parsed = file(name, &text).unwrap();
+            let ignored = [
+                "apps/v1 DeploymentList",
+                "v1 ConfigMapList",
+                "x.example/v1 AllowList",
+                "x.example/v1 List",
+                "x.example/v1 ServiceList",
+            ];
+            assert_eq!(parsed.ignored.iter().collect::<Vec<_>>(), ignored, "{name}");
+            assert_eq!(parsed, Parsed { ignored: parsed.ignored.clone(), ..Parsed::default() }, "{name}");
+        }
+        let list =
+            |kind: &str, items: &str| file("a.yaml", &format!("{{apiVersion: v1, kind: {kind}{items}}}")).unwrap();
+        for kind in ["List", "ServiceList", "NodeList", "PodList", "NamespaceList"] {
+            assert_eq!(list(kind, ", items: []"), Parsed::default());
+            let said = format!("{kind} has no items; write at least `items: []`");
+            assert_eq!(list(kind, "").problems, [(1, said)]);
+        }
     }
 
     #[test]

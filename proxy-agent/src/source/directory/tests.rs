@@ -34,12 +34,22 @@ fn words(events: &[Event]) -> Vec<String> {
                 format!("unreadable {}", keys.iter().map(ToString::to_string).collect::<Vec<_>>().join(" "))
             }
             Event::UnreadableSlices(keys) => format!("unreadable slices {keys:?}"),
+            Event::Pods { list, .. } => {
+                format!("pods {}", list.iter().map(|pod| &*pod.key.1).collect::<Vec<_>>().join(" "))
+            }
+            Event::Namespaces { list, .. } => format!("namespaces {list:?}"),
+            Event::Pod(_) | Event::PodGone(_) | Event::Namespace(..) => unreachable!("files tell all of them"),
             Event::Addresses(_) => unreachable!("files know no addresses"),
             Event::Problems(_, problems) => {
                 format!("problems {}", problems.keys().cloned().collect::<Vec<_>>().join(" "))
             }
         })
         .collect()
+}
+
+/// ext4 has whoever truncates a file and writes it again wait for the disk, which may take seconds while others write.
+fn in_memory() -> tempfile::TempDir {
+    tempfile::tempdir_in("/dev/shm").or_else(|_| tempfile::tempdir()).unwrap()
 }
 
 struct Tree {
@@ -49,7 +59,7 @@ struct Tree {
 
 impl Tree {
     fn new(files: &[(&str, &str)]) -> Self {
-        let root = tempfile::tempdir().unwrap();
+        let root = in_memory();
         for (name, text) in files {
             fs::write(root.path().join(name), text).unwrap();
         }
@@ -112,7 +122,12 @@ fn a_broken_file_keeps_its_last_good_state() {
     let words = tree.look();
     assert_eq!(words[0], "service b@10.0.0.3");
     assert!(words[1].starts_with("problems a.yaml:"), "{words:?}");
-    assert!(tree.problems().contains("does not parse"), "{}", tree.problems());
+    let problems = tree.problems();
+    assert!(
+        problems.starts_with("a.yaml:2: does not parse") || problems.starts_with("a.yaml:1: does not parse"),
+        "{problems}"
+    );
+    assert!(problems.trim_end().ends_with("; what the file held before stands until that is mended"), "{problems}");
 
     // Not text at all, then gone for good.
     fs::write(tree.path("a.yaml"), b"a: 1\nb: \xff\n").unwrap();
@@ -153,7 +168,7 @@ fn a_file_that_never_parsed_is_waited_for() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn not_synced_before_every_file_parsed() {
-    let root = tempfile::tempdir().unwrap();
+    let root = in_memory();
     let file = root.path().join("web.yaml");
     fs::write(&file, "kind: [").unwrap();
     let (tx, mut events) = mpsc::channel(8);
@@ -161,7 +176,7 @@ async fn not_synced_before_every_file_parsed() {
     let cancel = CancellationToken::new();
     let task = tokio::spawn({
         let (root, cancel) = (root.path().to_path_buf(), cancel.clone());
-        async move { run("n1", &root, &tx, &state, &cancel).await }
+        async move { run("n1", false, &root, &tx, &state, &cancel).await }
     });
     let second = Duration::from_secs(2);
     let waits = |state: &SourceState| matches!(state, SourceState::Listing { missing } if !missing.is_empty());
@@ -181,7 +196,7 @@ fn a_bad_object_is_left_out_alone() {
     let bad = "---\napiVersion: v1\nkind: Service\nmetadata: {namespace: x}\nspec: {clusterIP: 10.0.0.9}\n";
     let mut tree = Tree::new(&[("a.yaml", &(service("a", "10.0.0.1") + bad + &service("b", "10.0.0.2")))]);
     assert_eq!(tree.look(), ["node n1 None", "slices ", "services a@10.0.0.1 b@10.0.0.2", "problems a.yaml:7"]);
-    assert_eq!(tree.problems(), "a.yaml:7: Service: metadata.name is missing; the object is left out\n");
+    assert_eq!(tree.problems(), "a.yaml:7: Service: metadata.name is missing; the object is left out, give it one\n");
 }
 
 #[test]
@@ -196,7 +211,7 @@ fn the_same_object_twice() {
     fs::write(tree.path("a.yaml"), service("a", "10.0.0.1")).unwrap();
     assert_eq!(tree.look(), ["service a@10.0.0.1", "problems b.yaml:2 c.yaml:9"]);
     assert!(
-        tree.problems().contains("b.yaml:2: Service default/a is in a.yaml:2 already, which stands"),
+        tree.problems().contains("b.yaml:2: Service default/a is in a.yaml:2 already, which stands; take one away"),
         "{}",
         tree.problems()
     );
@@ -257,7 +272,7 @@ async fn until(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn changes_arrive_within_a_second() {
-    let root = tempfile::tempdir().unwrap();
+    let root = in_memory();
     let path = |name: &str| root.path().join(name);
     fs::write(path("a.yaml"), service("a", "10.0.0.1")).unwrap();
     // A ConfigMap as kubelet mounts it.
@@ -271,7 +286,7 @@ async fn changes_arrive_within_a_second() {
     let cancel = CancellationToken::new();
     let task = tokio::spawn({
         let (root, cancel) = (root.path().to_path_buf(), cancel.clone());
-        async move { run("n1", &root, &tx, &state, &cancel).await }
+        async move { run("n1", false, &root, &tx, &state, &cancel).await }
     });
     let mut said = Vec::new();
     until(&mut events, &mut said, |said| said.last().is_some_and(|last| last == "services a@10.0.0.1 b@10.0.0.2"))
@@ -338,36 +353,50 @@ fn a_file_rewritten_in_place_loses_nothing() {
             + &slice("a-1", "a", "10.2.0.1")
             + &service("b", "10.0.0.2")
     };
+    let write = |path: &Path, stop: &std::sync::atomic::AtomicBool| {
+        let mut longest = Duration::ZERO;
+        for round in 1_u32.. {
+            if stop.load(std::sync::atomic::Ordering::Relaxed) {
+                break;
+            }
+            let began = Instant::now();
+            fs::write(path, "").unwrap();
+            std::thread::sleep(Duration::from_millis(20));
+            // A half, then all of it.
+            fs::write(path, text(round).split_inclusive("---").take(2).collect::<String>()).unwrap();
+            std::thread::sleep(Duration::from_millis(10));
+            fs::write(path, text(round)).unwrap();
+            longest = longest.max(began.elapsed());
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        fs::write(path, text(7)).unwrap();
+        longest
+    };
     let mut tree = Tree::new(&[("a.yaml", &text(0))]);
     tree.look();
-    let stop = Arc::new(std::sync::atomic::AtomicBool::new(false));
-    let writer = std::thread::spawn({
-        let (stop, path) = (Arc::clone(&stop), tree.path("a.yaml"));
-        move || {
-            for round in 1_u32.. {
-                if stop.load(std::sync::atomic::Ordering::Relaxed) {
-                    return fs::write(path, text(7)).unwrap();
-                }
-                fs::write(&path, "").unwrap();
-                std::thread::sleep(Duration::from_millis(20));
-                // A half, then all of it.
-                fs::write(&path, text(round).split_inclusive("---").take(2).collect::<String>()).unwrap();
-                std::thread::sleep(Duration::from_millis(10));
-                fs::write(&path, text(round)).unwrap();
-                std::thread::sleep(Duration::from_millis(5));
+    // A writer whom a busy machine keeps from going on leaves a file that is empty and at rest.
+    for tries in 1.. {
+        let stop = std::sync::atomic::AtomicBool::new(false);
+        let path = tree.path("a.yaml");
+        let mut said = Vec::new();
+        let longest = std::thread::scope(|scope| {
+            let writer = scope.spawn(|| write(&path, &stop));
+            let began = Instant::now();
+            while began.elapsed() < SETTLE_MOST * 5 {
+                said.extend(tree.look());
+                std::thread::sleep(Duration::from_millis(7));
             }
-        }
-    });
-    let (began, mut said) = (Instant::now(), Vec::new());
-    while began.elapsed() < SETTLE_MOST * 5 {
+            stop.store(true, std::sync::atomic::Ordering::Relaxed);
+            writer.join().unwrap()
+        });
         said.extend(tree.look());
-        std::thread::sleep(Duration::from_millis(7));
+        if longest < SETTLE {
+            assert!(!said.iter().any(|word| word.contains("gone")), "{said:?}");
+            assert!(said.last().is_some_and(|word| word == "service a@10.1.0.8"), "{said:?}");
+            break;
+        }
+        assert!(tries < 20, "the file was never written in time, but in {longest:?}");
     }
-    stop.store(true, std::sync::atomic::Ordering::Relaxed);
-    writer.join().unwrap();
-    assert!(!said.iter().any(|word| word.contains("gone")), "{said:?}");
-    said.extend(tree.look());
-    assert!(said.last().is_some_and(|word| word == "service a@10.1.0.8"), "{said:?}");
     // At rest, less is less.
     fs::write(tree.path("a.yaml"), service("b", "10.0.0.2")).unwrap();
     assert_eq!(tree.look(), ["service-gone a", "slice-gone a-1"]);
@@ -385,7 +414,7 @@ fn an_unreadable_object_stands_as_it_was() {
     fs::write(tree.path("a.yaml"), bad.to_owned() + bad_slice + &service("b", "10.0.0.3")).unwrap();
     assert_eq!(tree.look(), ["service b@10.0.0.3", "problems a.yaml:2 a.yaml:7"]);
     assert!(tree.problems().contains("Service default/a cannot be read: "), "{}", tree.problems());
-    assert!(tree.problems().contains("stands"), "{}", tree.problems());
+    assert!(tree.problems().contains("; what was known of it before stands until it is mended"), "{}", tree.problems());
     // In another file, too; and still so when something else changes.
     fs::write(tree.path("a.yaml"), service("b", "10.0.0.4")).unwrap();
     fs::write(tree.path("z.yaml"), bad.to_owned() + bad_slice).unwrap();
@@ -452,6 +481,40 @@ fn a_restless_file_holds_up_no_other() {
 async fn no_such_directory() {
     let (tx, _events) = mpsc::channel(1);
     let (state, _states) = watch::channel(SourceState::Synced);
-    let error = run("n1", Path::new("/nonexistent/dir"), &tx, &state, &CancellationToken::new()).await.unwrap_err();
+    let error =
+        run("n1", false, Path::new("/nonexistent/dir"), &tx, &state, &CancellationToken::new()).await.unwrap_err();
     assert!(error.to_string().contains("/nonexistent/dir"), "{error}");
+}
+
+/// Whatever is read again and however often it is there.
+#[test]
+fn a_kind_that_means_nothing_is_said_once() {
+    let log = Log::default();
+    let writer = log.clone();
+    let subscriber = tracing_subscriber::fmt().with_writer(move || writer.clone()).finish();
+    tracing::subscriber::with_default(subscriber, || {
+        let map = |name: &str| format!("apiVersion: v1\nkind: ConfigMap\nmetadata: {{name: {name}}}\n---\n");
+        let mut tree = Tree::new(&[("a.yaml", &(map("a") + &map("b"))), ("b.yaml", &map("c"))]);
+        for round in 0..3 {
+            fs::write(tree.path("a.yaml"), map("a") + &service(&format!("s{round}"), "10.0.0.1")).unwrap();
+            fs::write(tree.path(&format!("c{round}.yaml")), map("d")).unwrap();
+            assert!(!tree.look().is_empty());
+        }
+    });
+    let log = String::from_utf8(log.0.lock().unwrap().clone()).unwrap();
+    assert_eq!(log.matches("v1 ConfigMap").count(), 1, "{log}");
+}
+
+#[derive(Clone, Default)]
+struct Log(std::sync::Arc<std::sync::Mutex<Vec<u8>>>);
+
+impl std::io::Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
 }

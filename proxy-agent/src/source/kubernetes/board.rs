@@ -12,16 +12,39 @@ pub(super) enum Kind {
     Services,
     Slices,
     Node,
+    Pods,
+    Namespaces,
 }
 
+/// As many as there are.
+pub(super) const KINDS: usize = 5;
+
 impl Kind {
-    const ALL: [Self; 3] = [Self::Services, Self::Slices, Self::Node];
+    const ALL: [Self; KINDS] = [Self::Services, Self::Slices, Self::Node, Self::Pods, Self::Namespaces];
+
+    /// Its own of what there is one of for each.
+    pub(super) fn of<T>(self, all: &mut [T; KINDS]) -> &mut T {
+        let [services, slices, node, pods, namespaces] = all;
+        match self {
+            Self::Services => services,
+            Self::Slices => slices,
+            Self::Node => node,
+            Self::Pods => pods,
+            Self::Namespaces => namespaces,
+        }
+    }
+
+    const fn is_optional(self) -> bool {
+        matches!(self, Self::Pods | Self::Namespaces)
+    }
 
     const fn name(self) -> &'static str {
         match self {
             Self::Services => "Services",
             Self::Slices => "EndpointSlices",
             Self::Node => "Node",
+            Self::Pods => "Pods",
+            Self::Namespaces => "Namespaces",
         }
     }
 }
@@ -37,13 +60,13 @@ pub(super) enum Standing {
 }
 
 pub(super) struct Board {
-    standings: Mutex<[Standing; 3]>,
+    standings: Mutex<[Standing; KINDS]>,
     state: watch::Sender<SourceState>,
 }
 
 impl Board {
     pub(super) fn new(state: watch::Sender<SourceState>) -> Self {
-        let standings = [const { Standing::Waiting(None) }; 3];
+        let standings = [const { Standing::Waiting(None) }; KINDS];
         state.send_replace(whole(&standings));
         Self { standings: Mutex::new(standings), state }
     }
@@ -63,12 +86,7 @@ impl Board {
 
     fn update(&self, kind: Kind, to: impl FnOnce(&Standing) -> Standing) {
         let mut standings = self.standings.lock().unwrap_or_else(PoisonError::into_inner);
-        let [services, slices, node] = &mut *standings;
-        let standing = match kind {
-            Kind::Services => services,
-            Kind::Slices => slices,
-            Kind::Node => node,
-        };
+        let standing = kind.of(&mut standings);
         let to = to(standing);
         if *standing == to {
             return;
@@ -89,10 +107,12 @@ impl Board {
     }
 }
 
-fn whole(standings: &[Standing; 3]) -> SourceState {
+/// Services wait for nothing that they are not made of: a list of Pods or Namespaces that cannot be had is a reason to be stale.
+fn whole(standings: &[Standing; KINDS]) -> SourceState {
     let missing: Vec<String> = Kind::ALL
         .iter()
         .zip(standings)
+        .filter(|(kind, _)| !kind.is_optional())
         .filter_map(|(kind, standing)| match standing {
             Standing::Waiting(None) => Some(kind.name().to_owned()),
             Standing::Waiting(Some(why)) => Some(format!("{}: {why}", kind.name())),
@@ -104,8 +124,12 @@ fn whole(standings: &[Standing; 3]) -> SourceState {
     }
     let mut reasons: Vec<(&str, Vec<&str>)> = Vec::new();
     for (kind, standing) in Kind::ALL.iter().zip(standings) {
-        let Standing::Failing(why) = standing else { continue };
-        // All three usually fail for one reason: it is said once.
+        let why = match standing {
+            Standing::Failing(why) => why,
+            Standing::Waiting(Some(why)) if kind.is_optional() => why,
+            Standing::Waiting(_) | Standing::Good => continue,
+        };
+        // All of them usually fail for one reason: it is said once.
         match reasons.iter_mut().find(|(known, _)| known == why) {
             Some((_, kinds)) => kinds.push(kind.name()),
             None => reasons.push((why, vec![kind.name()])),
@@ -124,6 +148,20 @@ mod tests {
 
     fn listing(missing: &[&str]) -> SourceState {
         SourceState::Listing { missing: missing.iter().map(|&kind| kind.to_owned()).collect() }
+    }
+
+    #[test]
+    fn services_do_not_wait_for_pods() {
+        let (state, states) = watch::channel(SourceState::Synced);
+        let board = Board::new(state);
+        for kind in [Kind::Services, Kind::Slices, Kind::Node] {
+            board.good(kind, None);
+        }
+        assert_eq!(*states.borrow(), SourceState::Synced);
+        board.failing(Kind::Pods, "forbidden".into());
+        assert_eq!(*states.borrow(), SourceState::Stale { reason: "Pods: forbidden".into() });
+        board.good(Kind::Pods, None);
+        assert_eq!(*states.borrow(), SourceState::Synced);
     }
 
     #[test]

@@ -226,6 +226,19 @@ mod tests {
         }
     }
 
+    /// Neither a kubeconfig nor a pod: all ways in are named.
+    #[tokio::test]
+    async fn nothing_to_go_by() {
+        if std::env::var_os("KUBERNETES_SERVICE_HOST").is_some() {
+            return println!("SKIP nothing to go by: this is a pod");
+        }
+        let error = infer(None, None).await.unwrap_err().to_string();
+        for way in ["KUBECONFIG", "~/.kube/config", "service account", "--kubeconfig", "--source"] {
+            assert!(error.contains(way), "{way} is not in {error}");
+        }
+        assert!(!error.contains('\n'), "{error}");
+    }
+
     #[tokio::test]
     async fn a_kubeconfig_that_is_not_there() {
         let options =

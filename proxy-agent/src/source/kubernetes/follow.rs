@@ -61,7 +61,7 @@ pub(super) struct Follower {
     pub(super) board: Arc<Board>,
     pub(super) events: mpsc::Sender<Event>,
     /// What each kind's objects have wrong with them, as it was handed on; held while it is, so that the last word is the newest.
-    pub(super) problems: Arc<Mutex<[Problems; 3]>>,
+    pub(super) problems: Arc<Mutex<[Problems; board::KINDS]>>,
     pub(super) watch_timeout: Duration,
 }
 
@@ -304,12 +304,7 @@ impl Follower {
     async fn report(&self, kind: board::Kind, remarks: &mut Remarks) -> Result<(), Trouble> {
         let Some(news) = remarks.news() else { return Ok(()) };
         let mut problems = self.problems.lock().await;
-        let [services, slices, node] = &mut *problems;
-        *match kind {
-            board::Kind::Services => services,
-            board::Kind::Slices => slices,
-            board::Kind::Node => node,
-        } = news;
+        *kind.of(&mut problems) = news;
         let all = problems.iter().flatten().map(|(object, why)| (object.clone(), why.clone())).collect();
         self.send(Some(Event::Problems(Teller::Source, all))).await
     }

@@ -150,12 +150,12 @@ impl Kind for Services {
     }
 }
 
-fn place(kind: &str, namespace: &str, name: &str) -> String {
+pub(super) fn place(kind: &str, namespace: &str, name: &str) -> String {
     format!("{kind} {namespace}/{name}")
 }
 
-fn unreadable(why: &str) -> String {
-    format!("cannot be read: {why}; what was known of it before stands")
+pub(super) fn unreadable(why: &str) -> String {
+    format!("cannot be read: {why}; what was known of it before stands until it can be")
 }
 
 #[derive(Default)]

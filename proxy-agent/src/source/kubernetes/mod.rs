@@ -1,14 +1,15 @@
 //! A Kubernetes API server as a source.
 //!
-//! Three kinds are followed independently, each by its own list and watch ([`follow()`]): Services, EndpointSlices, and the own
-//! Node. Nothing is kept of them here; what is read is slimmed and handed on. What they share is the [`Board`], which makes one
-//! [`SourceState`] of how the three stand.
+//! Kinds are followed independently, each by its own list and watch ([`follow()`]): Services, EndpointSlices, and the own
+//! Node; if they are asked for, the own Node's Pods and Namespaces. Nothing is kept of them here; what is read is slimmed and handed on.
+//! What they share is the [`Board`], which makes one [`SourceState`] of how they stand.
 
 mod board;
 mod connect;
 mod decode;
 mod follow;
 mod kinds;
+mod pods;
 mod remarks;
 mod tell;
 
@@ -26,12 +27,14 @@ use self::{
     connect::Connector,
     follow::{Follower, follow},
     kinds::{OwnNode, Services, Slices},
+    pods::{Namespaces, Pods},
 };
 use super::{KubernetesOptions, SourceError};
 use crate::model::{Event, SourceState};
 
 pub(super) async fn run(
     node: &str,
+    pods: bool,
     options: KubernetesOptions,
     events: mpsc::Sender<Event>,
     state: watch::Sender<SourceState>,
@@ -48,6 +51,10 @@ pub(super) async fn run(
     let mut tasks = JoinSet::new();
     tasks.spawn(follow(Services::default(), follower.clone()));
     tasks.spawn(follow(Slices::default(), follower.clone()));
+    if pods {
+        tasks.spawn(follow(Pods::new(node), follower.clone()));
+        tasks.spawn(follow(Namespaces::default(), follower.clone()));
+    }
     tasks.spawn(follow(OwnNode::new(node), follower));
     tokio::select! {
         () = cancel.cancelled() => Ok(()),

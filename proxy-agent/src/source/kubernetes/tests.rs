@@ -93,7 +93,7 @@ impl Server {
         let (tx, events) = mpsc::channel(64);
         let (state_tx, state) = watch::channel(SourceState::Synced);
         let stop = cancel.clone();
-        tokio::spawn(async move { run("n1", options, tx, state_tx, &stop).await });
+        tokio::spawn(async move { run("n1", false, options, tx, state_tx, &stop).await });
         Self { asked, events, state, cancel, _kubeconfig: dir }
     }
 

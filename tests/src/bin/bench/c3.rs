@@ -28,73 +28,29 @@ use proxy_tests::{
     ahead::Ahead,
     feed::{self, Feed},
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::{
     Scale,
+    objects::{self, NODE},
     report::{Bound, Figure, Report},
     rules::{PORT, vip},
     world::{Cgroups, Netns},
 };
 
 const ENDPOINTS: u32 = 10;
-const NODE: &str = "bench-node";
 const AGENT_CPU: usize = 0;
 const OUR_CPU: usize = 1;
 
-fn service(index: u32) -> Value {
-    let vip = vip(index).to_string();
-    json!({
-        "kind": "Service",
-        "metadata": {"name": format!("s{index}"), "namespace": "bench", "creationTimestamp": "2026-01-01T00:00:00Z"},
-        "spec": {
-            "type": "ClusterIP",
-            "clusterIP": vip,
-            "clusterIPs": [vip],
-            "ipFamilies": ["IPv4"],
-            "ports": [{"name": "http", "port": PORT, "protocol": "TCP"}],
-        },
-    })
-}
-
 /// The slice of one Service; its last endpoint tells the version.
 fn slice(index: u32, version: u32) -> Value {
-    let first = u32::from(Ipv4Addr::new(10, 128, 0, 0)) + index * (ENDPOINTS + 1);
-    let endpoint = |n: u32| {
-        let n = if n + 1 == ENDPOINTS { n + version % 2 } else { n };
-        json!({
-            "addresses": [Ipv4Addr::from(first + n)],
-            "conditions": {"ready": true, "serving": true, "terminating": false},
-            "nodeName": format!("n{}", n % 7),
-        })
-    };
-    json!({
-        "kind": "EndpointSlice",
-        "metadata": {
-            "name": format!("s{index}-a"),
-            "namespace": "bench",
-            "labels": {"kubernetes.io/service-name": format!("s{index}")},
-        },
-        "addressType": "IPv4",
-        "ports": [{"name": "http", "port": 8080, "protocol": "TCP"}],
-        "endpoints": (0..ENDPOINTS).map(endpoint).collect::<Vec<_>>(),
-    })
+    let last = if version.is_multiple_of(2) { ENDPOINTS - 1 } else { ENDPOINTS };
+    objects::slice(index, ENDPOINTS + 1, (0..ENDPOINTS - 1).chain([last]))
 }
 
 /// Everything there is at the start.
 fn feed(services: u32) -> Result<Feed> {
-    let feed = Feed::default();
-    feed.set(&json!({
-        "kind": "Node",
-        "metadata": {"name": NODE},
-        "spec": {},
-        "status": {"addresses": [{"type": "InternalIP", "address": "10.1.0.1"}]},
-    }))?;
-    for index in 0..services {
-        feed.set(&service(index))?;
-        feed.set(&slice(index, 0))?;
-    }
-    Ok(feed)
+    objects::feed(services, |index| slice(index, 0))
 }
 
 /// The agent, and what it leaves behind when it is killed.

@@ -13,9 +13,13 @@
 //! next round in the opposite order. A control, the same as the baseline in another cgroup, tells how much is noise.
 #![allow(unreachable_pub, reason = "a program: nothing of it is reached from outside")]
 
+mod bpf;
+mod c11;
 mod c3;
 mod connect_cost;
+mod flows;
 mod maglev;
+mod objects;
 mod packets;
 mod report;
 mod rules;
@@ -23,6 +27,7 @@ mod services;
 mod transactions;
 mod worker;
 mod world;
+mod xdp;
 
 #[path = "../../../../proxy-agent/tests/support/mod.rs"]
 #[expect(dead_code, reason = "shared with the agent's tests, which use all of it")]
@@ -56,9 +61,12 @@ struct Args {
     /// Where the JSON and the table go
     #[arg(long, default_value = "target/bench")]
     out: PathBuf,
-    /// The agent to measure with C3
+    /// The agent to measure with C3 and C11
     #[arg(long, value_name = "FILE")]
     agent: Option<PathBuf>,
+    /// Whom to measure beside it with C11
+    #[arg(long, value_name = "FILE")]
+    kube_proxy: Option<PathBuf>,
     #[arg(long, hide = true)]
     cgroup: Option<PathBuf>,
     #[arg(long, hide = true)]
@@ -77,8 +85,12 @@ struct Scale {
     /// Runs of a program on one packet.
     repeat: u32,
     new_flows: u16,
+    /// Entries of the connection table that is filled.
+    table: u32,
     changes: usize,
     change_services: u32,
+    /// Services in the rules of the fallbacks.
+    fallback: &'static [u32],
 }
 
 const SMOKE: Scale = Scale {
@@ -89,8 +101,10 @@ const SMOKE: Scale = Scale {
     batches: 20,
     repeat: 50_000,
     new_flows: 1_500,
+    table: 8_192,
     changes: 200,
     change_services: 1_000,
+    fallback: &[1_000],
 };
 const FULL: Scale = Scale {
     rounds: 20,
@@ -100,8 +114,10 @@ const FULL: Scale = Scale {
     batches: 100,
     repeat: 1_000_000,
     new_flows: 8_192,
+    table: 65_536,
     changes: 2_000,
     change_services: 10_000,
+    fallback: &[1_000, 5_000, 10_000],
 };
 
 fn main() -> ExitCode {
@@ -144,7 +160,9 @@ fn supervise(_args: &Args) -> Result<ExitCode> {
         }
     };
     // Gone already unless it was killed.
+    let _ = fs::write(cgroup.join("cgroup.kill"), "1");
     let _ = fs::remove_dir_all(c3::bpffs(&cgroup));
+    let _ = fs::remove_dir_all(c11::files(&cgroup));
     world::remove_cgroups(&cgroup);
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(3)))
 }
@@ -168,6 +186,13 @@ fn measure(args: &Args, cgroup: &Path) -> Result<ExitCode> {
     if wants("d6") {
         packets::measure(&scale, &mut report).context("D6")?;
     }
+    if wants("d7") {
+        xdp::measure(&scale, &mut report).context("D7")?;
+    }
+
+    if wants("d13") {
+        packets::alone(|| flows::full_table(&scale, &mut report)).context("D13")?;
+    }
 
     if wants("d9") {
         maglev::measure(&mut report);
@@ -177,6 +202,11 @@ fn measure(args: &Args, cgroup: &Path) -> Result<ExitCode> {
         for shape in [c3::Shape::plain(&scale), c3::Shape::MAGLEV] {
             c3::measure(&scale, &shape, args.agent.as_deref(), &cgroups, &mut report).context("C3")?;
         }
+    }
+
+    if wants("c11") {
+        let programs = c11::Programs { agent: args.agent.as_deref(), kube_proxy: args.kube_proxy.as_deref() };
+        c11::measure(&scale, &programs, &cgroups, &mut report).context("C11")?;
     }
 
     report.write(&args.out)?;

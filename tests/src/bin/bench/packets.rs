@@ -8,12 +8,13 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::{
-    TestRunOptions,
+    Pod, TestRunOptions,
     maps::HashMap,
     programs::{SchedClassifier, TestRun as _},
 };
 use proxy_common::{
-    checksum,
+    Address, Be16, Ipv4Be, Ipv6Be, checksum,
+    connection::{ConnectionKey, ConnectionValue, hook},
     device::{DeviceValue, role},
     frontend::{algorithm, origin, verdict},
     globals::socket_lb,
@@ -34,26 +35,29 @@ const SMALL: u32 = 1_024;
 /// First of the ids of the frontends that differ in how they choose.
 const CHOICES: u32 = 1_000_000;
 
-const SYN: u8 = 0x02;
-const ACK: u8 = 0x10;
+pub const SYN: u8 = 0x02;
+pub const ACK: u8 = 0x10;
 
 #[derive(Clone, Copy)]
-struct Family {
-    name: &'static str,
-    client: IpAddr,
-    vip: SocketAddr,
+pub struct Family {
+    pub name: &'static str,
+    pub client: IpAddr,
+    pub vip: SocketAddr,
     /// Backend of `vip`, and a frontend that leads back.
-    mirror: SocketAddr,
+    pub mirror: SocketAddr,
     empty: SocketAddr,
     elsewhere: SocketAddr,
     /// Three backends each: chosen at random; with session affinity; by Maglev.
-    random: SocketAddr,
+    pub random: SocketAddr,
     sticky: SocketAddr,
     maglev: SocketAddr,
-    backends: [SocketAddr; 3],
+    /// Masqueraded, with this address, to one backend.
+    pub node_port: SocketAddr,
+    pub node: IpAddr,
+    pub backends: [SocketAddr; 3],
 }
 
-fn families() -> [Family; 2] {
+pub fn families() -> [Family; 2] {
     let v4 = |a, b, c, d, port| SocketAddr::new(Ipv4Addr::new(a, b, c, d).into(), port);
     let v6 = |net, host, port| SocketAddr::new(Ipv6Addr::new(0xfd00, 0x10, net, 0, 0, 0, 0, host).into(), port);
     [
@@ -67,6 +71,8 @@ fn families() -> [Family; 2] {
             random: v4(10, 111, 0, 4, 80),
             sticky: v4(10, 111, 0, 5, 80),
             maglev: v4(10, 111, 0, 6, 80),
+            node_port: v4(192, 168, 7, 1, 30_080),
+            node: v4(192, 168, 7, 2, 0).ip(),
             backends: [21, 22, 23].map(|host| v4(10, 2, 0, host, 8080)),
         },
         Family {
@@ -79,19 +85,22 @@ fn families() -> [Family; 2] {
             random: v6(0x111, 4, 80),
             sticky: v6(0x111, 5, 80),
             maglev: v6(0x111, 6, 80),
+            node_port: v6(7, 1, 30_080),
+            node: v6(7, 2, 0).ip(),
             backends: [0x21, 0x22, 0x23].map(|host| v6(2, host, 8080)),
         },
     ]
 }
 
 /// An Ethernet frame from `from` to `to`.
-fn packet(from: SocketAddr, to: SocketAddr, proto: u8, flags: u8) -> Vec<u8> {
+pub fn packet(from: SocketAddr, to: SocketAddr, proto: u8, flags: u8) -> Vec<u8> {
     let payload = [0_u8; 18];
     let mut l4 = Vec::new();
     l4.extend(from.port().to_be_bytes());
     l4.extend(to.port().to_be_bytes());
     if proto == TCP {
-        l4.extend([0, 0, 0, 1, 0, 0, 0, 1, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
+        // Number 1; what it acknowledges is the SYN with that number.
+        l4.extend([0, 0, 0, 1, 0, 0, 0, 2, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
     } else {
         l4.extend(u16::try_from(8 + payload.len()).unwrap_or(0).to_be_bytes());
         l4.extend([0, 0]);
@@ -109,6 +118,8 @@ fn packet(from: SocketAddr, to: SocketAddr, proto: u8, flags: u8) -> Vec<u8> {
     pseudo.extend([0, proto]);
     pseudo.extend(length.to_be_bytes());
     let sum = checksum::finish(checksum::sum(&pseudo) + checksum::sum(&l4)).to_ne_bytes();
+    // None at all is what zero would say of a datagram.
+    let sum = if proto == UDP && sum == [0, 0] { [0xff, 0xff] } else { sum };
     let at = if proto == TCP { 16 } else { 6 };
     l4.splice(at..at + 2, sum);
 
@@ -134,26 +145,28 @@ fn packet(from: SocketAddr, to: SocketAddr, proto: u8, flags: u8) -> Vec<u8> {
 }
 
 /// What the programs do not look at.
-fn arp() -> Vec<u8> {
+pub fn arp() -> Vec<u8> {
     let mut frame = vec![0_u8; 60];
     frame.splice(12..14, [0x08, 0x06]);
     frame
 }
 
-struct Programs {
+pub struct Programs {
     datapath: Datapath,
 }
 
 impl Programs {
     /// `None` if the object has no per-packet programs.
     fn load(services: u32, half_open: Option<u32>) -> Result<Option<Self>> {
+        let sizes = half_open.map(|room| [("half_open_v4", room), ("half_open_v6", room)]);
+        Self::load_sized(services, sizes.as_ref().map_or(&[], |sizes| &sizes[..]))
+    }
+
+    /// The same, with the sizes of some maps.
+    pub fn load_sized(services: u32, sizes: &[(&str, u32)]) -> Result<Option<Self>> {
         let globals = Globals { socket_lb: socket_lb::ALL, node_netns_cookie: u64::MAX, connected_udp: 1 };
-        let mut sizes = vec![];
-        if let Some(room) = half_open {
-            sizes.extend([("half_open_v4", room), ("half_open_v6", room)]);
-        }
         // Four Maglev tables of 4513 positions.
-        let mut datapath = Datapath::load_sized(&globals, 2 * services + 1_024, 2 * services + 20_480, &sizes);
+        let mut datapath = Datapath::load_sized(&globals, 2 * services + 1_024, 2 * services + 20_480, sizes);
         if datapath.ebpf.program("tc_ingress_ether").is_none() {
             return Ok(None);
         }
@@ -164,7 +177,10 @@ impl Programs {
         // Test runs happen on the loopback device.
         let mut devices: HashMap<_, u32, DeviceValue> =
             datapath.ebpf.map_mut("devices").context("no devices map")?.try_into()?;
-        devices.insert(1, DeviceValue { role: role::POD, ..Default::default() }, 0)?;
+        let [v4, v6] = families().map(|family| family.node);
+        let source4 = Ipv4Be::from_ip(v4).context("an IPv4 address")?;
+        let source6 = Ipv6Be::from_ip(v6).context("an IPv6 address")?;
+        devices.insert(1, DeviceValue { role: role::POD, source4, source6, ..Default::default() }, 0)?;
 
         for family in families() {
             for proto in [TCP, UDP] {
@@ -179,6 +195,13 @@ impl Programs {
                 datapath.frontend(family.random, proto, &random);
                 datapath.frontend(family.sticky, proto, &sticky);
                 datapath.frontend(family.maglev, proto, &maglev);
+                let verdicts = [verdict::PICK_ALL | verdict::MASQUERADE; origin::COUNT];
+                let [backend, ..] = family.backends;
+                datapath.frontend(
+                    family.node_port,
+                    proto,
+                    &Spec { verdicts, ..Spec::pick_all(CHOICES + 3, &[backend]) },
+                );
             }
         }
         for index in 1..services {
@@ -188,8 +211,18 @@ impl Programs {
         Ok(Some(Self { datapath }))
     }
 
+    /// Nanoseconds of one run, and the packet that came out of it.
+    pub fn pass(&self, program: &str, packet: &[u8]) -> Result<(f64, Vec<u8>)> {
+        let program: &SchedClassifier = self.datapath.ebpf.program(program).context("no program")?.try_into()?;
+        let mut out = vec![0; packet.len()];
+        let options =
+            TestRunOptions { data_in: Some(packet), data_out: Some(&mut out), repeat: 1, ..Default::default() };
+        let took = program.test_run(options)?.duration;
+        Ok((took.as_nanos() as f64, out))
+    }
+
     /// Verdict and nanoseconds per run.
-    fn run(&self, program: &str, packet: &[u8], repeat: u32) -> Result<(i32, f64)> {
+    pub fn run(&self, program: &str, packet: &[u8], repeat: u32) -> Result<(i32, f64)> {
         let program: &SchedClassifier = self.datapath.ebpf.program(program).context("no program")?.try_into()?;
         let mut out = vec![0; 256];
         let result = program.test_run(TestRunOptions {
@@ -210,7 +243,7 @@ impl Programs {
     }
 
     /// One run for each packet, less a run that does nothing.
-    fn singly(&self, packets: impl Iterator<Item = Vec<u8>>) -> Result<Figure> {
+    pub fn singly(&self, packets: impl Iterator<Item = Vec<u8>>) -> Result<Figure> {
         let arp = arp();
         let mut nothing = Vec::new();
         let mut ns = Vec::new();
@@ -231,13 +264,37 @@ impl Programs {
             self.run("tc_egress_ether", &packet(backend, client, proto, SYN | ACK), 1)?;
             self.run("tc_ingress_ether", &packet(client, frontend, proto, ACK), 1)?;
             self.run("tc_egress_ether", &packet(backend, client, proto, ACK), 1)?;
+            let is_there = match (client.ip(), frontend.ip()) {
+                (IpAddr::V4(from), IpAddr::V4(to)) => {
+                    let (from, to) = (Ipv4Be::from_octets(from.octets()), Ipv4Be::from_octets(to.octets()));
+                    self.is_established(from, client.port(), to, frontend.port(), proto)?
+                }
+                (IpAddr::V6(from), IpAddr::V6(to)) => {
+                    let (from, to) = (Ipv6Be::from_octets(from.octets()), Ipv6Be::from_octets(to.octets()));
+                    self.is_established(from, client.port(), to, frontend.port(), proto)?
+                }
+                _ => false,
+            };
+            ensure!(is_there, "the flow from {client} to {frontend} did not become established");
         }
         Ok(())
+    }
+
+    fn is_established<A: Address>(&self, src: A, sport: u16, dst: A, dport: u16, proto: u8) -> Result<bool>
+    where
+        ConnectionKey<A>: Pod,
+        ConnectionValue<A>: Pod,
+    {
+        let name = format!("{}_v{}", if proto == UDP { "answered" } else { "established" }, A::VERSION);
+        let map = self.datapath.ebpf.map(&name).context(name)?;
+        let map: HashMap<_, ConnectionKey<A>, ConnectionValue<A>> = map.try_into()?;
+        let (sport, dport) = (Be16::from_host(sport), Be16::from_host(dport));
+        Ok(map.get(&ConnectionKey::new(hook::INGRESS, proto, src, sport, dst, dport), 0).is_ok())
     }
 }
 
 /// A client of its own for each number.
-fn client(family: Family, number: u16) -> IpAddr {
+pub fn client(family: Family, number: u16) -> IpAddr {
     let [high, low] = number.to_be_bytes();
     match family.client {
         IpAddr::V4(_) => Ipv4Addr::new(10, 3, high, low).into(),
@@ -317,14 +374,14 @@ fn check(programs: &Programs, family: Family, proto: u8) -> Result<()> {
 }
 
 pub fn measure(scale: &Scale, report: &mut Report) -> Result<()> {
-    // Test runs send nothing, but a refusal asks for it: have no way out at all.
+    alone(|| inside(scale, report))
+}
+
+/// Test runs send nothing, but a refusal asks for it: have no way out at all.
+pub fn alone(measured: impl FnOnce() -> Result<()> + Send) -> Result<()> {
     let netns = Netns::new()?;
     netns.ip("link set lo up\n")?;
-    let report = std::sync::Mutex::new(report);
-    netns.enter(|| {
-        let mut report = report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        inside(scale, &mut report)
-    })
+    netns.enter(measured)
 }
 
 fn inside(scale: &Scale, report: &mut Report) -> Result<()> {
@@ -361,6 +418,7 @@ fn inside(scale: &Scale, report: &mut Report) -> Result<()> {
                     continue;
                 }
                 choices(&programs, family, proto, scale, report, &name)?;
+                crate::flows::masqueraded(&programs, family, proto, scale, report, &name)?;
                 let fill = small.singly((1..=scale.new_flows).map(|p| packet(of(p), family.vip, proto, SYN)))?;
                 report.row("D6", name("new flow, evicting another"), "ns", fill);
                 if family.name == "v4" && proto == TCP {

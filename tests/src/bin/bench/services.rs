@@ -3,14 +3,14 @@
 use std::{
     fs::File,
     net::{Ipv4Addr, SocketAddr, SocketAddrV4},
-    os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd},
+    os::fd::{AsRawFd as _, OwnedFd},
 };
 
-use anyhow::{Result, ensure};
-use nix::libc;
+use anyhow::Result;
 use proxy_common::proto::{TCP, UDP};
 
 use crate::{
+    bpf::{BPF_PROG_LOAD, Load, bpf},
     rules::{self, PORT, SERVER_PORT},
     support::{Datapath, Globals, Spec},
     world::SERVER,
@@ -48,25 +48,10 @@ pub fn add_sticky(datapath: &mut Datapath, services: u32) {
 
 /// `connect4` that says yes and nothing else: what having any program costs. Attached while the result lives.
 pub fn empty_connect4(cgroup: &File) -> Result<[OwnedFd; 2]> {
-    const BPF_PROG_LOAD: i32 = 5;
     const BPF_LINK_CREATE: i32 = 28;
     const BPF_PROG_TYPE_CGROUP_SOCK_ADDR: u32 = 18;
     const BPF_CGROUP_INET4_CONNECT: u32 = 10;
 
-    #[repr(C)]
-    #[derive(Default)]
-    struct Load {
-        kind: u32,
-        instructions: u32,
-        code: u64,
-        license: u64,
-        log: [u32; 4],
-        kernel: u32,
-        flags: u32,
-        name: [u8; 16],
-        ifindex: u32,
-        attach: u32,
-    }
     #[repr(C)]
     struct Link {
         program: u32,
@@ -74,14 +59,6 @@ pub fn empty_connect4(cgroup: &File) -> Result<[OwnedFd; 2]> {
         attach: u32,
         flags: u32,
     }
-    fn bpf<T>(command: i32, attr: &T) -> Result<OwnedFd> {
-        // SAFETY: `attr` is the head of `union bpf_attr` for the command and the size says how much of it there is.
-        let fd = unsafe { libc::syscall(libc::SYS_bpf, command, std::ptr::from_ref(attr), size_of::<T>()) };
-        ensure!(fd >= 0, "bpf({command}): {}", std::io::Error::last_os_error());
-        // SAFETY: a descriptor that the kernel has just made for us.
-        Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
-    }
-
     // r0 = 1; exit
     let code: [u64; 2] = [0x0000_0001_0000_00b7, 0x95];
     let program = bpf(

@@ -11,10 +11,8 @@ use proxy_common::globals;
 
 use crate::{
     dataplane::{
-        DataplaneError,
-        ebpf::{
-            DetectLocal, Options, SocketLb, Tc, Timeouts, hygiene, kernel, layout::MapName, object::Digest, unavailable,
-        },
+        DataplaneError, DetectLocal,
+        ebpf::{Options, SocketLb, Tc, Timeouts, hygiene, kernel, layout::MapName, object::Digest, unavailable},
     },
     model::Protocol,
 };
@@ -28,6 +26,7 @@ pub(crate) struct Globals {
     timeouts: Timeouts,
     connected_udp: u8,
     detect_local: u8,
+    left_pods: u8,
     have_set_retval: u8,
     have_coarse_clock: u8,
     pub(super) log_level: u8,
@@ -57,6 +56,7 @@ impl Globals {
                 DetectLocal::Device => globals::detect_local::DEVICE,
                 DetectLocal::Address => globals::detect_local::ADDRESS,
             },
+            left_pods: u8::from(options.left_pods),
             connected_udp: u8::from(hygiene::reaches_sockets(Protocol::Udp).is_ok()),
             have_set_retval: helper(ProgramType::CgroupSockAddr, BpfHelper::BPF_FUNC_set_retval)?,
             have_coarse_clock: helper(ProgramType::SchedClassifier, BpfHelper::BPF_FUNC_ktime_get_coarse_ns)?,
@@ -74,6 +74,7 @@ impl Globals {
             timeouts: Timeouts { tcp_established, tcp_close_wait, udp, udp_stream },
             connected_udp,
             detect_local,
+            left_pods,
             have_set_retval,
             have_coarse_clock,
             log_level,
@@ -90,6 +91,7 @@ impl Globals {
             .override_global(globals::UDP_STREAM_SECS, udp_stream, true)
             .override_global(globals::CONNECTED_UDP, connected_udp, true)
             .override_global(globals::DETECT_LOCAL, detect_local, true)
+            .override_global(globals::LEFT_PODS, left_pods, true)
             .override_global(globals::HAVE_SET_RETVAL, have_set_retval, true)
             .override_global(globals::HAVE_COARSE_CLOCK, have_coarse_clock, true)
             .override_global(globals::LOG_LEVEL, log_level, true);
@@ -103,6 +105,7 @@ impl Globals {
             timeouts: Timeouts { tcp_established, tcp_close_wait, udp, udp_stream },
             connected_udp,
             detect_local,
+            left_pods,
             have_set_retval,
             have_coarse_clock,
             log_level,
@@ -110,7 +113,7 @@ impl Globals {
         } = self;
         let mut digest = Digest::new()
             .bytes(object)
-            .bytes(&[*socket_lb, *connected_udp, *detect_local])
+            .bytes(&[*socket_lb, *connected_udp, *detect_local, *left_pods])
             .bytes(&[*have_set_retval, *have_coarse_clock, *log_level, *tc as u8])
             .bytes(&node_netns_cookie.to_le_bytes())
             .bytes(&masquerade_ports.0.to_le_bytes())

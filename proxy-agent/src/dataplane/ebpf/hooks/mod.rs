@@ -46,12 +46,14 @@ use crate::{
 mod globals;
 mod links;
 mod programs;
+mod refusal;
 
 pub(crate) use globals::{Globals, netns_cookie};
 pub(crate) use links::{has_tcx, interface_name, list, parse_tcx_name, parse_xdp_name};
 use links::{tcx_name, tcx_type, xdp_name};
-pub(crate) use programs::{CGROUP_PROGRAMS, chain};
-use programs::{Program, XDP_PROGRAM, tc_program};
+pub(crate) use programs::CGROUP_PROGRAMS;
+use programs::{Loaded, Program, XDP_PROGRAM, tc_program};
+pub(crate) use refusal::{in_a_line, refused, remedy};
 
 /// Programs and links of one agent.
 #[derive(Debug)]
@@ -61,6 +63,8 @@ pub(crate) struct Hooks {
     cgroup: Option<Cgroup>,
     tcx: bool,
     xdp: Xdp,
+    /// Why there is no program for XDP although it is asked for.
+    without_xdp: Option<String>,
     /// Devices that XDP was attached to.
     bypassing: BTreeMap<u32, Mode>,
     meta: Meta,
@@ -103,10 +107,10 @@ impl Hooks {
             _ => None,
         };
         let fresh = adopted.is_none();
-        let programs = match adopted {
+        let Loaded { programs, without_xdp } = match adopted {
             Some(programs) => {
                 tracing::info!(programs = programs.len(), "adopted the pinned programs");
-                programs
+                Loaded { programs, without_xdp: None }
             }
             None => {
                 // From here on nobody adopts what is pinned, until every link holds these programs.
@@ -114,10 +118,11 @@ impl Hooks {
                 if found != meta {
                     stored.put(&0, &meta, sys::ANY).map_err(kernel("map meta"))?;
                 }
-                let programs = programs::load(layout, object, &globals, &wanted, maps, map_path)?;
+                // One without XDP that should be there is not adopted by the next start: the kernel is asked again.
+                let loaded = programs::load(layout, object, &globals, (&wanted, options.xdp), maps, map_path)?;
                 let maps = programs::map_ids(maps, map_path).map_err(kernel("pinned maps"))?;
-                meta.programs = programs::fingerprint(digest, &programs, &maps);
-                programs
+                meta.programs = programs::fingerprint(digest, &loaded.programs, &maps);
+                loaded
             }
         };
         let cgroup = match options.socket_lb {
@@ -138,12 +143,18 @@ impl Hooks {
             cgroup,
             tcx,
             xdp: options.xdp,
+            without_xdp,
             bypassing: BTreeMap::new(),
             meta,
             devices: None,
             activated: false,
             fresh,
         })
+    }
+
+    /// Where connect-time programs are attached, if they are.
+    pub(crate) fn cgroup_root(&self) -> Option<&Path> {
+        self.cgroup.as_ref().map(|cgroup| cgroup.path.as_path())
     }
 
     pub(crate) const fn meta(&self) -> &Meta {
@@ -181,6 +192,19 @@ impl Hooks {
             self.set_devices(&devices, report);
         }
         Ok(())
+    }
+
+    /// Whether these are the first ones, and an earlier run has not left links, or filters, on all of them.
+    pub(crate) fn are_new(&self, devices: &Devices) -> bool {
+        let is_there = |index: u32, direction| {
+            if self.tcx {
+                self.layout.links.join(tcx_name(index, direction)).exists()
+            } else {
+                clsact::program(index, direction).is_ok_and(|program| program.is_some())
+            }
+        };
+        self.devices.is_none()
+            && devices.keys().any(|index| !Direction::BOTH.into_iter().all(|direction| is_there(*index, direction)))
     }
 
     /// Attaches to exactly these devices.
@@ -261,25 +285,37 @@ impl Hooks {
         }
     }
 
-    /// To exactly the outward ones of these devices that it is of use on; of the others the report says why not.
+    /// The outward ones of these devices that XDP is of use on; of the others the report says why not.
+    pub(crate) fn for_xdp(&self, devices: &Devices, report: &mut Report) -> BTreeSet<u32> {
+        let mut wanted = BTreeSet::new();
+        let is_asked_for = self.xdp.mode().is_some();
+        for (index, device) in devices.iter().filter(|(_, d)| is_asked_for && d.role == DeviceRole::Outward) {
+            match xdp::bars(device).or(self.without_xdp.as_deref()) {
+                Some(why) => {
+                    report.without_xdp.insert(device.name.clone(), Failure::Unsupported(why.to_owned()));
+                }
+                None => {
+                    wanted.insert(*index);
+                }
+            }
+        }
+        wanted
+    }
+
+    /// To exactly those devices.
     fn attach_xdp(&mut self, devices: &Devices, report: &mut Report) {
         let mode = self.xdp.mode();
-        let outward = devices.iter().filter(|(_, device)| mode.is_some() && device.role == DeviceRole::Outward);
-        let (barred, wanted): (Vec<_>, Vec<_>) = outward.partition(|(_, device)| xdp::bars(device).is_some());
+        let wanted = self.for_xdp(devices, report);
         let names: BTreeSet<String> =
-            mode.iter().flat_map(|mode| wanted.iter().map(|(index, _)| xdp_name(**index, *mode))).collect();
+            mode.iter().flat_map(|mode| wanted.iter().map(|index| xdp_name(*index, *mode))).collect();
         // Before others come: a device has one in one mode.
         match links::remove(&self.layout, |name| name.starts_with("xdp-") && !names.contains(name)) {
             Ok(writes) => report.writes += writes,
             Err(error) => tracing::warn!(%error, "XDP links that are not wanted any more stay pinned"),
         }
         self.bypassing.clear();
-        for (_, device) in barred {
-            let why = Failure::Unsupported(xdp::bars(device).unwrap_or_default().into());
-            report.without_xdp.insert(device.name.clone(), why);
-        }
         let Some(mode) = mode else { return };
-        for (index, device) in wanted {
+        for (index, device) in devices.iter().filter(|(index, _)| wanted.contains(index)) {
             let attached = self.program(XDP_PROGRAM).and_then(|program| {
                 let target = Target::Xdp(*index, mode.flags());
                 let pin = self.layout.links.join(xdp_name(*index, mode));
@@ -308,7 +344,8 @@ impl Hooks {
             let generic = *mode == Mode::Generic;
             let sends = if generic || xdp::sends(*index) { flags::SENDS } else { 0 };
             let bounces = if generic || !device.veth { flags::BOUNCES } else { 0 };
-            Some((*index, XdpDevice { mac, flags: sends | bounces }))
+            let sums = if !generic && xdp::makes_sums(*index, &device.name) { flags::SUMS } else { 0 };
+            Some((*index, XdpDevice { mac, flags: sends | bounces | sums }))
         };
         self.bypassing.iter().filter_map(value).collect()
     }

@@ -1,18 +1,30 @@
 //! The programs: which there are, loaded or taken up from their pins.
 
 use std::{
+    collections::BTreeMap,
     fs, io,
+    num::NonZeroUsize,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
+    sync::{Mutex, PoisonError},
+    thread,
 };
 
-use aya::{EbpfLoader, programs::Program as AyaProgram};
+use aya::{
+    Ebpf, EbpfLoader,
+    programs::{Program as AyaProgram, ProgramError},
+};
 
-use super::{globals::Globals, links::list};
+use super::{
+    globals::Globals,
+    links::list,
+    refusal::{in_a_line, refused, remedy},
+};
 use crate::dataplane::{
     DataplaneError,
     ebpf::{
-        SocketLb, Xdp, clsact::Direction, kernel, layout::MapName, log, object::Digest, pins::Layout, sys, unavailable,
+        SocketLb, Xdp, clsact::Direction, kernel, layout::MapName, linkage, log, object::Digest, pins::Layout, sys,
+        unavailable,
     },
 };
 
@@ -55,18 +67,6 @@ pub(super) struct Program {
     pub(super) id: u32,
 }
 
-/// An error with all its causes: the verifier's words are in the last.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
-}
-
 /// What stands in `meta`: the programs as they were made (`digest`), and which ones these are, on which maps. Another program
 /// under the same pin, or another map, has another id.
 pub(super) fn fingerprint(digest: u64, programs: &[Program], maps: &[u32]) -> u64 {
@@ -89,52 +89,62 @@ pub(super) fn map_ids(maps: &[(MapName, u32)], path: &dyn Fn(MapName) -> PathBuf
     maps.iter().map(|(map, _)| sys::map_id(sys::open(&path(*map))?.as_fd())).collect()
 }
 
+/// Programs, and why there is none for XDP, if it is asked for.
+pub(super) struct Loaded {
+    pub(super) programs: Vec<Program>,
+    pub(super) without_xdp: Option<String>,
+}
+
+/// Loads what is wanted and pins it. XDP is a short cut: where the kernel refuses its program, everything is served without, unless
+/// it is `native` that was asked for.
 pub(super) fn load(
     layout: &Layout,
     object: &[u8],
     globals: &Globals,
-    wanted: &[&'static str],
+    (wanted, xdp): (&[&'static str], Xdp),
     maps: &[(MapName, u32)],
     map_path: &dyn Fn(MapName) -> PathBuf,
-) -> Result<Vec<Program>, DataplaneError> {
+) -> Result<Loaded, DataplaneError> {
     let mut loader = EbpfLoader::new();
     globals.give(&mut loader);
     for (map, entries) in maps.iter().filter(|(map, _)| !map.is_unknown_to_programs()) {
         loader.map_max_entries(map.as_str(), *entries).map_pin_path(map.as_str(), map_path(*map));
     }
     let started = std::time::Instant::now();
-    let mut ebpf = loader.load(object).map_err(|error| {
+    let mut ebpf = loader.load(&linkage::suited(object)).map_err(|error| {
         unavailable(format!(
             "the eBPF object cannot be loaded: {}; the agent needs CAP_BPF, CAP_NET_ADMIN and CAP_PERFMON",
-            chain(&error)
+            in_a_line(&error)
         ))
     })?;
-    let mut programs = vec![];
+    let mut loaded = load_side_by_side(&mut ebpf, wanted);
+    let mut programs: Vec<Program> = vec![];
+    let mut without_xdp = None;
     for name in wanted {
-        let program = ebpf
-            .program_mut(name)
-            .ok_or_else(|| unavailable(format!("the embedded eBPF object has no program {name}: build it again")))?;
-        let loaded = match program {
-            AyaProgram::CgroupSockAddr(program) => program.load(),
-            AyaProgram::SchedClassifier(program) => program.load(),
-            AyaProgram::Xdp(program) => program.load(),
-            _ => return Err(unavailable(format!("the embedded program {name} is of an unexpected kind"))),
+        let loaded = loaded
+            .remove(*name)
+            .ok_or_else(|| unavailable(format!("the embedded eBPF object has no program {name}: build it again")))??;
+        let fd = match loaded {
+            Ok(fd) => fd,
+            Err(error) if *name == XDP_PROGRAM && xdp != Xdp::Native => {
+                let why = format!("{}; use a later kernel, or --xdp off", refused(name, &error));
+                tracing::warn!("served without XDP: {why}");
+                without_xdp = Some(why);
+                continue;
+            }
+            Err(error) => {
+                let remedy = remedy(&error);
+                let remedy = if *name == XDP_PROGRAM { "--xdp auto does without where it has to" } else { remedy };
+                return Err(unavailable(format!("{}; {remedy}", refused(name, &error))));
+            }
         };
-        let remedy = if *name == XDP_PROGRAM { "; --xdp off does without" } else { "" };
-        loaded.map_err(|error| unavailable(format!("program {name} cannot be loaded: {}{remedy}", chain(&error))))?;
-        let fd = program
-            .fd()
-            .map_err(|error| unavailable(format!("program {name}: {}", chain(&error))))?
-            .as_fd()
-            .try_clone_to_owned()
-            .map_err(kernel(format!("program {name}")))?;
         sys::pin_over(fd.as_fd(), &layout.programs.join(name)).map_err(kernel(format!("pin program {name}")))?;
         let id = sys::program_id(fd.as_fd()).map_err(kernel(format!("program {name}")))?;
         programs.push(Program { name, fd, id });
     }
-    // Programs an earlier configuration pinned.
+    // Programs an earlier configuration pinned, or one that is refused now.
     for name in list(&layout.programs).map_err(kernel("pinned programs"))? {
-        if !wanted.contains(&name.as_str()) {
+        if !programs.iter().any(|program| program.name == name) {
             fs::remove_file(layout.programs.join(&name)).map_err(kernel(format!("unpin program {name}")))?;
         }
     }
@@ -142,5 +152,44 @@ pub(super) fn load(
     if globals.log_level > 0 {
         log::drain(&mut ebpf);
     }
-    Ok(programs)
+    Ok(Loaded { programs, without_xdp })
+}
+
+/// What came of loading one: the kernel may have refused it, or it could not be asked.
+type Outcome = Result<Result<OwnedFd, ProgramError>, DataplaneError>;
+
+/// Loads them on as many threads as there are CPUs: nearly all that it takes is the kernel's verifier, which looks at each program by itself.
+fn load_side_by_side(ebpf: &mut Ebpf, wanted: &[&'static str]) -> BTreeMap<String, Outcome> {
+    let waiting = ebpf.programs_mut().filter(|(name, _)| wanted.contains(name));
+    let waiting = Mutex::new(waiting.map(|(name, program)| (name.to_owned(), program)).collect::<Vec<_>>());
+    let loaded = Mutex::new(BTreeMap::new());
+    let next = || waiting.lock().unwrap_or_else(PoisonError::into_inner).pop();
+    let work = || {
+        while let Some((name, program)) = next() {
+            let outcome = load_one(&name, program);
+            loaded.lock().unwrap_or_else(PoisonError::into_inner).insert(name, outcome);
+        }
+    };
+    thread::scope(|scope| {
+        for _ in 1..thread::available_parallelism().map_or(1, NonZeroUsize::get).min(wanted.len()) {
+            // Without more threads it takes longer, that is all.
+            let _ = thread::Builder::new().name("loading".to_owned()).spawn_scoped(scope, work);
+        }
+        work();
+    });
+    loaded.into_inner().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn load_one(name: &str, program: &mut AyaProgram) -> Outcome {
+    let loaded = match program {
+        AyaProgram::CgroupSockAddr(program) => program.load(),
+        AyaProgram::SchedClassifier(program) => program.load(),
+        AyaProgram::Xdp(program) => program.load(),
+        _ => return Err(unavailable(format!("the embedded program {name} is of an unexpected kind"))),
+    };
+    if let Err(error) = loaded {
+        return Ok(Err(error));
+    }
+    let fd = program.fd().map_err(|error| unavailable(format!("program {name}: {}", in_a_line(&error))))?;
+    fd.as_fd().try_clone_to_owned().map(Ok).map_err(kernel(format!("program {name}")))
 }

@@ -4,19 +4,21 @@
 use std::io;
 
 use proxy_common::{
-    Address, Be16, Ipv4Be, Ipv6Be,
+    Address, Ipv4Be, Ipv6Be,
+    slot::Target,
     socket::{DatagramKey, DatagramValue, direction},
 };
 
-use super::alive::Alive;
 use crate::{
-    dataplane::ebpf::{
-        layout::MapName,
-        pins::Layout,
-        sys::{self, Map},
+    dataplane::{
+        alive::Alive,
+        ebpf::{
+            layout::MapName,
+            pins::Layout,
+            sys::{self, Map},
+        },
     },
-    desired::{Backend, Frontend},
-    model::{Port, Protocol},
+    model::Protocol,
 };
 
 /// Ends the flows that lost their backend. How many there were.
@@ -50,8 +52,6 @@ fn is_lost<A: Address>(alive: &Alive, key: &DatagramKey<A>, value: &DatagramValu
     if key.direction != direction::TO_BACKEND || !value.is_sealed_for(key) {
         return false;
     }
-    let port = |port: Be16| Port::new(port.to_host());
-    let (Some(vip_port), Some(backend_port)) = (port(key.port), port(value.port)) else { return false };
-    let frontend = Frontend { addr: key.addr.to_ip(), port: vip_port, protocol: Protocol::Udp };
-    alive.is_lost(&frontend, &Backend { addr: value.addr.to_ip(), port: backend_port })
+    let vip = Target { addr: key.addr, port: key.port };
+    alive.has_lost(Protocol::Udp, vip, Target { addr: value.addr, port: value.port })
 }

@@ -6,27 +6,88 @@
 //! Nothing locks the table against the programs, so the way there goes first: what finds the way back alone puts the other
 //! one back at worst, and the second look finds it again.
 
-use std::io;
+use std::{io, net::IpAddr};
 
 use proxy_common::{
-    Address, Be16, Ipv4Be, Ipv6Be,
-    connection::{ConnectionKey, ConnectionValue, flags, hook, pair},
+    Address, Ipv4Be, Ipv6Be,
+    affinity::is_expired,
+    connection::{
+        ConnectionKey, ConnectionValue, flags, hook, pair, state,
+        times::{SCTP_ESTABLISHED, SCTP_OTHERS, TCP_HALF_OPEN},
+    },
     proto,
+    slot::Target,
 };
 
-use super::alive::Alive;
 use crate::{
-    dataplane::ebpf::{
-        layout::MapName,
-        pins::Layout,
-        sys::{self, Map},
+    dataplane::{
+        alive::Alive,
+        ebpf::{
+            Timeouts,
+            layout::MapName,
+            pins::Layout,
+            sys::{self, Map},
+        },
     },
-    desired::{Backend, Frontend},
-    model::{Port, Protocol},
+    model::Protocol,
 };
 
 /// Update only what is there.
 const EXIST: u64 = 2;
+
+/// One part in so many of the table of half-open flows is what may be asked for anew in one round.
+const PART: u32 = 16;
+
+/// What was asked for anew.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(super) struct Moved {
+    pub(super) flows: u64,
+    /// There are more, for another round.
+    pub(super) rest: bool,
+}
+
+/// When a flow is over: as the programs have it.
+pub(super) struct Clock {
+    pub(super) now: u32,
+    pub(super) timeouts: Timeouts,
+}
+
+impl Clock {
+    pub(super) fn new(timeouts: Timeouts) -> Self {
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic).tv_sec as u32;
+        Self { now, timeouts }
+    }
+
+    /// How long ago that second was; nothing, if another CPU has noted one that has not come here yet.
+    pub(super) fn silence(&self, seen: u32) -> u32 {
+        self.now.wrapping_sub(seen).cast_signed().max(0).cast_unsigned()
+    }
+
+    pub(super) fn is_over<A>(
+        &self,
+        protocol: u8,
+        established: bool,
+        one: &ConnectionValue<A>,
+        other: &ConnectionValue<A>,
+    ) -> bool {
+        let Timeouts { tcp_established, tcp_close_wait, udp, udp_stream } = self.timeouts;
+        let told = one.state | other.state;
+        if protocol != proto::UDP && (told & state::RST != 0 || one.state & other.state & state::FIN != 0) {
+            return true;
+        }
+        let closes = told & state::FIN != 0;
+        let most = match protocol {
+            proto::UDP if established => udp_stream,
+            proto::UDP => udp,
+            proto::SCTP if established && !closes => SCTP_ESTABLISHED,
+            proto::SCTP => SCTP_OTHERS,
+            _ if !established => TCP_HALF_OPEN,
+            _ if closes => tcp_close_wait,
+            _ => tcp_established,
+        };
+        is_expired(one.seen.max(other.seen), self.now, most)
+    }
+}
 
 /// A family's flow tables.
 pub(super) struct Tables<A> {
@@ -35,15 +96,28 @@ pub(super) struct Tables<A> {
     half_open: Map<ConnectionKey<A>, ConnectionValue<A>>,
 }
 
+const V4: [MapName; 3] = [MapName::EstablishedV4, MapName::AnsweredV4, MapName::HalfOpenV4];
+const V6: [MapName; 3] = [MapName::EstablishedV6, MapName::AnsweredV6, MapName::HalfOpenV6];
+
 impl Tables<Ipv4Be> {
     pub(super) fn open_v4(layout: &Layout) -> io::Result<Self> {
-        Self::open(layout, [MapName::EstablishedV4, MapName::AnsweredV4, MapName::HalfOpenV4])
+        Self::open(layout, V4)
+    }
+
+    /// Flows that are not over.
+    pub(super) fn live_v4(layout: &Layout, clock: &Clock) -> io::Result<u64> {
+        Self::live(layout, V4, clock)
     }
 }
 
 impl Tables<Ipv6Be> {
     pub(super) fn open_v6(layout: &Layout) -> io::Result<Self> {
-        Self::open(layout, [MapName::EstablishedV6, MapName::AnsweredV6, MapName::HalfOpenV6])
+        Self::open(layout, V6)
+    }
+
+    /// Flows that are not over.
+    pub(super) fn live_v6(layout: &Layout, clock: &Clock) -> io::Result<u64> {
+        Self::live(layout, V6, clock)
     }
 }
 
@@ -55,6 +129,40 @@ where
     fn open(layout: &Layout, [established, answered, half_open]: [MapName; 3]) -> io::Result<Self> {
         let map = |name| sys::open(&layout.map(name)).and_then(Map::new);
         Ok(Self { established: map(established)?, answered: map(answered)?, half_open: map(half_open)? })
+    }
+
+    fn live(layout: &Layout, [established, answered, half_open]: [MapName; 3], clock: &Clock) -> io::Result<u64> {
+        let (mut flows, mut trouble) = (0, None);
+        for (name, established) in [(established, true), (answered, true), (half_open, false)] {
+            let mut maps =
+                vec![sys::open(&layout.map(name)).and_then(Map::<ConnectionKey<A>, ConnectionValue<A>>::new)?];
+            // Those that links use in its place, if an agent died while sizes changed.
+            for path in [layout.resized(name), layout.former(name)] {
+                match sys::open(&path).and_then(Map::new) {
+                    Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                    map => maps.push(map?),
+                }
+            }
+            for map in &maps {
+                map.each(|key, value| {
+                    // The pair that masquerades a flow ends with it.
+                    if value.flags & flags::MASQUERADE != 0 || !value.is_sealed_for(&key) {
+                        return;
+                    }
+                    let (other_key, other) = pair(&key, &value);
+                    match is_still(map, &other_key, &other) {
+                        // Counted once.
+                        Ok(Some(_)) if key.hook != hook::INGRESS => {}
+                        Ok(found) => {
+                            let other = found.unwrap_or(ConnectionValue { seen: value.seen, ..other });
+                            flows += u64::from(!clock.is_over(key.proto, established, &value, &other));
+                        }
+                        Err(error) => trouble = Some(error),
+                    }
+                })?;
+            }
+        }
+        trouble.map_or(Ok(flows), Err)
     }
 
     /// Ends the UDP flows that lost their backend. How many there were.
@@ -117,6 +225,71 @@ where
             removed |= is_still(map, key, value)?.is_some() && map.remove(key)?;
         }
         Ok(removed)
+    }
+
+    /// Has the flows that are masqueraded with a lost address ask for one anew, except those that are over; in one round no more than
+    /// leave room for the others in the table of half-open flows.
+    pub(super) fn masquerade_anew(
+        &self,
+        clock: &Clock,
+        mut is_lost: impl FnMut(IpAddr) -> io::Result<bool>,
+    ) -> io::Result<Moved> {
+        let most = (sys::map_info(self.half_open.fd())?.max_entries / PART).max(1) as usize;
+        let (mut lost, mut trouble) = (Vec::new(), None);
+        for (map, established) in [(&self.established, true), (&self.answered, true), (&self.half_open, false)] {
+            map.each(|key, value| {
+                let masquerades = value.flags & (flags::MASQUERADE | flags::PENDING) == flags::MASQUERADE;
+                let ours = masquerades && key.hook == hook::EGRESS && value.is_sealed_for(&key);
+                if !ours || lost.len() > most || trouble.is_some() {
+                    return;
+                }
+                let found = is_lost(value.addr.to_ip()).and_then(|lost| {
+                    Ok(lost && {
+                        let (back, found) = pair(&key, &value);
+                        let answers =
+                            is_still(map, &back, &found)?.unwrap_or(ConnectionValue { seen: value.seen, ..found });
+                        !clock.is_over(key.proto, established, &value, &answers)
+                    })
+                });
+                match found {
+                    Ok(true) => lost.push((key, value)),
+                    Ok(false) => {}
+                    Err(error) => trouble = Some(error),
+                }
+            })?;
+        }
+        if let Some(error) = trouble {
+            return Err(error);
+        }
+        let mut moved = Moved { flows: 0, rest: lost.len() > most };
+        for (key, value) in lost.iter().take(most) {
+            moved.flows += u64::from(self.ask_anew(key, value)?);
+        }
+        Ok(moved)
+    }
+
+    /// The request first: no packet between the two steps leaves with the client's address. If the request is evicted before its flow
+    /// sends anything, the flow's main pair asks again, as for any that lost its masquerade.
+    fn ask_anew(&self, key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> io::Result<bool> {
+        let confirmed = if key.proto == proto::UDP { &self.answered } else { &self.established };
+        let is_confirmed = is_still(confirmed, key, value)?.is_some();
+        if !is_confirmed && is_still(&self.half_open, key, value)?.is_none() {
+            return Ok(false);
+        }
+        let ConnectionValue { service, seen, checked, .. } = *value;
+        let flags = flags::PENDING | flags::MASQUERADE;
+        let request = ConnectionValue { service, flags, seen, checked, state: state::SEEN, ..Default::default() };
+        self.half_open.put(key, &request.sealed(key), 0)?;
+        if is_confirmed {
+            confirmed.remove(key)?;
+        }
+        let (back, found) = pair(key, value);
+        for map in [confirmed, &self.half_open] {
+            if is_still(map, &back, &found)?.is_some() {
+                map.remove(&back)?;
+            }
+        }
+        Ok(true)
     }
 
     /// Marks the TCP flows that lost their backend; half-open ones are deleted, their next SYN is chosen for anew. How many there
@@ -192,7 +365,7 @@ impl<A> Lost<A> {
 
 /// The entry as it is by now, if it is still the one that a walk found: a walk takes its time, and meanwhile the client may have opened
 /// another flow from the same port, to somebody who serves.
-fn is_still<A: Address>(
+pub(super) fn is_still<A: Address>(
     map: &Map<ConnectionKey<A>, ConnectionValue<A>>,
     key: &ConnectionKey<A>,
     found: &ConnectionValue<A>,
@@ -210,23 +383,27 @@ fn is_lost<A: Address>(alive: &Alive, key: &ConnectionKey<A>, value: &Connection
         return false;
     }
     let protocol = if key.proto == proto::UDP { Protocol::Udp } else { Protocol::Tcp };
-    let (vip, vip_port, to, to_port) = if key.hook == hook::INGRESS {
-        (key.dst, key.dport, value.addr, value.port)
+    let here = Target { addr: value.addr, port: value.port };
+    let (vip, backend) = if key.hook == hook::INGRESS {
+        (Target { addr: key.dst, port: key.dport }, here)
     } else {
-        (value.addr, value.port, key.src, key.sport)
+        (here, Target { addr: key.src, port: key.sport })
     };
-    let port = |port: Be16| Port::new(port.to_host());
-    let (Some(vip_port), Some(to_port)) = (port(vip_port), port(to_port)) else { return false };
-    let frontend = Frontend { addr: vip.to_ip(), port: vip_port, protocol };
-    alive.is_lost(&frontend, &Backend { addr: to.to_ip(), port: to_port })
+    alive.has_lost(protocol, vip, backend)
 }
 
 #[cfg(test)]
 mod tests {
+    use proxy_common::Be16;
+
     use super::*;
-    use crate::dataplane::ebpf::{
-        hygiene::alive::{Change, Keep},
-        layout::Sizes,
+    use crate::{
+        dataplane::{
+            alive::{Change, Keep},
+            ebpf::layout::Sizes,
+        },
+        desired::{Backend, Frontend},
+        model::Port,
     };
 
     type A = Ipv4Be;
@@ -266,8 +443,105 @@ mod tests {
         let keep = Keep::Only(vec![Backend { addr: ip(2).to_ip(), port: port(8080) }].into());
         let (mut alive, now) = (Alive::default(), std::time::Instant::now());
         alive.apply(Change { set: vec![(frontend, keep)], ..Change::default() }, now);
-        alive.settle(now + super::super::alive::TCP_GRACE);
+        alive.settle(now + crate::dataplane::alive::TCP_GRACE);
         alive
+    }
+
+    /// Its answers would go to whoever has the address now.
+    #[test]
+    fn what_is_masqueraded_with_a_lost_address_asks_for_another_a75() {
+        let Some(tables) = tables() else { return };
+        let masqueraded = |proto, port, source: u8| {
+            let port = Be16::from_host(port);
+            let key = ConnectionKey::new(hook::EGRESS, proto, ip(200), port, ip(1), Be16::from_host(8080));
+            let value = ConnectionValue {
+                addr: ip(source),
+                port: Be16::from_host(1024),
+                other: key.dport,
+                service: 7,
+                flags: flags::MASQUERADE,
+                seen: 900,
+                ..Default::default()
+            };
+            [(key, value.sealed(&key)), pair(&key, &value)]
+        };
+        let (tcp, udp, half) =
+            (masqueraded(proto::TCP, 1, 50), masqueraded(proto::UDP, 2, 50), masqueraded(proto::TCP, 3, 50));
+        let stays = masqueraded(proto::TCP, 4, 51);
+        put(&tables.established, &tcp);
+        put(&tables.established, &stays);
+        put(&tables.answered, &udp);
+        put(&tables.half_open, &half);
+        let is_lost = |address| Ok(address != ip(51).to_ip());
+        let clock = Clock { now: 901, timeouts: Timeouts::default() };
+        assert_eq!(tables.masquerade_anew(&clock, is_lost).unwrap(), Moved { flows: 3, rest: false });
+        for [(key, _), (back, _)] in [tcp, udp, half] {
+            let request = tables.half_open.get(&key).unwrap().unwrap();
+            assert!(request.is_sealed_for(&key) && request.flags == flags::PENDING | flags::MASQUERADE);
+            assert_eq!((request.service, request.seen), (7, 900));
+            for map in [&tables.established, &tables.answered] {
+                assert_eq!((map.get(&key).unwrap(), map.get(&back).unwrap()), (None, None));
+            }
+            assert_eq!(tables.half_open.get(&back).unwrap(), None);
+        }
+        assert_eq!(stays.map(|(key, _)| tables.established.get(&key).unwrap().is_some()), [true; 2]);
+        assert_eq!(tables.masquerade_anew(&clock, is_lost).unwrap(), Moved::default());
+
+        // Who cannot be asked about stays, and it is said.
+        let refused = |_| Err(io::Error::from_raw_os_error(libc::ENOBUFS));
+        assert!(tables.masquerade_anew(&clock, refused).is_err());
+        assert!(tables.established.get(&stays[0].0).unwrap().is_some());
+    }
+
+    #[test]
+    fn a_round_leaves_room_for_new_flows_and_flows_that_are_over_alone() {
+        let Some(tables) = tables() else { return };
+        let most = u64::from(sys::map_info(tables.half_open.fd()).unwrap().max_entries / PART);
+        let (many, now) = (most as u16 + 10, 1_000_000);
+        for port in 0..many + 5 {
+            let port_be = Be16::from_host(port + 1);
+            let key = ConnectionKey::new(hook::EGRESS, proto::TCP, ip(200), port_be, ip(1), Be16::from_host(8080));
+            let value = ConnectionValue {
+                addr: ip(50),
+                port: port_be,
+                other: key.dport,
+                flags: flags::MASQUERADE,
+                seen: if port < many { now } else { now - Timeouts::default().tcp_established - 1 },
+                ..Default::default()
+            };
+            put(&tables.established, &[(key, value.sealed(&key)), pair(&key, &value)]);
+        }
+        let clock = Clock { now, timeouts: Timeouts::default() };
+        assert_eq!(tables.masquerade_anew(&clock, |_| Ok(true)).unwrap(), Moved { flows: most, rest: true });
+        assert_eq!(tables.masquerade_anew(&clock, |_| Ok(true)).unwrap(), Moved { flows: 10, rest: false });
+        assert_eq!(tables.masquerade_anew(&clock, |_| Ok(true)).unwrap(), Moved::default());
+        assert_eq!(tables.established.entries().unwrap().len(), 10, "five flows that are over");
+    }
+
+    #[test]
+    fn times_are_those_of_the_programs() {
+        let timeouts = Timeouts { tcp_established: 500, tcp_close_wait: 400, udp: 30, udp_stream: 120 };
+        let (open, fin, rst) = (state::SEEN, state::FIN, state::RST);
+        for (protocol, established, states, most) in [
+            (proto::TCP, true, (open, open), Some(500)),
+            (proto::TCP, true, (fin, open), Some(400)),
+            (proto::TCP, false, (open, 0), Some(TCP_HALF_OPEN)),
+            (proto::TCP, true, (fin, fin), None),
+            (proto::TCP, true, (open, rst), None),
+            (proto::UDP, true, (open, open), Some(120)),
+            (proto::UDP, false, (open, 0), Some(30)),
+            (proto::SCTP, true, (open, open), Some(SCTP_ESTABLISHED)),
+            (proto::SCTP, true, (open, fin), Some(SCTP_OTHERS)),
+            (proto::SCTP, false, (open, 0), Some(SCTP_OTHERS)),
+        ] {
+            let value = |state, seen| ConnectionValue::<A> { state, seen, ..Default::default() };
+            let (one, other) = (value(states.0, 1000), value(states.1, 900));
+            let is_over = |idle| Clock { now: 1000 + idle, timeouts }.is_over(protocol, established, &one, &other);
+            match most {
+                Some(most) => assert_eq!((is_over(most), is_over(most + 1)), (false, true), "{protocol} {states:?}"),
+                None => assert!(is_over(0), "{protocol} {states:?}"),
+            }
+        }
     }
 
     #[test]

@@ -9,6 +9,11 @@
 //!                                  sockets    every network namespace     SOCK_DESTROY
 //! ```
 //!
+//! Beside them, what is masqueraded with an address that the node has lost: no answer would ever come back. Such flows ask for another
+//! address with their next packet, as netfilter forgets them (`masq_inet_event`).
+//!
+//! And flows that are over by themselves, where those that live might lose their place: on a second thread ([`sweep`]), since there may be many.
+//!
 //! On a thread of its own: a walk over full tables takes longer than a change may wait, and a thread that is in another
 //! network namespace must not do anything else. It sleeps until something was lost. Each such round is followed by another
 //! one: a program that read a frontend just before it changed may have entered a flow just after we looked. What fails is
@@ -16,33 +21,38 @@
 //!
 //! Only what is in force counts: a frontend that could not be written is as it was, and its flows stay.
 
-mod alive;
+mod addresses;
 mod datagrams;
 mod flows;
 mod notes;
 mod sockets;
+pub(super) mod sweep;
 mod types;
 
 use std::{
     collections::BTreeSet,
+    convert::Infallible,
     io,
+    net::IpAddr,
     sync::{
         Arc,
-        atomic::{AtomicU64, Ordering},
+        atomic::Ordering,
         mpsc::{self, Receiver, RecvTimeoutError, Sender},
     },
     time::{Duration, Instant},
 };
 
 use self::{
-    alive::{Alive, Change, Keep},
-    flows::Tables,
+    flows::{Clock, Moved, Tables},
     sockets::{Home, Notes},
 };
-use super::pins::Layout;
+use super::{Timeouts, pins::Layout};
 use crate::{
-    dataplane::Report,
-    desired::{Changes, DesiredState, Frontend},
+    dataplane::{
+        Report,
+        alive::{self, Alive, Change, Ended, Keep},
+    },
+    desired::{Changes, DesiredState},
 };
 
 pub(crate) use sockets::{Unreachable, reaches_sockets};
@@ -54,44 +64,38 @@ const LONGEST: Duration = Duration::from_secs(300);
 /// Rounds take at most one part in so many of the time, whatever is lost meanwhile.
 const SHARE: u32 = 4;
 
-/// What was ended since the agent started.
-#[derive(Debug, Default)]
-pub struct Ended {
-    udp_flows: AtomicU64,
-    tcp_flows: AtomicU64,
-    sockets: AtomicU64,
-}
-
-impl Ended {
-    /// What is counted, by name.
-    pub fn counts(&self) -> [(&'static str, u64); 3] {
-        let Self { udp_flows, tcp_flows, sockets } = self;
-        [("udp_flow", udp_flows), ("tcp_flow", tcp_flows), ("socket", sockets)]
-            .map(|(name, count)| (name, count.load(Ordering::Relaxed)))
-    }
-}
-
 #[derive(Debug)]
 enum Job {
-    All(Vec<(Frontend, Keep)>),
+    All(Vec<(crate::desired::Frontend, Keep)>),
     Change(Change),
+    /// The node's own addresses, by now.
+    Addresses(BTreeSet<IpAddr>),
     /// Maps took the place of others.
     Look,
 }
 
-/// The thread's other end. It ends with this.
+/// The threads' other end. They end with this.
 #[derive(Debug)]
 pub(crate) struct Hygiene {
     jobs: Sender<Job>,
+    _sweeping: Sender<Infallible>,
 }
 
 impl Hygiene {
     /// `pods`: whether sockets of pods can be found and destroyed.
-    pub(crate) fn start(layout: Layout, pods: Result<(), Unreachable>, ended: Arc<Ended>) -> io::Result<Self> {
+    pub(crate) fn start(
+        layout: Layout,
+        pods: Result<(), Unreachable>,
+        timeouts: Timeouts,
+        ended: Arc<Ended>,
+    ) -> io::Result<Self> {
+        let (sweeping, end) = mpsc::channel();
+        let (of, counts) = (layout.clone(), Arc::clone(&ended));
+        std::thread::Builder::new().name("sweep".into()).spawn(move || sweep::run(&of, timeouts, &counts, &end))?;
         let (jobs, queue) = mpsc::channel();
-        let mut worker = Worker::new(layout, pods, ended);
+        let mut worker = Worker::new(layout, pods, timeouts, ended);
         std::thread::Builder::new().name("hygiene".into()).spawn(move || worker.run(&queue))?;
-        Ok(Self { jobs })
+        Ok(Self { jobs, _sweeping: sweeping })
     }
 
     fn send(&self, job: Job) {
@@ -102,26 +106,22 @@ impl Hygiene {
 
     /// Everything that should be in force; `report` says what is not.
     pub(crate) fn all(&self, desired: &DesiredState, report: &Report) {
-        let mut all: Vec<_> = desired
-            .frontends
-            .iter()
-            .map(|(frontend, spec)| {
-                let keep = if report.failed.contains_key(frontend) { Keep::All } else { spec.alive.clone().into() };
-                (*frontend, keep)
-            })
-            .collect();
-        // Those that could not be removed.
-        all.extend(report.failed.keys().filter(|f| !desired.frontends.contains_key(f)).map(|f| (*f, Keep::All)));
-        self.send(Job::All(all));
+        self.send(Job::All(alive::all(desired, report)));
     }
 
     pub(crate) fn changed(&self, changes: &Changes, report: &Report) {
-        let landed = |frontend: &Frontend| !report.failed.contains_key(frontend);
-        let set = changes.set.iter().filter(|(frontend, _)| landed(frontend));
-        let set: Vec<_> = set.map(|(frontend, spec)| (*frontend, spec.alive.clone().into())).collect();
-        let removed: BTreeSet<_> = changes.remove.iter().copied().filter(landed).collect();
-        if !set.is_empty() || !removed.is_empty() {
-            self.send(Job::Change(Change { set, removed }));
+        if let Some(change) = Change::of(changes, report) {
+            self.send(Job::Change(change));
+        }
+    }
+
+    /// The node's devices, or their addresses, may be other ones.
+    pub(crate) fn devices(&self) {
+        match addresses::own() {
+            Ok(own) => self.send(Job::Addresses(own)),
+            Err(error) => {
+                tracing::warn!(%error, "the node's addresses cannot be listed; flows masqueraded with lost ones go on")
+            }
         }
     }
 
@@ -130,14 +130,53 @@ impl Hygiene {
     }
 }
 
+/// Counts what still goes by the maps of a directory.
+#[derive(Debug)]
+pub(crate) struct Census {
+    timeouts: Timeouts,
+    /// Made with the first count; or why there is none.
+    notes: Option<Result<Notes, String>>,
+}
+
+impl Census {
+    pub(crate) const fn new(timeouts: Timeouts) -> Self {
+        Self { timeouts, notes: None }
+    }
+
+    /// Flows that are not over, and where it is asked for, sockets that are pointed at a backend.
+    pub(crate) fn count(&mut self, layout: &Layout, sockets: bool) -> io::Result<u64> {
+        let clock = Clock::new(self.timeouts);
+        let flows = Tables::live_v4(layout, &clock)? + Tables::live_v6(layout, &clock)?;
+        if !sockets {
+            return Ok(flows);
+        }
+        let notes = self.notes.get_or_insert_with(|| {
+            let opened = Notes::open().map_err(|error| error.to_string());
+            if let Err(why) = &opened {
+                tracing::warn!(
+                    why,
+                    "sockets that were pointed at a backend cannot be counted; they are not waited for"
+                );
+            }
+            opened
+        });
+        Ok(flows + notes.as_ref().map_or(Ok(0), |notes| notes.count(layout))?)
+    }
+}
+
 struct Worker {
     layout: Layout,
     pods: Result<(), Unreachable>,
+    timeouts: Timeouts,
     ended: Arc<Ended>,
     /// Made with the first round.
     notes: Option<Notes>,
     home: Option<Home>,
     alive: Alive,
+    /// What flows may be masqueraded with, when it was listed last; none: not known.
+    own: BTreeSet<IpAddr>,
+    /// How often flows are still to be asked whether the node has their source: an address went.
+    looks: u8,
     /// When to go round: something was lost; for the second look; a TCP backend is gone for long enough.
     due: Option<Instant>,
     again: Option<Instant>,
@@ -149,14 +188,17 @@ struct Worker {
 }
 
 impl Worker {
-    fn new(layout: Layout, pods: Result<(), Unreachable>, ended: Arc<Ended>) -> Self {
+    fn new(layout: Layout, pods: Result<(), Unreachable>, timeouts: Timeouts, ended: Arc<Ended>) -> Self {
         Self {
             layout,
             pods,
+            timeouts,
             ended,
             notes: None,
             home: None,
             alive: Alive::default(),
+            own: BTreeSet::new(),
+            looks: 0,
             due: None,
             again: None,
             pause: AGAIN,
@@ -192,9 +234,20 @@ impl Worker {
                 true
             }
             Job::Change(change) => self.alive.apply(change, now),
+            // What is masqueraded with an address that is new was so by somebody else.
+            Job::Addresses(own) => {
+                let first = self.own.is_empty();
+                let before = std::mem::replace(&mut self.own, own);
+                let shrank = first || !before.is_subset(&self.own);
+                if shrank {
+                    self.looks = 2;
+                }
+                shrank
+            }
             Job::Look => true,
         };
-        if lost {
+        // What no frontend is known of yet would seem lost: devices may be told before it is, and flows be there before that.
+        if lost && self.alive.is_complete() {
             self.due.get_or_insert(now);
         }
         self.fades = self.alive.next_fade();
@@ -213,7 +266,8 @@ impl Worker {
             return;
         }
         let trouble = self.round();
-        let again = next_try(due || faded, trouble.iter().any(|trouble| trouble.may_pass), &mut self.pause);
+        let failed = trouble.iter().any(|trouble| trouble.may_pass);
+        let again = next_try(due || faded || (self.looks > 0 && !failed), failed, &mut self.pause);
         if let Some(pause) = again {
             self.again = Some(start + pause);
         }
@@ -227,8 +281,8 @@ impl Worker {
     /// Looks at everything once; what could not be looked at.
     fn round(&mut self) -> Vec<Trouble> {
         let mut trouble = Vec::new();
-        let (mut udp_flows, mut tcp_flows) = (0, 0);
-        let flows = self.flows(&mut udp_flows, &mut tcp_flows);
+        let (mut udp_flows, mut tcp_flows, mut masquerades) = (0, 0, 0);
+        let flows = self.flows(&mut udp_flows, &mut tcp_flows).and_then(|()| self.masquerades(&mut masquerades));
         trouble
             .extend(flows.err().map(|error| Trouble::passing(format!("flows to removed backends may go on: {error}"))));
         let mut destroyed = 0;
@@ -241,10 +295,16 @@ impl Worker {
                 trouble.push(Trouble::passing(format!("sockets on removed backends cannot be looked for: {error}")));
             }
         }
-        for (counter, count) in
-            [(&self.ended.udp_flows, udp_flows), (&self.ended.tcp_flows, tcp_flows), (&self.ended.sockets, destroyed)]
-        {
+        for (counter, count) in [
+            (&self.ended.udp_flows, udp_flows),
+            (&self.ended.tcp_flows, tcp_flows),
+            (&self.ended.masquerades, masquerades),
+            (&self.ended.sockets, destroyed),
+        ] {
             counter.fetch_add(count, Ordering::Relaxed);
+        }
+        if masquerades > 0 {
+            tracing::info!(masquerades, "flows get another source: theirs is no address of this node any more");
         }
         if udp_flows + tcp_flows + destroyed > 0 {
             tracing::info!(udp_flows, tcp_flows, sockets = destroyed, "ended what led to removed backends");
@@ -262,6 +322,29 @@ impl Worker {
         if alive.resets_tcp() {
             *tcp += v4.end_tcp(alive)?;
             *tcp += v6.end_tcp(alive)?;
+        }
+        Ok(())
+    }
+
+    /// Nothing to do for as long as the node loses no address.
+    fn masquerades(&mut self, moved: &mut u64) -> io::Result<()> {
+        if self.own.is_empty() {
+            // Nothing can be told; those that come are the first again, and call for a look.
+            self.looks = 0;
+        }
+        if self.looks == 0 {
+            return Ok(());
+        }
+        // A round that could not come back would ask a pod's kernel which addresses are local, and lose them all.
+        self.home.as_mut().map_or(Ok(()), Home::back)?;
+        let Self { layout, own, timeouts, .. } = self;
+        let (clock, mut lost) = (Clock::new(*timeouts), addresses::Lost::new(own));
+        let v4 = Tables::open_v4(layout)?.masquerade_anew(&clock, |address| lost.has(address))?;
+        *moved += v4.flows;
+        let v6 = Tables::open_v6(layout)?.masquerade_anew(&clock, |address| lost.has(address))?;
+        *moved += v6.flows;
+        if ![v4, v6].iter().any(|Moved { rest, .. }| *rest) {
+            self.looks -= 1;
         }
         Ok(())
     }
@@ -334,15 +417,16 @@ fn next_try(lost: bool, failed: bool, pause: &mut Duration) -> Option<Duration> 
 mod tests {
     use super::*;
     use crate::{
-        desired::Backend,
+        desired::{Backend, Frontend},
         model::{Port, Protocol},
     };
+    use std::collections::BTreeSet;
 
     /// A connection may move between two tables while they are walked over; TCP's grace is no second look.
     #[test]
     fn the_end_of_a_grace_is_a_loss_like_any_other() {
         let empty = tempfile::tempdir().unwrap();
-        let mut worker = Worker::new(Layout::of(empty.path()), Ok(()), Arc::default());
+        let mut worker = Worker::new(Layout::of(empty.path()), Ok(()), Timeouts::default(), Arc::default());
         let port = Port::new(80).unwrap();
         let frontend = Frontend { addr: [10, 96, 0, 1].into(), port, protocol: Protocol::Tcp };
         let keep = Keep::Only(vec![Backend { addr: [10, 0, 0, 1].into(), port }].into());
@@ -353,6 +437,48 @@ mod tests {
         worker.pause = LONGEST;
         worker.turn();
         assert!(worker.again.is_some_and(|at| at < now + AGAIN * 30), "{:?} from {now:?}", worker.again);
+    }
+
+    /// A mode that is taken up again has flows and sockets before it has a frontend.
+    #[test]
+    fn nothing_is_looked_for_before_it_is_known_what_should_be_there() {
+        let empty = tempfile::tempdir().unwrap();
+        let mut worker = Worker::new(Layout::of(empty.path()), Ok(()), Timeouts::default(), Arc::default());
+        for job in [Job::Addresses([[192, 0, 2, 1].into()].into()), Job::Look] {
+            worker.take(job);
+            assert_eq!(worker.due, None);
+        }
+        worker.take(Job::All(Vec::new()));
+        assert!(worker.due.is_some());
+        assert_eq!(worker.looks, 2, "masquerade addresses are looked at then");
+    }
+
+    /// What else is lost says nothing of addresses.
+    #[test]
+    fn sources_are_asked_about_when_an_address_went() {
+        let empty = tempfile::tempdir().unwrap();
+        let mut worker = Worker::new(Layout::of(empty.path()), Ok(()), Timeouts::default(), Arc::default());
+        let own = |list: &[u8]| Job::Addresses(list.iter().map(|n| IpAddr::from([192, 0, 2, *n])).collect());
+        for (job, looks) in [
+            (Job::Look, 0),
+            (own(&[1]), 2),
+            (own(&[1, 2]), 0),
+            (own(&[1, 2]), 0),
+            (Job::Look, 0),
+            (own(&[1]), 2),
+            (own(&[3]), 2),
+        ] {
+            worker.looks = 0;
+            worker.take(job);
+            assert_eq!(worker.looks, looks);
+        }
+        // With no address at all there is nothing to ask, and no reason to go round for ever.
+        worker.take(own(&[]));
+        assert!(worker.masquerades(&mut 0).is_ok() && worker.looks == 0);
+        worker.take(own(&[3]));
+        assert_eq!(worker.looks, 2);
+        // There are no tables here: what could not be looked at is still to be looked at.
+        assert!(worker.masquerades(&mut 0).is_err() && worker.looks == 2);
     }
 
     #[test]

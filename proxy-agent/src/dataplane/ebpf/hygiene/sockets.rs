@@ -9,7 +9,7 @@
 //! A namespace is entered by the one thread that does this, which does nothing else.
 
 use std::{
-    collections::HashMap,
+    collections::{HashMap, HashSet},
     fs, io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::{fd::AsFd, unix::fs::MetadataExt},
@@ -19,9 +19,12 @@ use std::{
 use proxy_common::{Address, Ipv4Be, Ipv6Be, proto, socket::PeerRecord};
 use rustix::thread::{CapabilitySet, LinkNameSpaceType, move_into_link_name_space};
 
-use super::{alive::Alive, notes::Reader, types::Kernel};
+use super::{notes::Reader, types::Kernel};
 use crate::{
-    dataplane::ebpf::{diag, layout::MapName, pins::Layout, sys},
+    dataplane::{
+        alive::Alive,
+        ebpf::{diag, layout::MapName, pins::Layout, sys},
+    },
     desired::{Backend, Frontend},
     model::{Port, Protocol},
 };
@@ -54,6 +57,18 @@ impl Notes {
     pub(super) fn open() -> io::Result<Self> {
         let kernel = Kernel::read()?;
         Ok(Self { v4: Reader::new::<PeerRecord<Ipv4Be>>(&kernel)?, v6: Reader::new::<PeerRecord<Ipv6Be>>(&kernel)? })
+    }
+
+    /// How many sockets were pointed at a backend, and are.
+    pub(super) fn count(&self, layout: &Layout) -> io::Result<u64> {
+        let mut cookies = HashSet::new();
+        self.v4.each(sys::open(&layout.map(MapName::PeersV4))?.as_fd(), |cookie, note: PeerRecord<Ipv4Be>| {
+            cookies.extend((note.service != 0).then_some(cookie));
+        })?;
+        self.v6.each(sys::open(&layout.map(MapName::PeersV6))?.as_fd(), |cookie, note: PeerRecord<Ipv6Be>| {
+            cookies.extend((note.service != 0).then_some(cookie));
+        })?;
+        Ok(cookies.len() as u64)
     }
 
     /// The sockets whose note says that they were pointed at a backend that is gone.
@@ -119,7 +134,7 @@ impl Home {
     }
 
     /// Asks for nothing where there is no way to go: even that would take CAP_SYS_ADMIN.
-    fn back(&mut self) -> io::Result<()> {
+    pub(super) fn back(&mut self) -> io::Result<()> {
         if self.away {
             move_into_link_name_space(self.namespace.as_fd(), Some(LinkNameSpaceType::Network))?;
             self.away = false;

@@ -109,6 +109,7 @@ fn desired(model: &Model) -> DesiredState {
         frontends: frontends.collect(),
         guards: model.guards.iter().map(|g| IpAddr::from([10, 96, 0, *g])).collect(),
         local_cidrs: model.guards.iter().map(|g| format!("10.244.{g}.0/24").parse().unwrap()).collect(),
+        left_pods: Default::default(),
     }
 }
 

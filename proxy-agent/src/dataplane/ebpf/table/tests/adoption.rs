@@ -106,7 +106,7 @@ fn what_is_held_stays_as_it_is() {
     let local_cidrs = desired(&model(&[1, 2, 3])).local_cidrs;
     let report = table.resync(&DesiredState { local_cidrs, ..desired(&less) }, NOW);
     assert_eq!(report.failed.len(), 2, "{report:?}");
-    assert!(report.failed.values().all(|failure| matches!(failure, Failure::Unsupported(_))), "{report:?}");
+    assert!(report.failed.values().all(|failure| matches!(failure, Failure::Held(_))), "{report:?}");
     assert_eq!((seen(table.store()), report.writes), (before, 0));
     table.hold(&BTreeSet::new());
     assert!(table.resync(&desired(&less), NOW).is_clean());

@@ -1,7 +1,10 @@
 //! The loop over a dataplane without a kernel: the gate, failures apart from each other, retries, relists, coalescing,
 //! drift, and faults at every step (faults F2, F21, F25, F26).
 
+#[path = "../common/mod.rs"]
 mod common;
+mod takeover;
+mod world;
 
 use std::{
     sync::Arc,
@@ -13,135 +16,16 @@ use proptest::{prelude::*, strategy::ValueTree, test_runner::TestRunner};
 use proxy_agent::{
     dataplane::{
         Failure,
-        memory::{Kernel, Lack, Memory},
+        memory::{Kernel, Lack},
     },
     desired::{Device, DeviceRole, Devices, Frontend},
-    model::{EndpointSlice, Event, Protocol, Service, SourceState, Teller, index::Index},
-    plan::{Defaults, Planner},
+    model::{EndpointSlice, Event, Family, Protocol, Service, SourceState, Teller},
+    plan::{Defaults, DetectLocal},
     serve::health::judge,
     status::{FrontendState, Status},
-    sync::{self, Ends, Options, SyncError},
+    sync::{Options, SyncError},
 };
-use tokio::{
-    sync::{mpsc, watch},
-    task::JoinHandle,
-};
-use tokio_util::sync::CancellationToken;
-
-/// Far more than anything takes; a busy machine is no failure.
-const SOON: Duration = Duration::from_secs(20);
-
-/// A running loop with all its ends.
-struct World {
-    kernel: Kernel,
-    events: mpsc::Sender<Event>,
-    devices: watch::Sender<Devices>,
-    source: watch::Sender<SourceState>,
-    status: watch::Receiver<Arc<Status>>,
-    cancel: CancellationToken,
-    task: JoinHandle<Result<(), SyncError>>,
-    oracle: Index,
-}
-
-fn quick() -> Options {
-    Options {
-        retry_first: Duration::from_millis(20),
-        retry_max: Duration::from_millis(80),
-        resync_period: Duration::from_millis(100),
-        ..Options::default()
-    }
-}
-
-impl World {
-    fn start(kernel: Kernel, options: Options) -> Self {
-        let (events, events_rx) = mpsc::channel(1024);
-        let (devices, devices_rx) = watch::channel(Devices::new());
-        let (source, source_rx) = watch::channel(SourceState::Listing { missing: Vec::new() });
-        let (status_tx, status) = watch::channel(Arc::new(Status::starting("", "this".into())));
-        let cancel = CancellationToken::new();
-        let ends = Ends {
-            events: events_rx,
-            devices: devices_rx,
-            source: source_rx,
-            dataplane: Box::new(Memory::new(kernel.clone())),
-            status: status_tx,
-        };
-        let task = tokio::spawn(sync::run(options, ends, cancel.clone()));
-        Self { kernel, events, devices, source, status, cancel, task, oracle: Index::default() }
-    }
-
-    /// Started, and through the gate with these events and no devices.
-    async fn started(kernel: Kernel, options: Options, events: Vec<Event>) -> Self {
-        let mut world = Self::start(kernel, options);
-        world.open_gate(events).await;
-        world.wait("ready", |status| status.ready).await;
-        world
-    }
-
-    async fn open_gate(&mut self, events: Vec<Event>) {
-        let first = [
-            Event::Node(node("this", None)),
-            Event::Addresses(Default::default()),
-            Event::Services(Vec::new()),
-            Event::Slices(Vec::new()),
-        ];
-        for event in first {
-            self.send(event).await;
-        }
-        for event in events {
-            self.send(event).await;
-        }
-        self.devices.send_replace(Devices::new());
-        self.source.send_replace(SourceState::Synced);
-    }
-
-    async fn send(&mut self, event: Event) {
-        self.oracle.apply(event.clone(), &mut Default::default());
-        self.events.send(event).await.unwrap();
-    }
-
-    async fn wait(&mut self, what: &str, condition: impl Fn(&Status) -> bool) -> Arc<Status> {
-        let found = tokio::time::timeout(SOON, self.status.wait_for(|status| condition(status))).await;
-        if let Some(status) = found.ok().map(|status| Arc::clone(&status.unwrap())) {
-            return status;
-        }
-        panic!("not in time: {what}; {:#?}", self.status.borrow());
-    }
-
-    /// Until the kernel holds exactly what one full plan of all that was sent says.
-    async fn converge(&self) {
-        let mut planner = Planner::new(Defaults::default());
-        let desired = planner.full(self.oracle.snapshot());
-        for _ in 0..4000 {
-            if self.kernel.state().desired == *desired {
-                return;
-            }
-            tokio::time::sleep(Duration::from_millis(5)).await;
-        }
-        panic!("kernel {:#?}\nis not {desired:#?}", self.kernel.state().desired);
-    }
-
-    async fn stop(self) {
-        self.cancel.cancel();
-        self.task.await.unwrap().unwrap();
-    }
-}
-
-fn web(ip: &str, name: &str) -> Event {
-    Event::Service(Arc::new(service(name, &[ip])))
-}
-
-fn frontend(ip: &str) -> Frontend {
-    Frontend { addr: ip.parse().unwrap(), port: common::port(80), protocol: Protocol::Tcp }
-}
-
-fn three() -> Vec<Event> {
-    vec![web("10.96.0.1", "a"), web("10.96.0.2", "b"), web("10.96.0.3", "c")]
-}
-
-fn full() -> Failure {
-    Failure::Retry("the frontends table is full (3); raise --map-frontends".into())
-}
+use world::{SOON, World, device, frontend, full, quick, three, web};
 
 #[tokio::test]
 async fn nothing_is_written_before_everything_was_heard_of_a130() {
@@ -169,6 +53,14 @@ async fn nothing_is_written_before_everything_was_heard_of_a130() {
     }
     // All is known, but the source does not yet say that this is all.
     assert!(kernel.state().calls.is_empty(), "{:?}", kernel.state().calls);
+    // What must not wait for it is looked after, more than at the start.
+    tokio::time::timeout(SOON, async {
+        while kernel.state().waits < 2 {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    })
+    .await
+    .unwrap();
     assert!(!world.status.borrow().ready);
 
     world.source.send_replace(SourceState::Synced);
@@ -177,8 +69,20 @@ async fn nothing_is_written_before_everything_was_heard_of_a130() {
     // Devices that nobody has told us are not touched, and the node is not ready without them.
     assert_eq!(kernel.state().calls, ["resync", "activate"]);
     assert!(!world.status.borrow().ready);
+    // What an earlier run left on them is looked after until they are told, and no longer.
+    let waits = async |many: u64| {
+        let before = kernel.state().waits;
+        let more = async {
+            while kernel.state().waits < before + many {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_millis(2500), more).await.is_ok()
+    };
+    assert!(waits(1).await, "nobody looks after devices");
     world.devices.send_replace(Devices::new());
     world.wait("ready", |status| status.ready).await;
+    assert!(!waits(1).await, "devices are known");
     assert_eq!(kernel.state().calls, ["resync", "activate", "set_devices"]);
     world.stop().await;
 }
@@ -214,6 +118,47 @@ async fn one_failure_stands_alone_and_is_tried_again_f21() {
     kernel.state().faults.frontends.clear();
     world.wait("recovered", |status| degraded(status) == Some(FrontendState::Programmed)).await;
     world.converge().await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn what_fails_along_with_others_is_said_and_tried_again() {
+    let kernel = Kernel::default();
+    // Nobody compares, nobody makes it anew.
+    let options = Options { resync_period: Duration::from_secs(3600), ..quick() };
+    let mut world = World::started(kernel.clone(), options, three()).await;
+    {
+        let mut state = kernel.state();
+        state.faults.frontends.insert(frontend("10.96.0.4"), full());
+        state.faults.together = true;
+    }
+    world.send(web("10.96.0.4", "d")).await;
+    let all = |status: &Status, state: FrontendState| {
+        status.frontends.len() == 4 && status.frontends.values().all(|row| row.state == state)
+    };
+    world.wait("all are degraded", |status| all(status, FrontendState::Degraded(full()))).await;
+    kernel.state().faults.frontends.clear();
+    world.wait("recovered", |status| all(status, FrontendState::Programmed)).await;
+    world.converge().await;
+    world.stop().await;
+}
+
+#[tokio::test]
+async fn what_a_dataplane_knows_to_be_undone_is_done_and_no_drift() {
+    let kernel = Kernel::default();
+    let options = Options { retry_first: Duration::from_secs(3600), retry_max: Duration::from_secs(3600), ..quick() };
+    let mut world = World::started(kernel.clone(), options, three()).await;
+    kernel.state().faults.frontends.insert(frontend("10.96.0.4"), full());
+    world.send(web("10.96.0.4", "d")).await;
+    let state = |status: &Status| status.frontends.get(&frontend("10.96.0.4")).map(|row| row.state.clone());
+    world.wait("degraded", |status| state(status) == Some(FrontendState::Degraded(full()))).await;
+    {
+        let mut state = kernel.state();
+        state.faults.frontends.clear();
+        state.faults.unfinished = true;
+    }
+    world.wait("in force", |status| state(status) == Some(FrontendState::Programmed)).await;
+    assert_eq!(world.status.borrow().drift_repaired, 0);
     world.stop().await;
 }
 
@@ -345,6 +290,21 @@ async fn drift_is_repaired_and_counted_f27() {
     world.stop().await;
 }
 
+/// With the addresses gone that tell a pod, everybody is outside.
+#[tokio::test]
+async fn addresses_that_tell_pods_are_repaired_a72() {
+    let kernel = Kernel::default();
+    let cidr: ipnet::IpNet = "10.244.0.0/16".parse().unwrap();
+    let detect_local = DetectLocal::Cidrs([cidr].into());
+    let options = Options { defaults: Defaults { detect_local, ..Defaults::default() }, ..quick() };
+    let mut world = World::started(kernel.clone(), options, three()).await;
+    assert!(kernel.state().desired.local_cidrs.remove(&cidr));
+    let status = world.wait("repaired", |status| status.drift_repaired > 0).await;
+    assert_eq!(status.drift_repaired, 1);
+    assert!(kernel.state().desired.local_cidrs.contains(&cidr));
+    world.stop().await;
+}
+
 #[tokio::test]
 async fn hooks_that_do_not_attach_are_said_and_tried_again() {
     let kernel = Kernel::default();
@@ -363,20 +323,6 @@ async fn devices_are_followed_and_failures_tried_again() {
     let kernel = Kernel::default();
     let mut world = World::started(kernel.clone(), quick(), three()).await;
     kernel.state().faults.devices.insert("veth1".into(), Failure::Retry("busy".into()));
-    let device = |name: &str| Device {
-        name: name.into(),
-        role: DeviceRole::Pod,
-        ethernet: true,
-        source4: None,
-        source6: None,
-        netns: None,
-        bridge: None,
-        behind: false,
-        mac: None,
-        veth: false,
-        without_xdp: None,
-        local: true,
-    };
     world.devices.send_replace([(7, device("veth0")), (8, device("veth1"))].into());
     let status = world.wait("said", |status| status.failed_devices.contains_key("veth1")).await;
     assert_eq!(status.devices.len(), 2);
@@ -441,23 +387,7 @@ async fn whatever_call_hangs_livez_says_so() {
             state.active = !matches!(call, "resync" | "activate");
         }
         match call {
-            "set_devices" => {
-                let device = Device {
-                    name: "veth0".into(),
-                    role: DeviceRole::Pod,
-                    ethernet: true,
-                    source4: None,
-                    source6: None,
-                    netns: None,
-                    bridge: None,
-                    behind: false,
-                    mac: None,
-                    veth: false,
-                    without_xdp: None,
-                    local: true,
-                };
-                world.devices.send_replace([(7, device)].into());
-            }
+            "set_devices" => drop(world.devices.send_replace([(7, device("veth0"))].into())),
             _ => world.send(web("10.96.0.4", "d")).await,
         }
         let mut dead = false;
@@ -535,7 +465,9 @@ async fn a_restart_takes_nothing_away_that_cannot_be_read() {
     assert!(!kernel.state().desired.frontends.contains_key(&frontend("10.96.0.1")));
     let degraded = |status: &Status| {
         let row = status.frontends.get(&frontend("10.96.0.3")).map(|row| &row.state);
-        matches!(row, Some(FrontendState::Degraded(Failure::Unsupported(why))) if why.contains("cannot be read"))
+        let held = matches!(row, Some(FrontendState::Degraded(Failure::Held(why))) if why.contains("cannot be read"));
+        // It serves as before: no reason for a load balancer to go elsewhere.
+        held && !status.has_degraded(&key("c"), Family::V4)
     };
     world.wait("said", degraded).await;
     // Neither a change elsewhere nor a repair ends that.
@@ -643,4 +575,28 @@ async fn dying_after_any_write_and_starting_again_converges_f26() {
     }
     // Three frontends and guards; set, set, remove both, move both, hand over. One run dies with the last write, one after.
     assert_eq!(steps, 6 + 2 + 2 + 4 + 1 + 2);
+}
+
+/// Whatever was in XDP's way may go away without anybody telling.
+#[tokio::test]
+async fn a_device_without_xdp_is_looked_at_again() {
+    let kernel = Kernel::default();
+    let why = Failure::Unsupported("another XDP program is there".into());
+    kernel.state().faults.without_xdp = [("eth0".to_owned(), why)].into();
+    let mut world = World::start(kernel, quick());
+    let device = Device { role: DeviceRole::Outward, local: false, ..device("eth0") };
+    world.devices.send_replace([(7, device)].into());
+    world.open_gate(three()).await;
+    world.wait("without", |status| status.ready && status.without_xdp.len() == 1).await;
+    let repaired = world.status.borrow().drift_repaired;
+    world.kernel.state().faults.without_xdp.clear();
+    let status = world.wait("with", |status| status.without_xdp.is_empty()).await;
+    assert_eq!(status.drift_repaired, repaired, "nothing was altered");
+    // Where nothing is missing nobody looks.
+    tokio::time::sleep(Duration::from_millis(150)).await;
+    let calls = || world.kernel.state().calls.iter().filter(|call| **call == "set_devices").count();
+    let before = calls();
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    assert_eq!(calls(), before);
+    world.stop().await;
 }

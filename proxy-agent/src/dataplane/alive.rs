@@ -1,19 +1,50 @@
-//! Which backends flows may go on with: what `plan` said of each frontend that is in force. Pure.
+//! Which backends flows may go on with: what `plan` said of each frontend that is in force. Every dataplane ends what leads elsewhere
+//! (contract A103–A108), and counts it.
 
 use std::{
     collections::{BTreeSet, HashMap},
     net::IpAddr,
+    sync::atomic::{AtomicU64, Ordering},
     time::{Duration, Instant},
 };
 
+use proxy_common::{Address, slot::Target};
+
+use super::Report;
 use crate::{
-    desired::{Backend, BackendSet, Frontend},
-    model::Protocol,
+    desired::{Backend, BackendSet, Changes, DesiredState, Frontend},
+    model::{Port, Protocol},
 };
 
 /// How long an endpoint must be gone before TCP connections to it are reset: one that moves from slice to slice may be in none
 /// of them for a moment, and nothing brings a connection back.
 pub(crate) const TCP_GRACE: Duration = Duration::from_secs(3);
+
+/// What was ended since the agent started.
+#[derive(Debug, Default)]
+pub struct Ended {
+    pub(crate) udp_flows: AtomicU64,
+    pub(crate) tcp_flows: AtomicU64,
+    pub(crate) masquerades: AtomicU64,
+    pub(crate) sockets: AtomicU64,
+    /// Pairs of entries of flows that were over by themselves.
+    pub(crate) over: AtomicU64,
+}
+
+impl Ended {
+    /// What is counted, by name.
+    pub fn counts(&self) -> [(&'static str, u64); 5] {
+        let Self { udp_flows, tcp_flows, masquerades, sockets, over } = self;
+        let counts = [
+            ("udp_flow", udp_flows),
+            ("tcp_flow", tcp_flows),
+            ("masquerade", masquerades),
+            ("socket", sockets),
+            ("over", over),
+        ];
+        counts.map(|(name, count)| (name, count.load(Ordering::Relaxed)))
+    }
+}
 
 /// What becomes of the flows of one frontend.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -43,6 +74,29 @@ impl From<Option<BackendSet>> for Keep {
 pub(crate) struct Change {
     pub(crate) set: Vec<(Frontend, Keep)>,
     pub(crate) removed: BTreeSet<Frontend>,
+}
+
+impl Change {
+    /// What of `changes` is in force; `None` if nothing is.
+    pub(crate) fn of(changes: &Changes, report: &Report) -> Option<Self> {
+        let landed = |frontend: &Frontend| !report.failed.contains_key(frontend);
+        let set = changes.set.iter().filter(|(frontend, _)| landed(frontend));
+        let set: Vec<_> = set.map(|(frontend, spec)| (*frontend, spec.alive.clone().into())).collect();
+        let removed: BTreeSet<_> = changes.remove.iter().copied().filter(landed).collect();
+        (!set.is_empty() || !removed.is_empty()).then_some(Self { set, removed })
+    }
+}
+
+/// Everything that should be in force; `report` says what is not.
+pub(crate) fn all(desired: &DesiredState, report: &Report) -> Vec<(Frontend, Keep)> {
+    let keep = |(frontend, spec): (&Frontend, &std::sync::Arc<crate::desired::FrontendSpec>)| {
+        let keep = if report.failed.contains_key(frontend) { Keep::All } else { spec.alive.clone().into() };
+        (*frontend, keep)
+    };
+    let mut all: Vec<_> = desired.frontends.iter().map(keep).collect();
+    // Those that could not be removed.
+    all.extend(report.failed.keys().filter(|f| !desired.frontends.contains_key(f)).map(|f| (*f, Keep::All)));
+    all
 }
 
 #[derive(Debug, Default)]
@@ -131,8 +185,34 @@ impl Alive {
         self.fading.values().chain(self.fresh.values()).min().copied()
     }
 
+    /// All that should be in force was named.
+    pub(crate) const fn is_complete(&self) -> bool {
+        self.complete
+    }
+
+    /// Whether it is one of those that are known to be in force.
+    pub(crate) fn knows(&self, frontend: &Frontend) -> bool {
+        self.frontends.contains_key(frontend)
+    }
+
+    pub(crate) fn frontends(&self) -> impl Iterator<Item = &Frontend> {
+        self.frontends.keys()
+    }
+
+    /// Nothing ends its flows.
+    pub(crate) fn keeps_all(&self, frontend: &Frontend) -> bool {
+        self.frontends.get(frontend) == Some(&Keep::All)
+    }
+
     pub(crate) const fn resets_tcp(&self) -> bool {
         self.resetting > 0
+    }
+
+    /// Whether what led from this VIP to this backend has lost it, in the words of the maps. What has no port leads nowhere.
+    pub(crate) fn has_lost<A: Address>(&self, protocol: Protocol, vip: Target<A>, backend: Target<A>) -> bool {
+        let place = |Target { addr, port }: Target<A>| Some((addr.to_ip(), Port::new(port.to_host())?));
+        let Some(((vip, port), (addr, backend_port))) = place(vip).zip(place(backend)) else { return false };
+        self.is_lost(&Frontend { addr: vip, port, protocol }, &Backend { addr, port: backend_port })
     }
 
     /// Whether a flow from `frontend` to `backend` has lost it.

@@ -1,4 +1,4 @@
-//! `cleanup`: removes everything of ours from the kernel. Idempotent.
+//! `cleanup`: removes everything of ours from the kernel, whichever dataplane made it, and on request what kube-proxy left. Idempotent.
 
 use std::{
     fs, io,
@@ -12,21 +12,32 @@ use clap::Args as ClapArgs;
 use super::Exit;
 use crate::{
     config::BPFFS,
-    dataplane::ebpf::{Ebpf, read::Pins},
+    dataplane::{
+        ebpf::{Ebpf, read::Pins},
+        iptables::Iptables,
+        ipvs::Ipvs,
+        nftables::Nftables,
+    },
 };
+
+pub(super) mod kube_proxy;
 
 #[derive(Clone, Debug, ClapArgs)]
 pub struct Args {
     /// Directory of the pinned maps and programs
     #[arg(long, value_name = "DIR", default_value = BPFFS, env = "PROXY_AGENT_BPFFS")]
     bpffs: PathBuf,
+    /// Also remove what kube-proxy left: its tables of nftables, its chains in those of iptables, virtual servers, device and sets of its
+    /// IPVS mode
+    #[arg(long)]
+    kube_proxy: bool,
     /// Say what would be removed, and remove nothing
     #[arg(long)]
     dry_run: bool,
 }
 
 pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
-    let Args { bpffs, dry_run } = args;
+    let Args { bpffs, kube_proxy, dry_run } = args;
     if let Ok(pins) = Pins::open(&bpffs)
         && pins.agent_running()
     {
@@ -34,7 +45,27 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
         let pid = pins.agent_pid().map(|pid| format!(" (pid {pid})")).unwrap_or_default();
         bail!("an agent runs on {}{pid}: stop it first", bpffs.display());
     }
-    let found = pinned(&bpffs).with_context(|| format!("reading {}", bpffs.display()))?;
+    let done = if dry_run { "would remove" } else { "removed" };
+    let reading = || format!("reading {}", bpffs.display());
+    let found = pinned(&bpffs).with_context(reading)?;
+    let (tables, (chains, unknown), servers) = (Nftables::remains()?, Iptables::remains(), Ipvs::remains()?);
+    // First of all, since it is refused where an agent is at work on them.
+    if !tables.is_empty() && !dry_run {
+        Nftables::remove()?;
+    }
+    if !chains.is_empty() && !dry_run {
+        // What there is goes; what nobody can see is said at the end.
+        let removed = Iptables::remove();
+        if unknown.is_none() {
+            removed?;
+        }
+    }
+    if !servers.is_empty() && !dry_run {
+        Ipvs::remove()?;
+    }
+    for rules in tables.iter().chain(&chains).chain(&servers) {
+        writeln!(out, "{done} {rules}")?;
+    }
     if !dry_run {
         Ebpf::remove(&bpffs)?;
     }
@@ -42,14 +73,37 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
         writeln!(out, "{}: nothing is pinned here", bpffs.display())?;
     }
     for path in &found {
-        writeln!(out, "{} {}", if dry_run { "would remove" } else { "removed" }, path.display())?;
+        writeln!(out, "{done} {}", path.display())?;
     }
-    let left =
-        if dry_run { Vec::new() } else { pinned(&bpffs).with_context(|| format!("reading {}", bpffs.display()))? };
+    let left = if dry_run { Vec::new() } else { pinned(&bpffs).with_context(reading)? };
     if let Some(path) = left.first() {
         bail!("{} of {} pins are still there, {} among them", left.len(), found.len(), path.display());
     }
-    Ok(Exit::Done)
+    if kube_proxy {
+        of_kube_proxy(dry_run, done, out)?;
+    }
+    match unknown {
+        Some(unknown) => bail!(unknown),
+        None => Ok(Exit::Done),
+    }
+}
+
+/// One that runs puts back what is taken from it; that shows at the end.
+fn of_kube_proxy(dry_run: bool, done: &str, out: &mut dyn Write) -> anyhow::Result<()> {
+    let found = kube_proxy::find()?;
+    if found.is_empty() {
+        writeln!(out, "no rules of kube-proxy")?;
+    }
+    for remains in &found {
+        if !dry_run {
+            remains.remove()?;
+        }
+        writeln!(out, "{done} {}", remains.what)?;
+    }
+    if !dry_run && let Some(again) = kube_proxy::find()?.first() {
+        bail!("{} is there again: does kube-proxy still run here?", again.what);
+    }
+    Ok(())
 }
 
 /// Everything pinned below `dir`, sorted; nothing where there is no such directory.

@@ -1,0 +1,186 @@
+//! Which dataplanes this node can run, and which of them is run. Changes nothing that is in force.
+
+use super::{
+    DataplaneError,
+    ebpf::probe,
+    iptables, ipvs, nftables,
+    select::{Mode, Options},
+};
+
+/// What keeps a node from running a dataplane.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Missing {
+    pub what: String,
+    /// Empty where `what` says it.
+    pub remedy: String,
+}
+
+/// One dataplane, and what it would need here.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Candidate {
+    pub mode: Mode,
+    /// Empty: it can run.
+    pub missing: Vec<Missing>,
+}
+
+/// What is run, and why that.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Choice {
+    pub mode: Mode,
+    pub reason: String,
+}
+
+impl Candidate {
+    /// Tries it: loads the real programs, runs the real tool on rules of every kind, and takes it all back.
+    pub fn try_out(mode: Mode, options: &Options) -> Self {
+        let Options { mode: _, ebpf, netfilter } = options;
+        let tried = match mode {
+            Mode::Ebpf => return Self::of_ebpf(&probe::probe(ebpf)),
+            Mode::Nftables => nftables::Nftables::try_out(netfilter),
+            Mode::Iptables => iptables::Iptables::try_out(netfilter),
+            Mode::Ipvs => ipvs::Ipvs::try_out(netfilter),
+        };
+        Self { mode, missing: tried.err().map(Missing::of).into_iter().collect() }
+    }
+
+    /// The same, of what has been asked already.
+    pub fn of_ebpf(checks: &[probe::Check]) -> Self {
+        let essential = checks.iter().filter(|check| !check.ok && !check.optional);
+        let missing = |check: &probe::Check| Missing {
+            what: format!("{}: {}", check.name, check.detail),
+            remedy: check.remedy.clone(),
+        };
+        Self { mode: Mode::Ebpf, missing: essential.map(missing).collect() }
+    }
+
+    pub fn can_run(&self) -> bool {
+        self.missing.is_empty()
+    }
+
+    /// What is missing, in one line.
+    pub fn lack(&self) -> String {
+        self.missing.iter().map(|missing| missing.what.as_str()).collect::<Vec<_>>().join("; ")
+    }
+
+    /// What to do about it, each once.
+    pub fn remedy(&self) -> String {
+        let mut remedies: Vec<&str> = Vec::new();
+        for Missing { remedy, .. } in &self.missing {
+            if !remedy.is_empty() && !remedies.contains(&remedy.as_str()) {
+                remedies.push(remedy);
+            }
+        }
+        remedies.join("; ")
+    }
+
+    /// With the remedy where one thing is missing; of many `check` says each.
+    fn verdict(&self) -> String {
+        let name = self.mode.name();
+        match self.missing.as_slice() {
+            [] => format!("{name} can run here"),
+            [Missing { what, remedy }] if !remedy.is_empty() => format!("{name} cannot run here ({what}; {remedy})"),
+            _ => format!("{name} cannot run here ({})", self.lack()),
+        }
+    }
+}
+
+impl Missing {
+    /// The errors of dataplanes end with what to do.
+    fn of(error: DataplaneError) -> Self {
+        Self { what: error.to_string(), remedy: String::new() }
+    }
+}
+
+/// The first that can run, in the order of [`Mode::ALL`]. `Err` names what each lacks.
+pub fn first(options: &Options) -> Result<Choice, DataplaneError> {
+    first_of(Mode::ALL.into_iter().map(|mode| Candidate::try_out(mode, options)))
+}
+
+fn first_of(candidates: impl IntoIterator<Item = Candidate>) -> Result<Choice, DataplaneError> {
+    let mut tried = Vec::new();
+    for candidate in candidates {
+        let can_run = candidate.can_run();
+        tried.push(candidate.verdict());
+        if can_run {
+            return Ok(Choice { mode: candidate.mode, reason: format!("auto: {}", tried.join(", ")) });
+        }
+        // The first one's is the remedy that is wanted.
+        tracing::debug!(mode = candidate.mode.name(), remedy = candidate.remedy(), "cannot run");
+    }
+    Err(DataplaneError::Unavailable(format!(
+        "none of the dataplanes can run on this node: {}; `proxy-agent check` says what to do",
+        tried.join(", ")
+    )))
+}
+
+/// What to run in the place of a mode that was asked for by name and failed. `None`: it could run here, something else is wrong.
+pub fn instead(mode: Mode, options: &Options) -> Option<String> {
+    if Candidate::try_out(mode, options).can_run() {
+        return None;
+    }
+    let others = Mode::ALL.into_iter().filter(|other| *other != mode);
+    Some(advice(others.map(|other| Candidate::try_out(other, options))))
+}
+
+fn advice(others: impl IntoIterator<Item = Candidate>) -> String {
+    let mut lacks = Vec::new();
+    for candidate in others {
+        if candidate.can_run() {
+            return format!("--proxy-mode {} could run here", candidate.mode.name());
+        }
+        lacks.push(candidate.verdict());
+    }
+    format!("no other mode can run here either: {}", lacks.join(", "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::dataplane::ebpf;
+
+    fn lacking(mode: Mode, what: &[&str]) -> Candidate {
+        let missing = |what: &&str| Missing { what: (*what).to_owned(), remedy: "run as root".into() };
+        Candidate { mode, missing: what.iter().map(missing).collect() }
+    }
+
+    #[test]
+    fn the_first_that_can_run_is_run_and_the_others_say_why_not() {
+        let (ebpf, nftables) = (lacking(Mode::Ebpf, &["CAP_BPF: missing"]), lacking(Mode::Nftables, &[]));
+        let choice = first_of([ebpf.clone(), nftables.clone()]).unwrap();
+        assert_eq!(choice.mode, Mode::Nftables);
+        assert_eq!(choice.reason, "auto: ebpf cannot run here (CAP_BPF: missing; run as root), nftables can run here");
+        let two = lacking(Mode::Ebpf, &["CAP_BPF: missing", "BTF: missing"]);
+        let choice = first_of([two, nftables.clone()]).unwrap();
+        assert_eq!(choice.reason, "auto: ebpf cannot run here (CAP_BPF: missing; BTF: missing), nftables can run here");
+        let choice = first_of([lacking(Mode::Ebpf, &[]), nftables]).unwrap();
+        assert_eq!((choice.mode, choice.reason.as_str()), (Mode::Ebpf, "auto: ebpf can run here"));
+        let error = first_of([ebpf, lacking(Mode::Nftables, &["nft is not there"])]).unwrap_err().to_string();
+        assert!(error.contains("CAP_BPF") && error.contains("nft is not there") && error.contains("check"), "{error}");
+    }
+
+    #[test]
+    fn a_mode_that_could_run_is_named() {
+        assert_eq!(advice([lacking(Mode::Nftables, &[])]), "--proxy-mode nftables could run here");
+        assert_eq!(
+            advice([lacking(Mode::Nftables, &["no nft"])]),
+            "no other mode can run here either: nftables cannot run here (no nft; run as root)"
+        );
+    }
+
+    #[test]
+    fn a_remedy_is_said_once() {
+        let candidate = lacking(Mode::Ebpf, &["CAP_BPF: missing", "load: not allowed"]);
+        assert_eq!(
+            (candidate.lack().as_str(), candidate.remedy().as_str()),
+            ("CAP_BPF: missing; load: not allowed", "run as root")
+        );
+    }
+
+    /// Programs that the kernel refuses are found by loading them, whoever may load them.
+    #[test]
+    fn an_object_that_is_none_cannot_run() {
+        let options = ebpf::Options { object: Some(b"no programs"), ..Default::default() };
+        let candidate = Candidate::of_ebpf(&probe::probe(&options));
+        assert!(candidate.missing.iter().any(|missing| missing.what.starts_with("load: ")), "{candidate:?}");
+    }
+}

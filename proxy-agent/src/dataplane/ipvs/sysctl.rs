@@ -1,0 +1,122 @@
+//! Settings of the kernel's that IPVS needs, and what they were before.
+
+use std::{
+    collections::BTreeMap,
+    fmt::Write as _,
+    fs, io,
+    path::{Path, PathBuf},
+};
+
+/// Below `/proc/sys/net/ipv4`, and what each must be.
+const WANTED: [(&str, &str); 5] = [
+    // Answers are routed on.
+    (FORWARDING, "1"),
+    // Without it nothing that IPVS translates can be masqueraded.
+    ("vs/conntrack", "1"),
+    // What leads to a backend that is gone begins anew, and so does who was remembered there.
+    ("vs/expire_nodest_conn", "1"),
+    ("vs/expire_quiescent_template", "1"),
+    // A port that is used again is a new connection.
+    ("vs/conn_reuse_mode", "1"),
+];
+
+/// Pods need it whoever serves Services, and who else has switched it on does not show: it stays as it is (as with kube-proxy).
+const FORWARDING: &str = "ip_forward";
+
+/// What is written on the device stands behind this.
+const BEFORE: &str = "before: ";
+
+#[derive(Debug)]
+pub(super) struct Settings<'a>(pub(super) &'a str);
+
+/// Of the network namespace of the thread that asks.
+pub(super) const HERE: Settings<'static> = Settings("/proc/sys/net/ipv4");
+
+impl Settings<'_> {
+    fn path(&self, name: &str) -> PathBuf {
+        Path::new(self.0).join(name)
+    }
+
+    fn read(&self, name: &str) -> io::Result<String> {
+        fs::read_to_string(self.path(name)).map(|text| text.trim().to_owned())
+    }
+
+    /// As they are now, to be written on the device.
+    pub(super) fn note(&self) -> io::Result<String> {
+        let mut text = BEFORE.to_owned();
+        for (name, _) in WANTED.into_iter().filter(|(name, _)| *name != FORWARDING) {
+            let _ = write!(text, "{name}={} ", self.read(name)?);
+        }
+        Ok(text.trim_end().to_owned())
+    }
+
+    /// Whether this is what [`Settings::note`] wrote.
+    pub(super) fn is_note(text: &str) -> bool {
+        text.starts_with(BEFORE)
+    }
+
+    /// Those that are not as they must be.
+    pub(super) fn wrong(&self) -> Vec<&'static str> {
+        let wrong = WANTED.into_iter().filter(|(name, wanted)| !self.read(name).is_ok_and(|value| value == *wanted));
+        wrong.map(|(name, _)| name).collect()
+    }
+
+    /// How many were written; an error names which could not be.
+    pub(super) fn set(&self) -> Result<u64, (String, io::Error)> {
+        let wrong = self.wrong();
+        for (name, wanted) in WANTED.into_iter().filter(|(name, _)| wrong.contains(name)) {
+            fs::write(self.path(name), wanted).map_err(|error| (format!("net/ipv4/{name}"), error))?;
+        }
+        Ok(wrong.len() as u64)
+    }
+
+    /// Puts back what was noted. What somebody else has set meanwhile stays.
+    pub(super) fn restore(&self, note: &str) -> io::Result<()> {
+        let before: BTreeMap<&str, &str> = note
+            .strip_prefix(BEFORE)
+            .into_iter()
+            .flat_map(|note| note.split(' '))
+            .filter_map(|one| one.split_once('='))
+            .collect();
+        for (name, wanted) in WANTED.into_iter().filter(|(name, _)| *name != FORWARDING) {
+            if let Some(value) = before.get(name).filter(|value| **value != wanted)
+                && self.read(name).is_ok_and(|value| value == wanted)
+            {
+                fs::write(self.path(name), value)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_set_before_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("vs")).unwrap();
+        let settings = Settings(dir.path().to_str().unwrap());
+        let write = |name: &str, value: &str| fs::write(dir.path().join(name), format!("{value}\n")).unwrap();
+        for (name, value) in WANTED.map(|(name, _)| name).into_iter().zip(["0", "0", "0", "0", "2"]) {
+            write(name, value);
+        }
+        let note = settings.note().unwrap();
+        assert!(note.ends_with("vs/expire_quiescent_template=0 vs/conn_reuse_mode=2") && note.len() < 256, "{note}");
+        assert_eq!(settings.set().unwrap(), 5);
+        assert!(settings.wrong().is_empty());
+        assert_eq!(settings.set().unwrap(), 0);
+        write("vs/expire_nodest_conn", "7");
+        assert_eq!(settings.wrong(), ["vs/expire_nodest_conn"]);
+        settings.restore(&note).unwrap();
+        assert_eq!(settings.note().unwrap(), note.replace("nodest_conn=0", "nodest_conn=7"), "somebody else's stays");
+        assert_eq!(settings.read(FORWARDING).unwrap(), "1", "pods need it");
+        // An earlier version noted it.
+        settings.restore("before: ip_forward=0").unwrap();
+        assert_eq!(settings.read(FORWARDING).unwrap(), "1");
+        settings.restore("what somebody else wrote there").unwrap();
+        fs::remove_file(dir.path().join("vs/conntrack")).unwrap();
+        assert!(settings.note().is_err() && settings.wrong().contains(&"vs/conntrack"));
+    }
+}

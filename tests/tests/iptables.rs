@@ -1,0 +1,364 @@
+//! What is iptables' own, with nft's and the legacy one: what somebody flushes is put back, a start is seen by nobody, others' rules stay as they
+//! are, a lock that is held is waited for, one frontend that iptables does not take costs the others nothing. What Services mean is in the
+//! other suites.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    thread,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result, ensure};
+use proxy_tests::{
+    cases::packets,
+    pod::{hold, socket::Transport, storm},
+    suite::Suite,
+    world::{AgentOptions, Ask, Client, Fallback, Family, Programs, Spec, Topology, World, objects, vip, within},
+};
+use serde_json::Value;
+
+/// More than two sync periods, and than rules are left alone for after they were read.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+fn main() -> ExitCode {
+    let shapes = [Fallback::IptablesNft, Fallback::IptablesLegacy].map(|by| (by.name().to_owned(), by));
+    Suite::in_worlds("iptables", shapes, prepare, |suite, group, by, world| {
+        let by = *by;
+        for (what, change) in ALTERATIONS {
+            suite.case(&format!("{group}/F61, put back: {what}"), || put_back(world, by, change));
+        }
+        suite.case(&format!("{group}/others' rules stay as they are"), || others(world, by));
+        suite.case(&format!("{group}/nothing is written without a change"), || quiet(world, by));
+        suite.case(&format!("{group}/A135: a restart is seen by nobody"), || restart(world, by));
+        suite.case(&format!("{group}/A76: forwarded though the firewall drops"), || forwarded(world, by));
+        suite.case(&format!("{group}/A109: what is invalid leaves no pod"), || packets::invalid(world));
+        suite.case(&format!("{group}/a second agent is refused"), || second(world));
+        if by == Fallback::IptablesLegacy {
+            suite.case(&format!("{group}/F62: the lock is held"), || locked(world, by));
+        }
+        suite.case(&format!("{group}/a frontend that iptables does not take costs the others nothing"), || {
+            one_bad(world, by)
+        });
+    })
+}
+
+fn options(by: Fallback) -> AgentOptions {
+    let mut options = AgentOptions::by(by);
+    options.extra.extend(["--sync-period".to_owned(), "2s".to_owned()]);
+    options
+}
+
+fn prepare(programs: Programs, by: &Fallback) -> Result<World> {
+    let mut world = World::serving(&Spec::two_nodes(Topology::Routed), programs, &options(*by), objects::nodes)?;
+    let objects = service(&world, 1, "web");
+    world.apply(&objects)?;
+    Ok(world)
+}
+
+fn service(world: &World, number: u8, name: &str) -> Vec<Value> {
+    let service = objects::service(name)
+        .cluster_ips(&Family::BOTH.map(|family| vip(family, number)))
+        .port("web", "TCP", 80)
+        .node_port(30_000 + u16::from(number));
+    let slices = Family::BOTH.map(|family| {
+        objects::slice(name, family).port("web", "TCP", 8080).endpoints(["b1", "b2"].map(|pod| world.pod(pod))).json()
+    });
+    [vec![service.json()], slices.to_vec()].concat()
+}
+
+fn answers(world: &World, number: u8) -> Result<()> {
+    for from in [world.pod("a1"), &world.node(1).place, world.outside()] {
+        for family in Family::BOTH {
+            let to = (vip(family, number), 80).into();
+            let report = world.ask(from, &Ask::new(to, Transport::Tcp).times(3).timeout(500))?;
+            ensure!(report.errors().is_empty(), "{} to {to}: {:?}", from.name, report.errors());
+        }
+    }
+    Ok(())
+}
+
+fn eventually(check: impl Fn() -> Result<()>) -> Result<()> {
+    within(PATIENCE, check)
+}
+
+fn report(world: &World) -> Result<Value> {
+    let status: Value = serde_json::from_str(&world.cli(world.node(1), &["status", "-o", "json"])?)?;
+    Ok(status["report"].clone())
+}
+
+/// Runs iptables' command of this family with these words on node 1.
+fn run(world: &World, by: Fallback, family: Family, suffix: &str, words: &str) -> Result<String> {
+    let [v4, v6] = by.iptables().context("no iptables")?;
+    let command = format!("{}{suffix}", if family == Family::V4 { v4 } else { v6 });
+    world.node(1).place.namespace.output(&command, &words.split_whitespace().collect::<Vec<_>>())
+}
+
+/// What `-save` prints, chain by chain, without the times at which it did and what packets changed.
+fn saved(world: &World, by: Fallback) -> Result<Vec<String>> {
+    let mut lines = Vec::new();
+    for family in Family::BOTH {
+        let text = run(world, by, family, "-save", "")?;
+        let mut table = "";
+        for line in text.lines() {
+            table = line.strip_prefix('*').unwrap_or(table);
+            if let Some(chain) = line.strip_prefix(':') {
+                let chain = chain.split(" [").next().unwrap_or_default();
+                lines.push((format!("{family} {table}"), chain.to_owned(), format!(":{chain}")));
+            } else if let Some(rule) = line.strip_prefix("-A ") {
+                let chain = rule.split(' ').next().unwrap_or_default();
+                lines.push((format!("{family} {table} rules"), chain.to_owned(), line.to_owned()));
+            }
+        }
+    }
+    // New chains come last, whatever their names are. Rules of a chain stay in their order.
+    lines.sort_by(|(table, chain, _), (other, another, _)| (table, chain).cmp(&(other, another)));
+    Ok(lines.into_iter().map(|(_, _, line)| line).collect())
+}
+
+const ALTERATIONS: [(&str, &[(Family, &str)]); 8] = [
+    ("nat is flushed", &[(Family::V4, "-t nat -F")]),
+    ("filter is flushed", &[(Family::V6, "-t filter -F")]),
+    ("nat is flushed and its chains are gone", &[(Family::V4, "-t nat -F"), (Family::V4, "-t nat -X")]),
+    ("mangle is flushed", &[(Family::V4, "-t mangle -F")]),
+    ("nobody is led to us", &[(Family::V4, "-t nat -F PREROUTING")]),
+    ("a list is emptied", &[(Family::V6, "-t nat -F PROXY-SERVICES")]),
+    ("a rule says something else", &[(Family::V6, "-t filter -R PROXY-REJECT 2 -j ACCEPT")]),
+    ("a rule is added", &[(Family::V4, "-t nat -I PROXY-SERVICES -j RETURN")]),
+];
+
+fn repaired(world: &World) -> Result<u64> {
+    report(world)?["sync"]["driftRepaired"].as_u64().context("no driftRepaired")
+}
+
+fn put_back(world: &World, by: Fallback, changes: &[(Family, &str)]) -> Result<()> {
+    answers(world, 1)?;
+    let (before, rules) = (repaired(world)?, saved(world, by)?);
+    for (family, words) in changes {
+        run(world, by, *family, "", words)?;
+    }
+    eventually(|| {
+        ensure!(repaired(world)? > before, "nothing was repaired\n{}", world.node(1).agent_log());
+        answers(world, 1)
+    })?;
+    ensure!(saved(world, by)? == rules, "not what it was");
+    Ok(())
+}
+
+/// Those of a container runtime and of a firewall, with words in them that are ours.
+fn others(world: &mut World, by: Fallback) -> Result<()> {
+    let foreign = [
+        "-t nat -N DOCKER",
+        "-t nat -A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER",
+        "-t nat -A DOCKER -p tcp --dport 4711 -j REDIRECT --to-ports 80",
+        "-t filter -N PROXY-OTHERS",
+        "-t filter -A INPUT -m comment --comment PROXY-SERVICES -j PROXY-OTHERS",
+        "-t filter -A PROXY-OTHERS -p tcp --dport 9 -j DROP",
+        "-t mangle -A PREROUTING -p udp --dport 9 -j MARK --set-xmark 0x1/0x1",
+        "-t raw -A PREROUTING -p udp --dport 9 -j NOTRACK",
+    ];
+    for family in Family::BOTH {
+        for words in foreign {
+            run(world, by, family, "", words)?;
+        }
+    }
+    let alien = |world: &World| -> Result<Vec<String>> {
+        let ours = |line: &String| {
+            let words: Vec<&str> = line.split(' ').collect();
+            let target = words.iter().position(|word| *word == "-j").and_then(|at| words.get(at + 1));
+            let is_ours = |name: &str| name.starts_with("PROXY-") && name != "PROXY-OTHERS";
+            line.strip_prefix(':').is_some_and(is_ours)
+                || words.get(1).is_some_and(|name| is_ours(name))
+                || target.is_some_and(|name| is_ours(name))
+        };
+        Ok(saved(world, by)?.into_iter().filter(|line| !ours(line)).collect())
+    };
+    let before = alien(world)?;
+    ensure!(before.iter().any(|line| line.contains("DOCKER")), "{before:#?}");
+    let objects = service(world, 3, "come");
+    world.apply(&objects)?;
+    answers(world, 3)?;
+    ensure!(alien(world)? == before, "after a change: {:#?}", alien(world)?);
+    run(world, by, Family::V4, "", "-t nat -F PROXY-SERVICES")?;
+    eventually(|| answers(world, 3))?;
+    world.start_agents(&options(by))?;
+    answers(world, 3)?;
+    ensure!(alien(world)? == before, "after a start: {:#?}", alien(world)?);
+    Ok(())
+}
+
+/// Packets that the first list counted. Rules that were written again begin at nothing.
+fn counted(world: &World, by: Fallback) -> Result<u64> {
+    let listed = run(world, by, Family::V4, "", "-t nat -S PROXY-SERVICES -v")?;
+    let counts = listed.lines().filter_map(|line| line.split_once(" -c ")?.1.split(' ').next()?.parse::<u64>().ok());
+    Ok(counts.sum())
+}
+
+fn quiet(world: &World, by: Fallback) -> Result<()> {
+    answers(world, 1)?;
+    let (rules, repairs, packets) = (saved(world, by)?, repaired(world)?, counted(world, by)?);
+    ensure!(packets > 0, "nothing is counted");
+    thread::sleep(Duration::from_secs(5));
+    run(world, by, Family::V4, "", "-t nat -N SOMEBODY")?;
+    run(world, by, Family::V4, "", "-t nat -X SOMEBODY")?;
+    thread::sleep(Duration::from_secs(5));
+    ensure!(saved(world, by)? == rules, "the rules changed");
+    ensure!(counted(world, by)? >= packets, "the rules were written again");
+    ensure!(repaired(world)? == repairs, "another one's chain counted as altered");
+    // By now all was seen to be as it should, and nobody looks until something changes.
+    for (what, change) in ALTERATIONS.into_iter().skip(5) {
+        thread::sleep(Duration::from_secs(5));
+        put_back(world, by, change).with_context(|| format!("after a while without a change: {what}"))?;
+    }
+    Ok(())
+}
+
+fn forwarded(world: &World, by: Fallback) -> Result<()> {
+    let outside = |world: &World| -> Result<()> {
+        for family in Family::BOTH {
+            let to = SocketAddr::new(world.node(1).place.ip(family), 30_001);
+            let report = world.ask(world.outside(), &Ask::new(to, Transport::Tcp).times(6).timeout(500))?;
+            ensure!(report.errors().is_empty(), "outside to {to}: {:?}", report.errors());
+        }
+        Ok(())
+    };
+    outside(world)?;
+    for family in Family::BOTH {
+        run(world, by, family, "", "-P FORWARD DROP")?;
+    }
+    let seen = outside(world);
+    for family in Family::BOTH {
+        run(world, by, family, "", "-P FORWARD ACCEPT")?;
+    }
+    seen
+}
+
+fn restart(world: &mut World, by: Fallback) -> Result<()> {
+    let (mut held, mut storms) = (Vec::new(), Vec::new());
+    for (from, family) in [("a1", Family::V4), ("a1", Family::V6), ("outside", Family::V4)] {
+        let to = SocketAddr::new(vip(family, 1), 80).to_string();
+        let place = world.place(from).context("no such place")?;
+        let start = |args: &[&str]| -> Result<Client> {
+            let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
+            let mut client = place.start(&world.programs().testpod, &args)?;
+            client.wait_for_line("ready", Duration::from_secs(5))?;
+            Ok(client)
+        };
+        held.push(start(&["hold", &to, "--connections=4", "--interval=20"])?);
+        storms.push(start(&["storm", &to, "--rate=50", "--workers=2"])?);
+    }
+    for _ in 0..3 {
+        for node in [1, 2] {
+            world.kill_agent(node)?;
+        }
+        answers(world, 1)?;
+        world.start_agents(&options(by))?;
+    }
+    for client in held {
+        let report: hold::Report = client.finish(Duration::from_secs(10))?;
+        ensure!(report.broken.is_empty() && report.wrong.is_empty(), "{report:?}");
+    }
+    for client in storms {
+        let report: storm::Report = client.finish(Duration::from_secs(10))?;
+        ensure!(report.failures.is_empty() && report.answered > 20, "{report:?}");
+    }
+    Ok(())
+}
+
+fn second(world: &World) -> Result<()> {
+    let node = world.node(1);
+    let done = node
+        .place
+        .command(&world.programs().agent)?
+        .args([
+            "run",
+            "--proxy-mode=iptables",
+            "--metrics-bind-address=",
+            "--healthz-bind-address=",
+            "--source=/nowhere",
+        ])
+        .output()?;
+    let said = String::from_utf8_lossy(&done.stderr);
+    ensure!(!done.status.success() && said.contains("another proxy-agent is at work"), "{said}");
+    answers(world, 1)
+}
+
+/// Programs that stand before the real ones: the words in `before` come first, with the input in `$input`.
+fn wrapper(world: &World, by: Fallback, before: &str) -> Result<PathBuf> {
+    let dir = world.objects_dir().join("../programs");
+    fs::create_dir_all(&dir)?;
+    for command in by.iptables().context("no iptables")? {
+        let name = format!("{command}-restore");
+        let real = ["/usr/sbin", "/sbin", "/usr/bin"].map(|dir| Path::new(dir).join(&name));
+        let real = real.iter().find(|path| path.exists()).with_context(|| format!("no {name}"))?.display();
+        let script = format!(
+            "#!/bin/sh\ninput=$(mktemp)\ntrap 'rm -f \"$input\"' EXIT\ncat > \"$input\"\n{before}\n{real} \"$@\" < \"$input\"\n"
+        );
+        let path = dir.join(&name);
+        fs::write(&path, script)?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    }
+    Ok(dir)
+}
+
+/// Held for longer than is waited for it: a change waits, and comes into force once it is free. The lock is this test's own.
+fn locked(world: &mut World, by: Fallback) -> Result<()> {
+    let lock = world.objects_dir().join("../xtables.lock");
+    let programs = Some(wrapper(world, by, &format!("export XTABLES_LOCKFILE={}", lock.display()))?);
+    world.start_agents(&AgentOptions { programs, ..options(by) })?;
+    let failures = |world: &World| world.node(1).metric("kubeproxy_sync_proxy_rules_iptables_restore_failures_total");
+    let before = failures(world)?;
+    let file = fs::File::options().create(true).append(true).open(&lock)?;
+    file.lock()?;
+    for object in service(world, 4, "patient") {
+        world.write(&object)?;
+    }
+    let since = Instant::now();
+    // Each family waits for it in turn, and so does the next try.
+    within(Duration::from_secs(45), || {
+        ensure!(failures(world)? > before, "no failure was counted");
+        ensure!(report(world)?["frontends"]["degraded"].as_u64() > Some(0), "nothing is degraded");
+        Ok(())
+    })?;
+    ensure!(since.elapsed() > Duration::from_secs(4), "it was not waited for");
+    // What was in force is.
+    answers(world, 1)?;
+    thread::sleep(Duration::from_secs(3));
+    ensure!(failures(world)? < before + 8.0, "it is tried without a pause");
+    drop(file);
+    within(Duration::from_secs(60), || answers(world, 4))?;
+    answers(world, 1)?;
+    world.start_agents(&options(by))
+}
+
+fn one_bad(world: &mut World, by: Fallback) -> Result<()> {
+    let bad = vip(Family::V4, 44);
+    let refuse = format!(
+        "if grep -q 'default/many-44' \"$input\" && grep -q '{bad}/32' \"$input\"; then echo 'made up' >&2; exit 1; fi"
+    );
+    let programs = Some(wrapper(world, by, &refuse)?);
+    let with_bad = AgentOptions { programs, ..options(by) };
+    let objects: Vec<Value> = (40..48).flat_map(|number| service(world, number, &format!("many-{number}"))).collect();
+    world.start_agents(&with_bad)?;
+    // By a change, and at a start.
+    world.apply(&objects)?;
+    for when in ["a change", "a start"] {
+        let report = report(world)?;
+        let failed = report["unprogrammed"].as_array().context("no unprogrammed")?;
+        let is_bad =
+            |row: &Value| row["service"] == "default/many-44:web" || row["reason"].to_string().contains("made up");
+        ensure!(!failed.is_empty() && failed.iter().all(is_bad), "{when}: {failed:#?}\n{}", world.node(1).agent_log());
+        for number in [1, 40, 47] {
+            answers(world, number)?;
+        }
+        let rules = saved(world, by)?;
+        ensure!(!rules.iter().any(|line| line.contains("PROXT-")), "what was tried stays: {rules:#?}");
+        world.start_agents(&with_bad)?;
+    }
+    // Once iptables takes it, it is served.
+    world.start_agents(&options(by))?;
+    eventually(|| answers(world, 44))
+}

@@ -1,0 +1,351 @@
+//! Which dataplane runs: the first that the node can run, or the one that is asked for, and what is said where neither can.
+
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitCode,
+    time::Duration,
+};
+
+use anyhow::{Context, Result, ensure};
+use proxy_tests::{
+    pod::socket::Transport,
+    suite::Suite,
+    world::{AgentOptions, Ask, Family, Programs, SocketLb, Spec, Topology, World, objects, pins, vip},
+};
+use serde_json::Value;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// All that rules of netfilter's need, and less than eBPF does.
+const RULES_ALONE: &str = "+net_admin,+net_raw,+dac_override";
+const NOTHING: &str = "+dac_override";
+/// Everything but nft.
+const WITHOUT_TOOLS: &str = "/nonexistent";
+
+fn main() -> ExitCode {
+    Suite::in_worlds("modes", [("modes".to_owned(), ())], prepare, |suite, group, _, world| {
+        suite.case(&format!("{group}/check names every mode and who lacks what"), || checks(world));
+        suite.case(&format!("{group}/auto takes eBPF where it can"), || {
+            serves_as(world, None, "ebpf", "auto: ebpf can run here")
+        });
+        suite.case(&format!("{group}/a mode that cannot run says which could"), || refused(world));
+        suite.case(&format!("{group}/auto without CAP_BPF takes nftables"), || {
+            serves_as(world, Some(RULES_ALONE), "nftables", "CAP_BPF: missing")
+        });
+        suite.case(&format!("{group}/cleanup takes away what every mode left and nothing else"), || cleans_up(world));
+    })
+}
+
+fn prepare(programs: Programs, (): &()) -> Result<World> {
+    let world = World::new(&Spec::two_nodes(Topology::Routed), programs)?;
+    let service = objects::service("web").cluster_ips(&Family::BOTH.map(|family| vip(family, 1))).port("", "TCP", 80);
+    let slice = |family| objects::slice("web", family).port("", "TCP", 8080).endpoint(world.pod("b2")).json();
+    let objects = [objects::nodes(&world), vec![service.json()], Family::BOTH.map(slice).to_vec()].concat();
+    objects.iter().try_for_each(|object| world.write(object))?;
+    Ok(world)
+}
+
+/// What the agent's binary says on node 1: exit status, stdout, stderr.
+fn said(
+    world: &World,
+    capabilities: Option<&str>,
+    path: Option<&str>,
+    bpffs: &Path,
+    args: &[&str],
+) -> Result<(Option<i32>, String, String)> {
+    let node = world.node(1);
+    // One that should have failed and runs must not run for ever.
+    let mut command = node.place.command("/usr/bin/timeout")?;
+    command.arg("60");
+    if let Some(capabilities) = capabilities {
+        command.args(["/usr/bin/setpriv", &format!("--bounding-set=-all,{capabilities}")]);
+    }
+    command.arg(&world.programs().agent).args(args).arg("--bpffs").arg(bpffs);
+    if args.first() != Some(&"cleanup") {
+        command.arg("--cgroup-root").arg(&node.cgroup);
+    }
+    if let Some(path) = path {
+        command.env("PATH", path);
+    }
+    let done = command.output()?;
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    Ok((done.status.code(), text(&done.stdout), text(&done.stderr)))
+}
+
+fn checks(world: &mut World) -> Result<()> {
+    let bpffs = world.node(1).bpffs.clone();
+    let elsewhere = world.objects_dir();
+    // Capabilities, PATH, pin directory, the mode asked for; exit status; result and words of mode ebpf, of mode nftables.
+    type Row<'a> = (Option<&'a str>, Option<&'a str>, &'a Path, &'a str, i32, [(&'a str, &'a str); 2]);
+    let rows: [Row<'_>; 7] = [
+        (None, None, &bpffs, "auto", 0, [("ok", "auto takes it"), ("ok", "can run")]),
+        (Some(RULES_ALONE), None, &bpffs, "auto", 0, [("warning", "CAP_BPF"), ("ok", "auto takes it")]),
+        (Some(RULES_ALONE), None, &bpffs, "ebpf", 1, [("failed", "CAP_BPF"), ("ok", "can run")]),
+        (None, None, &elsewhere, "auto", 0, [("warning", "is not on a bpf filesystem"), ("ok", "auto takes it")]),
+        (None, Some(WITHOUT_TOOLS), &bpffs, "auto", 0, [("ok", "auto takes it"), ("warning", "nft cannot be started")]),
+        (
+            None,
+            Some(WITHOUT_TOOLS),
+            &bpffs,
+            "nftables",
+            1,
+            [("ok", "can run"), ("failed", "install the package nftables")],
+        ),
+        (Some(NOTHING), None, &bpffs, "auto", 1, [("failed", "CAP_NET_ADMIN"), ("failed", "CAP_NET_ADMIN")]),
+    ];
+    for (capabilities, path, bpffs, mode, exit, wanted) in rows {
+        let what = format!("{mode}, {capabilities:?}, PATH {path:?}, {}", bpffs.display());
+        let (code, out, err) = said(world, capabilities, path, bpffs, &["check", "-o", "json", "--proxy-mode", mode])?;
+        let list: Value = serde_json::from_str(&out).with_context(|| format!("{what}: {out} {err}"))?;
+        let items = list["items"].as_array().context("no items")?;
+        for (name, (result, words)) in ["mode ebpf", "mode nftables"].into_iter().zip(wanted) {
+            let item =
+                items.iter().find(|item| item["name"] == name).with_context(|| format!("{what}: no {name}: {out}"))?;
+            let detail = item["detail"].as_str().unwrap_or_default();
+            ensure!(
+                item["result"] == result && detail.contains(words),
+                "{what}: wanted {result} {words:?}, not {item}"
+            );
+        }
+        ensure!(code == Some(exit), "{what}: exit status {code:?}: {out} {err}");
+    }
+    Ok(())
+}
+
+/// Nothing of ours is made by one that fails.
+fn refused(world: &mut World) -> Result<()> {
+    let rows = [
+        (Some(RULES_ALONE), None, "ebpf", &["CAP_BPF", "--proxy-mode nftables could run here"][..]),
+        (None, Some(WITHOUT_TOOLS), "nftables", &["nft cannot be started", "--proxy-mode ebpf could run here"]),
+        (
+            Some(RULES_ALONE),
+            Some(WITHOUT_TOOLS),
+            "ebpf",
+            &["CAP_BPF", "no other mode can run here either", "nft cannot be started"],
+        ),
+        (
+            Some(RULES_ALONE),
+            Some(WITHOUT_TOOLS),
+            "auto",
+            &["none of the dataplanes can run", "CAP_BPF", "nft cannot be started", "check"],
+        ),
+    ];
+    let source = world.objects_dir();
+    let source = source.to_str().context("a path")?;
+    let absent = world.node(1).bpffs.join("absent");
+    for (capabilities, path, mode, words) in rows {
+        let args =
+            ["run", "--source", source, "--hostname-override", "node1", "--log-level", "off", "--proxy-mode", mode];
+        let (code, _, err) = said(world, capabilities, path, &absent, &args)?;
+        ensure!(code == Some(3), "{mode} {capabilities:?}: {code:?} {err}");
+        ensure!(
+            words.iter().all(|word| err.contains(word)) && err.lines().count() == 1,
+            "{mode} {capabilities:?}: {err}"
+        );
+        ensure!(!absent.exists(), "{mode} {capabilities:?} left pins");
+    }
+    Ok(())
+}
+
+/// The mode and its reason: in the report, at /proxyMode, as a metric, in the log.
+fn serves_as(world: &mut World, capabilities: Option<&str>, mode: &str, reason: &str) -> Result<()> {
+    world.remove_agents()?;
+    let options = AgentOptions { capabilities: capabilities.map(str::to_owned), ..AgentOptions::new(SocketLb::All) };
+    world.start_agent(1, &options)?;
+    let node = world.node(1);
+    node.wait_ready(PATIENCE)?;
+    let told = node.http(10249, "/proxyMode")?;
+    ensure!(told == (200, mode.to_owned()), "/proxyMode: {told:?}");
+    let status = node.status()?;
+    let why = status["modeReason"].as_str().unwrap_or_default();
+    ensure!(status["mode"] == mode && why.contains(reason), "{} {why}", status["mode"]);
+    let metrics = node.http(10249, "/metrics")?.1;
+    ensure!(metrics.contains(&format!("proxy_agent_mode{{mode=\"{mode}\"}} 1")), "{metrics}");
+    ensure!(node.metric("proxy_agent_mode")? == 1.0, "more than one mode: {metrics}");
+    let log = node.agent_log();
+    ensure!(log.contains(&format!("mode=\"{mode}\"")) && log.contains(reason), "{log}");
+    for family in Family::BOTH {
+        let to = SocketAddr::new(vip(family, 1), 80);
+        let report = world.ask(world.pod("a1"), &Ask::new(to, Transport::Tcp))?;
+        ensure!(report.backends().keys().eq(["b2"]), "{mode}, {to}: {report:?}");
+    }
+    world.remove_agents()
+}
+
+/// All that an agent may change of a node.
+fn state(world: &World) -> Result<Vec<String>> {
+    let node = world.node(1);
+    let namespace = &node.place.namespace;
+    let output = |words: &str| {
+        let words: Vec<&str> = words.split(' ').collect();
+        let (program, args) = words.split_first().context("a command")?;
+        namespace.output(program, args)
+    };
+    let mut state =
+        ["nft -s list ruleset", "ip -o -d link show", "tc qdisc show", "ip rule show", "ip route show table all"]
+            .into_iter()
+            .map(output)
+            .collect::<Result<Vec<_>>>()?;
+    for path in
+        ["ipv4/ip_forward", "ipv4/conf/all/route_localnet", "ipv4/conf/all/rp_filter", "ipv6/conf/all/forwarding"]
+    {
+        state.push(output(&format!("cat /proc/sys/net/{path}"))?);
+    }
+    for words in ["iptables-legacy-save", "ip6tables-legacy-save", "ipset save -sorted"] {
+        let text = output(words)?;
+        // Not when it was, nor counters.
+        let lines = text.lines().filter(|line| !line.starts_with('#'));
+        state.push(lines.map(|line| line.split(" [").next().unwrap_or_default()).collect::<Vec<_>>().join("\n"));
+    }
+    for link in links(world)? {
+        for way in ["ingress", "egress"] {
+            state.push(format!("{link} {way}: {}", output(&format!("tc filter show dev {link} {way}"))?));
+        }
+    }
+    state.push(format!("programs of the cgroup: {:?}", pins::on_cgroup(&node.cgroup)?));
+    let others = others(world);
+    let pinned = fs::read_dir(&others).into_iter().flatten().flatten().map(|entry| entry.file_name());
+    state.push(format!("{}: {:?}", others.display(), pinned.collect::<Vec<_>>()));
+    Ok(state)
+}
+
+/// Somebody's pins, beside ours.
+fn others(world: &World) -> PathBuf {
+    world.node(1).bpffs.with_file_name("others")
+}
+
+fn links(world: &World) -> Result<Vec<String>> {
+    let text = world.node(1).place.namespace.output("ip", &["-o", "link", "show"])?;
+    let name =
+        |line: &str| line.split([' ', ':', '@']).find(|word| word.starts_with(char::is_alphabetic)).map(str::to_owned);
+    Ok(text.lines().filter_map(name).collect())
+}
+
+fn put_back(world: &World, restore: &[&str], rules: &str) -> Result<()> {
+    let file = world.objects_dir().join("left.rules");
+    fs::write(&file, rules)?;
+    let file = file.to_string_lossy();
+    world.node(1).place.namespace.output(restore[0], &[&restore[1..], &[&*file]].concat()).map(drop)
+}
+
+fn is_as(world: &World, before: &[String]) -> Result<()> {
+    for (before, after) in before.iter().zip(&state(world)?) {
+        ensure!(before == after, "before:\n{before}\nafter:\n{after}");
+    }
+    Ok(())
+}
+
+/// How the rules of a mode are read, and how they are put back.
+struct Save {
+    save: &'static [&'static str],
+    restore: &'static [&'static str],
+}
+
+const NFTABLES: [Save; 2] = [
+    Save { save: &["nft", "list", "table", "ip", "proxy-agent"], restore: &["nft", "-f"] },
+    Save { save: &["nft", "list", "table", "ip6", "proxy-agent"], restore: &["nft", "-f"] },
+];
+const IPTABLES: [Save; 2] = [
+    Save { save: &["iptables-nft-save"], restore: &["iptables-nft-restore"] },
+    Save { save: &["ip6tables-nft-save"], restore: &["ip6tables-nft-restore"] },
+];
+
+fn cleans_up(world: &mut World) -> Result<()> {
+    let foreign = "table ip other {\n chain proxy-agent {\n type filter hook forward priority 5;\n counter accept\n }\n}\n\
+                   table inet proxy-agent {\n set frontends {\n type ipv4_addr;\n elements = { 10.96.0.1 }\n }\n}\n";
+    let node = &world.node(1).place.namespace;
+    node.nft(foreign)?;
+    // iptables makes tables for its chains, which are everybody's from then on.
+    run_and_end(world, "iptables")?;
+    world.cli(world.node(1), &["cleanup"])?;
+    ensure!(!state(world)?.iter().any(|text| text.contains("PROXY-")), "{:?}", state(world)?);
+    // Names and words like ours, in the tables that we write to; the qdisc that our filters would be of without TCX.
+    let node = &world.node(1).place.namespace;
+    for tool in ["iptables-nft", "ip6tables-nft"] {
+        for args in
+            ["-N PROXYING", "-A PROXYING -m comment --comment PROXY-SERVICES -j RETURN", "-A POSTROUTING -j PROXYING"]
+        {
+            let args: Vec<&str> = ["-t", "nat"].into_iter().chain(args.split(' ')).collect();
+            node.output(tool, &args)?;
+        }
+    }
+    // Whoever restores such tables makes chains of theirs that nothing is in.
+    for Save { save, restore } in &IPTABLES {
+        put_back(world, restore, &node.output(save[0], &save[1..])?)?;
+    }
+    // Fewer than with nft's, which is the flavour that is chosen by that.
+    for tool in ["iptables-legacy", "ip6tables-legacy"] {
+        node.output(tool, &["-t", "nat", "-N", "PROXY-MINE"])?;
+    }
+    for words in ["create proxy-agent hash:ip", "add proxy-agent 10.96.0.1", "create KUBE-SRC-ABCDEF hash:ip"] {
+        node.output("ipset", &words.split(' ').collect::<Vec<_>>())?;
+    }
+    let links = links(world)?;
+    for link in &links {
+        node.output("tc", &["qdisc", "add", "dev", link, "clsact"])?;
+        for way in ["ingress", "egress"] {
+            let add = ["filter", "add", "dev", link, way, "pref", "7", "bpf", "bytecode", "1,6 0 0 0"];
+            node.output("tc", &add)?;
+        }
+    }
+    let others = others(world);
+    fs::create_dir(&others)?;
+    pins::attach_others(&world.node(1).cgroup, &others.join("connect4"))?;
+    let before = state(world)?;
+    // A mode that takes over removes what another one left, so each is alone first, and its rules are put back beside the pins of the last.
+    let mut rules = Vec::new();
+    for (mode, saves) in [("nftables", &NFTABLES), ("iptables", &IPTABLES)] {
+        run_and_end(world, mode)?;
+        ensure!(state(world)? != before, "{mode} leaves nothing to remove");
+        for Save { save, restore } in saves {
+            rules.push((restore, world.node(1).place.namespace.output(save[0], &save[1..])?));
+        }
+        world.cli(world.node(1), &["cleanup"])?;
+        is_as(world, &before)?;
+    }
+    run_and_end(world, "ebpf")?;
+    for (restore, text) in rules {
+        put_back(world, restore, &text)?;
+    }
+    let bpffs = world.node(1).bpffs.clone();
+    let left = state(world)?;
+    ensure!(left != before, "nothing was left to remove");
+    let (code, out, err) = said(world, None, None, &bpffs, &["cleanup", "--dry-run"])?;
+    for line in [
+        "would remove table ip proxy-agent (nftables)",
+        "would remove table ip6 proxy-agent (nftables)",
+        "chains of iptables",
+        "links/connect4",
+    ] {
+        ensure!(out.contains(line), "no {line:?} in {code:?} {out} {err}");
+    }
+    ensure!(state(world)? == left, "a dry run removed something");
+    let (code, out, err) = said(world, None, None, &bpffs, &["cleanup"])?;
+    ensure!(code == Some(0) && out.contains("removed table ip6 proxy-agent (nftables)"), "{code:?} {out} {err}");
+    is_as(world, &before)?;
+    let (code, out, _) = said(world, None, None, &bpffs, &["cleanup", "--kube-proxy"])?;
+    ensure!(
+        code == Some(0) && out.contains("nothing is pinned here") && out.contains("no rules of kube-proxy"),
+        "{out}"
+    );
+    is_as(world, &before)?;
+    let node = &world.node(1).place.namespace;
+    for link in &links {
+        node.output("tc", &["qdisc", "del", "dev", link, "clsact"])?;
+    }
+    fs::remove_dir_all(&others)?;
+    node.nft("flush ruleset")
+}
+
+/// It refuses to clean up under an agent.
+fn run_and_end(world: &mut World, mode: &str) -> Result<()> {
+    let options = AgentOptions { extra: vec!["--proxy-mode".into(), mode.into()], ..AgentOptions::new(SocketLb::All) };
+    world.start_agent(1, &options)?;
+    world.node(1).wait_ready(PATIENCE)?;
+    let bpffs = world.node(1).bpffs.clone();
+    let (code, _, err) = said(world, None, None, &bpffs, &["cleanup"])?;
+    ensure!(code == Some(3) && err.contains("stop it first"), "{mode}, while it runs: {code:?} {err}");
+    world.kill_agent(1)
+}
