@@ -375,9 +375,11 @@ fn metrics(cluster: &mut Cluster) -> Result<()> {
         Ok(values)
     };
     let [syncs, services, entries, latencies, changes, events] = read()?;
+    std::thread::sleep(Duration::from_secs(1));
     cluster.create(("counted", 33), &[])?;
     within(PATIENCE, || cluster.refused(33))?;
-    // The time of the change, in the server's words: what the endpoint controller writes.
+    // The time of the change, in the server's words: what the endpoint controller writes. It has whole seconds, and what was before
+    // the agent started is none of its delay.
     let now = ["get", "service", "counted", "-o", "jsonpath={.metadata.creationTimestamp}"];
     let now = cluster.server.kubectl(&now, "")?;
     let slices = Family::BOTH.map(|family| {

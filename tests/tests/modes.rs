@@ -129,7 +129,7 @@ fn refused(world: &mut World) -> Result<()> {
             Some(RULES_ALONE),
             Some(WITHOUT_TOOLS),
             "auto",
-            &["none of the dataplanes can run", "CAP_BPF", "nft cannot be started", "check"],
+            &["none of the dataplanes can run", "CAP_BPF", "root", "nft cannot be started", "check"],
         ),
     ];
     let source = world.objects_dir();

@@ -502,6 +502,8 @@ fn refused(world: &mut World) -> Result<()> {
     for mode in ["nftables", "iptables"] {
         does_not_start(world, mode, "another agent runs on")?;
     }
+    // On the same pins, and in the same network.
+    does_not_start(world, "ebpf", "another proxy-agent (pid ")?;
     serves(world)?;
     world.remove_agents()
 }

@@ -8,6 +8,8 @@ use proxy_tests::extent::Extent;
 use crate::{build, build_ebpf, command, setup};
 
 pub fn run(extent: &Extent) -> Result<ExitCode> {
+    setup::tools(&setup::WORLD)?;
+    setup::tools(&setup::NETNS_SUITES)?;
     let object = build_ebpf::object()?;
     command::check(command::cargo().args([
         "build",

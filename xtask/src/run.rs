@@ -245,7 +245,12 @@ fn in_a_world(args: &Args, programs: Programs) -> Result<ExitCode> {
         drop(world);
         return Ok(if report.ok { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
-    println!("{}", what_next(&world, &source, &plan));
+    let next = what_next(&world, &source, &plan);
+    match args.output() {
+        Output::Table => println!("{next}"),
+        // What reads stdout wants the report alone.
+        Output::Json => eprintln!("{next}"),
+    }
     std::io::stdout().flush()?;
     // Ctrl-C is how this ends: the signal removes the world.
     set_exit_status(0);

@@ -7,6 +7,7 @@
 //! Pure tests use every CPU and run one program after the other. Worlds mostly wait, and each has namespaces, cgroups and
 //! pins of its own, so several of those programs run side by side.
 
+mod again;
 mod libtest;
 
 use std::{
@@ -44,6 +45,11 @@ pub struct Args {
     /// How many test programs run side by side, pure ones excepted [default: one more than there are CPUs, 4 at most]
     #[arg(long, value_name = "N")]
     lanes: Option<NonZeroUsize>,
+
+    /// So many cases at most that failed are asked once more when all is done, alone; what passes only then is listed. More
+    /// failures than that are none of chance, and none is asked again
+    #[arg(long, value_name = "N", default_value_t = 0, conflicts_with = "filter")]
+    second_looks: usize,
 
     /// Kernels, by series, that machines run beside the worlds with, as `cargo xtask vm --kernel` does
     #[arg(long, value_name = "SERIES", conflicts_with = "filter")]
@@ -129,7 +135,7 @@ pub(crate) struct Program {
 }
 
 pub fn run(args: &Args) -> Result<ExitCode> {
-    let Args { suite: selection, filter, limit, lanes, vm: series } = args;
+    let Args { suite: selection, filter, limit, lanes, second_looks, vm: series } = args;
     let suites: Vec<Suite> = Suite::ALL.into_iter().filter(|suite| suite.is_selected(*selection)).collect();
     let servers = suites.contains(&Suite::Api).then(setup::api_server).transpose()?;
     let object = prepare(&suites)?;
@@ -187,17 +193,27 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         let beside = beside.join().unwrap_or_else(|_| bail!("what watches over the virtual machines panicked"));
         Ok::<_, anyhow::Error>(beside.unwrap_or_else(|error| vec![Row::failed("vm", &error)]))
     })?;
-    let Runner { logs, done, .. } = runner;
-    let done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let Runner { logs, limit, done, .. } = runner;
+    let mut done = done.into_inner().unwrap_or_else(PoisonError::into_inner);
+    let only_alone =
+        again::look(&mut done, *second_looks, |name, command| run_program(name, command, &logs, limit, ""))?;
     let row = |suite: &Suite| {
         let mut row = Row { name: suite.name().to_owned(), outcome: Outcome::default(), took: Duration::ZERO };
-        for (_, outcome, took) in done.iter().filter(|(of, ..)| of == suite) {
+        for Done { outcome, took, .. } in done.iter().filter(|done| done.suite == *suite) {
             row.outcome.add(outcome.clone());
             row.took += *took;
         }
         row
     };
     let rows: Vec<Row> = suites.iter().map(row).chain(beside).collect();
+    if !only_alone.is_empty() {
+        println!(
+            "\nfailed beside others, passed alone on a second look (a defect to look into, of the case or of what it asks):"
+        );
+    }
+    for (case, reason) in only_alone {
+        println!("  {case}\n      {reason}");
+    }
     report(&rows, filter.is_some(), &logs)
 }
 
@@ -214,12 +230,23 @@ struct Job {
     command: Command,
 }
 
+/// One that ran.
+struct Done {
+    suite: Suite,
+    /// As its failures begin.
+    name: String,
+    /// As it was started.
+    command: Command,
+    outcome: Outcome,
+    took: Duration,
+}
+
 struct Runner {
     logs: PathBuf,
     limit: Duration,
     /// Builds what the `api` suite starts.
     servers: Option<JoinHandle<()>>,
-    done: Mutex<Vec<(Suite, Outcome, Duration)>>,
+    done: Mutex<Vec<Done>>,
 }
 
 impl Runner {
@@ -244,13 +271,14 @@ impl Runner {
             }
         };
         let lane = || -> Result<()> {
-            while let Some(Job { suite, name, command }) = next() {
+            while let Some(Job { suite, name, mut command }) = next() {
                 let name = format!("{} {name}", suite.name());
                 let started = Instant::now();
                 let prefix = if side_by_side { format!("{name} | ") } else { String::new() };
-                let outcome = run_program(&name, command, &self.logs, self.limit, &prefix)?;
+                let outcome = run_program(&name, &mut command, &self.logs, self.limit, &prefix)?;
                 let took = started.elapsed();
-                self.done.lock().unwrap_or_else(PoisonError::into_inner).push((suite, outcome, took));
+                let done = Done { suite, name, command, outcome, took };
+                self.done.lock().unwrap_or_else(PoisonError::into_inner).push(done);
             }
             Ok(())
         };
@@ -340,7 +368,7 @@ pub(crate) fn build(object: Option<&Path>) -> Result<Built> {
 }
 
 /// Runs one test program; all it prints goes to a log, progress and failures to the terminal, each line behind `prefix`.
-fn run_program(name: &str, mut test: Command, logs: &Path, limit: Duration, prefix: &str) -> Result<Outcome> {
+fn run_program(name: &str, test: &mut Command, logs: &Path, limit: Duration, prefix: &str) -> Result<Outcome> {
     let path = logs.join(format!("{}.log", name.replace([' ', '/'], "-")));
     let mut log = fs::File::create(&path).with_context(|| format!("cannot create {}", path.display()))?;
     println!("\n== {name}");
@@ -349,7 +377,7 @@ fn run_program(name: &str, mut test: Command, logs: &Path, limit: Duration, pref
         .stdout(Stdio::piped())
         .stderr(log.try_clone()?)
         .spawn()
-        .with_context(|| format!("cannot start `{}`", command::display(&test)))?;
+        .with_context(|| format!("cannot start `{}`", command::display(test)))?;
 
     let stdout = child.stdout.take().context("no pipe from the test program")?;
     let (sender, lines) = mpsc::sync_channel(1024);
@@ -454,6 +482,9 @@ pub(crate) fn report(rows: &[Row], filtered: bool, logs: &Path) -> Result<ExitCo
     }
     for failure in &total.failures {
         println!("  {failure}");
+        if let Some(reason) = total.reasons.get(failure) {
+            println!("      {reason}");
+        }
     }
     println!("\nlogs: {}", logs.display());
     println!("{} passed, {} failed, {} skipped", total.passed, total.failures.len(), total.skips.len());

@@ -40,6 +40,8 @@ pub struct Service {
     /// `Programmed`, `Pending` or `Degraded`.
     pub state: String,
     pub reason: Option<String>,
+    /// Since when there has been something to say of it, RFC 3339; absent where there is nothing.
+    pub since: Option<String>,
     /// Absent where the kernel does not hold the frontend.
     pub verdicts: Option<Verdicts>,
     pub algorithm: Option<Algorithm>,
@@ -116,6 +118,7 @@ impl Row for Service {
         }),
         Column::wide("AFFINITY", |s| blank(s.affinity_seconds.map(|seconds| format!("{seconds}s")))),
         Column::wide("ID", |s| blank(s.service_id)),
+        Column::wide("SINCE", |s| blank(s.since.as_ref())),
         Column::new("STATE", |s| match &s.reason {
             Some(reason) => format!("{}: {reason}", s.state),
             None => s.state.clone(),
@@ -173,11 +176,12 @@ fn merge(frontends: Vec<Frontend>, unprogrammed: Vec<Unprogrammed>) -> Vec<Servi
             ((row.service.clone(), row.frontend), row)
         })
         .collect();
-    for Unprogrammed { service, kind, address, port, protocol, state, reason, since: _ } in unprogrammed {
+    for Unprogrammed { service, kind, address, port, protocol, state, reason, since } in unprogrammed {
         let frontend = FrontendAddress { address, port, protocol };
         let row = rows.entry((service.clone(), frontend)).or_insert_with(|| absent(service, kind, frontend));
         row.state = state;
         row.reason = reason;
+        row.since = Some(since);
     }
     let mut outlines: BTreeMap<ServiceKey, Outline> = BTreeMap::new();
     for row in rows.values() {
@@ -222,6 +226,7 @@ fn absent(service: String, kind: String, frontend: FrontendAddress) -> Service {
         local_backends: Vec::new(),
         state: String::new(),
         reason: None,
+        since: None,
         verdicts: None,
         algorithm: None,
         maglev_table: None,

@@ -97,7 +97,7 @@ pub fn first(options: &Options) -> Result<Choice, DataplaneError> {
 }
 
 fn first_of(candidates: impl IntoIterator<Item = Candidate>) -> Result<Choice, DataplaneError> {
-    let mut tried = Vec::new();
+    let (mut tried, mut remedy) = (Vec::new(), None);
     for candidate in candidates {
         let can_run = candidate.can_run();
         tried.push(candidate.verdict());
@@ -105,10 +105,12 @@ fn first_of(candidates: impl IntoIterator<Item = Candidate>) -> Result<Choice, D
             return Ok(Choice { mode: candidate.mode, reason: format!("auto: {}", tried.join(", ")) });
         }
         // The first one's is the remedy that is wanted.
+        remedy.get_or_insert_with(|| candidate.remedy());
         tracing::debug!(mode = candidate.mode.name(), remedy = candidate.remedy(), "cannot run");
     }
+    let first = remedy.filter(|remedy| !remedy.is_empty()).map(|remedy| format!("{remedy}; ")).unwrap_or_default();
     Err(DataplaneError::Unavailable(format!(
-        "none of the dataplanes can run on this node: {}; `proxy-agent check` says what to do",
+        "none of the dataplanes can run on this node: {}; {first}`proxy-agent check` says what to do about each",
         tried.join(", ")
     )))
 }

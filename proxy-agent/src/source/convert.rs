@@ -254,6 +254,7 @@ fn protocol(text: Option<&str>) -> Option<Protocol> {
 
 const NO_PROTOCOL: &str = "is none of TCP, UDP, SCTP; the port is not served, write one of these";
 const NO_PORT: &str = "is no port number; the port is not served, write one from 1 to 65535";
+const NO_FURTHER_PORT: &str = "is no port number; it is left out, write one from 1 to 65535";
 const NOT_SERVED: &str = "it is not served, write an address that others can send to";
 const RANGE: &str = "write ADDRESS/LENGTH";
 
@@ -307,7 +308,7 @@ fn optional_port(field: &str, number: Option<&api::Number>, problems: &mut Probl
     let number = number.filter(|number| **number != api::Number::Integer(0))?;
     let port = number.port();
     if port.is_none() {
-        problems.say(format!("{field}: {number} {NO_PORT}"));
+        problems.say(format!("{field}: {number} {NO_FURTHER_PORT}"));
     }
     port
 }

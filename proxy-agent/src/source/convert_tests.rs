@@ -268,7 +268,7 @@ fn ports() {
             "spec.ports[9].port: 80/TCP is there already, the first stands; give it another number or protocol".into(),
             r#"spec.ports[10].name: "i" names another TCP port already, the first stands; give it a name of its own"#
                 .into(),
-            format!("spec.ports[12].nodePort: 70000 {no_port}"),
+            "spec.ports[12].nodePort: 70000 is no port number; it is left out, write one from 1 to 65535".into(),
         ]
     );
     let none = ["spec.ports: none, so there is nothing to serve; list at least one port"];

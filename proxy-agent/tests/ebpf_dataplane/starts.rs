@@ -176,7 +176,7 @@ fn clients_of_session_affinity_outlive_the_agent_and_not_their_service() {
     let sticky = |count: u8| {
         let mut state = state(count);
         for spec in state.frontends.values_mut() {
-            *spec = Arc::new(FrontendSpec { affinity_secs: Some(1000), ..(**spec).clone() });
+            *spec = Arc::new(FrontendSpec { affinity_secs: Some(100), ..(**spec).clone() });
         }
         state
     };
@@ -194,16 +194,16 @@ fn clients_of_session_affinity_outlive_the_agent_and_not_their_service() {
     let entry = |n: u8, age: u32| AffinityValue {
         addr: Ipv4Be::from_ip(backend(n).addr).unwrap(),
         port: Be16::from_host(8080),
-        seen: now - age,
+        seen: now.checked_sub(age).expect("a machine that came up minutes ago"),
         ..Default::default()
     };
     let client = |n: u8| Ipv4Be::from_octets([192, 0, 2, n]);
     for (key, value) in [
-        (AffinityKey::of_address(client(1), id(1)), entry(1, 500)),
+        (AffinityKey::of_address(client(1), id(1)), entry(1, 40)),
         (AffinityKey::of_netns(4711, id(2)), entry(2, 10)),
         (AffinityKey::of_address(client(3), id(3)), entry(3, 10)),
         // Its time is over.
-        (AffinityKey::of_address(client(4), id(1)), entry(1, 2000)),
+        (AffinityKey::of_address(client(4), id(1)), entry(1, 150)),
         // Nobody's.
         (AffinityKey::of_address(client(5), 200), entry(1, 10)),
     ] {

@@ -22,10 +22,10 @@ use proxy_tests::{
     pod::{hold, socket::Transport},
     suite::Suite,
     world::{
-        AgentOptions, Ask, Family, Place, Programs, SocketLb, Spec, Topology, World, objects,
+        AgentOptions, Ask, Family, Place, Programs, SocketLb, Spec, Topology, World, objects, patience,
         pins::{Pinned, changed},
         trace::Call,
-        vip,
+        vip, within,
     },
 };
 use serde_json::Value;
@@ -255,10 +255,18 @@ fn conflicts(world: &mut World) -> Result<()> {
         "Service default/younger 10.96.0.70:80/TCP is already used by default/older:web, which is older and keeps it; give one of \
          the two another address or port",
     ];
-    ensure!(said(world)? == expected, "status: {:?}", said(world)?);
+    // What is in force may be asked a moment before the report of it is out.
+    let says = |world: &World, expected: &[&str]| {
+        within(patience(5), || {
+            let said = said(world)?;
+            ensure!(said == expected, "status: {said:?}");
+            Ok(())
+        })
+    };
+    says(world, &expected)?;
     world.remove(&older)?;
     world.settle()?;
-    ensure!(said(world)? == [twice_line], "status: {:?}", said(world)?);
+    says(world, &[twice_line])?;
     let heir = world.cli(world.node(1), &["services", "--no-headers", "--service", "default/younger"])?;
     ensure!(heir.contains("10.96.0.70:80/TCP") && heir.contains("10.96.0.70:81/TCP"), "services: {heir}");
     world.remove(&younger)?;

@@ -227,21 +227,31 @@ fn is_fair(counts: impl Iterator<Item = usize> + Clone) -> bool {
     chi_square <= freedom * (1.0 - spread + 4.75 * spread.sqrt()).powi(3)
 }
 
-/// What `examples/` has of every kind, over each family, and who comes from outside is answered by. The plan that says what is asked is the
-/// product's own: what it forgot would not be missed.
-const FROM_OUTSIDE: [&str; 3] = ["ClusterIP", "NodePort", "LoadBalancer"];
+/// What `examples/` has of every kind, over each family. The plan that says what is asked is the product's own: what it forgot would not be
+/// missed.
+const EXPECTED: [(&str, &str, &[&str]); 4] = [
+    ("ClusterIP", "TCP", &["pod", "node", "outside"]),
+    ("ClusterIP", "UDP", &["pod", "node", "outside"]),
+    ("NodePort", "TCP", &["outside"]),
+    ("LoadBalancer", "TCP", &["outside"]),
+];
+
+const FAMILIES: [(&str, bool); 2] = [("IPv4", true), ("IPv6", false)];
 
 impl Report {
     /// Of the repository's own objects.
     pub fn requires_every_kind(&mut self) {
-        for kind in FROM_OUTSIDE {
-            for (family, is_v4) in [("IPv4", true), ("IPv6", false)] {
-                let is_it = |asked: &&Asked| {
+        for (kind, protocol, places) in EXPECTED {
+            for (from, (family, is_v4)) in places.iter().flat_map(|from| FAMILIES.map(|family| (*from, family))) {
+                let is_it = |asked: &Asked| {
                     let of_family = asked.address.parse().is_ok_and(|address: IpAddr| address.is_ipv4() == is_v4);
-                    of_family && asked.kind == kind && asked.from == "outside" && asked.ok && !asked.backends.is_empty()
+                    let answered = asked.ok && !asked.backends.is_empty();
+                    of_family && answered && (&*asked.kind, &*asked.protocol, asked.from) == (kind, protocol, from)
                 };
-                if !self.frontends.iter().any(|asked| is_it(&asked)) {
-                    self.problems.push(format!("nobody outside was answered by a {kind} over {family}"));
+                if !self.frontends.iter().any(is_it) {
+                    self.problems.push(format!(
+                        "nobody asking from {from} was answered by a {kind} over {family} and {protocol}"
+                    ));
                     self.ok = false;
                 }
             }
@@ -307,7 +317,49 @@ impl Report {
 
 #[cfg(test)]
 mod tests {
-    use super::is_fair;
+    use std::collections::{BTreeMap, BTreeSet};
+
+    use super::{Asked, EXPECTED, Expected, Report, Sharing, is_fair};
+
+    /// A plan that forgot a kind, a family, a protocol or an origin is not as it should be, however well the rest was answered.
+    #[test]
+    fn what_was_not_asked_is_missed() {
+        let asked: Vec<_> = EXPECTED
+            .iter()
+            .flat_map(|(kind, protocol, places)| places.iter().map(move |from| (*kind, *protocol, *from)))
+            .flat_map(|(kind, protocol, from)| {
+                ["10.96.0.1", "fd00:96::1"].map(|address| (kind, protocol, from, address))
+            })
+            .collect();
+        for left_out in 0..=asked.len() {
+            let frontends = asked.iter().enumerate().filter(|(i, _)| *i != left_out);
+            let frontends = frontends.map(|(_, (kind, protocol, from, address))| Asked {
+                service: String::new(),
+                kind: (*kind).to_owned(),
+                address: (*address).to_owned(),
+                port: 80,
+                protocol: (*protocol).to_owned(),
+                from,
+                expected: Expected::Backends(BTreeSet::new()),
+                tries: 1,
+                backends: BTreeMap::from([("a".to_owned(), 1)]),
+                errors: BTreeMap::new(),
+                sharing: Sharing::One,
+                fair: true,
+                ok: true,
+            });
+            let mut report = Report {
+                ok: true,
+                topology: "",
+                leaks: Vec::new(),
+                problems: Vec::new(),
+                frontends: frontends.collect(),
+            };
+            report.requires_every_kind();
+            assert_eq!(report.ok, left_out == asked.len(), "{:?}", report.problems);
+            assert_eq!(report.problems.len(), usize::from(!report.ok));
+        }
+    }
 
     #[test]
     fn even_and_nearly_even_shares_are_fair() {

@@ -32,7 +32,7 @@
 //! suite clusterip: 1 passed, 1 failed, 1 skipped in 3.2 s
 //! ```
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// What came of a test program, or of several.
 #[derive(Clone, Default, Debug, PartialEq, Eq)]
@@ -40,6 +40,8 @@ pub struct Outcome {
     /// Without those that skipped.
     pub passed: usize,
     pub failures: Vec<String>,
+    /// Last words about failures that had any.
+    pub reasons: BTreeMap<String, String>,
     pub skips: Vec<Skip>,
 }
 
@@ -52,9 +54,10 @@ pub struct Skip {
 
 impl Outcome {
     pub fn add(&mut self, other: Self) {
-        let Self { passed, failures, skips } = other;
+        let Self { passed, failures, reasons, skips } = other;
         self.passed += passed;
         self.failures.extend(failures);
+        self.reasons.extend(reasons);
         self.skips.extend(skips);
     }
 
@@ -80,6 +83,9 @@ pub struct Parser {
     failed: usize,
     results: usize,
     failures: BTreeSet<String>,
+    /// The failure that lines may be about, and what they said of each.
+    about: Option<String>,
+    words: BTreeMap<String, String>,
     skips: Vec<Skip>,
     /// Tests that printed a skip: libtest counts them as passed.
     skipping: BTreeSet<String>,
@@ -95,6 +101,8 @@ impl Parser {
             failed: 0,
             results: 0,
             failures: BTreeSet::new(),
+            about: None,
+            words: BTreeMap::new(),
             skips: Vec::new(),
             skipping: BTreeSet::new(),
         }
@@ -102,6 +110,23 @@ impl Parser {
 
     /// Takes one line; gives back what is worth showing.
     pub fn line<'a>(&mut self, line: &'a str) -> Option<&'a str> {
+        let shown = self.read(line);
+        match self.section {
+            // What a case of a world says may have many lines; only the first is shown as it comes.
+            Section::Running if shown.is_some() && !line.starts_with("FAIL ") => self.about = None,
+            Section::Running => {}
+            Section::Successes | Section::Failures => self.about.clone_from(&self.current),
+        }
+        let is_heading = line.starts_with("---- ") || line.starts_with("note: ") || line.trim().is_empty();
+        if let Some(test) = self.about.as_ref().filter(|_| !is_heading) {
+            let words = self.words.entry(test.clone()).or_default();
+            words.push_str(if words.is_empty() { "" } else { " / " });
+            words.push_str(line);
+        }
+        shown
+    }
+
+    fn read<'a>(&mut self, line: &'a str) -> Option<&'a str> {
         if let Some(counts) = line.strip_prefix("test result: ") {
             self.count(counts);
             self.section = Section::Running;
@@ -132,7 +157,9 @@ impl Parser {
                     return Some(line);
                 }
                 if let Some(case) = line.strip_prefix("FAIL ") {
-                    self.failures.insert(case.split(" (").next().unwrap_or(case).to_owned());
+                    let case = case.split(" (").next().unwrap_or(case);
+                    self.failures.insert(case.to_owned());
+                    self.about = Some(case.to_owned());
                     return Some(line);
                 }
                 if line.starts_with("ok   ") || line.starts_with("sum  ") {
@@ -187,7 +214,9 @@ impl Parser {
     /// Ends the reading; `trouble` says how the program itself went wrong. A program that died has failed even if every
     /// line it got out was good.
     pub fn finish(self, trouble: Option<String>) -> Outcome {
-        let Self { program, passed, failed, results, failures, skips, skipping, section: _, current: _ } = self;
+        let Self { program, passed, failed, results, failures, mut words, skips, skipping, .. } = self;
+        let reason = |name: &String| Some((format!("{program} {name}"), last_words(&words.remove(name)?)));
+        let reasons = failures.iter().filter_map(reason).collect();
         let mut names: Vec<String> = failures.into_iter().map(|name| format!("{program} {name}")).collect();
         while names.len() < failed {
             names.push(format!("{program}: a test that did not name itself"));
@@ -198,7 +227,16 @@ impl Parser {
             None if results == 0 => names.push(format!("{program}: ended without a result")),
             _ => {}
         }
-        Outcome { passed: passed.saturating_sub(skipping.len()), failures: names, skips }
+        Outcome { passed: passed.saturating_sub(skipping.len()), failures: names, reasons, skips }
+    }
+}
+
+/// The end of a text: errors name what they come of last.
+fn last_words(text: &str) -> String {
+    const MOST: usize = 500;
+    match text.char_indices().rev().nth(MOST) {
+        Some((start, _)) => format!("… {}", text.get(start..).unwrap_or_default()),
+        None => text.to_owned(),
     }
 }
 
@@ -272,6 +310,22 @@ test result: FAILED. 2 passed; 1 failed; 1 ignored; 0 measured; 0 filtered out; 
         assert_eq!(outcome.failures, ["unit x clusterip/udp"]);
         assert_eq!(outcome.skips[0].text, "overlay: no vxlan here");
         assert_eq!(read("ok   a (1 ms)\n", Some("ended with signal: 9")).failures, ["unit x: ended with signal: 9"]);
+    }
+
+    #[test]
+    fn what_a_failure_said_last_is_kept() {
+        let outcome = read(SAMPLE, Some("ended with exit status: 101"));
+        let reason = &outcome.reasons["unit x b"];
+        assert_eq!(reason, "SKIP nothing: a failed test is no skip / thread 'b' panicked at src/lib.rs:1:1");
+        let log = "a line of a log\n".repeat(100);
+        let text = format!(
+            "FAIL a/b (9 ms): --- log\n{log}no answer\nok   c (1 ms)\nsuite x: 1 passed, 1 failed, 0 skipped in 1 s\n"
+        );
+        let outcome = read(&text, Some("ended with exit status: 1"));
+        let reason = &outcome.reasons["unit x a/b"];
+        assert!(reason.starts_with("… ") && reason.ends_with("a line of a log / no answer"), "{reason}");
+        assert!(reason.len() < 600);
+        assert_eq!(outcome.reasons.len(), 1);
     }
 
     #[test]

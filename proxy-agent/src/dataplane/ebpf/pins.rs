@@ -127,7 +127,7 @@ pub(crate) fn is_on_bpffs(path: &Path) -> io::Result<bool> {
     Ok(stat.f_type as u64 == BPF_FS_MAGIC)
 }
 
-fn ensure_bpffs(root: &Path) -> Result<(), PinError> {
+pub(crate) fn ensure_bpffs(root: &Path) -> Result<(), PinError> {
     if is_on_bpffs(root).map_err(io_error(root))? {
         return Ok(());
     }

@@ -49,9 +49,15 @@ impl Lock {
                     );
                     Ok(Self { _listener: None })
                 }
-                _ => Err(DataplaneError::Unavailable(format!(
-                    "another proxy-agent is at work in this network namespace (it holds the abstract socket @{name}, see `ss -xlp`); stop it first"
-                ))),
+                holder => {
+                    let pid = match holder {
+                        Some(Holder::Process { pid: pid @ 1.., .. }) => format!(" (pid {pid})"),
+                        _ => String::new(),
+                    };
+                    Err(DataplaneError::Unavailable(format!(
+                        "another proxy-agent{pid} is at work in this network namespace (it holds the abstract socket @{name}, see `ss -xlp`); stop it first"
+                    )))
+                }
             },
             Err(source) => Err(DataplaneError::Kernel { what: format!("abstract socket @{name}"), source }),
         }
@@ -61,14 +67,15 @@ impl Lock {
 /// Who has the name, as the kernel says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Holder {
-    User(u32),
+    /// The pid is 0 where it has none in this PID namespace.
+    Process { uid: u32, pid: i32 },
     /// An agent does.
     DoesNotListen,
 }
 
 fn may_be_agent(holder: Holder) -> bool {
     match holder {
-        Holder::User(uid) => uid == 0 || uid == rustix::process::geteuid().as_raw(),
+        Holder::Process { uid, pid: _ } => uid == 0 || uid == rustix::process::geteuid().as_raw(),
         Holder::DoesNotListen => false,
     }
 }
@@ -77,7 +84,7 @@ fn may_be_agent(holder: Holder) -> bool {
 fn holder(name: &str) -> Option<Holder> {
     for _ in 0..TRIES {
         match ask(name) {
-            Ok(uid) => return Some(Holder::User(uid)),
+            Ok(holder) => return Some(holder),
             // It may be about to.
             Err(Errno::CONNREFUSED) => std::thread::sleep(PAUSE),
             Err(_) => return None,
@@ -87,7 +94,7 @@ fn holder(name: &str) -> Option<Holder> {
 }
 
 /// Whose socket it is.
-fn ask(name: &str) -> Result<u32, Errno> {
+fn ask(name: &str) -> Result<Holder, Errno> {
     let addr = SocketAddrUnix::new_abstract_name(name.as_bytes())?;
     // Whoever holds it may let callers wait.
     let flags = SocketFlags::CLOEXEC | SocketFlags::NONBLOCK;
@@ -97,14 +104,14 @@ fn ask(name: &str) -> Result<u32, Errno> {
 }
 
 /// By hand, for a process of another PID namespace has none here, which is no number that `rustix` takes.
-fn peer(socket: impl AsFd) -> Result<u32, Errno> {
+fn peer(socket: impl AsFd) -> Result<Holder, Errno> {
     let mut peer = libc::ucred { pid: 0, uid: 0, gid: 0 };
     let mut length = size_of_val(&peer) as libc::socklen_t;
     let fd = socket.as_fd().as_raw_fd();
     // SAFETY: `peer` is a whole `struct ucred`, `length` says so, and both outlive the call.
     let result =
         unsafe { libc::getsockopt(fd, libc::SOL_SOCKET, libc::SO_PEERCRED, (&raw mut peer).cast(), &raw mut length) };
-    if result == 0 { Ok(peer.uid) } else { Err(Errno::INVAL) }
+    if result == 0 { Ok(Holder::Process { uid: peer.uid, pid: peer.pid }) } else { Err(Errno::INVAL) }
 }
 
 #[cfg(test)]
@@ -121,6 +128,7 @@ mod tests {
         let first = Lock::take_name(&name).unwrap();
         let error = Lock::take_name(&name).unwrap_err().to_string();
         assert!(error.contains(&name) && error.contains("stop it"), "{error}");
+        assert!(error.contains(&format!("(pid {})", std::process::id())), "{error}");
         drop(first);
         let again = Lock::take_name(&name).unwrap();
         assert!(again._listener.is_some());
@@ -151,7 +159,7 @@ mod tests {
             UnixListener::bind_addr(&addr).unwrap()
         });
         let taken = taken.join().unwrap();
-        assert_eq!(holder(&name), Some(Holder::User(65_534)));
+        assert!(matches!(holder(&name), Some(Holder::Process { uid: 65_534, .. })));
         assert!(Lock::take_name(&name).unwrap()._listener.is_none());
         drop(taken);
         assert!(Lock::take_name(&name).unwrap()._listener.is_some());

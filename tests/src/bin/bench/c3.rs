@@ -6,7 +6,7 @@
 use std::{
     fs,
     io::{Read as _, Write as _},
-    net::{Ipv4Addr, TcpStream},
+    net::{Ipv4Addr, SocketAddrV4, TcpStream},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     thread,
@@ -35,6 +35,7 @@ use crate::{
     objects::{self, NODE},
     report::{Bound, Figure, Report},
     rules::{PORT, vip},
+    worker::{Job, Worker},
     world::{Cgroups, Netns},
 };
 
@@ -44,8 +45,12 @@ const OUR_CPU: usize = 1;
 
 /// The slice of one Service; its last endpoint tells the version.
 fn slice(index: u32, version: u32) -> Value {
-    let last = if version.is_multiple_of(2) { ENDPOINTS - 1 } else { ENDPOINTS };
-    objects::slice(index, ENDPOINTS + 1, (0..ENDPOINTS - 1).chain([last]))
+    objects::slice(index, ENDPOINTS + 1, (0..ENDPOINTS - 1).chain([last(version)]))
+}
+
+/// The one that another version does not have.
+fn last(version: u32) -> u32 {
+    if version.is_multiple_of(2) { ENDPOINTS - 1 } else { ENDPOINTS }
 }
 
 /// Everything there is at the start.
@@ -158,7 +163,8 @@ pub fn measure(
     };
     let Shape { services, options, .. } = *shape;
     let netns = Netns::new()?;
-    netns.ip("link set lo up\n")?;
+    // Every endpoint is answered for here, by whoever asks whether a new one is reached.
+    netns.ip("link set lo up\nroute add local 10.128.0.0/9 dev lo\n")?;
     let feed = feed(services)?;
     let at = netns.enter(|| feed.serve())?;
 
@@ -173,6 +179,7 @@ pub fn measure(
     let started = Instant::now();
     let mut agent = Agent { child: start.spawn()?, files: files.clone(), bpffs: bpffs.clone() };
     let outcome = changes(scale, shape, &feed, &mut agent, started, report)
+        .and_then(|()| if shape.bars { landings(scale, &start, services, &feed, report) } else { Ok(()) })
         .and_then(|()| restarts(&start, shape, &mut agent, report));
     if let Err(error) = outcome {
         let log = fs::read_to_string(&log).unwrap_or_default();
@@ -257,14 +264,45 @@ fn changes(
     }
     drop(ahead);
     report.row("C3", format!("EndpointSlice event → map, {size}"), "µs", Figure::of(&took));
-    took.sort_by(f64::total_cmp);
-    let quantile = |q: f64| took.get((took.len() as f64 * q) as usize).copied().unwrap_or(f64::NAN);
     if !bars {
         return Ok(());
     }
-    report.bar("C3", format!("event → map, p50, {size}, µs"), Bound::AtMost(200.0), quantile(0.5), true);
-    report.bar("C3", format!("event → map, p99, {size}, µs"), Bound::AtMost(2_000.0), quantile(0.99), true);
+    report.bar("C3", format!("event → map, p50, {size}, µs"), Bound::AtMost(200.0), quantile(&mut took, 0.5), true);
+    report.bar("C3", format!("event → map, p99, {size}, µs"), Bound::AtMost(2_000.0), quantile(&mut took, 0.99), true);
     Ok(())
+}
+
+/// From a change to the first connection that lands on the endpoint that came with it: one in ten does, from then on.
+fn landings(scale: &Scale, start: &Start<'_>, services: u32, feed: &Feed, report: &mut Report) -> Result<()> {
+    let mut client = Worker::start(Job::Reach { netns: start.netns.path(), cgroup: start.cgroup.to_owned() })?;
+    let ahead = Ahead::of_others();
+    let (mut took, mut connections) = (Vec::with_capacity(scale.changes), 0);
+    // Where the changes before left off.
+    for change in scale.changes..2 * scale.changes {
+        let change = u32::try_from(change)?;
+        let (index, version) = (change.wrapping_mul(7_919) % services, 1 + change / services);
+        let change = feed.prepare(&slice(index, version))?;
+        thread::sleep(Duration::from_millis(2));
+        let begin = Instant::now();
+        feed.send(change);
+        client.reach(SocketAddrV4::new(vip(index), PORT), objects::endpoint(index, ENDPOINTS + 1, last(version)))?;
+        connections += client.line::<u32>()?;
+        took.push(begin.elapsed().as_nanos() as f64 / 1e3);
+    }
+    drop(ahead);
+    let what = format!("EndpointSlice event → first connect that lands on its new endpoint, {services} services");
+    report.row("C3", what, "µs", Figure::of(&took));
+    let each = f64::from(connections) / took.len() as f64;
+    report.row("C3", "connections until then".to_owned(), "mean", Figure { median: each, min: each, max: each });
+    let what = format!("event → first connect, p99, {services} services, µs");
+    report.bar("C3", what, Bound::AtMost(5_000.0), quantile(&mut took, 0.99), true);
+    Ok(())
+}
+
+/// Sorts them.
+fn quantile(took: &mut [f64], q: f64) -> f64 {
+    took.sort_by(f64::total_cmp);
+    took.get((took.len() as f64 * q) as usize).copied().unwrap_or(f64::NAN)
 }
 
 /// Restarts measured.

@@ -6,7 +6,7 @@ use std::{
     fs::File,
     io::{BufRead as _, BufReader, Read as _, Write as _},
     mem::zeroed,
-    net::{SocketAddr, SocketAddrV4, TcpListener, TcpStream},
+    net::{Ipv4Addr, SocketAddr, SocketAddrV4, TcpListener, TcpStream},
     os::fd::AsFd as _,
     path::PathBuf,
     process::{Child, ChildStdin, ChildStdout, Command, Stdio},
@@ -17,9 +17,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 use nix::{
     libc,
     sched::{CloneFlags, CpuSet, sched_setaffinity, setns, unshare},
+    sys::socket::{setsockopt, sockopt},
     unistd::Pid,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
+
+use crate::rules::SERVER_PORT;
 
 /// CPU of clients and servers: one for both, or waking the other would be what is measured.
 pub const CPU: usize = 1;
@@ -34,6 +37,8 @@ pub enum Job {
     Ask { netns: PathBuf, cgroup: PathBuf, to: SocketAddr, id: u8 },
     /// Times `connect` of UDP sockets.
     ConnectCost { netns: PathBuf, variants: Vec<Variant>, batches: usize },
+    /// Connects over and over until a certain backend is reached: any address is its own, at the backends' port.
+    Reach { netns: PathBuf, cgroup: PathBuf },
 }
 
 #[derive(Serialize, Deserialize, Clone)]
@@ -57,6 +62,13 @@ pub enum Mode {
 struct Round {
     mode: Mode,
     ms: u64,
+}
+
+/// Whom [`Job::Reach`] is to reach, and through what.
+#[derive(Serialize, Deserialize)]
+struct Reach {
+    to: SocketAddrV4,
+    backend: Ipv4Addr,
 }
 
 /// What one round of transactions came to.
@@ -108,6 +120,12 @@ impl Worker {
         self.line()
     }
 
+    /// Returns at once; [`Self::line`] tells by how many connections it was reached.
+    pub fn reach(&mut self, to: SocketAddrV4, backend: Ipv4Addr) -> Result<()> {
+        let line = serde_json::to_string(&Reach { to, backend })?;
+        Ok(writeln!(self.input.as_mut().context("no stdin")?, "{line}")?)
+    }
+
     pub fn line<T: DeserializeOwned>(&mut self) -> Result<T> {
         let mut line = String::new();
         ensure!(self.output.read_line(&mut line)? > 0, "a worker ended early");
@@ -151,6 +169,17 @@ pub fn run() -> Result<()> {
             Ok(())
         }
         Job::ConnectCost { netns, variants, batches } => connect_cost(netns, &variants, batches),
+        Job::Reach { netns, cgroup } => {
+            join_cgroup(&cgroup)?;
+            enter(netns)?;
+            let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, SERVER_PORT))?;
+            say(&"ready")?;
+            for line in std::io::stdin().lines() {
+                let Reach { to, backend } = serde_json::from_str(&line?)?;
+                say(&reach(&listener, to, backend)?)?;
+            }
+            Ok(())
+        }
     }
 }
 
@@ -183,6 +212,23 @@ fn serve(netns: PathBuf, at: SocketAddr, id: u8) -> Result<()> {
                 break;
             }
         }
+    }
+}
+
+/// How many connections it took.
+fn reach(listener: &TcpListener, to: SocketAddrV4, backend: Ipv4Addr) -> Result<u32> {
+    let start = Instant::now();
+    let mut connections = 0;
+    loop {
+        connections += 1;
+        let client = TcpStream::connect(to)?;
+        // No port is to stay behind in TIME_WAIT: there are more connections than ports.
+        setsockopt(&client, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger: 0 })?;
+        let (server, _) = listener.accept()?;
+        if server.local_addr()?.ip() == backend {
+            return Ok(connections);
+        }
+        ensure!(start.elapsed() < Duration::from_secs(5), "{to} did not lead to {backend} within 5 s");
     }
 }
 

@@ -47,7 +47,7 @@ use crate::dataplane::{
 
 /// Between two looks at how many flows have come.
 const PERIOD: Duration = Duration::from_secs(1);
-/// Walks that find nothing to take out take at most one part in so many of the time.
+/// Walks that find nothing to take out, or fail, take at most one part in so many of the time.
 const SHARE: u32 = 4;
 
 /// What the tables must have taken in for a walk to be worth its while, even if they are full of flows that live: one part in so many of
@@ -60,13 +60,17 @@ pub(super) fn run(layout: &Layout, timeouts: Timeouts, ended: &Ended, end: &Rece
     let mut said: Option<String> = None;
     while let Err(RecvTimeoutError::Timeout) = end.recv_timeout(pause) {
         let start = Instant::now();
-        let complaint = match sweep.look(|name| sys::open(&layout.maps.join(name))) {
+        let swept = sweep.look(|name| sys::open(&layout.maps.join(name)));
+        pause = match swept {
+            Ok(Swept { pairs: 1.., .. }) => PERIOD,
+            _ => PERIOD.max(start.elapsed() * SHARE),
+        };
+        let complaint = match swept {
             Ok(Swept { pairs, walks, crowded }) => {
                 ended.over.fetch_add(pairs, Ordering::Relaxed);
                 if walks > 0 {
                     tracing::debug!(pairs, walks, took = ?start.elapsed(), "took out entries of flows that are over");
                 }
-                pause = if pairs == 0 { PERIOD.max(start.elapsed() * SHARE) } else { PERIOD };
                 (crowded > 0).then(|| {
                     "connections that live nearly fill a table: beyond that who was silent for longest loses its place, and breaks; raise \
                      --map-connections"
