@@ -122,6 +122,33 @@ fn a_masquerade_that_was_left_alone_is_made_anew() {
     assert_eq!(world.reasons(), []);
 }
 
+/// Nor does one that is not masqueraded (policy Local, say) get the node's address from it, and no late answer to the last one puts that back.
+#[test]
+fn a_masquerade_that_was_left_alone_is_for_nobody_else() {
+    let Some(mut world) = world("a_masquerade_that_was_left_alone_is_for_nobody_else", Options::default()) else {
+        return;
+    };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for proto in PROTOS {
+            world.datapath.frontend(cast.vip2, proto, &Spec::pick_all(2, &[cast.backend]));
+            let seen = masquerade(&mut world, proto, cast.client, cast.vip, cast.node);
+            assert_eq!(world.remove(|row| !row.is(flags::MASQUERADE)), 2);
+            let open = Packet::opening(proto, cast.client, cast.vip2);
+            world.expect(Hook::Ingress, &open, &open.to(cast.backend));
+            world.age(3);
+            world.untouched(Hook::Ingress, &Packet::more(proto, cast.backend, seen).frame());
+            world.untouched(Hook::Egress, &open.to(cast.backend).frame());
+            let answer = Packet::answer(proto, cast.backend, cast.client);
+            world.expect(Hook::Egress, &answer, &answer.from(cast.vip2));
+            let rows = world.rows();
+            assert!(rows.len() == 2 && rows.iter().all(|row| row.service == 2), "{rows:#?}");
+            world.remove(|_| true);
+        }
+    }
+    assert_eq!(world.reasons(), []);
+}
+
 #[test]
 fn without_an_address_to_masquerade_with_a_flow_is_dropped() {
     let Some(mut world) = world("without_an_address_to_masquerade_with_a_flow_is_dropped", Options::default()) else {

@@ -611,7 +611,8 @@ pub(crate) fn enter<A: Header>(
 }
 
 apart! {
-    /// Whether the reply tuple that `value` would lead to is nobody's, or that of a flow that is over (1).
+    /// Whether the reply tuple that `value` would lead to is nobody's, or that of a flow that is over (1). Then nothing of an earlier flow
+    /// is left at egress that would masquerade one which is not to be.
     fn is_free[is_free_v4, is_free_v6](
         reads key: ConnectionKey, value: ConnectionValue; writes reply_key: ConnectionKey, found: ConnectionValue;
     ) -> u32 = freed;
@@ -626,18 +627,21 @@ fn freed<A: Header>(
 ) -> u32 {
     table::void(table::put_pair_key(key, value, reply_key));
     let held = table::peek(reply_key, found);
-    if held == 0 {
-        return 1;
+    if held != 0 {
+        // Left over from this very flow: its notes are of a peer that has not spoken yet.
+        if found.addr == key.dst && found.port == key.dport && found.other == key.sport {
+            table::void(table::remove(reply_key));
+        } else if table::is_over(reply_key, found, u32::from(held == 2)) == 0 {
+            return 0;
+        } else {
+            table::void(table::forget(reply_key, found));
+        }
     }
-    // Left over from this very flow: its notes are of a peer that has not spoken yet.
-    if found.addr == key.dst && found.port == key.dport && found.other == key.sport {
-        table::void(table::remove(reply_key));
-        return 1;
+    // Of an earlier flow between these ends its masquerade may be left alone, by an eviction. Where this one asks for its own, that takes its place.
+    if value.flags & flags::NEEDS_MASQUERADE == 0 {
+        *reply_key = connection::masquerade_key(key, value);
+        table::void(table::release(reply_key));
     }
-    if table::is_over(reply_key, found, u32::from(held == 2)) == 0 {
-        return 0;
-    }
-    table::void(table::forget(reply_key, found));
     1
 }
 

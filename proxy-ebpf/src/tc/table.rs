@@ -9,7 +9,7 @@ use aya_ebpf::bindings::{BPF_ANY, BPF_NOEXIST};
 use proxy_common::{
     Be16,
     connection::{
-        self, ConnectionKey, ConnectionValue, flags, hook, state,
+        self, ConnectionKey, ConnectionValue, flags, hook, masquerade_key, state,
         times::{SCTP_ESTABLISHED, SCTP_OTHERS, TCP_HALF_OPEN},
     },
     counters::Reason,
@@ -56,6 +56,7 @@ pub(crate) fn void(returned: Void) {
 pub(crate) enum Room {
     Over,
     Forget,
+    Release,
     Confirm,
     Enter,
     Masquerade,
@@ -182,6 +183,9 @@ apart! {
 
     /// Removes a flow: the pair of `key`, and the pair that masquerades it, if there is one.
     pub(crate) fn forget[forget_v4, forget_v6](reads key: ConnectionKey, value: ConnectionValue; writes;) -> u32 = forgotten;
+
+    /// Removes the pair that masquerades what leaves under `key` (egress), if there is one.
+    pub(crate) fn release[release_v4, release_v6](reads key: ConnectionKey; writes;) -> u32 = released;
 
     /// Enters a pair as half-open; `pair_key` and `pair_value` are its other half. That one goes first and claims the reply tuple, so
     /// two flows that two CPUs open at once never share one.
@@ -499,12 +503,6 @@ fn repaired<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Vo
     VOID
 }
 
-/// Key under which the egress hook finds a translated packet of the flow that `key`, `value` (ingress) describe.
-#[inline(always)]
-fn masquerade_key<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> ConnectionKey<A> {
-    ConnectionKey::new(hook::EGRESS, key.proto, key.src, value.other, value.addr, value.port)
-}
-
 /// Asks the egress hook to masquerade: only there is the device known, and with it the source address (contract A75). `given` is the
 /// port that the flow had before, or 0.
 #[inline(always)]
@@ -613,24 +611,33 @@ fn removed<A: Header>(key: &ConnectionKey<A>) -> Void {
 
 #[inline(always)]
 fn forgotten<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void {
-    let Some(Work { key: other_key, value: other, found, spare_key, .. }) = Room::Forget.work::<A>() else {
-        return VOID;
-    };
+    let Some(Work { key: other_key, value: other, spare_key, .. }) = Room::Forget.work::<A>() else { return VOID };
     void(put_pair(key, value, other_key, other));
     if value.flags & flags::NEEDS_MASQUERADE != 0 {
         *spare_key =
             if key.hook == hook::INGRESS { masquerade_key(key, value) } else { masquerade_key(other_key, other) };
-        if peek(spare_key, found) != 0 {
-            void(remove(spare_key));
-            if found.flags & flags::PENDING == 0 {
-                void(put_pair_key(spare_key, found, other_key));
-                void(remove(other_key));
-                void(put_pair_key(key, value, other_key));
-            }
-        }
+        void(release(spare_key));
     }
     void(remove(key));
     void(remove(other_key));
+    VOID
+}
+
+#[inline(always)]
+fn released<A: Header>(key: &ConnectionKey<A>) -> Void {
+    let Some(Work { key: other_key, value: other, found, .. }) = Room::Release.work::<A>() else { return VOID };
+    if peek(key, found) == 0 || found.flags & flags::MASQUERADE == 0 {
+        return VOID;
+    }
+    void(remove(key));
+    // A request has no port yet that anybody could answer to.
+    if found.flags & flags::PENDING == 0 {
+        void(put_pair(key, found, other_key, other));
+        // Evicted, its port may be another flow's by now.
+        if peek(other_key, found) != 0 && is_same(found, other) {
+            void(remove(other_key));
+        }
+    }
     VOID
 }
 

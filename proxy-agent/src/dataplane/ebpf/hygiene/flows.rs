@@ -12,7 +12,7 @@ use proxy_common::{
     Address, Ipv4Be, Ipv6Be,
     affinity::is_expired,
     connection::{
-        ConnectionKey, ConnectionValue, flags, hook, pair, state,
+        ConnectionKey, ConnectionValue, flags, hook, masquerade_key, pair, state,
         times::{SCTP_ESTABLISHED, SCTP_OTHERS, TCP_HALF_OPEN},
     },
     proto,
@@ -203,7 +203,7 @@ where
 
     /// Deletes the pair that masquerades a flow.
     fn remove_masquerade(&self, key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> io::Result<()> {
-        let out = ConnectionKey::new(hook::EGRESS, key.proto, key.src, value.other, value.addr, value.port);
+        let out = masquerade_key(key, value);
         for map in [&self.answered, &self.half_open] {
             let Some(found) = map.get(&out)?.filter(|found| found.is_sealed_for(&out)) else { continue };
             if found.flags & flags::MASQUERADE == 0 {
