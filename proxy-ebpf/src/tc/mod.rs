@@ -611,8 +611,8 @@ pub(crate) fn enter<A: Header>(
 }
 
 apart! {
-    /// Whether the reply tuple that `value` would lead to is nobody's, or that of a flow that is over (1). Then nothing of an earlier flow
-    /// is left at egress that would masquerade one which is not to be.
+    /// Whether the reply tuple that `value` would lead to is nobody's, or that of a flow that is over (1), and so is what the flow's own packets
+    /// are looked up under where they leave. Then nothing of an earlier flow is left there that would masquerade one which is not to be.
     fn is_free[is_free_v4, is_free_v6](
         reads key: ConnectionKey, value: ConnectionValue; writes reply_key: ConnectionKey, found: ConnectionValue;
     ) -> u32 = freed;
@@ -637,9 +637,20 @@ fn freed<A: Header>(
             table::void(table::forget(reply_key, found));
         }
     }
-    // Of an earlier flow between these ends its masquerade may be left alone, by an eviction. Where this one asks for its own, that takes its place.
-    if value.flags & flags::NEEDS_MASQUERADE == 0 {
-        *reply_key = connection::masquerade_key(key, value);
+    *reply_key = connection::masquerade_key(key, value);
+    let held = table::peek(reply_key, found);
+    if held == 0 {
+        return 1;
+    }
+    if found.flags & flags::MASQUERADE == 0 {
+        // The answers of a flow the other way round: the backend has asked for a Service whose backend is the client, each from the port that it
+        // serves on.
+        if table::is_over(reply_key, found, u32::from(held == 2)) == 0 {
+            return 0;
+        }
+        table::void(table::forget(reply_key, found));
+    } else if value.flags & flags::NEEDS_MASQUERADE == 0 {
+        // Of an earlier flow between these ends, whose own pair was evicted. Where this one asks to be masqueraded, that takes its place.
         table::void(table::release(reply_key));
     }
     1
