@@ -263,11 +263,11 @@ fn ingress<A: Header>(
         if marked && !may_open {
             return RESET;
         }
-        if !marked && is_anothers(key, packet, value, u32::from(hit.established)) == 0 {
-            hit.note(ctx, key, value, packet);
+        if marked || is_anothers(key, packet, value, u32::from(hit.established)) != 0 {
+            table::void(table::forget(key, value));
+        } else if hit.note(ctx, key, value, packet) == table::KEPT {
             return apply(ctx, l3, packet, End::Destination, value);
         }
-        table::void(table::forget(key, value));
     }
     // A TCP packet that is no SYN and has no connection may be somebody else's: of a flow that another proxy translated before us.
     if !may_open {
@@ -712,6 +712,12 @@ fn egress<A: Header>(
     value: &mut ConnectionValue<A>,
 ) -> i32 {
     let Some(hit) = table::find(key, value) else { return leave(ctx, packet) };
+    let left = value.flags & flags::PENDING == 0 && hit.note(ctx, key, value, packet) == table::LEFT;
+    // Its port went to another flow, so it has asked for another one.
+    if left && table::peek(key, value) == 0 {
+        count::reason(Reason::InsertFailed);
+        return TC_ACT_SHOT;
+    }
     if value.flags & flags::PENDING != 0 {
         let skb = ctx.as_ptr().cast::<__sk_buff>();
         // SAFETY: the context is live.
@@ -719,8 +725,6 @@ fn egress<A: Header>(
         if masquerade(ctx, ifindex, key, value) == 0 {
             return TC_ACT_SHOT;
         }
-    } else {
-        hit.note(ctx, key, value, packet);
     }
     apply(ctx, l3, packet, End::Source, value)
 }

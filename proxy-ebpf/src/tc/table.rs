@@ -168,7 +168,7 @@ apart! {
     ) -> u32 = paired_key;
 
     /// Puts back the half of an established pair that was evicted, and for a masqueraded flow the request for its other pair, with the port
-    /// that it had.
+    /// that it had. [`LEFT`]: the evicted half's tuple is another flow's by now, so this half has been removed, too.
     fn repair[repair_v4, repair_v6](reads key: ConnectionKey, value: ConnectionValue; writes;) -> u32 = repaired;
 
     /// Fresh notes and the seal.
@@ -204,6 +204,11 @@ apart! {
         look: u32
     ) -> u32 = claimed;
 }
+
+/// What [`Hit::note`] says: the packet is to be translated as the entry says.
+pub(crate) const KEPT: u32 = 0;
+/// The entry is gone: its answers would be another flow's.
+pub(crate) const LEFT: u32 = 1;
 
 /// What [`open`] and [`claim_masquerade`] say: somebody else has the tuple.
 pub(crate) const TAKEN: u32 = 0;
@@ -279,7 +284,7 @@ impl<A: Header> Hit<A> {
         true
     }
 
-    /// Notes a packet on this entry, moves the flow on to established where it is due, looks after its pair.
+    /// Notes a packet on this entry, moves the flow on to established where it is due, looks after its pair. [`KEPT`] or [`LEFT`].
     ///
     /// The notes go into an element that could have been recycled since the seal was checked. So it is looked at once more just
     /// before; what is left is a few instructions wide, and then another flow's idle time or state is off, on which no
@@ -291,8 +296,8 @@ impl<A: Header> Hit<A> {
         key: &ConnectionKey<A>,
         value: &mut ConnectionValue<A>,
         packet: &Packet<A>,
-    ) {
-        let Some(live) = self.live else { return };
+    ) -> u32 {
+        let Some(live) = self.live else { return KEPT };
         let now = clock::now_secs();
         let mut seen = value.state | state::SEEN;
         if packet.proto != proto::UDP {
@@ -336,8 +341,9 @@ impl<A: Header> Hit<A> {
         } else if now.wrapping_sub(value.checked).cast_signed() > 1 {
             // SAFETY: as above.
             unsafe { note_checked(live, value, now) };
-            void(repair(key, value));
+            return repair(key, value);
         }
+        KEPT
     }
 }
 
@@ -473,11 +479,11 @@ fn confirm<A: Header>(
 }
 
 #[inline(always)]
-fn repaired<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void {
-    let Some(Work { key: other_key, value: other, found, .. }) = Room::Confirm.work::<A>() else { return VOID };
+fn repaired<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> u32 {
+    let Some(Work { key: other_key, value: other, found, .. }) = Room::Confirm.work::<A>() else { return KEPT };
     void(put_pair(key, value, other_key, other));
     let now = clock::now_secs();
-    let (mut masquerade, mut given) = (false, Be16(0));
+    let (mut kept, mut masquerade, mut given) = (KEPT, false, Be16(0));
     if peek(other_key, found) == 0 {
         other.seen = now;
         other.checked = now;
@@ -488,10 +494,11 @@ fn repaired<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Vo
         // The other half was evicted and its tuple given to another flow, which now gets our answers: we have to
         // leave it. (An answer's entry without its way there harms nobody: late answers still show the VIP.)
         void(remove(key));
+        kept = LEFT;
         masquerade = value.flags & flags::MASQUERADE != 0;
         *other_key = *key;
     }
-    if key.hook == hook::INGRESS && value.flags & flags::NEEDS_MASQUERADE != 0 {
+    if kept == KEPT && key.hook == hook::INGRESS && value.flags & flags::NEEDS_MASQUERADE != 0 {
         *other_key = masquerade_key(key, value);
         masquerade = peek(other_key, found) == 0;
         given = value.given;
@@ -500,7 +507,7 @@ fn repaired<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Vo
         // Whether that saves the flow is for the egress hook to say.
         let _ = request_masquerade(other_key, other, value.service, given);
     }
-    VOID
+    kept
 }
 
 /// Asks the egress hook to masquerade: only there is the device known, and with it the source address (contract A75). `given` is the
@@ -611,15 +618,22 @@ fn removed<A: Header>(key: &ConnectionKey<A>) -> Void {
 
 #[inline(always)]
 fn forgotten<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void {
-    let Some(Work { key: other_key, value: other, spare_key, .. }) = Room::Forget.work::<A>() else { return VOID };
+    let Some(Work { key: other_key, value: other, found, spare_key, .. }) = Room::Forget.work::<A>() else {
+        return VOID;
+    };
     void(put_pair(key, value, other_key, other));
-    if value.flags & flags::NEEDS_MASQUERADE != 0 {
+    void(remove(key));
+    let is_there = peek(other_key, found) != 0;
+    let is_own = is_there && is_same(found, other);
+    // Evicted, the reply tuple may be another flow's by now, and with it what masquerades that one.
+    if value.flags & flags::NEEDS_MASQUERADE != 0 && (is_own || !is_there || key.hook != hook::INGRESS) {
         *spare_key =
             if key.hook == hook::INGRESS { masquerade_key(key, value) } else { masquerade_key(other_key, other) };
         void(release(spare_key));
     }
-    void(remove(key));
-    void(remove(other_key));
+    if is_own {
+        void(remove(other_key));
+    }
     VOID
 }
 
