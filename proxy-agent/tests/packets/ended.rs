@@ -3,7 +3,11 @@
 use std::{net::SocketAddr, time::Instant};
 
 use proxy_agent::dataplane::ebpf::{Sweep, Swept, Timeouts};
-use proxy_common::{connection::flags, counters::Reason, device::role};
+use proxy_common::{
+    connection::{flags, state},
+    counters::Reason,
+    device::role,
+};
 
 use super::{
     flows::{masquerade, masqueraded_answer},
@@ -57,6 +61,25 @@ fn a_marked_flow_is_reset() {
         assert_eq!(world.run(Hook::Ingress, &big.fragment(1480, 2020)).0, DROP);
         assert_eq!(world.reason(Reason::RejectFailed), failed + 2);
         assert_eq!(world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, SYN)).1, cast.backend2);
+        world.remove(|_| true);
+    }
+}
+
+/// It is over once its client was told, and only then, so it keeps nobody's place.
+#[test]
+fn a_marked_flow_is_over_once_its_client_was_told() {
+    let Some(mut world) = world("a_marked_flow_is_over_once_its_client_was_told", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.establish(TCP, cast.client, cast.vip);
+        world.mark(flags::RESET);
+        let is_over = |world: &World| world.rows().iter().any(|row| row.state & state::RST != 0);
+        let (bare, packet) = (Packet::tcp(cast.client, cast.vip, 0), Packet::tcp(cast.client, cast.vip, ACK));
+        assert_eq!((world.run(Hook::Ingress, &bare.frame()).0, is_over(&world)), (DROP, false));
+        // Again, if the reset was lost.
+        for _ in 0..2 {
+            assert_eq!((world.run(Hook::Ingress, &packet.frame()).0, is_over(&world)), (BOUNCE, true));
+        }
         world.remove(|_| true);
     }
 }

@@ -261,6 +261,7 @@ fn ingress<A: Header>(
         // The client's own reset is for the backend: one that was taken out of the Service and is there still would send to nobody.
         let marked = value.flags & flags::RESET != 0 && packet.tcp_flags & tcp_flags::RST == 0;
         if marked && !may_open {
+            hit.end(value, packet);
             return RESET;
         }
         if marked || is_anothers(key, packet, value, u32::from(hit.established)) != 0 {

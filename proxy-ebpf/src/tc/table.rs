@@ -284,6 +284,22 @@ impl<A: Header> Hit<A> {
         true
     }
 
+    /// Notes that the flow is over, with the packet that its opener is told so for, unless there is no answer to it.
+    #[inline(always)]
+    pub(crate) fn end(&self, value: &ConnectionValue<A>, packet: &Packet<A>) {
+        let Some(live) = self.live else { return };
+        if packet.tcp_flags & tcp_flags::ACK == 0 {
+            return;
+        }
+        // SAFETY: as for the other notes.
+        unsafe {
+            if is_still(live, value) {
+                (&raw mut (*live).state).write_volatile(value.state | state::RST);
+                (&raw mut (*live).seen).write_volatile(clock::now_secs());
+            }
+        }
+    }
+
     /// Notes a packet on this entry, moves the flow on to established where it is due, looks after its pair. [`KEPT`] or [`LEFT`].
     ///
     /// The notes go into an element that could have been recycled since the seal was checked. So it is looked at once more just

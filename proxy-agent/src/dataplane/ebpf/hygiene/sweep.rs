@@ -33,7 +33,7 @@ use proxy_common::{
     counters::Confirmed,
 };
 
-use super::flows::{Clock, is_still};
+use super::flows::{Clock, is_still, other_half};
 use crate::dataplane::{
     alive::Ended,
     ebpf::{
@@ -267,8 +267,7 @@ where
     if !value.is_sealed_for(key) || !tells(key, value) {
         return Ok(None);
     }
-    let (other_key, other) = pair(key, value);
-    let other = is_still(map, &other_key, &other)?;
+    let (other_key, other) = other_half(map, key, value)?;
     if key.hook != hook::INGRESS && other.is_some_and(|other| tells(&other_key, &other)) {
         return Ok(None);
     }
@@ -327,15 +326,16 @@ where
     if value.flags & flags::NEEDS_MASQUERADE == 0 {
         return Ok(Vec::new());
     }
-    let (other_key, other) = pair(key, value);
     let out = if key.hook == hook::INGRESS {
         // It is whose the reply tuple is, and that may be another flow's by now.
-        if map.get(&other_key)?.is_some_and(|now| now.seal != other.seal) {
+        let (other_key, other) = other_half(map, key, value)?;
+        if other.is_none() && map.get(&other_key)?.is_some() {
             return Ok(Vec::new());
         }
         masquerade_key(key, value)
     } else {
-        masquerade_key(&other_key, &other)
+        let (there, to) = pair(key, value);
+        masquerade_key(&there, &to)
     };
     let ours = |found: &ConnectionValue<A>| found.flags & flags::MASQUERADE != 0 && found.is_sealed_for(&out);
     let Some(found) = map.get(&out)?.filter(ours) else { return Ok(Vec::new()) };
@@ -567,6 +567,28 @@ mod tests {
         put(&map, &masquerade);
         assert_eq!(remove(&map, &clock(), &key).unwrap(), 1);
         assert_eq!((there(&map, &[back]), there(&map, &masquerade)), (vec![true], vec![true; 2]));
+    }
+
+    /// The mark is on the way there alone; the halves are one flow's all the same. Nobody is told by the mark, but by the reset.
+    #[test]
+    fn a_marked_flow_is_over_once_its_client_was_told() {
+        let Some(map) = table(MapName::EstablishedV4) else { return };
+        for (states, over) in [(OPEN, 0), ([state::SEEN | state::RST, state::SEEN], 1)] {
+            let [(key, value), back] = flow(proto::TCP, 1, 5, states);
+            let marked = ConnectionValue { flags: flags::RESET, ..value }.sealed(&key);
+            for by in [key, back.0] {
+                put(&map, &[(key, marked), back]);
+                // The one on the way in tells, and is asked where both do.
+                let expected = if by == key { over } else { 0 };
+                assert_eq!(remove(&map, &clock(), &by).unwrap(), expected);
+                assert_eq!(there(&map, &[(key, marked), back]), [expected == 0; 2]);
+            }
+        }
+        // By the half that the mark is not on.
+        let [(key, value), back] = flow(proto::TCP, 1, 5, [state::SEEN, state::SEEN | state::RST]);
+        put(&map, &[(key, ConnectionValue { flags: flags::RESET, ..value }.sealed(&key)), back]);
+        assert_eq!(remove(&map, &clock(), &back.0).unwrap(), 1);
+        assert_eq!(map.entries().unwrap(), []);
     }
 
     /// The default size, half of it other flows than the other half: one octet tells them apart.
