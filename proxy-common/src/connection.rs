@@ -218,6 +218,12 @@ pub fn put_pair_key<A: Address>(key: &ConnectionKey<A>, value: &ConnectionValue<
     to.pad = 0;
 }
 
+/// Key under which the egress hook finds a translated packet of the flow that `key`, `value` (ingress) describe: that of what masquerades it.
+#[inline(always)]
+pub fn masquerade_key<A: Address>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> ConnectionKey<A> {
+    ConnectionKey::new(hook::EGRESS, key.proto, key.src, value.other, value.addr, value.port)
+}
+
 /// Key of the fragment map: later fragments carry no ports, the first one's are remembered here. `proto` is what all fragments of a
 /// packet tell: for IPv6 the fragment header's next, which may be one more extension header.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -12,7 +12,7 @@ use proxy_common::{
     Address, Ipv4Be, Ipv6Be,
     affinity::is_expired,
     connection::{
-        ConnectionKey, ConnectionValue, flags, hook, pair, state,
+        ConnectionKey, ConnectionValue, flags, hook, masquerade_key, pair, state,
         times::{SCTP_ESTABLISHED, SCTP_OTHERS, TCP_HALF_OPEN},
     },
     proto,
@@ -132,7 +132,7 @@ where
     }
 
     fn live(layout: &Layout, [established, answered, half_open]: [MapName; 3], clock: &Clock) -> io::Result<u64> {
-        let (mut flows, mut trouble) = (0, None);
+        let mut flows = 0;
         for (name, established) in [(established, true), (answered, true), (half_open, false)] {
             let mut maps =
                 vec![sys::open(&layout.map(name)).and_then(Map::<ConnectionKey<A>, ConnectionValue<A>>::new)?];
@@ -144,24 +144,29 @@ where
                 }
             }
             for map in &maps {
-                map.each(|key, value| {
-                    // The pair that masquerades a flow ends with it.
-                    if value.flags & flags::MASQUERADE != 0 || !value.is_sealed_for(&key) {
-                        return;
-                    }
-                    let (other_key, other) = pair(&key, &value);
-                    match is_still(map, &other_key, &other) {
-                        // Counted once.
-                        Ok(Some(_)) if key.hook != hook::INGRESS => {}
-                        Ok(found) => {
-                            let other = found.unwrap_or(ConnectionValue { seen: value.seen, ..other });
-                            flows += u64::from(!clock.is_over(key.proto, established, &value, &other));
-                        }
-                        Err(error) => trouble = Some(error),
-                    }
-                })?;
+                flows += Self::live_in(map, established, clock)?;
             }
         }
+        Ok(flows)
+    }
+
+    fn live_in(map: &Map<ConnectionKey<A>, ConnectionValue<A>>, established: bool, clock: &Clock) -> io::Result<u64> {
+        let (mut flows, mut trouble) = (0, None);
+        map.each(|key, value| {
+            // The pair that masquerades a flow ends with it.
+            if value.flags & flags::MASQUERADE != 0 || !value.is_sealed_for(&key) {
+                return;
+            }
+            match other_half(map, &key, &value) {
+                // Counted once.
+                Ok((_, Some(_))) if key.hook != hook::INGRESS => {}
+                Ok((_, found)) => {
+                    let other = found.unwrap_or(ConnectionValue { seen: value.seen, ..Default::default() });
+                    flows += u64::from(!clock.is_over(key.proto, established, &value, &other));
+                }
+                Err(error) => trouble = Some(error),
+            }
+        })?;
         trouble.map_or(Ok(flows), Err)
     }
 
@@ -203,7 +208,7 @@ where
 
     /// Deletes the pair that masquerades a flow.
     fn remove_masquerade(&self, key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> io::Result<()> {
-        let out = ConnectionKey::new(hook::EGRESS, key.proto, key.src, value.other, value.addr, value.port);
+        let out = masquerade_key(key, value);
         for map in [&self.answered, &self.half_open] {
             let Some(found) = map.get(&out)?.filter(|found| found.is_sealed_for(&out)) else { continue };
             if found.flags & flags::MASQUERADE == 0 {
@@ -377,6 +382,24 @@ where
     Ok(map.get(key)?.filter(|now| now.seal == found.seal && now.is_sealed_for(key)))
 }
 
+/// The other entry of a flow's pair: its key, and the entry as it is by now if it is there and is this flow's. The mark of a flow that lost its
+/// backend is on the way there alone, so it does not count.
+pub(super) fn other_half<A: Address>(
+    map: &Map<ConnectionKey<A>, ConnectionValue<A>>,
+    key: &ConnectionKey<A>,
+    value: &ConnectionValue<A>,
+) -> io::Result<(ConnectionKey<A>, Option<ConnectionValue<A>>)>
+where
+    ConnectionKey<A>: aya::Pod,
+    ConnectionValue<A>: aya::Pod,
+{
+    let unmarked = |value: ConnectionValue<A>| ConnectionValue { flags: value.flags & !flags::RESET, ..value };
+    let (other_key, other) = pair(key, &unmarked(*value));
+    let is_its =
+        |now: &ConnectionValue<A>| now.is_sealed_for(&other_key) && unmarked(*now).seal_for(&other_key) == other.seal;
+    Ok((other_key, map.get(&other_key)?.filter(is_its)))
+}
+
 /// Whether an entry belongs to a flow from a frontend to a backend that it may not go on with.
 fn is_lost<A: Address>(alive: &Alive, key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> bool {
     if value.flags & (flags::MASQUERADE | flags::DIRECT) != 0 || !value.is_sealed_for(key) {
@@ -516,6 +539,18 @@ mod tests {
         assert_eq!(tables.masquerade_anew(&clock, |_| Ok(true)).unwrap(), Moved { flows: 10, rest: false });
         assert_eq!(tables.masquerade_anew(&clock, |_| Ok(true)).unwrap(), Moved::default());
         assert_eq!(tables.established.entries().unwrap().len(), 10, "five flows that are over");
+    }
+
+    #[test]
+    fn a_marked_flow_counts_once_and_only_until_its_client_was_told() {
+        let Some(tables) = tables() else { return };
+        let clock = Clock { now: 1_000, timeouts: Timeouts::default() };
+        for (told, flows) in [(0, 1), (state::RST, 0)] {
+            let [(key, value), (back, answers)] = flow(proto::TCP, 1, 1);
+            let there = ConnectionValue { flags: flags::RESET, state: state::SEEN | told, seen: 990, ..value };
+            put(&tables.established, &[(key, there.sealed(&key)), (back, ConnectionValue { seen: 990, ..answers })]);
+            assert_eq!(Tables::live_in(&tables.established, true, &clock).unwrap(), flows);
+        }
     }
 
     #[test]

@@ -29,11 +29,11 @@ use std::{
 
 use proxy_common::{
     Address, Ipv4Be, Ipv6Be,
-    connection::{ConnectionKey, ConnectionValue, hook, pair, state},
+    connection::{ConnectionKey, ConnectionValue, flags, hook, masquerade_key, pair, state},
     counters::Confirmed,
 };
 
-use super::flows::{Clock, is_still};
+use super::flows::{Clock, is_still, other_half};
 use crate::dataplane::{
     alive::Ended,
     ebpf::{
@@ -244,7 +244,7 @@ where
         if waiting <= spare / 2 {
             break;
         }
-        pairs += u64::from(remove(&map, clock, &key)?);
+        pairs += remove(&map, clock, &key)?;
         waiting = waiting.saturating_sub(entries);
     }
     let due = u64::from((spare / 4).max(capacity / LEAST).max(1));
@@ -271,8 +271,7 @@ where
     if !value.is_sealed_for(key) || !tells(key, value) {
         return Ok(None);
     }
-    let (other_key, other) = pair(key, value);
-    let other = is_still(map, &other_key, &other)?;
+    let (other_key, other) = other_half(map, key, value)?;
     if key.hook != hook::INGRESS && other.is_some_and(|other| tells(&other_key, &other)) {
         return Ok(None);
     }
@@ -282,28 +281,71 @@ where
     Ok(clock.is_over(key.proto, true, value, &notes).then_some(pair))
 }
 
-/// Removes the pair of an entry that was found to be over. Whether it was so still.
+/// Removes the pair of an entry that was found to be over, if it is so still, and with it the pair that masquerades its flow, over or not: left
+/// alone, that would masquerade the next flow between the same ends, also one that is not to be. How many pairs went.
 fn remove<A: Address>(
     map: &Map<ConnectionKey<A>, ConnectionValue<A>>,
     clock: &Clock,
     key: &ConnectionKey<A>,
-) -> io::Result<bool>
+) -> io::Result<u64>
 where
     ConnectionKey<A>: aya::Pod,
     ConnectionValue<A>: aya::Pod,
 {
-    let Some(value) = map.get(key)? else { return Ok(false) };
-    let Some(Pair { other, silent: _ }) = pair_if_over(map, clock, key, &value)? else { return Ok(false) };
+    let Some(value) = map.get(key)? else { return Ok(0) };
+    let Some(Pair { other, silent: _ }) = pair_if_over(map, clock, key, &value)? else { return Ok(0) };
+    // Looked at before its flow goes: what is used from then on is the next one's.
+    let masquerade = masquerade_of(map, key, &value)?;
     if !take(map, key, &value)? {
-        return Ok(false);
+        return Ok(0);
     }
-    let Some((other_key, other)) = other else { return Ok(true) };
-    if !take(map, &other_key, &other)? && is_still(map, &other_key, &other)?.is_some() {
+    if let Some((other_key, other)) = other
+        && !take(map, &other_key, &other)?
+        && is_still(map, &other_key, &other)?.is_some()
+    {
         // Its flow goes on.
         put_back(map, key, &value)?;
-        return Ok(false);
+        return Ok(0);
     }
-    Ok(true)
+    let mut pairs = 1;
+    for (n, (key, value)) in masquerade.iter().enumerate() {
+        if !take(map, key, value)? {
+            break;
+        }
+        pairs += u64::from(n == 0);
+    }
+    Ok(pairs)
+}
+
+/// What masquerades the flow of an entry: the entry at egress first, then the other one of its pair, if that is there and is this pair's.
+fn masquerade_of<A: Address>(
+    map: &Map<ConnectionKey<A>, ConnectionValue<A>>,
+    key: &ConnectionKey<A>,
+    value: &ConnectionValue<A>,
+) -> io::Result<Vec<(ConnectionKey<A>, ConnectionValue<A>)>>
+where
+    ConnectionKey<A>: aya::Pod,
+    ConnectionValue<A>: aya::Pod,
+{
+    if value.flags & flags::NEEDS_MASQUERADE == 0 {
+        return Ok(Vec::new());
+    }
+    let out = if key.hook == hook::INGRESS {
+        // It is whose the reply tuple is, and that may be another flow's by now.
+        let (other_key, other) = other_half(map, key, value)?;
+        if other.is_none() && map.get(&other_key)?.is_some() {
+            return Ok(Vec::new());
+        }
+        masquerade_key(key, value)
+    } else {
+        let (there, to) = pair(key, value);
+        masquerade_key(&there, &to)
+    };
+    let ours = |found: &ConnectionValue<A>| found.flags & flags::MASQUERADE != 0 && found.is_sealed_for(&out);
+    let Some(found) = map.get(&out)?.filter(ours) else { return Ok(Vec::new()) };
+    let (back_key, back) = pair(&out, &found);
+    let back = is_still(map, &back_key, &back)?;
+    Ok([(out, found)].into_iter().chain(back.map(|back| (back_key, back))).collect())
 }
 
 /// Takes an entry out if it is as it was found.
@@ -476,15 +518,81 @@ mod tests {
             assert!(!take(&map, key, found).unwrap());
             assert_eq!(map.get(key).unwrap().as_ref(), Some(now));
         }
-        assert!(!remove(&map, &clock(), &closed[0].0).unwrap());
+        assert_eq!(remove(&map, &clock(), &closed[0].0).unwrap(), 0);
         assert_eq!(there(&map, &anew), [true; 2]);
         // What has come back by its other half is not written over.
         put_back(&map, &closed[0].0, &closed[0].1).unwrap();
         assert_eq!(map.get(&closed[0].0).unwrap(), Some(anew[0].1));
         put(&map, &closed);
-        assert!(remove(&map, &clock(), &closed[0].0).unwrap());
+        assert_eq!(remove(&map, &clock(), &closed[0].0).unwrap(), 1);
         assert_eq!(there(&map, &closed), [false; 2]);
-        assert!(!remove(&map, &clock(), &closed[0].0).unwrap());
+        assert_eq!(remove(&map, &clock(), &closed[0].0).unwrap(), 0);
+    }
+
+    /// A masqueraded flow: main pair and what masquerades it, each with these states.
+    fn masqueraded(n: u16, silent: u32, main: [u8; 2], masquerade: [u8; 2]) -> ([Entry; 2], [Entry; 2]) {
+        let needs = |(key, value): Entry| {
+            let value = ConnectionValue { flags: flags::NEEDS_MASQUERADE, ..value };
+            (key, value.sealed(&key))
+        };
+        let main = flow(proto::TCP, n, silent, main).map(needs);
+        let key = masquerade_key(&main[0].0, &main[0].1);
+        let value = ConnectionValue {
+            addr: Ipv4Be::from_octets([10, 0, 0, 50]),
+            port: Be16::from_host(n),
+            other: key.dport,
+            flags: flags::MASQUERADE,
+            seen: NOW - silent,
+            state: masquerade[0],
+            ..Default::default()
+        }
+        .sealed(&key);
+        let (back_key, back) = pair(&key, &value);
+        (main, [(key, value), (back_key, ConnectionValue { state: masquerade[1], ..back })])
+    }
+
+    /// Also where its own notes do not say that it is over; by whichever half the flow is found.
+    #[test]
+    fn what_masquerades_a_flow_goes_with_it() {
+        let Some(map) = table(MapName::EstablishedV4) else { return };
+        let refused = [state::SEEN, state::SEEN | state::RST];
+        for (half, over, states) in [(0, CLOSED, CLOSED), (0, CLOSED, OPEN), (1, refused, refused), (1, refused, OPEN)]
+        {
+            let (main, masquerade) = masqueraded(1, 5, over, states);
+            put(&map, &main);
+            put(&map, &masquerade);
+            assert_eq!(remove(&map, &clock(), &main[half].0).unwrap(), 2);
+            assert_eq!(map.entries().unwrap(), [], "{half} {states:?}");
+        }
+        // The reply tuple went to another flow, and what masquerades is that one's.
+        let ([(key, value), mut back], masquerade) = masqueraded(1, 5, CLOSED, OPEN);
+        back.1 = ConnectionValue { port: Be16::from_host(81), ..back.1 }.sealed(&back.0);
+        put(&map, &[(key, ConnectionValue { state: state::SEEN | state::RST, ..value }), back]);
+        put(&map, &masquerade);
+        assert_eq!(remove(&map, &clock(), &key).unwrap(), 1);
+        assert_eq!((there(&map, &[back]), there(&map, &masquerade)), (vec![true], vec![true; 2]));
+    }
+
+    /// The mark is on the way there alone; the halves are one flow's all the same. Nobody is told by the mark, but by the reset.
+    #[test]
+    fn a_marked_flow_is_over_once_its_client_was_told() {
+        let Some(map) = table(MapName::EstablishedV4) else { return };
+        for (states, over) in [(OPEN, 0), ([state::SEEN | state::RST, state::SEEN], 1)] {
+            let [(key, value), back] = flow(proto::TCP, 1, 5, states);
+            let marked = ConnectionValue { flags: flags::RESET, ..value }.sealed(&key);
+            for by in [key, back.0] {
+                put(&map, &[(key, marked), back]);
+                // The one on the way in tells, and is asked where both do.
+                let expected = if by == key { over } else { 0 };
+                assert_eq!(remove(&map, &clock(), &by).unwrap(), expected);
+                assert_eq!(there(&map, &[(key, marked), back]), [expected == 0; 2]);
+            }
+        }
+        // By the half that the mark is not on.
+        let [(key, value), back] = flow(proto::TCP, 1, 5, [state::SEEN, state::SEEN | state::RST]);
+        put(&map, &[(key, ConnectionValue { flags: flags::RESET, ..value }.sealed(&key)), back]);
+        assert_eq!(remove(&map, &clock(), &back.0).unwrap(), 1);
+        assert_eq!(map.entries().unwrap(), []);
     }
 
     /// The default size, half of it other flows than the other half: one octet tells them apart.
