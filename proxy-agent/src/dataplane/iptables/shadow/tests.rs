@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::{super::render::POD_SERVICES, *};
 use crate::{
+    dataplane::netfilter::Options,
     desired::{Action, Algorithm, Backend, FrontendKind, FrontendSpec, Verdict, Verdicts},
     model::{Family, Protocol, ServiceKey},
 };
@@ -97,7 +98,8 @@ impl Kernel {
 }
 
 fn renderer(family: Family) -> Renderer {
-    Renderer { family, mark: 0x4000, masquerade_ports: (30_000, 65_535), localhost: false, liberal: false }
+    let Options { masquerade_ports, .. } = Options::default();
+    Renderer { family, mark: 0x4000, masquerade_ports, localhost: false, liberal: false }
 }
 
 fn name(name: &str, protocol: Protocol) -> ServicePortName {
