@@ -205,9 +205,7 @@ impl Ipvs {
                 })?
             }
         };
-        report.writes += self.system.set().map_err(|(name, error)| {
-            format!("{name} cannot be set: {error}; mount /proc/sys/net writable, or set it to 1 yourself")
-        })?;
+        report.writes += self.system.set().map_err(|unset| unset.to_string())?;
         self.bound = self
             .system
             .addresses(device.index)
@@ -695,7 +693,7 @@ fn remove(options: &Options) -> Result<(), DataplaneError> {
         }
     }
     if let Some(Device { index, alias, .. }) = device {
-        sysctl::HERE.restore(&alias).map_err(kernel("net/ipv4/vs"))?;
+        sysctl::Settings::here().restore(&alias).map_err(kernel("net/ipv4/vs"))?;
         route.remove(index).map_err(kernel(device::NAME))?;
     }
     if has_table { Nftables::remove_tables(Role::Gate) } else { Ok(()) }

@@ -127,7 +127,7 @@ impl System for Fake {
         Ok(format!("before: {}", self.state().settings))
     }
 
-    fn set(&mut self) -> Result<u64, (String, io::Error)> {
+    fn set(&mut self) -> Result<u64, sysctl::Unset> {
         self.state().settings = "conntrack=1";
         Ok(0)
     }

@@ -6,6 +6,7 @@
 //! counted    what several frontends share, and goes with the last of them
 //! sample     frontends of every kind, to try out with whether a node takes them
 //! names      names of chains that tell what is in them
+//! settings   where the kernel's settings can be written
 //! sift       finds out what is wrong with a change that is refused
 //! flows      ends UDP flows of backends that are gone, in the kernel's conntrack
 //! translated counts the connections that it translates, where another mode takes over
@@ -34,6 +35,7 @@ pub(crate) mod names;
 #[cfg(test)]
 pub(crate) mod refused;
 pub(crate) mod sample;
+pub(crate) mod settings;
 pub(crate) mod sift;
 pub(crate) mod tool;
 pub(crate) mod translated;
