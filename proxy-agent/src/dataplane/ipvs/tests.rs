@@ -15,7 +15,8 @@ use crate::{
         netfilter::refused,
         nftables::tests::{fake, list_fake},
     },
-    desired::{Backend, Verdict},
+    desired::{Action, Backend, BackendSet, Verdict, Verdicts},
+    model::Protocol,
 };
 
 /// A virtual server and its destinations.
