@@ -1,7 +1,7 @@
 //! Services by the kernel's own load balancer: the cases of ClusterIPs and of what leads in from outside, and what is IPVS' alone.
 //! A kernel without IPVS skips it; `cargo xtask vm` has one with.
 
-use std::{net::SocketAddr, process::ExitCode, thread, time::Duration};
+use std::{fs, net::SocketAddr, process::ExitCode, thread, time::Duration};
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::{
@@ -74,6 +74,7 @@ fn own(suite: &mut Suite, group: &str, world: &mut World) {
         suite.case(&format!("{group}/from IPVS to {} and back", other.name()), || moves(world, other, first));
     }
     suite.case(&format!("{group}/cleanup takes away what is ours and nothing else"), || cleans_up(world));
+    suite.case(&format!("{group}/settings that cannot be written are found before anything is"), || settings(world));
     suite.case(&format!("{group}/cleanup --kube-proxy takes away what its IPVS mode leaves and nothing else"), || {
         cleans_up_after_kube_proxy(world)
     });
@@ -474,6 +475,58 @@ fn cleans_up(world: &mut World) -> Result<()> {
     }
     ensure!(!world.cli(node, &["cleanup"])?.contains("removed"), "there was more");
     output(node, "ipvsadm -D -t 198.51.100.1:80").map(drop)
+}
+
+/// In a container `/proc/sys` is read-only; `DIRECTORY` is where the manifest mounts the node's settings.
+fn settings(world: &mut World) -> Result<()> {
+    const READ_ONLY: &str = "mount --bind /proc/sys /proc/sys && mount -o remount,bind,ro /proc/sys";
+    const BESIDES: &str = "mount --bind /proc/sys/net \"$DIRECTORY\"";
+    world.remove_agents()?;
+    let directory = world.objects_dir().with_file_name("settings");
+    fs::create_dir_all(&directory)?;
+    let checked = |script: &str| -> Result<Value> {
+        let node = world.node(1);
+        let mut command = node.place.command("unshare")?;
+        command.args([
+            "--mount",
+            "--propagation=private",
+            "sh",
+            "-c",
+            &format!("{script} && exec timeout 60 \"$@\""),
+            "sh",
+        ]);
+        command.arg(&world.programs().agent).args(["check", "-o", "json", "--proxy-mode", "ipvs"]);
+        command.arg("--bpffs").arg(&node.bpffs).arg("--cgroup-root").arg(&node.cgroup).env("DIRECTORY", &directory);
+        let done = command.output()?;
+        let (out, err) = (String::from_utf8_lossy(&done.stdout), String::from_utf8_lossy(&done.stderr));
+        let list: Value = serde_json::from_str(&out).with_context(|| format!("{script}: {out} {err}"))?;
+        let mut items = list["items"].as_array().into_iter().flatten();
+        items
+            .find(|item| item["name"] == "mode ipvs")
+            .cloned()
+            .with_context(|| format!("{script}: no mode ipvs: {out}"))
+    };
+    let set = |value: u8| output(world.node(1), &format!("sysctl -w net.ipv4.vs.conntrack={value}"));
+    set(0)?;
+    let refused = checked(READ_ONLY)?;
+    let detail = refused["detail"].as_str().unwrap_or_default();
+    ensure!(
+        refused["result"] == "failed" && detail.contains("net/ipv4/vs/conntrack cannot be set"),
+        "read-only, and not as it must be: {refused}"
+    );
+    let found = checked(&format!("{BESIDES} && {READ_ONLY}"))?;
+    ensure!(found["result"] == "ok", "the node's are mounted elsewhere: {found}");
+    let conntrack = output(world.node(1), "cat /proc/sys/net/ipv4/vs/conntrack")?;
+    ensure!(conntrack.trim() == "0", "a trial set it: {conntrack}");
+    // All that has to be set.
+    for name in
+        ["vs.conntrack", "vs.expire_nodest_conn", "vs.expire_quiescent_template", "vs.conn_reuse_mode", "ip_forward"]
+    {
+        output(world.node(1), &format!("sysctl -w net.ipv4.{name}=1"))?;
+    }
+    let needless = checked(READ_ONLY)?;
+    ensure!(needless["result"] == "ok", "read-only, and as it must be: {needless}");
+    set(0).map(drop)
 }
 
 /// As kube-proxy 1.36 makes them, and of which kind.

@@ -1,7 +1,7 @@
 //! `manifests`: renders the kustomize base and what is built upon it, and checks what can be checked without a cluster: it is YAML, names are unique and
-//! resolve, the container asks for no more than it should, and every option in its arguments exists.
+//! resolve, the container asks for no more than it should, of capabilities and of what it may write to, and every option in its arguments exists.
 
-use std::{collections::BTreeSet, process::ExitCode};
+use std::{collections::BTreeSet, path::Path, process::ExitCode};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::Value;
@@ -12,13 +12,36 @@ use crate::{
 };
 
 const BASE: &str = "manifests/base";
-const OVERLAYS: [&str; 2] = ["manifests/overlays/pod-annotations", IPTABLES];
+const OVERLAYS: [&str; 3] = ["manifests/overlays/pod-annotations", IPTABLES, IPVS];
 /// Legacy iptables asks the kernel by a raw socket.
 const IPTABLES: &str = "manifests/overlays/iptables";
+/// IPVS wants the kernel set.
+const IPVS: &str = "manifests/overlays/ipvs";
 
 /// What the agent may hold beyond nothing (docs/kernels.md says for what).
 const CAPABILITIES: [&str; 3] = ["BPF", "NET_ADMIN", "PERFMON"];
 const CAPABILITIES_OF_IPTABLES: [&str; 4] = ["BPF", "NET_ADMIN", "NET_RAW", "PERFMON"];
+/// What of the node's a container may write to.
+const WRITABLE: [&str; 1] = ["/sys/fs/bpf"];
+const WRITABLE_OF_IPTABLES: [&str; 2] = ["/sys/fs/bpf", "/run/xtables.lock"];
+const WRITABLE_OF_IPVS: [&str; 2] = ["/sys/fs/bpf", "/proc/sys/net"];
+
+/// What a container may have at most.
+#[derive(Clone, Copy)]
+struct Leave {
+    capabilities: &'static [&'static str],
+    writable: &'static [&'static str],
+}
+
+impl Leave {
+    fn of(directory: &str) -> Self {
+        match directory {
+            IPTABLES => Self { capabilities: &CAPABILITIES_OF_IPTABLES, writable: &WRITABLE_OF_IPTABLES },
+            IPVS => Self { capabilities: &CAPABILITIES, writable: &WRITABLE_OF_IPVS },
+            _ => Self { capabilities: &CAPABILITIES, writable: &WRITABLE },
+        }
+    }
+}
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -34,8 +57,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     for directory in [BASE].into_iter().chain(OVERLAYS) {
         let text = output(command("kubectl").args(["kustomize", directory]))?;
         let objects: Vec<Value> = serde_saphyr::from_multiple(&text).context("the rendered manifests are no YAML")?;
-        let capabilities = if directory == IPTABLES { &CAPABILITIES_OF_IPTABLES[..] } else { &CAPABILITIES };
-        inspect(&objects, &help, capabilities).context(directory)?;
+        inspect(&objects, &help, Leave::of(directory)).context(directory)?;
         if *check {
             println!("manifests: {directory}: {} objects render and hold together", objects.len());
         } else if directory == BASE {
@@ -55,7 +77,7 @@ fn help() -> Result<String> {
     output(&mut cargo)
 }
 
-fn inspect(objects: &[Value], help: &str, capabilities: &[&str]) -> Result<()> {
+fn inspect(objects: &[Value], help: &str, leave: Leave) -> Result<()> {
     let mut names = BTreeSet::new();
     for object in objects {
         let kind = text(object, "/kind")?;
@@ -83,14 +105,15 @@ fn inspect(objects: &[Value], help: &str, capabilities: &[&str]) -> Result<()> {
     });
     ensure!(bound, "ServiceAccount {account} is bound to no role");
 
-    let volumes: BTreeSet<&str> = list(daemon_set, "/spec/template/spec/volumes").iter().filter_map(name_of).collect();
+    let volumes = list(daemon_set, "/spec/template/spec/volumes");
     for container in list(daemon_set, "/spec/template/spec/containers") {
-        inspect_container(container, &volumes, help, capabilities)?;
+        inspect_container(container, volumes, help, leave)?;
     }
     Ok(())
 }
 
-fn inspect_container(container: &Value, volumes: &BTreeSet<&str>, help: &str, capabilities: &[&str]) -> Result<()> {
+fn inspect_container(container: &Value, volumes: &[Value], help: &str, leave: Leave) -> Result<()> {
+    let Leave { capabilities, writable } = leave;
     let name = text(container, "/name")?;
     let image = text(container, "/image")?;
     ensure!(
@@ -99,7 +122,20 @@ fn inspect_container(container: &Value, volumes: &BTreeSet<&str>, help: &str, ca
     );
     for mount in list(container, "/volumeMounts") {
         let volume = name_of(mount).context("a volume mount without a name")?;
-        ensure!(volumes.contains(volume), "container {name} mounts {volume}, which is no volume of the Pod");
+        let path = text(mount, "/mountPath")?;
+        ensure!(
+            !Path::new(path).starts_with("/proc"),
+            "container {name} mounts {volume} inside /proc, which runtimes refuse"
+        );
+        let Some(source) = volumes.iter().find(|one| name_of(one) == Some(volume)) else {
+            bail!("container {name} mounts {volume}, which is no volume of the Pod");
+        };
+        let source = text(source, "/hostPath/path")?;
+        let read_only = mount.pointer("/readOnly").is_some_and(|value| value == true);
+        ensure!(
+            read_only || writable.contains(&source),
+            "container {name} may write to {source}, it should do with {writable:?}"
+        );
     }
     ensure!(container.pointer("/securityContext/privileged").is_none(), "container {name} asks to be privileged");
     for capability in list(container, "/securityContext/capabilities/add") {
@@ -144,10 +180,12 @@ mod tests {
     fn container(change: impl FnOnce(&mut Value)) -> Result<()> {
         let mut container = json!({
             "name": "a", "image": "proxy-agent:1", "args": ["run", "--bpffs=/x"],
-            "securityContext": {"capabilities": {"add": ["BPF"]}}, "volumeMounts": [{"name": "v"}],
+            "securityContext": {"capabilities": {"add": ["BPF"]}},
+            "volumeMounts": [{"name": "v", "mountPath": "/host/v", "readOnly": true}],
         });
         change(&mut container);
-        inspect_container(&container, &BTreeSet::from(["v"]), HELP, &CAPABILITIES)
+        let volumes = [json!({"name": "v", "hostPath": {"path": "/proc/sys/net"}})];
+        inspect_container(&container, &volumes, HELP, Leave::of(BASE))
     }
 
     #[test]
@@ -162,6 +200,8 @@ mod tests {
         refused(|c| c["args"][1] = json!("--cgroup-root=/host/cgroup"), "cgroup root");
         refused(|c| c["image"] = json!("proxy-agent:latest"), "pinned");
         refused(|c| c["volumeMounts"][0]["name"] = json!("w"), "mounts w");
+        refused(|c| c["volumeMounts"][0]["mountPath"] = json!("/proc/sys/net"), "inside /proc");
+        refused(|c| c["volumeMounts"][0]["readOnly"] = json!(false), "may write to /proc/sys/net");
         refused(|c| c["securityContext"]["privileged"] = json!(true), "privileged");
         refused(|c| c["securityContext"]["capabilities"]["add"][0] = json!("SYS_ADMIN"), "SYS_ADMIN");
     }

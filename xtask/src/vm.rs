@@ -90,6 +90,7 @@ const STEPS: [(&str, &[&str]); 7] = [
             "own/A104",
             "own/A135",
             "own/put back: all servers are cleared",
+            "own/settings",
             "own/what is not served",
             "own/cleanup",
             "SCTP: associations",

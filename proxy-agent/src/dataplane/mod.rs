@@ -21,6 +21,7 @@ pub(crate) mod former;
 pub mod iptables;
 pub mod ipvs;
 pub mod memory;
+pub(crate) mod mounts;
 pub mod netfilter;
 pub(crate) mod netlink;
 pub mod nftables;

@@ -11,7 +11,10 @@ use std::{
 };
 
 use super::{kernel, unavailable};
-use crate::dataplane::DataplaneError;
+use crate::dataplane::{
+    DataplaneError,
+    mounts::{self, Mount},
+};
 
 #[derive(Debug)]
 pub(crate) struct Cgroup {
@@ -71,8 +74,7 @@ fn not_mounted() -> DataplaneError {
 
 /// The mount whose directory is the root of the hierarchy; where none is, the first cgroup2 mount.
 pub(crate) fn mounted() -> io::Result<Option<PathBuf>> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
-    Ok(choose(&mounts, is_root))
+    Ok(choose(&mounts::all()?, is_root))
 }
 
 /// Every cgroup but the root has `cgroup.events`, whatever a cgroup namespace makes its path look like.
@@ -80,22 +82,9 @@ pub(crate) fn is_root(path: &Path) -> bool {
     path.join("cgroup.controllers").exists() && !path.join("cgroup.events").exists()
 }
 
-fn choose(mountinfo: &str, is_root: impl Fn(&Path) -> bool) -> Option<PathBuf> {
-    // 41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw
-    let mounts: Vec<PathBuf> = mountinfo
-        .lines()
-        .filter(|line| line.split_once(" - ").is_some_and(|(_, kind)| kind.starts_with("cgroup2 ")))
-        .filter_map(|line| line.split(' ').nth(4).map(unescaped))
-        .collect();
-    mounts.iter().find(|path| is_root(path)).or(mounts.first()).cloned()
-}
-
-/// Blanks and backslashes are written in octal there.
-fn unescaped(path: &str) -> PathBuf {
-    [(r"\040", " "), (r"\011", "\t"), (r"\012", "\n"), (r"\134", r"\")]
-        .into_iter()
-        .fold(path.to_owned(), |path, (code, character)| path.replace(code, character))
-        .into()
+fn choose(mounts: &[Mount], is_root: impl Fn(&Path) -> bool) -> Option<PathBuf> {
+    let paths: Vec<&PathBuf> = mounts.iter().filter(|mount| mount.kind == "cgroup2").map(|mount| &mount.path).collect();
+    paths.iter().find(|path| is_root(path)).or(paths.first()).copied().cloned()
 }
 
 #[cfg(test)]
@@ -115,7 +104,7 @@ mod tests {
         let lines = mounts.iter().map(|(kind, path)| {
             format!("41 31 0:38 /../.. {} rw,relatime shared:9 - {kind} {kind} rw\n", path.display())
         });
-        choose(&lines.collect::<String>(), is_root)
+        choose(&mounts::parse(&lines.collect::<String>()), is_root)
     }
 
     #[test]
@@ -159,12 +148,12 @@ mod tests {
             "no cgroup v2 hierarchy is mounted: mount one (`mount -t cgroup2 none /sys/fs/cgroup`), name it with --cgroup-root, or run \
              with --socket-lb off"
         );
-        assert_eq!(choose("41 31 0:38 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n", |_| true), None);
+        assert_eq!(choose(&mounts::parse("41 31 0:38 / /sys/fs/cgroup rw - tmpfs tmpfs rw\n"), |_| true), None);
     }
 
     #[test]
     fn odd_paths() {
         let line = r"41 31 0:38 / /a\040b\134c rw - cgroup2 none rw";
-        assert_eq!(choose(line, |_| false), Some(PathBuf::from(r"/a b\c")));
+        assert_eq!(choose(&mounts::parse(line), |_| false), Some(PathBuf::from(r"/a b\c")));
     }
 }

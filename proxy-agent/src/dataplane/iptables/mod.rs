@@ -18,7 +18,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     net::IpAddr,
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -29,7 +28,7 @@ use std::{
 use super::{
     Capabilities, Dataplane, DataplaneError, DetectLocal, Drift, Failure, Fill, Hook, Report, held,
     netfilter::{
-        ALGORITHMS, Options, PROTOCOLS, flows::Flows, is_liberal, local_devices, lock::Lock, sift::sift,
+        ALGORITHMS, Options, PROTOCOLS, flows::Flows, is_liberal, local_devices, lock::Lock, settings, sift::sift,
         tool::ToolError,
     },
 };
@@ -57,7 +56,7 @@ use save::Saved;
 use shadow::{Item, Jumps, Patch, Shadow, Stand};
 use stamp::Stamps;
 
-const ROUTE_LOCALNET: &str = "net/ipv4/conf/all/route_localnet";
+const ROUTE_LOCALNET: &str = "ipv4/conf/all/route_localnet";
 
 /// What is known of one family's chains.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -352,7 +351,7 @@ impl Iptables {
     /// All of it, in place of whatever of ours is there.
     fn write(&mut self, family: Family, whole: &Shadow, saved: &Saved) -> Result<u64, ToolError> {
         if whole.renderer.opens_loopback() {
-            let file = Path::new("/proc/sys").join(ROUTE_LOCALNET);
+            let file = settings::directory().join(ROUTE_LOCALNET);
             if let Err(error) = fs::write(&file, "1") {
                 tracing::warn!(%error, "{} cannot be set: node ports on 127.0.0.1 do not answer", file.display());
             }

@@ -7,17 +7,21 @@
 //!         PROXY-INT-<hash>    a ClusterIP: asks for masquerading where its verdict says so, then picks
 //!         PROXY-EXT-<hash>    a node port, external IP, load balancer's address: the same
 //!         PROXY-FW-<hash>     from the source ranges only
-//!         PROXY-SVC-<hash>    one of all endpoints
+//!         PROXY-SVC-<hash>    one of all endpoints: DNAT
 //!         PROXY-SVL-<hash>    one of the local endpoints
-//!         PROXY-SEP-<hash>    an endpoint: DNAT
+//!         PROXY-SEP-<hash>    an endpoint that remembers its clients
+//!         PROXY-HAIRPIN       who was sent to himself is masqueraded, by address
 //! filter  PROXY-SERVICES      what nat has left as it was: refused, dropped, and everything else for a guarded address
 //! ```
 //!
 //! A hash is of the ServicePort (and of the endpoint), so a name stays as endpoints come and go. The chains of a ServicePort are its own.
+//!
+//! Legacy iptables reads and writes a whole table for each change, so what an endpoint costs is kept low: a rule in each list that it is chosen
+//! from, and one for all Services that tells that it was sent to itself. A chain is two entries of the table before there is a rule in it, and a
+//! comment is more than twice as long as the rest of a rule.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fmt::Write as _,
     net::{IpAddr, SocketAddr},
     sync::Arc,
 };
@@ -54,22 +58,26 @@ pub(super) type ChainName = (Table, String);
 /// Rules as iptables-restore takes them, without `-A CHAIN`.
 pub(super) type Rules = Vec<String>;
 
-/// Where frontends are found by address, protocol and port.
+/// What is found by address.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub(super) enum Tree {
+    /// Frontends, as the next three.
     Nat,
     /// From pods of this node, where they fare otherwise than the outside.
     NatPods,
     Filter,
     FilterPods,
+    /// Endpoints.
+    Hairpin,
 }
 
 impl Tree {
-    pub(super) const ALL: [Self; 4] = [Self::Nat, Self::NatPods, Self::Filter, Self::FilterPods];
+    pub(super) const ALL: [Self; 5] = [Self::Nat, Self::NatPods, Self::Filter, Self::FilterPods, Self::Hairpin];
+    pub(super) const OF_FRONTENDS: [Self; 4] = [Self::Nat, Self::NatPods, Self::Filter, Self::FilterPods];
 
     pub(super) const fn table(self) -> Table {
         match self {
-            Self::Nat | Self::NatPods => Table::Nat,
+            Self::Nat | Self::NatPods | Self::Hairpin => Table::Nat,
             Self::Filter | Self::FilterPods => Table::Filter,
         }
     }
@@ -78,9 +86,22 @@ impl Tree {
         matches!(self, Self::NatPods | Self::FilterPods)
     }
 
+    /// What pods of this node are asked for first.
+    pub(super) const fn of_pods(self) -> Option<Self> {
+        match self {
+            Self::Nat => Some(Self::NatPods),
+            Self::Filter => Some(Self::FilterPods),
+            Self::NatPods | Self::FilterPods | Self::Hairpin => None,
+        }
+    }
+
     /// Its chain.
     pub(super) const fn top(self) -> &'static str {
-        if self.is_for_pods() { POD_SERVICES } else { SERVICES }
+        match self {
+            Self::Nat | Self::Filter => SERVICES,
+            Self::NatPods | Self::FilterPods => POD_SERVICES,
+            Self::Hairpin => HAIRPIN,
+        }
     }
 }
 
@@ -96,6 +117,7 @@ pub(super) const MARK_MASQ: &str = "PROXY-MARK-MASQ";
 /// The same, unless a pod of this node sends it.
 pub(super) const MARK_OTHERS: &str = "PROXY-MARK-OTHERS";
 pub(super) const POSTROUTING: &str = "PROXY-POSTROUTING";
+pub(super) const HAIRPIN: &str = "PROXY-HAIRPIN";
 pub(super) const REJECT: &str = "PROXY-REJECT";
 pub(super) const DROP: &str = "PROXY-DROP";
 pub(super) const GUARD: &str = "PROXY-GUARD";
@@ -140,6 +162,8 @@ impl Pods {
 pub(super) struct Piece {
     pub(super) chains: BTreeMap<ChainName, Rules>,
     pub(super) entries: BTreeMap<(Tree, Frontend), Rules>,
+    /// Endpoints that may be sent to themselves.
+    pub(super) hairpin: BTreeSet<IpAddr>,
 }
 
 /// The frontends of one ServicePort.
@@ -170,6 +194,12 @@ impl Renderer {
 
     pub(super) fn guard(addr: IpAddr) -> String {
         format!("{} -j {GUARD}", Self::to(addr))
+    }
+
+    /// An endpoint that was sent to itself would answer itself past the node.
+    pub(super) fn hairpin(addr: IpAddr) -> String {
+        let addr = IpNet::from(addr);
+        format!("-s {addr} -d {addr} -j {MARK_MASQ}")
     }
 
     /// `-d … -p … --dport …`, with what a person wants to know.
@@ -218,6 +248,7 @@ impl Renderer {
         let chain = |table, name: &str, rules: Rules| ((table, name.to_owned()), rules);
         let (low, high) = self.masquerade_ports;
         let masquerade = [
+            format!("-m conntrack --ctstate DNAT -j {HAIRPIN}"),
             format!("-m mark ! --mark {mark:#x}/{mark:#x} -j RETURN"),
             // A tunnel would show the mark again, and the packet would be masqueraded a second time.
             format!("-j MARK --set-xmark {mark:#x}/0x0"),
@@ -395,31 +426,29 @@ impl Maker<'_> {
     /// One of a set of backends.
     fn pick(&mut self, spec: &FrontendSpec, kind: &str, set: &BackendSet) -> Option<String> {
         let FrontendSpec { service, algorithm, affinity_secs, .. } = spec;
-        let name = comment(service);
         let (mut remembered, mut chosen) = (Rules::new(), Rules::new());
         for (index, backend) in set.iter().enumerate() {
-            let endpoint = self.endpoint(spec, backend);
-            let remark = format!("-m comment --comment \"{name} to {backend}\"", backend = plain(backend));
-            if let Some(seconds) = affinity_secs {
-                remembered.push(format!(
-                    "{remark} -m recent --rcheck --seconds {} --reap --name {} {} -j {endpoint}",
-                    seconds.max(&1),
-                    list(service, backend),
-                    self.renderer.by_source()
-                ));
-            }
-            let mut rule = remark;
-            match (set.len() - index, algorithm) {
-                (1, _) => {}
-                (left, Algorithm::RoundRobin) => {
-                    let _infallible = write!(rule, " -m statistic --mode nth --every {left} --packet 0");
-                }
+            self.piece.hairpin.insert(backend.addr);
+            let choice = match (set.len() - index, algorithm) {
+                (1, _) => String::new(),
+                (left, Algorithm::RoundRobin) => format!("-m statistic --mode nth --every {left} --packet 0 "),
                 // Of those that are left, each is as likely as the others.
                 (left, Algorithm::Random | Algorithm::Maglev) => {
-                    let _infallible = write!(rule, " -m statistic --mode random --probability {}", probability(left));
+                    format!("-m statistic --mode random --probability {} ", probability(left))
                 }
-            }
-            chosen.push(format!("{rule} -j {endpoint}"));
+            };
+            let Some(seconds) = affinity_secs else {
+                chosen.push(translation(service, backend, &choice));
+                continue;
+            };
+            let endpoint = self.endpoint(service, backend);
+            remembered.push(format!(
+                "-m recent --rcheck --seconds {} --reap --name {} {} -j {endpoint}",
+                seconds.max(&1),
+                list(service, backend),
+                self.renderer.by_source()
+            ));
+            chosen.push(format!("{choice}-j {endpoint}"));
         }
         if chosen.is_empty() {
             return None;
@@ -430,22 +459,11 @@ impl Maker<'_> {
     }
 
     /// Who is remembered at an endpoint is so for all frontends of the port, which is what the chain is of (contract A95, A97).
-    fn endpoint(&mut self, spec: &FrontendSpec, backend: &Backend) -> String {
-        let FrontendSpec { service, affinity_secs, .. } = spec;
-        let Backend { addr, port } = backend;
-        let to = SocketAddr::new(*addr, port.get());
-        let text = to.to_string();
-        let protocol = word(service.protocol);
-        let mut rules = vec![format!("-s {} -j {MARK_MASQ}", IpNet::from(*addr))];
-        let mut dnat = format!("-p {protocol}");
-        if affinity_secs.is_some() {
-            let _infallible =
-                write!(dnat, " -m recent --set --name {} {}", list(service, backend), self.renderer.by_source());
-        }
-        let _infallible = write!(dnat, " -m {protocol} -j DNAT --to-destination {to}");
-        rules.push(dnat);
+    fn endpoint(&mut self, service: &ServicePortName, backend: &Backend) -> String {
+        let remember = format!("-m recent --set --name {} {} ", list(service, backend), self.renderer.by_source());
+        let rules = vec![translation(service, backend, &remember)];
         let (name, protocol) = id(service);
-        self.chain(Table::Nat, "SEP", &[&name, protocol, &text], rules)
+        self.chain(Table::Nat, "SEP", &[&name, protocol, &plain(backend).to_string()], rules)
     }
 
     /// The frontend in nat.
@@ -572,6 +590,11 @@ fn remark(service: &ServicePortName, words: &str) -> String {
     let mut text = comment(service);
     text.truncate(255 - 1 - words.len());
     format!("{text} {words}")
+}
+
+/// `matches`: each with a blank behind it.
+fn translation(service: &ServicePortName, backend: &Backend, matches: &str) -> String {
+    format!("-p {} {matches}-j DNAT --to-destination {}", word(service.protocol), plain(backend))
 }
 
 /// What hashes are of.

@@ -2,7 +2,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    net::IpAddr,
+    net::{IpAddr, SocketAddr},
 };
 
 use super::render::{ChainName, GUARD, MARK_OTHERS, PREFIX, Piece, Rules, SCRATCH, Table, Tree};
@@ -32,13 +32,14 @@ const KINDS: [&str; 6] = ["INT", "EXT", "FW", "SVC", "SVL", "SEP"];
 pub(super) const RETIRED: &str = "PROXY-RETIRED";
 
 /// Chains of ours that there is one of.
-const FIXED: [&str; 15] = [
+const FIXED: [&str; 16] = [
     "SERVICES",
     "POD-SERVICES",
     "PODS",
     "MARK-MASQ",
     "MARK-OTHERS",
     "POSTROUTING",
+    "HAIRPIN",
     "REJECT",
     "DROP",
     "GUARD",
@@ -164,7 +165,7 @@ impl Saved {
     pub(super) fn kept(&self, services: &BTreeSet<ServiceKey>) -> (BTreeMap<ServicePortName, Piece>, BTreeSet<IpAddr>) {
         let mut pieces: BTreeMap<ServicePortName, Piece> = BTreeMap::new();
         let mut guarded = BTreeSet::new();
-        for tree in Tree::ALL {
+        for tree in Tree::OF_FRONTENDS {
             for rule in self.reachable(tree) {
                 let words = words(rule);
                 if value(&words, &["-j"]).as_deref() == Some(GUARD) {
@@ -176,7 +177,7 @@ impl Saved {
                 }
                 let piece = pieces.entry(name).or_default();
                 piece.entries.entry((tree, frontend)).or_default().push(rule.to_owned());
-                self.follow(tree.table(), rule, &mut piece.chains);
+                self.follow(tree.table(), rule, piece);
             }
         }
         let addresses: BTreeSet<_> =
@@ -187,7 +188,7 @@ impl Saved {
 
     /// Frontends of Services other than these.
     pub(super) fn frontends(&self, held: &BTreeSet<ServiceKey>) -> BTreeSet<Frontend> {
-        let rules = Tree::ALL.into_iter().flat_map(|tree| self.reachable(tree));
+        let rules = Tree::OF_FRONTENDS.into_iter().flat_map(|tree| self.reachable(tree));
         let named = rules.filter_map(|rule| named(&words(rule)));
         named.filter(|(name, _)| !held.contains(&name.service)).map(|(_, frontend)| frontend).collect()
     }
@@ -210,17 +211,20 @@ impl Saved {
         rules
     }
 
-    /// The chains of a ServicePort that `rule` leads to.
-    fn follow(&self, table: Table, rule: &str, into: &mut BTreeMap<ChainName, Rules>) {
+    /// The chains of a ServicePort that `rule` leads to, and its endpoints.
+    fn follow(&self, table: Table, rule: &str, into: &mut Piece) {
+        let Piece { chains, entries: _, hairpin } = into;
         let mut next = vec![rule.to_owned()];
         while let Some(rule) = next.pop() {
+            let destination = value(&words(&rule), &["--to-destination"]);
+            hairpin.extend(destination.and_then(|to| to.parse::<SocketAddr>().ok()).map(|to| to.ip()));
             let Some(name) = target(&rule).filter(|name| has_hash(name, &KINDS)) else { continue };
             let key = (table, name);
             if let Some(rules) = self.chains.get(&key)
-                && !into.contains_key(&key)
+                && !chains.contains_key(&key)
             {
                 next.extend(rules.iter().cloned());
-                into.insert(key, rules.clone());
+                chains.insert(key, rules.clone());
             }
         }
     }
@@ -336,6 +340,7 @@ COMMIT
         assert_eq!((name.to_string().as_str(), name.protocol), ("kube-system/dns:dns", Protocol::Udp));
         assert_eq!(piece.chains.len(), 2, "{piece:?}");
         assert_eq!(piece.entries.len(), 1);
+        assert_eq!(piece.hairpin, BTreeSet::from(["10.244.1.2".parse().unwrap()]));
         assert_eq!(guarded, BTreeSet::from(["10.96.0.10".parse().unwrap()]));
         let held = BTreeSet::from([ServiceKey::new("default", "web")]);
         let frontends: Vec<_> = saved().frontends(&held).iter().map(ToString::to_string).collect();

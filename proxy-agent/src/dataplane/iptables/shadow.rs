@@ -4,12 +4,15 @@
 //! Item, Item … ─► Shadow::turn ─► Patch: chains that are new or other, chains that go ─► text for iptables-restore
 //! ```
 //!
-//! A frontend is found by its address: a long list is cut into blocks of addresses, each with a chain of its own. A new connection passes
-//! a few hundred rules at most where kube-proxy's passes one for each Service, and a Service that comes or goes changes one short chain.
+//! A frontend is found by its address, and so is an endpoint that was sent to itself: a long list is cut into blocks of addresses, each with a
+//! chain of its own. A new connection passes a few hundred rules at most where kube-proxy's passes one for each Service, and a Service that
+//! comes or goes changes one short chain.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    iter,
     net::IpAddr,
+    ops::Bound,
     sync::Arc,
 };
 
@@ -52,6 +55,8 @@ pub(super) struct Shadow {
     health: BTreeSet<u16>,
     /// Of each tree, by address.
     entries: BTreeMap<Tree, BTreeMap<IpAddr, BTreeMap<Frontend, Rules>>>,
+    /// Endpoints, and of how many ServicePorts each is one.
+    hairpin: BTreeMap<IpAddr, usize>,
 }
 
 /// What is to be written.
@@ -137,6 +142,7 @@ impl Shadow {
             pods: Pods::Devices(BTreeSet::new()),
             health: BTreeSet::new(),
             entries: BTreeMap::new(),
+            hairpin: BTreeMap::new(),
         }
     }
 
@@ -172,8 +178,7 @@ impl Shadow {
             all.extend(piece(renderer, stand).chains.clone());
         }
         for tree in Tree::ALL {
-            let blocks = self.addresses(tree).into_iter().map(|addr| block(addr, BLOCKS[0])).collect();
-            self.dispatch(tree, &blocks, &mut all);
+            self.dispatch(tree, &self.blocks(tree).collect(), &mut all);
         }
         all
     }
@@ -192,6 +197,10 @@ impl Shadow {
                     for (tree, frontend) in old.entries.keys().chain(new.entries.keys()) {
                         touched.entry(*tree).or_default().insert(frontend.addr);
                     }
+                    let endpoints: BTreeSet<IpAddr> = &old.hairpin ^ &new.hairpin;
+                    if !endpoints.is_empty() {
+                        touched.entry(Tree::Hairpin).or_default().extend(endpoints);
+                    }
                     changes.push(Change::Unit { service, stand, old, new });
                 }
                 Item::Guard(addr, wanted) => {
@@ -202,8 +211,8 @@ impl Shadow {
                 Item::Health(health) => changes.push(Change::Health(health)),
             }
         }
-        for (pods, all) in [(Tree::NatPods, Tree::Nat), (Tree::FilterPods, Tree::Filter)] {
-            if touched.contains_key(&pods) {
+        for all in Tree::ALL {
+            if all.of_pods().is_some_and(|pods| touched.contains_key(&pods)) {
                 // Its first chain leads to that of pods, if there is anything.
                 touched.entry(all).or_default();
             }
@@ -211,10 +220,10 @@ impl Shadow {
         let blocks: BTreeMap<Tree, BTreeSet<IpNet>> = touched
             .iter()
             .map(|(tree, addrs)| {
-                let known = self.addresses(*tree);
                 // Where a list may cease to be cut, or begin to be, all of it is.
-                let all = if known.len().saturating_sub(addrs.len()) <= WHOLE { known } else { BTreeSet::new() };
-                (*tree, addrs.iter().chain(&all).map(|addr| block(*addr, BLOCKS[0])).collect())
+                let all = self.is_at_most(WHOLE + addrs.len(), *tree).then(|| self.blocks(*tree));
+                let touched = addrs.iter().map(|addr| block(*addr, BLOCKS[0]));
+                (*tree, touched.chain(all.into_iter().flatten()).collect())
             })
             .collect();
         for (tree, blocks) in &blocks {
@@ -249,6 +258,16 @@ impl Shadow {
                     let addrs = self.entries.entry(*tree).or_default();
                     addrs.entry(frontend.addr).or_default().insert(*frontend, rules.clone());
                 }
+                for addr in &old.hairpin {
+                    if let Some(count) = self.hairpin.get_mut(addr).filter(|count| **count > 1) {
+                        *count -= 1;
+                    } else {
+                        self.hairpin.remove(addr);
+                    }
+                }
+                for addr in &new.hairpin {
+                    *self.hairpin.entry(*addr).or_default() += 1;
+                }
                 before.extend(old.chains.clone());
                 after.extend(new.chains.clone());
                 let was = match stand {
@@ -266,38 +285,53 @@ impl Shadow {
         }
     }
 
-    fn addresses(&self, tree: Tree) -> BTreeSet<IpAddr> {
-        let entries = self.entries.get(&tree).into_iter().flat_map(BTreeMap::keys).copied();
-        if tree == Tree::Filter { entries.chain(self.guards.iter().copied()).collect() } else { entries.collect() }
+    /// The first address of a tree from there on: a change asks for those around it, and never for all.
+    fn next(&self, tree: Tree, from: Bound<IpAddr>) -> Option<IpAddr> {
+        let range = (from, Bound::Unbounded);
+        let entry = self.entries.get(&tree).and_then(|addrs| addrs.range(range).next()).map(|(addr, _)| *addr);
+        let other = match tree {
+            Tree::Nat | Tree::NatPods | Tree::FilterPods => None,
+            Tree::Filter => self.guards.range(range).next().copied(),
+            Tree::Hairpin => self.hairpin.range(range).next().map(|(addr, _)| *addr),
+        };
+        entry.into_iter().chain(other).min()
     }
 
-    /// The chains that lead to the frontends of one tree: the first one, and those of `blocks`.
+    fn addresses(&self, tree: Tree, from: Bound<IpAddr>) -> impl Iterator<Item = IpAddr> {
+        iter::successors(self.next(tree, from), move |addr| self.next(tree, Bound::Excluded(*addr)))
+    }
+
+    fn is_at_most(&self, count: usize, tree: Tree) -> bool {
+        self.addresses(tree, Bound::Unbounded).take(count + 1).count() <= count
+    }
+
+    /// Those that there are addresses in.
+    fn blocks(&self, tree: Tree) -> impl Iterator<Item = IpNet> {
+        let from = move |from| self.next(tree, from).map(|addr| block(addr, BLOCKS[0]));
+        iter::successors(from(Bound::Unbounded), move |net| from(Bound::Excluded(net.broadcast())))
+    }
+
+    /// The chains that lead to the addresses of one tree: the first one, and those of `blocks`.
     fn dispatch(&self, tree: Tree, blocks: &BTreeSet<IpNet>, into: &mut Chains) {
-        let addrs = self.addresses(tree);
         let mut rules = Rules::new();
-        if !tree.is_for_pods() {
-            // What opens nothing is never load-balanced (F45).
-            if tree == Tree::Nat {
-                rules.push(format!("{OPENS_NOTHING} -j RETURN"));
-            }
-            let pods = if tree == Tree::Nat { Tree::NatPods } else { Tree::FilterPods };
-            if self.entries.get(&pods).is_some_and(|addrs| !addrs.is_empty()) {
-                rules.push(format!("-j {PODS}"));
-            }
-        }
-        if addrs.len() <= WHOLE {
-            rules.extend(addrs.iter().flat_map(|addr| self.rules(tree, *addr)));
+        // What opens nothing is never load-balanced (F45).
+        rules.extend((tree == Tree::Nat).then(|| format!("{OPENS_NOTHING} -j RETURN")));
+        let of_pods = tree.of_pods().and_then(|pods| self.entries.get(&pods));
+        rules.extend(of_pods.filter(|addrs| !addrs.is_empty()).map(|_| format!("-j {PODS}")));
+        if self.is_at_most(WHOLE, tree) {
+            rules.extend(self.addresses(tree, Bound::Unbounded).flat_map(|addr| self.rules(tree, addr)));
             into.insert((tree.table(), tree.top().to_owned()), rules);
             return;
         }
-        let mut by_block: BTreeMap<IpNet, Vec<IpAddr>> = BTreeMap::new();
-        for addr in addrs {
-            by_block.entry(block(addr, BLOCKS[0])).or_default().push(addr);
-        }
-        rules.extend(by_block.keys().map(|net| to_block(tree, *net)));
+        rules.extend(self.blocks(tree).map(|net| to_block(tree, net)));
         into.insert((tree.table(), tree.top().to_owned()), rules);
-        for (net, addrs) in by_block.into_iter().filter(|(net, _)| blocks.contains(net)) {
-            let name = (tree.table(), block_name(tree, net));
+        for net in blocks {
+            let addrs = self.addresses(tree, Bound::Included(net.network())).take_while(|addr| net.contains(addr));
+            let addrs: Vec<IpAddr> = addrs.collect();
+            let name = (tree.table(), block_name(tree, *net));
+            if addrs.is_empty() {
+                continue;
+            }
             if addrs.len() <= WHOLE {
                 into.insert(name, addrs.iter().flat_map(|addr| self.rules(tree, *addr)).collect());
                 continue;
@@ -314,8 +348,12 @@ impl Shadow {
     /// Of one address.
     fn rules(&self, tree: Tree, addr: IpAddr) -> Rules {
         let there = self.entries.get(&tree).and_then(|addrs| addrs.get(&addr));
-        let guard = (tree == Tree::Filter && self.guards.contains(&addr)).then(|| Renderer::guard(addr));
-        there.into_iter().flat_map(BTreeMap::values).flatten().cloned().chain(guard).collect()
+        let further = match tree {
+            Tree::Nat | Tree::NatPods | Tree::FilterPods => None,
+            Tree::Filter => self.guards.contains(&addr).then(|| Renderer::guard(addr)),
+            Tree::Hairpin => self.hairpin.contains_key(&addr).then(|| Renderer::hairpin(addr)),
+        };
+        there.into_iter().flat_map(BTreeMap::values).flatten().cloned().chain(further).collect()
     }
 }
 
@@ -340,7 +378,11 @@ fn block(addr: IpAddr, bits: u8) -> IpNet {
 }
 
 fn block_name(tree: Tree, net: IpNet) -> String {
-    let who = if tree.is_for_pods() { "pods" } else { "all" };
+    let who = match tree {
+        Tree::Nat | Tree::Filter => "all",
+        Tree::NatPods | Tree::FilterPods => "pods",
+        Tree::Hairpin => "hairpin",
+    };
     format!("{PREFIX}NET-{:016X}", names::hash([who, net.to_string().as_str()]))
 }
 

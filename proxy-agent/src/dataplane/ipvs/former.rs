@@ -5,7 +5,7 @@
 //! the mode that takes over goes out with that address as its source, and would lose it in the midst. So nobody is waited for but who has just
 //! begun: what is new finds no gap, what lasts ends.
 
-use super::{Ipvs, remove};
+use super::{Ipvs, notes::remove};
 use crate::dataplane::{DataplaneError, former, netfilter::Options, select::Mode};
 
 /// See the module.

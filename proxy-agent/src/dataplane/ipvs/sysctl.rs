@@ -3,11 +3,14 @@
 use std::{
     collections::BTreeMap,
     fmt::Write as _,
-    fs, io,
-    path::{Path, PathBuf},
+    fs::{self, File},
+    io,
+    path::PathBuf,
 };
 
-/// Below `/proc/sys/net/ipv4`, and what each must be.
+use crate::dataplane::netfilter::settings;
+
+/// Below `net/ipv4`, and what each must be.
 const WANTED: [(&str, &str); 5] = [
     // Answers are routed on.
     (FORWARDING, "1"),
@@ -26,15 +29,34 @@ const FORWARDING: &str = "ip_forward";
 /// What is written on the device stands behind this.
 const BEFORE: &str = "before: ";
 
+/// Those below a directory.
 #[derive(Debug)]
-pub(super) struct Settings<'a>(pub(super) &'a str);
+pub(super) struct Settings(PathBuf);
 
-/// Of the network namespace of the thread that asks.
-pub(super) const HERE: Settings<'static> = Settings("/proc/sys/net/ipv4");
+/// One that cannot be set.
+#[derive(Debug, thiserror::Error)]
+#[error("net/ipv4/{name} cannot be set: {error}; {}", remedy(.error))]
+pub(super) struct Unset {
+    name: &'static str,
+    error: io::Error,
+}
 
-impl Settings<'_> {
+fn remedy(error: &io::Error) -> &'static str {
+    if error.kind() == io::ErrorKind::NotFound {
+        "CONFIG_IP_VS_NFCT, and a /proc/sys/net that is of this network namespace"
+    } else {
+        "mount the node's /proc/sys/net into the container, writable (manifests/overlays/ipvs), or set it to 1 on the node"
+    }
+}
+
+impl Settings {
+    /// Of the network namespace of the thread that asks.
+    pub(super) fn here() -> Self {
+        Self(settings::directory().join("ipv4"))
+    }
+
     fn path(&self, name: &str) -> PathBuf {
-        Path::new(self.0).join(name)
+        self.0.join(name)
     }
 
     fn read(&self, name: &str) -> io::Result<String> {
@@ -61,11 +83,19 @@ impl Settings<'_> {
         wrong.map(|(name, _)| name).collect()
     }
 
-    /// How many were written; an error names which could not be.
-    pub(super) fn set(&self) -> Result<u64, (String, io::Error)> {
+    /// Whether those can be set that have to be. None is.
+    pub(super) fn try_out(&self) -> Result<(), Unset> {
+        for name in self.wrong() {
+            File::options().write(true).open(self.path(name)).map_err(|error| Unset { name, error })?;
+        }
+        Ok(())
+    }
+
+    /// How many were written.
+    pub(super) fn set(&self) -> Result<u64, Unset> {
         let wrong = self.wrong();
         for (name, wanted) in WANTED.into_iter().filter(|(name, _)| wrong.contains(name)) {
-            fs::write(self.path(name), wanted).map_err(|error| (format!("net/ipv4/{name}"), error))?;
+            fs::write(self.path(name), wanted).map_err(|error| Unset { name, error })?;
         }
         Ok(wrong.len() as u64)
     }
@@ -97,11 +127,12 @@ mod tests {
     fn what_was_set_before_comes_back() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir(dir.path().join("vs")).unwrap();
-        let settings = Settings(dir.path().to_str().unwrap());
+        let settings = Settings(dir.path().to_owned());
         let write = |name: &str, value: &str| fs::write(dir.path().join(name), format!("{value}\n")).unwrap();
         for (name, value) in WANTED.map(|(name, _)| name).into_iter().zip(["0", "0", "0", "0", "2"]) {
             write(name, value);
         }
+        settings.try_out().unwrap();
         let note = settings.note().unwrap();
         assert!(note.ends_with("vs/expire_quiescent_template=0 vs/conn_reuse_mode=2") && note.len() < 256, "{note}");
         assert_eq!(settings.set().unwrap(), 5);
@@ -118,5 +149,33 @@ mod tests {
         settings.restore("what somebody else wrote there").unwrap();
         fs::remove_file(dir.path().join("vs/conntrack")).unwrap();
         assert!(settings.note().is_err() && settings.wrong().contains(&"vs/conntrack"));
+    }
+
+    #[test]
+    fn what_cannot_be_set_is_found_without_setting_anything() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("vs")).unwrap();
+        let settings = Settings(dir.path().to_owned());
+        for (name, _) in WANTED {
+            fs::write(settings.path(name), "0").unwrap();
+        }
+        // Nobody can write that, root included.
+        let name = "vs/expire_nodest_conn";
+        fs::remove_file(settings.path(name)).unwrap();
+        fs::create_dir(settings.path(name)).unwrap();
+        let tried = settings.try_out().unwrap_err().to_string();
+        assert!(tried.starts_with("net/ipv4/vs/expire_nodest_conn cannot be set: "), "{tried}");
+        assert!(tried.ends_with("or set it to 1 on the node"), "{tried}");
+        for (other, _) in WANTED.into_iter().filter(|(other, _)| *other != name) {
+            assert_eq!(settings.read(other).unwrap(), "0", "{other}");
+        }
+        assert_eq!(settings.set().unwrap_err().to_string(), tried);
+        fs::remove_dir(settings.path(name)).unwrap();
+        let absent = settings.try_out().unwrap_err().to_string();
+        assert!(absent.contains("CONFIG_IP_VS_NFCT"), "{absent}");
+        // What is as it must be needs no leave.
+        fs::write(settings.path(name), "1").unwrap();
+        settings.set().unwrap();
+        settings.try_out().unwrap();
     }
 }

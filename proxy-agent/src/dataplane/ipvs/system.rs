@@ -12,7 +12,7 @@ use super::{
     codec::{Held, Request, Service, Virtual},
     device::{Device, Route},
     socket::Socket,
-    sysctl,
+    sysctl::{Settings, Unset},
 };
 
 pub(super) trait System: fmt::Debug + Send {
@@ -30,7 +30,7 @@ pub(super) trait System: fmt::Debug + Send {
     fn destinations(&mut self, at: Virtual) -> io::Result<Vec<Held>>;
     fn run(&mut self, requests: &[Request]) -> io::Result<Vec<io::Result<()>>>;
     fn note(&mut self) -> io::Result<String>;
-    fn set(&mut self) -> Result<u64, (String, io::Error)>;
+    fn set(&mut self) -> Result<u64, Unset>;
     fn wrong(&mut self) -> Vec<&'static str>;
 }
 
@@ -95,14 +95,14 @@ impl System for Kernel {
     }
 
     fn note(&mut self) -> io::Result<String> {
-        sysctl::HERE.note()
+        Settings::here().note()
     }
 
-    fn set(&mut self) -> Result<u64, (String, io::Error)> {
-        sysctl::HERE.set()
+    fn set(&mut self) -> Result<u64, Unset> {
+        Settings::here().set()
     }
 
     fn wrong(&mut self) -> Vec<&'static str> {
-        sysctl::HERE.wrong()
+        Settings::here().wrong()
     }
 }

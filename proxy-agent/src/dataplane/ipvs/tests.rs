@@ -15,7 +15,8 @@ use crate::{
         netfilter::refused,
         nftables::tests::{fake, list_fake},
     },
-    desired::{Backend, Verdict},
+    desired::{Action, Backend, BackendSet, Verdict, Verdicts},
+    model::Protocol,
 };
 
 /// A virtual server and its destinations.
@@ -127,7 +128,7 @@ impl System for Fake {
         Ok(format!("before: {}", self.state().settings))
     }
 
-    fn set(&mut self) -> Result<u64, (String, io::Error)> {
+    fn set(&mut self) -> Result<u64, sysctl::Unset> {
         self.state().settings = "conntrack=1";
         Ok(0)
     }

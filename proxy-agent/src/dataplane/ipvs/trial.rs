@@ -9,6 +9,7 @@ use super::{
     no_ipvs, remedy,
     render::{MAGLEV, Renderer},
     socket::Socket,
+    sysctl::Settings,
 };
 use crate::dataplane::{
     DataplaneError,
@@ -22,6 +23,7 @@ impl Ipvs {
         let unavailable = DataplaneError::Unavailable;
         sample::net_admin()?;
         let mut socket = Socket::open().map_err(no_ipvs)?;
+        Settings::here().try_out().map_err(|unset| unavailable(unset.to_string()))?;
         Nftables::try_out_as(Role::Gate, options)?;
         Route::open().and_then(|route| route.try_out()).map_err(|error| {
             unavailable(format!("no dummy device can be made ({error}); `modprobe dummy`, or CONFIG_DUMMY"))

@@ -6,6 +6,7 @@
 //! counted    what several frontends share, and goes with the last of them
 //! sample     frontends of every kind, to try out with whether a node takes them
 //! names      names of chains that tell what is in them
+//! settings   where the kernel's settings can be written
 //! sift       finds out what is wrong with a change that is refused
 //! flows      ends UDP flows of backends that are gone, in the kernel's conntrack
 //! translated counts the connections that it translates, where another mode takes over
@@ -15,6 +16,7 @@ use std::{
     collections::BTreeSet,
     fs,
     net::IpAddr,
+    ops::RangeInclusive,
     sync::{Arc, atomic::AtomicU64},
 };
 
@@ -33,6 +35,7 @@ pub(crate) mod names;
 #[cfg(test)]
 pub(crate) mod refused;
 pub(crate) mod sample;
+pub(crate) mod settings;
 pub(crate) mod sift;
 pub(crate) mod tool;
 pub(crate) mod translated;
@@ -53,8 +56,8 @@ pub struct Options {
     pub localhost_node_ports: bool,
     /// Counts what iptables-restore did not take.
     pub restore_failures: Arc<AtomicU64>,
-    /// First and last source port for masquerading: others than eBPF uses, so that an answer to the one is never taken for the other's while both
-    /// have flows.
+    /// First and last source port for masquerading: others than eBPF uses ([`beside`]), so that an answer to the one is never taken for the other's
+    /// while both have flows.
     pub masquerade_ports: (u16, u16),
     /// Of IPVS, where a Service does not say how a backend is chosen.
     pub ipvs_scheduler: String,
@@ -82,16 +85,21 @@ impl Options {
     }
 }
 
-/// The source ports that `others` leaves: those above it or below it, whichever are more; all where that leaves hardly any.
+/// What an API server gives Services as NodePorts, unless its `--service-node-port-range` is another; no node is told that.
+const NODE_PORTS: RangeInclusive<u16> = 30_000..=32_767;
+
+/// The source ports that `others` and NodePorts leave: the longest run of them, the higher of two; with the others' where that leaves hardly any.
+/// An answer by UDP to a port that is a NodePort, too, is a request to eBPF's programs, and to rules once conntrack has forgotten its flow.
 pub fn beside((low, high): (u16, u16)) -> (u16, u16) {
-    const FIRST: u16 = 1024;
-    const ENOUGH: u16 = 4096;
-    let (below, above) = (low.saturating_sub(FIRST), u16::MAX - high);
-    match (below, above) {
-        (below, above) if below.max(above) < ENOUGH => (FIRST, u16::MAX),
-        (below, above) if above >= below => (u16::MAX - above + 1, u16::MAX),
-        (below, _) => (FIRST, FIRST + below - 1),
-    }
+    const ALL: (u16, u16) = (1024, u16::MAX);
+    const ENOUGH: usize = 4096;
+    let longest = |taken: &[RangeInclusive<u16>]| {
+        let free: Vec<u16> = (ALL.0..=ALL.1).filter(|port| !taken.iter().any(|range| range.contains(port))).collect();
+        let run = free.chunk_by(|one, next| next - one == 1).max_by_key(|run| run.len())?;
+        Some((run.len(), (*run.first()?, *run.last()?)))
+    };
+    let beside = longest(&[NODE_PORTS, low..=high]).filter(|(length, _)| *length >= ENOUGH);
+    beside.or_else(|| longest(&[NODE_PORTS])).map_or(ALL, |(_, run)| run)
 }
 
 /// Every protocol that netfilter can tell ports of.
@@ -168,10 +176,21 @@ mod tests {
 
     #[test]
     fn ports_are_no_others() {
-        assert_eq!(beside((1024, 29_999)), (30_000, 65_535));
-        assert_eq!(beside((40_000, 65_535)), (1024, 39_999));
-        assert_eq!(beside((1024, 65_535)), (1024, 65_535), "nothing is left");
+        assert_eq!(beside((1024, 29_999)), (32_768, 65_535), "by default");
+        assert_eq!(beside((40_000, 65_535)), (1024, 29_999));
+        assert_eq!(beside((20_000, 40_000)), (40_001, 65_535));
         assert_eq!(beside((1, 61_000)), (61_001, 65_535));
+        assert_eq!(beside((1024, 61_500)), (32_768, 65_535), "hardly any are left");
+        assert_eq!(beside((1024, 65_535)), (32_768, 65_535), "none is left");
+        for low in (1..=u16::MAX).step_by(4999) {
+            for high in (low..=u16::MAX).step_by(5003) {
+                let (first, last) = beside((low, high));
+                assert!(
+                    first <= last && !(first..=last).any(|port| NODE_PORTS.contains(&port)),
+                    "{low}-{high}: {first}-{last}"
+                );
+            }
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@ use proptest::prelude::*;
 
 use super::{super::render::POD_SERVICES, *};
 use crate::{
+    dataplane::netfilter::Options,
     desired::{Action, Algorithm, Backend, FrontendKind, FrontendSpec, Verdict, Verdicts},
     model::{Family, Protocol, ServiceKey},
 };
@@ -97,7 +98,8 @@ impl Kernel {
 }
 
 fn renderer(family: Family) -> Renderer {
-    Renderer { family, mark: 0x4000, masquerade_ports: (30_000, 65_535), localhost: false, liberal: false }
+    let Options { masquerade_ports, .. } = Options::default();
+    Renderer { family, mark: 0x4000, masquerade_ports, localhost: false, liberal: false }
 }
 
 fn name(name: &str, protocol: Protocol) -> ServicePortName {
@@ -233,29 +235,61 @@ fn pods_told_by_address_and_node_ports_on_loopback() {
     insta::assert_snapshot!(everything(&shadow));
 }
 
-/// An endpoint that comes changes its ServicePort's chain alone, a Service one list of addresses: of hundreds.
+/// An endpoint that comes changes its ServicePort's chain and one list of addresses, a Service one more: of hundreds.
 #[test]
 fn a_change_is_as_long_as_what_changes() {
     let mut shadow = Shadow::new(renderer(Family::V4));
-    let services: Vec<Item> = (0..2000_u32)
-        .map(|i| {
-            let addr = std::net::Ipv4Addr::from(0x0a60_0000 + i * 7).to_string();
-            let spec = spec(name(&format!("s{i}"), Protocol::Tcp), &["10.244.1.2", "10.244.2.3"], &[]);
-            let (service, stand) = unit([(frontend(&addr, 80, Protocol::Tcp), spec)]);
-            Item::Unit(service, stand)
-        })
-        .collect();
+    let endpoint = |i: u32| std::net::Ipv4Addr::from(0x0af4_0000 + i).to_string();
+    let front = |i: u32| frontend(&std::net::Ipv4Addr::from(0x0a60_0000 + i * 7).to_string(), 80, Protocol::Tcp);
+    let service = |i: u32, endpoints: &[&str]| {
+        let (service, stand) = unit([(front(i), spec(name(&format!("s{i}"), Protocol::Tcp), endpoints, &[]))]);
+        Item::Unit(service, stand)
+    };
+    let services = (0..2000_u32).map(|i| service(i, &[&endpoint(2 * i), &endpoint(2 * i + 1)])).collect();
     shadow.turn(services);
     let longest = shadow.chains().values().map(Vec::len).max().unwrap();
     assert!(longest <= 70, "{longest} rules in a chain");
-    let addr = std::net::Ipv4Addr::from(0x0a60_0000 + 1000 * 7).to_string();
-    let more = spec(name("s1000", Protocol::Tcp), &["10.244.1.2", "10.244.2.3", "10.244.3.4"], &[]);
-    let (service, stand) = unit([(frontend(&addr, 80, Protocol::Tcp), more)]);
-    let (patch, _) = shadow.turn(vec![Item::Unit(service.clone(), stand)]);
-    assert_eq!((patch.set.len(), patch.gone.len()), (2, 0), "the port's chain and the new endpoint's: {patch:?}");
-    let (patch, _) = shadow.turn(vec![Item::Unit(service, None)]);
-    assert_eq!((patch.set.len(), patch.gone.len()), (1, 5), "{patch:?}");
-    assert!(patch.writes() < 20, "{patch:?}");
+    let chains = |patch: &Patch| {
+        let kind = |(_, chain): &ChainName| chain.split('-').nth(1).unwrap().to_owned();
+        (
+            patch.set.keys().map(kind).collect::<Vec<_>>().join(" "),
+            patch.gone.iter().map(kind).collect::<Vec<_>>().join(" "),
+        )
+    };
+    let more = service(1000, &[&endpoint(2000), &endpoint(2001), &endpoint(4001)]);
+    let (patch, _) = shadow.turn(vec![more]);
+    assert_eq!(chains(&patch), ("NET SVC".into(), String::new()), "the new endpoint, and who chooses it: {patch:?}");
+    assert!(patch.writes() < 70, "{patch:?}");
+    let (patch, _) = shadow.turn(vec![Item::Unit(name("s1000", Protocol::Tcp), None)]);
+    assert_eq!(chains(&patch), ("NET NET NET".into(), "INT SVC".into()), "{patch:?}");
+    assert!(patch.writes() < 200, "{patch:?}");
+}
+
+/// An endpoint of several Services may be sent to itself by any of them.
+#[test]
+fn an_endpoint_is_masqueraded_to_itself_until_no_service_has_it() {
+    let mut shadow = Shadow::new(renderer(Family::V4));
+    let rules = |shadow: &Shadow| shadow.chains()[&(Table::Nat, "PROXY-HAIRPIN".to_owned())].clone();
+    let service = |n: u8, endpoints: &[&str]| {
+        let (service, stand) = unit([(
+            frontend(&format!("10.96.0.{n}"), 80, Protocol::Tcp),
+            spec(name(&format!("s{n}"), Protocol::Tcp), endpoints, &[]),
+        )]);
+        Item::Unit(service, stand)
+    };
+    shadow.turn(vec![service(1, &["10.244.1.2", "10.244.1.3"]), service(2, &["10.244.1.2"])]);
+    let rule = |addr: &str| format!("-s {addr}/32 -d {addr}/32 -j PROXY-MARK-MASQ");
+    let [one, two] = ["10.244.1.2", "10.244.1.3"].map(rule);
+    assert_eq!(rules(&shadow), [one.clone(), two.clone()]);
+    let (patch, undo) = shadow.turn(vec![service(1, &["10.244.1.3"])]);
+    assert_eq!(rules(&shadow), [one.clone(), two.clone()]);
+    assert!(!patch.set.contains_key(&(Table::Nat, "PROXY-HAIRPIN".to_owned())), "{patch:?}");
+    shadow.turn(vec![Item::Unit(name("s2", Protocol::Tcp), None)]);
+    assert_eq!(rules(&shadow), std::slice::from_ref(&two));
+    shadow.turn(undo);
+    assert_eq!(rules(&shadow), [one, two]);
+    shadow.turn(vec![Item::Unit(name("s1", Protocol::Tcp), None)]);
+    assert_eq!(rules(&shadow), Rules::new());
 }
 
 /// The chance of each endpoint of a list of 1000 is the same to the eighth decimal.
@@ -308,14 +342,16 @@ fn any_verdict() -> impl Strategy<Value = Verdict> {
 }
 
 fn any_unit() -> impl Strategy<Value = Item> {
-    let endpoints = proptest::collection::btree_set(1..6_u8, 0..4);
+    let endpoints = proptest::collection::btree_set(1..90_u8, 0..8);
     let frontends =
         proptest::collection::btree_map((0..80_u8, 1..3_u16), (any_verdict(), any_verdict(), any_verdict()), 0..4);
     (0..24_u8, frontends, endpoints.clone(), endpoints, proptest::option::of(1..3_u32), any::<bool>()).prop_map(
         |(number, frontends, all, local, affinity_secs, ranges)| {
             let service = name(&format!("s{number}"), Protocol::Tcp);
             let addrs = |set: std::collections::BTreeSet<u8>| -> Arc<[Backend]> {
-                set.iter().map(|i| Backend { addr: [10, 244, 0, *i].into(), port: 80.try_into().unwrap() }).collect()
+                set.iter()
+                    .map(|i| Backend { addr: [10, 244, 16 * (i % 2), *i].into(), port: 80.try_into().unwrap() })
+                    .collect()
             };
             let (all, local) = (addrs(all), addrs(local));
             let unit: Unit = frontends

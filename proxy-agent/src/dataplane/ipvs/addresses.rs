@@ -1,0 +1,178 @@
+//! What our device holds, whose that is, and what has to be there before: the kernel's settings and the device.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    io,
+    net::IpAddr,
+    sync::Arc,
+};
+
+use super::{Claim, Ipvs, around, codec::Virtual, device, sysctl::Settings};
+use crate::{
+    dataplane::Report,
+    desired::{Action, Frontend, FrontendKind, FrontendSpec, Verdicts},
+    model::Family,
+};
+
+impl Ipvs {
+    /// Settings and device.
+    pub(super) fn prepare(&mut self, report: &mut Report) -> Result<(), String> {
+        let of_device = |error: io::Error| format!("device {}: {error}", device::NAME);
+        let device = match self.system.device().map_err(of_device)? {
+            Some(device) if !device.is_dummy => {
+                return Err(format!(
+                    "device {} is there and is no dummy, so it is somebody else's; rename it, or remove it",
+                    device::NAME
+                ));
+            }
+            Some(device) => {
+                if Settings::is_note(&device.alias) {
+                    self.alias = Some(device.alias.clone());
+                } else {
+                    // An agent was killed over it.
+                    let alias = self.alias()?;
+                    self.system.label(device.index, &alias).map_err(of_device)?;
+                    report.writes += 1;
+                }
+                if !device.up {
+                    self.system.raise(device.index).map_err(of_device)?;
+                    report.writes += 1;
+                }
+                device
+            }
+            None => {
+                let alias = self.alias()?;
+                report.writes += 1;
+                self.system.create(&alias).map_err(|error| {
+                    format!("device {} cannot be made: {error}; `modprobe dummy`, and CAP_NET_ADMIN", device::NAME)
+                })?
+            }
+        };
+        report.writes += self.system.set().map_err(|unset| unset.to_string())?;
+        self.bound = self
+            .system
+            .addresses(device.index)
+            .map_err(|error| format!("addresses of device {}: {error}", device::NAME))?;
+        self.look_around()?;
+        self.device = Some(device);
+        Ok(())
+    }
+
+    /// What was set before us: what a device that is gone meanwhile said, for by now we have set it.
+    pub(super) fn alias(&mut self) -> Result<String, String> {
+        if self.alias.is_none() {
+            let note = self
+                .system
+                .note()
+                .map_err(|error| format!("net/ipv4/vs: {error}; is /proc/sys/net that of this network namespace?"))?;
+            self.alias = Some(note);
+        }
+        Ok(self.alias.clone().unwrap_or_default())
+    }
+
+    /// Whose addresses are, anew.
+    pub(super) fn look_around(&mut self) -> Result<(), String> {
+        let asking = |error: io::Error| format!("the networks that this node is in: {error}");
+        let (others, neighbours) = (self.system.others().map_err(asking)?, self.system.neighbours().map_err(asking)?);
+        self.around.look(others, neighbours);
+        Ok(())
+    }
+
+    /// Puts on our device what is held and not there yet. What could not be guarded is not: the node's own sockets would answer there.
+    pub(super) fn bind(&mut self, report: &mut Report) {
+        let Some(index) = self.device.as_ref().map(|device| device.index) else { return };
+        let missing: Vec<IpAddr> = self.held_for.keys().filter(|addr| !self.bound.contains(addr)).copied().collect();
+        for addr in missing {
+            let done = match report.failed_guards.get(&addr) {
+                Some(failure) => Err(format!("{addr} cannot be guarded: {failure}")),
+                None => self
+                    .system
+                    .add(index, addr)
+                    .map_err(|error| format!("{addr} cannot be put on device {}: {error}", device::NAME)),
+            };
+            match done {
+                Ok(()) => {
+                    report.writes += 1;
+                    self.bound.insert(addr);
+                }
+                Err(why) => {
+                    let concerned = self.by_frontend.iter().filter(|(_, claim)| claim.held == Some(addr));
+                    report.failed.extend(Self::all_failed(concerned.map(|(one, _)| *one), &why).failed);
+                }
+            }
+        }
+        // Only we know of the others; what is held there is tried again, and its guard with it.
+        report.failed_guards.retain(|addr, _| self.guards.contains(addr) || !self.held_for.contains_key(addr));
+    }
+
+    /// The node has taken it over itself: what comes for it is not ours any more, from now on.
+    pub(super) fn is_lost(&self, addr: &IpAddr) -> bool {
+        !self.held_for.contains_key(addr) && self.around.is_own(addr)
+    }
+
+    /// Takes from our device what nobody holds, and no connection leads to. What became free.
+    pub(super) fn unbind(&mut self, report: &mut Report) -> Vec<IpAddr> {
+        let (Some(index), Some(kernel)) = (self.device.as_ref().map(|device| device.index), &self.kernel) else {
+            return Vec::new();
+        };
+        let used = |addr: &IpAddr| {
+            let leads_there = |at: &Virtual| match at {
+                Virtual::At { addr: of, .. } => of == addr,
+                _ if self.wanted.contains_key(at) => false,
+                // One that an earlier run left does not say at which address its frontend was.
+                Virtual::Marked { family, .. } => {
+                    self.marked_at.get(at).map_or(*family == Family::of(*addr), |of| of == addr)
+                }
+            };
+            kernel.keys().any(leads_there)
+        };
+        let is_kept = |addr: &IpAddr| {
+            let addr = addr.to_string();
+            self.kept.iter().any(|key| key.split(" . ").next() == Some(&addr))
+        };
+        let free: Vec<IpAddr> = self
+            .bound
+            .iter()
+            .filter(|addr| !self.held_for.contains_key(addr) && !is_kept(addr))
+            .filter(|addr| self.is_lost(addr) || !used(addr))
+            .copied()
+            .collect();
+        let mut gone = Vec::new();
+        for addr in free {
+            match self.system.take_off(index, addr) {
+                Ok(()) => {
+                    report.writes += 1;
+                    self.bound.remove(&addr);
+                    gone.push(addr);
+                }
+                Err(error) => tracing::warn!(%addr, %error, "cannot be taken off the device"),
+            }
+        }
+        gone
+    }
+
+    /// Whether an address has come to somebody else, or back from them. That is nobody's alteration of ours.
+    pub(super) fn is_other_than_thought(&mut self) -> io::Result<bool> {
+        let mut now = self.around.clone();
+        now.look(self.system.others()?, self.system.neighbours()?);
+        now.backends = around::backends(&now.load_balancers, self.sets());
+        let is_bound = |addr: &IpAddr| self.bound.contains(addr);
+        let differs = |(frontend, claim): (&Frontend, &Claim)| {
+            asks_whose(&claim.spec) && now.held(frontend, &claim.spec, is_bound) != Ok(claim.held)
+        };
+        let is_free = |(frontend, spec): (&Frontend, &Arc<FrontendSpec>)| now.held(frontend, spec, is_bound).is_ok();
+        Ok(self.by_frontend.iter().any(differs) || self.refused.iter().any(is_free))
+    }
+}
+
+/// Whether it matters who else has its address.
+pub(super) fn asks_whose(spec: &FrontendSpec) -> bool {
+    let Verdicts { pod, node, external } = spec.verdicts;
+    let is_left = [pod, node, external].iter().all(|verdict| verdict.action == Action::Pass);
+    is_left || matches!(spec.kind, FrontendKind::ExternalIp | FrontendKind::LoadBalancer)
+}
+
+pub(super) fn load_balancers(frontends: &BTreeMap<Frontend, Arc<FrontendSpec>>) -> BTreeSet<IpAddr> {
+    let all = frontends.iter().filter(|(_, spec)| spec.kind == FrontendKind::LoadBalancer);
+    all.map(|(frontend, _)| frontend.addr).collect()
+}
