@@ -12,9 +12,12 @@ use std::{
 use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
-use super::{Case, Ground, packets};
+use super::{
+    Case, Ground,
+    packets::{self, Narrow},
+};
 use crate::{
-    pod::socket::Transport,
+    pod::{hold, socket::Transport},
     suite::Suite,
     world::{
         Ask, EXTERNAL_CIDR_V4, EXTERNAL_CIDR_V6, Fallback, Family, Place, World, external,
@@ -44,10 +47,12 @@ enum Ext {
     Hairpin,
     /// `node1`, `node2`: host-network endpoints; external policy Local
     Host,
+    /// `b2` only; external policy Cluster
+    Remote,
 }
 
 impl Ext {
-    const ALL: [Self; 9] = [
+    const ALL: [Self; 10] = [
         Self::Open,
         Self::Local,
         Self::Elsewhere,
@@ -57,6 +62,7 @@ impl Ext {
         Self::Own,
         Self::Hairpin,
         Self::Host,
+        Self::Remote,
     ];
 
     /// 1, 2, …
@@ -144,7 +150,7 @@ impl Ext {
                 .port("ngap", "SCTP", 8080);
             let slice = match self {
                 Self::Empty => slice,
-                Self::Elsewhere | Self::Own => slice.endpoint(world.pod("b2")),
+                Self::Elsewhere | Self::Own | Self::Remote => slice.endpoint(world.pod("b2")),
                 Self::Hairpin => slice.endpoint(world.pod("a1")),
                 Self::Host => slice.endpoint(&world.node(1).place).endpoint(&world.node(2).place),
                 _ => slice.endpoint(world.pod("b1")).endpoint(world.pod("b2")),
@@ -160,12 +166,19 @@ pub fn at_node_port(world: &World, family: Family, transport: Transport) -> Sock
     Ext::Open.at_node(&world.node(1).place, family, transport)
 }
 
+/// From outside, at node1's node port to a backend on node2 past a link that is narrow behind node2.
+pub fn remote_path_mtu(ground: &Ground<'_>, family: Family) -> Result<()> {
+    let narrow = Narrow::ToBackend;
+    let [node_port, _] = remote(ground.world, family);
+    packets::narrowed(ground.world, narrow, || packets::learns(ground, ground.world.outside(), node_port, narrow))
+}
+
 /// Nodes, Services and slices.
 pub fn objects(world: &World) -> Vec<Value> {
     objects::nodes(world).into_iter().chain(Ext::ALL.iter().flat_map(|ext| ext.objects(world))).collect()
 }
 
-const CASES: [Case; 19] = [
+const CASES: [Case; 21] = [
     ("A64 A77: policy Cluster, all endpoints", open),
     ("A66 A67 A77: policy Local, from pod and node all endpoints", local_inside),
     ("A65 A77: policy Local, from outside local endpoints with the true source", local_outside),
@@ -180,6 +193,8 @@ const CASES: [Case; 19] = [
     ("other ports of the node's addresses are the node's own", untouched),
     ("A51 A65: host-network endpoints", host_network),
     ("A62: fragmented datagrams", fragments),
+    ("F43: path MTU is found, both ways, from either node", path_mtu),
+    (REUSED, reused),
     ("A127 A52: NodePorts follow the node's addresses", addresses_change),
     ("sockets see the address they asked", names),
     ("A61: SCTP: every way in, masqueraded and by policy Local", sctp),
@@ -189,13 +204,15 @@ const CASES: [Case; 19] = [
 
 const FORGED: &str = "F51: from loopback and from a VIP nothing is served, nor at loopback from outside";
 
+const REUSED: &str = "F49: a port that is used again: chosen anew once it was closed, kept while it is open";
+
 const MAGLEV: &str = "Maglev: every node leads a client's port to the same backend";
 
 /// Every case, under names that begin with `group`. On 127.0.0.1 IPVS serves nobody. What is forged is the kernel's to drop where it translates, and Maglev eBPF's
 /// own.
 pub fn all(suite: &mut Suite, group: &str, ground: &Ground<'_>) {
     let held = |(name, _): &Case| ground.fallback != Some(Fallback::Ipvs) || !name.contains("127.0.0.1");
-    let by_ebpf = |(name, _): &Case| ground.fallback.is_none() || ![FORGED, MAGLEV].contains(name);
+    let by_ebpf = |(name, _): &Case| ground.fallback.is_none() || ![FORGED, REUSED, MAGLEV].contains(name);
     super::each(suite, group, ground, CASES.into_iter().filter(held).filter(by_ebpf));
 }
 
@@ -474,6 +491,77 @@ fn fragments(ground: &Ground<'_>) -> Result<()> {
                     ground.answered(from, &ask)?;
                 }
             }
+        }
+    }
+    Ok(())
+}
+
+/// By node port and load balancer's address, as the packet's translation is another one at each of the places.
+fn path_mtu(ground: &Ground<'_>) -> Result<()> {
+    for narrow in [Narrow::ToBackend, Narrow::BetweenNodes, Narrow::ToOutside] {
+        packets::narrowed(ground.world, narrow, || {
+            for from in ground.origins() {
+                // node1 itself tells whom it translates, and outside is one alone.
+                let asks = match narrow {
+                    Narrow::ToBackend => true,
+                    Narrow::BetweenNodes => ground.per_packet(from),
+                    Narrow::ToOutside => from.node.is_none(),
+                };
+                for family in Family::BOTH.into_iter().filter(|_| asks) {
+                    for to in remote(ground.world, family) {
+                        packets::learns(ground, from, to, narrow)?;
+                    }
+                }
+            }
+            Ok(())
+        })?;
+    }
+    Ok(())
+}
+
+/// What leads to `b2` alone, whoever asks: a node port and a load balancer's address.
+fn remote(world: &World, family: Family) -> [SocketAddr; 2] {
+    let [node_port, load_balancer, _] = Ext::Remote.ways(world, family, Transport::Tcp);
+    [node_port, load_balancer]
+}
+
+/// How a connection ends whose port is used again.
+const ENDS: [&str; 2] = ["--reset", "--server-closes"];
+
+fn reused(ground: &Ground<'_>) -> Result<()> {
+    // Ports that no other case has.
+    let mut ports = 31_400..;
+    for from in ground.origins().into_iter().filter(|from| ground.per_packet(from)) {
+        for family in Family::BOTH {
+            let [node_port, load_balancer, _] = Ext::Open.ways(ground.world, family, Transport::Tcp);
+            for to in [node_port, load_balancer] {
+                for end in ENDS {
+                    let port = ports.next().context("no port left")?;
+                    let ask = Ask::new(to, Transport::Tcp).times(30).timeout(5_000);
+                    let report = ground.answered(from, &ask.with(format!("--source-port={port}")).with(end))?;
+                    let backends = report.backends();
+                    ensure!(backends.keys().eq(["b1", "b2"]), "{} -> {to} {end}: {backends:?}", from.name);
+                }
+            }
+        }
+    }
+    // No socket sends another SYN of a connection that is open: from outside, as a frame.
+    let outside = ground.world.outside();
+    for family in Family::BOTH {
+        let [node_port, load_balancer, _] = Ext::Open.ways(ground.world, family, Transport::Tcp);
+        for to in [node_port, load_balancer] {
+            let port = ports.next().context("no port left")?;
+            let (at, port_arg) = (to.to_string(), format!("--source-port={port}"));
+            let args = ["hold", &at, "--connections=1", &port_arg, "--interval=20", "--timeout=15000"];
+            let mut held = outside.start(&ground.world.programs().testpod, &args.map(str::to_owned))?;
+            held.wait_for_line("ready", patience(15))?;
+            for _ in 0..12 {
+                packets::framed(ground.world, to, port, &["--timeout=10"])?;
+            }
+            std::thread::sleep(Duration::from_millis(200));
+            let report: hold::Report = held.finish(patience(20))?;
+            let fine = report.broken.is_empty() && report.wrong.is_empty() && report.rounds > 0;
+            ensure!(fine, "outside:{port} -> {to}, with SYNs in between: {report:?}");
         }
     }
     Ok(())

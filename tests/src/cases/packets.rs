@@ -1,6 +1,6 @@
 //! Packets that are not the ordinary ones: fragments, and ICMP messages about translated flows.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 
 use anyhow::{Context, Result, ensure};
 
@@ -164,31 +164,111 @@ fn mac(namespace: &Namespace, device: &str) -> Result<String> {
     mac.map(str::to_owned).with_context(|| format!("{device} has no hardware address"))
 }
 
-/// The last link to the backend takes 1300 bytes: the node before it says so to the sender, who must understand it although
-/// it never heard of the backend.
-pub fn path_mtu(ground: &Ground<'_>) -> Result<()> {
+/// Where on the way between a client and `b2` packets of more than 1300 bytes do not fit. Whoever stands before it says so to the sender, who
+/// must understand it although it never heard of whom the message is about.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Narrow {
+    /// The last link to `b2`: node2 tells the sender, who never heard of `b2`.
+    ToBackend,
+    /// node1's way to the pods of node2: node1 itself tells it, with the packet in hand that it had translated.
+    BetweenNodes,
+    /// node1's way back to the client outside: it tells `b2`, who never heard of the VIP and, where it is masqueraded, of the client.
+    ToOutside,
+}
+
+/// A command that narrows a way, and the one that makes it as wide as before, for `ip -batch` on a node.
+struct Change {
+    node: usize,
+    narrow: String,
+    widen: String,
+}
+
+impl Narrow {
+    fn changes(self, world: &World) -> Result<Vec<Change>> {
+        if self == Self::ToBackend {
+            let (link, before) = match world.topology {
+                Topology::Routed | Topology::Tun => (world.pod_link(world.pod("b2")), 1500),
+                Topology::Bridge | Topology::Uplink => ("cni0".to_owned(), 1500),
+                Topology::Vxlan => ("cni0".to_owned(), 1450),
+            };
+            let set = |mtu: u16| format!("link set {link} mtu {mtu}\n");
+            return Ok(vec![Change { node: 2, narrow: set(1300), widen: set(before) }]);
+        }
+        let change = |family: Family| {
+            let to = if self == Self::BetweenNodes { world.pod("b2") } else { world.outside() };
+            let bits = if family == Family::V4 { 32 } else { 128 };
+            let to = to.ip(family);
+            let found = world.node(1).place.namespace.output("ip", &["-j", "route", "get", &to.to_string()])?;
+            let found: serde_json::Value = serde_json::from_str(&found).context("ip -j route get")?;
+            let word = |key: &str| found.pointer(&format!("/0/{key}")).and_then(serde_json::Value::as_str);
+            let via = word("gateway").map_or(String::new(), |gateway| format!("via {gateway} onlink "));
+            let way = format!("{to}/{bits} {via}dev {}", word("dev").context("no device")?);
+            Ok(Change {
+                node: 1,
+                // Where XDP looks a route up, the kernel heeds no MTU of it that is not locked.
+                narrow: format!("route add {way} mtu lock 1300\n"),
+                widen: format!("route del {way}\n"),
+            })
+        };
+        Family::BOTH.into_iter().map(change).collect()
+    }
+}
+
+/// What `ask` does while the way is narrow.
+pub fn narrowed<T>(world: &World, narrow: Narrow, ask: impl FnOnce() -> Result<T>) -> Result<T> {
+    let changes = narrow.changes(world)?;
+    let run = |change: &Change, script: &str| world.node(change.node).place.namespace.ip(script);
+    let done = changes.iter().try_for_each(|change| run(change, &change.narrow)).and_then(|()| ask());
+    for change in &changes {
+        // Of what could not be narrowed nothing is left; the first error is the one to tell.
+        let widened = run(change, &change.widen);
+        if done.is_ok() {
+            widened?;
+        }
+    }
+    done
+}
+
+/// A large request by way of `to`, or a large answer where the way back is narrow, gets through, and who sends too much has learnt how much it may: not of an
+/// earlier case.
+pub fn learns(ground: &Ground<'_>, from: &Place, to: SocketAddr, narrow: Narrow) -> Result<()> {
     let world = ground.world;
-    let node = &world.node(2).place.namespace;
-    let (link, before) = match world.topology {
-        Topology::Routed | Topology::Tun => (world.pod_link(world.pod("b2")), 1500),
-        Topology::Bridge | Topology::Uplink => ("cni0".to_owned(), 1500),
-        Topology::Vxlan => ("cni0".to_owned(), 1450),
+    let (backend, family) = (world.pod("b2"), if to.is_ipv4() { Family::V4 } else { Family::V6 });
+    let nodes = world.nodes.iter().map(|node| &node.place);
+    for place in nodes.chain([from, backend]) {
+        place.namespace.ip("route flush cache\n")?;
+        place.namespace.output("ip", &["-6", "route", "flush", "cache"])?;
+    }
+    // Not both: a veth takes no frame that is longer than its own MTU, so the narrow link to `b2` has nobody to tell `b2` that.
+    let large = if narrow == Narrow::ToOutside { "--reply=200000" } else { "--size=200000" };
+    let ask = Ask::new(to, Transport::Tcp).timeout(10_000).with(large);
+    let report = ground.answered(from, &ask)?;
+    let what = || format!("{} -> {to}, narrow {narrow:?}", from.name);
+    ensure!(report.backends().keys().eq(["b2"]), "{}: answered by {:?}", what(), report.backends());
+    // At connect time the kernel knows the flow by its backend, per packet by the VIP; the backend knows whoever it sees.
+    let (teller, peers) = if narrow == Narrow::ToOutside {
+        let seen = report.tries.first().and_then(|one| one.answer.as_ref()).context("no answer")?;
+        (backend, vec![seen.peer.parse::<SocketAddr>()?.ip()])
+    } else {
+        (from, vec![to.ip(), backend.ip(family)])
     };
-    node.ip(&format!("link set {link} mtu 1300\n"))?;
-    let outcome = ground.origins().into_iter().try_for_each(|from| {
-        for family in Family::BOTH {
-            let to = Svc::Remote.at(family, Transport::Tcp);
-            let ask = Ask::new(to, Transport::Tcp).timeout(5000).with("--size=200000");
-            ground.answered(from, &ask)?;
-            // At connect time the kernel knows the flow by its backend, per packet by the VIP.
-            let known = [to.ip(), world.pod("b2").ip(family)].map(|peer: IpAddr| {
-                let route = from.namespace.output("ip", &["route", "get", &peer.to_string()]);
-                route.is_ok_and(|route| route.contains("mtu 1300"))
-            });
-            ensure!(known.contains(&true), "{} -> {to}: all arrived, but the path MTU is not known", from.name);
+    let known = peers.iter().any(|peer| {
+        let route = teller.namespace.output("ip", &["route", "get", &peer.to_string()]);
+        route.is_ok_and(|route| route.contains("mtu 1300") || route.contains("mtu lock 1300"))
+    });
+    ensure!(known, "{}: all arrived, but {} does not know the path MTU", what(), teller.name);
+    Ok(())
+}
+
+/// From everywhere, to a backend on the other node.
+pub fn path_mtu(ground: &Ground<'_>) -> Result<()> {
+    let narrow = Narrow::ToBackend;
+    narrowed(ground.world, narrow, || {
+        for from in ground.origins() {
+            for family in Family::BOTH {
+                learns(ground, from, Svc::Remote.at(family, Transport::Tcp), narrow)?;
+            }
         }
         Ok(())
-    });
-    node.ip(&format!("link set {link} mtu {before}\n"))?;
-    outcome
+    })
 }

@@ -2,13 +2,17 @@
 
 use std::{
     collections::BTreeMap,
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader, Read, Write},
     net::SocketAddr,
     time::{Duration, Instant},
 };
 
 use anyhow::Result;
-use nix::errno::Errno;
+use nix::{
+    errno::Errno,
+    libc,
+    sys::socket::{setsockopt, sockopt},
+};
 use serde::{Deserialize, Serialize};
 
 use super::{
@@ -55,6 +59,9 @@ pub struct Args {
     /// End TCP connections with a reset: a socket in TIME_WAIT would keep its port from the next try
     #[arg(long)]
     pub reset: bool,
+    /// Have the server end TCP connections, and leave only once both ends are closed: the port can be used again at once
+    #[arg(long, conflicts_with = "reset")]
+    pub server_closes: bool,
     /// Give up after the first try that fails
     #[arg(long)]
     pub fail_fast: bool,
@@ -140,10 +147,15 @@ pub fn run(args: &Args) -> Result<Report> {
 }
 
 fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()> {
-    let &Args { to, transport, timeout, mapped, size, reply, burst, no_check, hear_errors, reset, .. } = args;
+    let &Args {
+        to, transport, timeout, mapped, size, reply, burst, no_check, hear_errors, reset, server_closes, ..
+    } = args;
     let to = socket::target(to, mapped);
     let timeout = Duration::from_millis(timeout);
-    let request = wire::request(size, reply);
+    let mut request = wire::request(size, reply);
+    if server_closes {
+        request.splice(0..0, *wire::LAST);
+    }
     let io = |error: std::io::Error| socket::errno(&error);
     let bytes = match transport {
         Transport::Tcp => {
@@ -156,13 +168,16 @@ fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()>
             stream.write_all(&request).map_err(io)?;
             "read".clone_into(&mut seen.step);
             let mut line = Vec::new();
-            BufReader::new(&stream).read_until(b'\n', &mut line).map_err(io)?;
-            if reset {
-                let _ = nix::sys::socket::setsockopt(
-                    &stream,
-                    nix::sys::socket::sockopt::Linger,
-                    &nix::libc::linger { l_onoff: 1, l_linger: 0 },
-                );
+            let mut reader = BufReader::new(&stream);
+            reader.read_until(b'\n', &mut line).map_err(io)?;
+            if server_closes {
+                "end".clone_into(&mut seen.step);
+                reader.read_to_end(&mut Vec::new()).map_err(io)?;
+            }
+            if reset || server_closes {
+                // No seconds at all: a reset. With some, closing takes until the other end has confirmed it.
+                let l_linger = if reset { 0 } else { i32::try_from(timeout.as_secs()).unwrap_or(i32::MAX) };
+                setsockopt(&stream, sockopt::Linger, &libc::linger { l_onoff: 1, l_linger })?;
             }
             line
         }

@@ -98,6 +98,9 @@ fn converse(stream: TcpStream, name: &str) -> std::io::Result<()> {
             writer.write_all(b"HTTP/1.0 200 OK\r\nContent-Type: application/json\r\n\r\n")?;
             return writer.write_all(&wire::answer(name, &peer, &local, &line));
         }
+        if let Some(request) = line.strip_prefix(wire::LAST) {
+            return writer.write_all(&wire::answer(name, &peer, &local, request));
+        }
         writer.write_all(&wire::answer(name, &peer, &local, &line))?;
         line.clear();
     }

@@ -55,6 +55,7 @@ impl Question {
             no_check: false,
             hear_errors: false,
             reset: false,
+            server_closes: false,
             fail_fast: true,
         })
     }

@@ -1,7 +1,7 @@
 //! What clients and servers say to each other: a request line, an answer line.
 //!
 //! Request: the number of bytes wanted in the answer, a blank, padding, a newline. Answer: [`Answer`] as one line of JSON,
-//! padded. A UDP datagram carries one of either.
+//! padded. A UDP datagram carries one of either. A connection whose request begins with [`LAST`] is ended by the server.
 
 use serde::{Deserialize, Serialize};
 
@@ -18,6 +18,9 @@ pub struct Answer {
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub pad: String,
 }
+
+/// In front of a request after whose answer the server closes the connection.
+pub const LAST: &[u8; 5] = b"LAST ";
 
 /// A request of at least `size` bytes that asks for an answer of at least `reply` bytes.
 pub fn request(size: usize, reply: usize) -> Vec<u8> {

@@ -123,7 +123,8 @@ fn ready_for_xdp(nodes: &[Node], pods: &BTreeMap<String, Place>, outside: &Place
     }
     let ports = underlay.output("ip", &["-o", "link", "show", "master", "under"])?;
     for port in ports.lines().filter_map(|line| line.split(": ").nth(1)?.split('@').next()) {
-        underlay.output("ethtool", &["-K", port, "gro", "on"])?;
+        // What it has merged it cuts up again, and would leave the sums of the pieces to the hardware.
+        underlay.output("ethtool", &["-K", port, "gro", "on", "tx", "off"])?;
     }
     Ok(())
 }
