@@ -9,13 +9,10 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::{
     Scale,
-    packets::{ACK, Family, Programs, SYN, arp, client, families, packet},
+    packets::{ACK, EGRESS, ESTABLISHED, Family, INGRESS, OUTSIDE, Programs, SYN, arp, client, families, packet},
     report::{Bound, Figure, Report},
 };
 use proxy_common::proto::{TCP, UDP};
-
-const INGRESS: &str = "tc_ingress_ether";
-const EGRESS: &str = "tc_egress_ether";
 
 /// New flows whose cost is compared.
 const OPENED: u16 = 500;
@@ -64,19 +61,20 @@ pub fn masqueraded(
 ) -> Result<()> {
     let Family { node_port, backends: [backend, ..], .. } = family;
     let (mut opens, mut leaves) = (Step::default(), Step::default());
+    let outside = client(family, OUTSIDE);
     for port in 1..=scale.new_flows {
-        let from = SocketAddr::new(family.client, port);
+        let from = SocketAddr::new(outside, port);
         let inside = opens.run(programs, INGRESS, &packet(from, node_port, proto, SYN))?;
         leaves.run(programs, EGRESS, &inside)?;
     }
     report.row("D6", name("new flow, node port, at ingress"), "ns", opens.figure());
     report.row("D6", name("new flow, node port, at egress: is given a port"), "ns", leaves.figure());
 
-    let from = SocketAddr::new(family.client, 50_000);
+    let from = SocketAddr::new(outside, 50_000);
     let (_, inside) = programs.pass(INGRESS, &packet(from, node_port, proto, SYN))?;
-    let (_, outside) = programs.pass(EGRESS, &inside)?;
-    let given = SocketAddr::new(family.node, source_port(family, &outside)?);
-    ensure!(outside == packet(given, backend, proto, SYN), "a node port's packet is not what it should be");
+    let (_, sent) = programs.pass(EGRESS, &inside)?;
+    let given = SocketAddr::new(family.node, source_port(family, &sent)?);
+    ensure!(sent == packet(given, backend, proto, SYN), "a node port's packet is not what it should be");
     for flags in [SYN | ACK, ACK] {
         let (_, inside) = programs.pass(INGRESS, &packet(backend, given, proto, flags))?;
         let (_, answer) = programs.pass(EGRESS, &inside)?;
@@ -98,7 +96,7 @@ pub fn masqueraded(
     // What the same is without masquerade, measured in the same way.
     let mut plain = Step::default();
     for _ in 0..scale.new_flows {
-        plain.run(programs, INGRESS, &packet(SocketAddr::new(family.client, 40_000), family.vip, proto, ACK))?;
+        plain.run(programs, INGRESS, &packet(SocketAddr::new(family.client, ESTABLISHED), family.vip, proto, ACK))?;
     }
     report.row("D6", name("established, not masqueraded, one at a time"), "ns", plain.figure());
     Ok(())

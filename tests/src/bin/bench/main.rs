@@ -13,6 +13,7 @@
 //! next round in the opposite order. A control, the same as the baseline in another cgroup, tells how much is noise.
 #![allow(unreachable_pub, reason = "a program: nothing of it is reached from outside")]
 
+mod balance;
 mod bpf;
 mod c11;
 mod c3;
@@ -32,6 +33,10 @@ mod xdp;
 #[path = "../../../../proxy-agent/tests/support/mod.rs"]
 #[expect(dead_code, reason = "shared with the agent's tests, which use all of it")]
 mod support;
+
+#[path = "../../../../proxy-agent/tests/packets/packet.rs"]
+#[expect(dead_code, reason = "as above")]
+mod frame;
 
 use std::{
     env, fs,
@@ -85,6 +90,8 @@ struct Scale {
     /// Runs of a program on one packet.
     repeat: u32,
     new_flows: u16,
+    /// New flows whose backends are counted.
+    picks: u32,
     /// Entries of the connection table that is filled.
     table: u32,
     changes: usize,
@@ -101,6 +108,7 @@ const SMOKE: Scale = Scale {
     batches: 20,
     repeat: 50_000,
     new_flows: 1_500,
+    picks: 20_000,
     table: 8_192,
     changes: 200,
     change_services: 1_000,
@@ -114,6 +122,7 @@ const FULL: Scale = Scale {
     batches: 100,
     repeat: 1_000_000,
     new_flows: 8_192,
+    picks: 1_000_000,
     table: 65_536,
     changes: 2_000,
     change_services: 10_000,
@@ -196,6 +205,7 @@ fn measure(args: &Args, cgroup: &Path) -> Result<ExitCode> {
 
     if wants("d9") {
         maglev::measure(&mut report);
+        packets::alone(|| balance::measure(&scale, &mut report)).context("D9")?;
     }
 
     if wants("c3") {

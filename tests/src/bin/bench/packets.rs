@@ -1,8 +1,9 @@
 //! D6: nanoseconds per packet of the per-packet programs alone, by `BPF_PROG_TEST_RUN`.
 //!
 //! A repeated run sees the packet as the run before left it. For established flows two frontends therefore lead to each
-//! other, `VIP → Y` and `Y → VIP`: every run translates, and the packet comes back every second time. New flows and refusals
-//! are measured one run at a time, each with a packet of its own, less what a packet costs that the program does not look at.
+//! other, `VIP → Y` and `Y → VIP`: every run translates, and the packet comes back every second time. So do its fragments and the errors
+//! about it. New flows and refusals are measured one run at a time, each with a packet of its own, less what a packet costs that the program
+//! does not look at.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
@@ -13,20 +14,23 @@ use aya::{
     programs::{SchedClassifier, TestRun as _},
 };
 use proxy_common::{
-    Address, Be16, Ipv4Be, Ipv6Be, checksum,
+    Address, Be16, Ipv4Be, Ipv6Be,
     connection::{ConnectionKey, ConnectionValue, hook},
     device::{DeviceValue, role},
     frontend::{algorithm, origin, verdict},
     globals::socket_lb,
-    proto::{TCP, UDP},
+    proto::{SCTP, TCP, UDP},
 };
 
 use crate::{
     Scale,
+    frame::{Body, ETHERNET, Packet},
     report::{Bound, Figure, Report},
     support::{Datapath, Globals, Spec},
     world::Netns,
 };
+
+pub(crate) use crate::frame::{ACK, SYN};
 
 const BEST_OF: usize = 7;
 /// Room for half-open flows when they evict each other.
@@ -35,8 +39,21 @@ const SMALL: u32 = 1_024;
 /// First of the ids of the frontends that differ in how they choose.
 const CHOICES: u32 = 1_000_000;
 
-pub const SYN: u8 = 0x02;
-pub const ACK: u8 = 0x10;
+/// Number of the first of the clients that ask one frontend alone, from many ports. Below are those that ask from one port.
+const ALONE: u16 = 9_000;
+/// Of the one that asks the node port.
+pub const OUTSIDE: u16 = ALONE + 4;
+
+pub const INGRESS: &str = "tc_ingress_ether";
+pub const EGRESS: &str = "tc_egress_ether";
+
+pub const PROTOS: [(u8, &str); 3] = [(TCP, "TCP"), (UDP, "UDP"), (SCTP, "SCTP")];
+
+/// The client's port of the flow that is measured as an established one.
+pub const ESTABLISHED: u16 = 40_000;
+
+/// Where a fragmented packet is cut: behind TCP's checksum.
+const CUT: usize = 24;
 
 #[derive(Clone, Copy)]
 pub struct Family {
@@ -47,8 +64,9 @@ pub struct Family {
     pub mirror: SocketAddr,
     empty: SocketAddr,
     elsewhere: SocketAddr,
-    /// Three backends each: chosen at random; with session affinity; by Maglev.
+    /// Three backends each: chosen at random; in turns; with session affinity; by Maglev.
     pub random: SocketAddr,
+    turns: SocketAddr,
     sticky: SocketAddr,
     maglev: SocketAddr,
     /// Masqueraded, with this address, to one backend.
@@ -71,6 +89,7 @@ pub fn families() -> [Family; 2] {
             random: v4(10, 111, 0, 4, 80),
             sticky: v4(10, 111, 0, 5, 80),
             maglev: v4(10, 111, 0, 6, 80),
+            turns: v4(10, 111, 0, 7, 80),
             node_port: v4(192, 168, 7, 1, 30_080),
             node: v4(192, 168, 7, 2, 0).ip(),
             backends: [21, 22, 23].map(|host| v4(10, 2, 0, host, 8080)),
@@ -85,6 +104,7 @@ pub fn families() -> [Family; 2] {
             random: v6(0x111, 4, 80),
             sticky: v6(0x111, 5, 80),
             maglev: v6(0x111, 6, 80),
+            turns: v6(0x111, 7, 80),
             node_port: v6(7, 1, 30_080),
             node: v6(7, 2, 0).ip(),
             backends: [0x21, 0x22, 0x23].map(|host| v6(2, host, 8080)),
@@ -92,56 +112,26 @@ pub fn families() -> [Family; 2] {
     ]
 }
 
-/// An Ethernet frame from `from` to `to`.
+/// From `from` to `to`; an SCTP packet's chunk says what `flags` say of TCP.
+fn described(from: SocketAddr, to: SocketAddr, proto: u8, flags: u8) -> Packet {
+    let packet = match (proto, flags) {
+        (TCP, _) => Packet::tcp(from, to, flags),
+        (_, SYN) => Packet::opening(proto, from, to),
+        (_, ACK) => Packet::more(proto, from, to),
+        _ => Packet::answer(proto, from, to),
+    };
+    packet.with_payload(&[0; 18])
+}
+
+/// The same as an Ethernet frame.
 pub fn packet(from: SocketAddr, to: SocketAddr, proto: u8, flags: u8) -> Vec<u8> {
-    let payload = [0_u8; 18];
-    let mut l4 = Vec::new();
-    l4.extend(from.port().to_be_bytes());
-    l4.extend(to.port().to_be_bytes());
-    if proto == TCP {
-        // Number 1; what it acknowledges is the SYN with that number.
-        l4.extend([0, 0, 0, 1, 0, 0, 0, 2, 0x50, flags, 0xff, 0xff, 0, 0, 0, 0]);
-    } else {
-        l4.extend(u16::try_from(8 + payload.len()).unwrap_or(0).to_be_bytes());
-        l4.extend([0, 0]);
-    }
-    l4.extend(payload);
-    let length = u16::try_from(l4.len()).unwrap_or(0);
+    described(from, to, proto, flags).frame()
+}
 
-    let mut pseudo = Vec::new();
-    match (from.ip(), to.ip()) {
-        (IpAddr::V4(from), IpAddr::V4(to)) => pseudo.extend([from.octets(), to.octets()].concat()),
-        (IpAddr::V6(from), IpAddr::V6(to)) => pseudo.extend([from.octets(), to.octets()].concat()),
-        _ => {}
-    }
-    let addresses = pseudo.clone();
-    pseudo.extend([0, proto]);
-    pseudo.extend(length.to_be_bytes());
-    let sum = checksum::finish(checksum::sum(&pseudo) + checksum::sum(&l4)).to_ne_bytes();
-    // None at all is what zero would say of a datagram.
-    let sum = if proto == UDP && sum == [0, 0] { [0xff, 0xff] } else { sum };
-    let at = if proto == TCP { 16 } else { 6 };
-    l4.splice(at..at + 2, sum);
-
-    // The loopback device's address first.
-    let mut frame = vec![0, 0, 0, 0, 0, 0, 2, 0, 0, 0, 0, 2];
-    if from.is_ipv4() {
-        frame.extend([0x08, 0x00]);
-        let mut ip = vec![0x45, 0];
-        ip.extend((20 + length).to_be_bytes());
-        ip.extend([0, 1, 0x40, 0, 64, proto, 0, 0]);
-        ip.extend(addresses);
-        let sum = checksum::finish(checksum::sum(&ip)).to_ne_bytes();
-        ip.splice(10..12, sum);
-        frame.extend(ip);
-    } else {
-        frame.extend([0x86, 0xdd, 0x60, 0, 0, 0]);
-        frame.extend(length.to_be_bytes());
-        frame.extend([proto, 64]);
-        frame.extend(addresses);
-    }
-    frame.extend(l4);
-    frame
+/// That a packet is too long for a link, as a router says it to `to`: with the least of it that it may quote.
+fn too_long(from: IpAddr, to: IpAddr, quoted: &Packet) -> Vec<u8> {
+    let (kind, code, least) = if from.is_ipv4() { (3, 4, 28) } else { (2, 0, 48) };
+    Packet::icmp(from, to, kind, code, &quoted.frame()[ETHERNET..ETHERNET + least]).frame()
 }
 
 /// What the programs do not look at.
@@ -152,7 +142,7 @@ pub fn arp() -> Vec<u8> {
 }
 
 pub struct Programs {
-    datapath: Datapath,
+    pub datapath: Datapath,
 }
 
 impl Programs {
@@ -165,12 +155,12 @@ impl Programs {
     /// The same, with the sizes of some maps.
     pub fn load_sized(services: u32, sizes: &[(&str, u32)]) -> Result<Option<Self>> {
         let globals = Globals { socket_lb: socket_lb::ALL, node_netns_cookie: u64::MAX, connected_udp: 1 };
-        // Four Maglev tables of 4513 positions.
-        let mut datapath = Datapath::load_sized(&globals, 2 * services + 1_024, 2 * services + 20_480, sizes);
-        if datapath.ebpf.program("tc_ingress_ether").is_none() {
+        // Six Maglev tables of 4513 positions.
+        let mut datapath = Datapath::load_sized(&globals, 2 * services + 1_024, 2 * services + 28_672, sizes);
+        if datapath.ebpf.program(INGRESS).is_none() {
             return Ok(None);
         }
-        for name in ["tc_ingress_ether", "tc_egress_ether"] {
+        for name in [INGRESS, EGRESS] {
             let program: &mut SchedClassifier = datapath.ebpf.program_mut(name).context(name)?.try_into()?;
             program.load()?;
         }
@@ -183,18 +173,20 @@ impl Programs {
         devices.insert(1, DeviceValue { role: role::POD, source4, source6, ..Default::default() }, 0)?;
 
         for family in families() {
-            for proto in [TCP, UDP] {
+            for (proto, _) in PROTOS {
                 let refused = Spec { verdicts: [verdict::REJECT; origin::COUNT], ..Spec::pick_all(3, &[]) };
                 datapath.frontend(family.vip, proto, &Spec::pick_all(1, &[family.mirror]));
                 datapath.frontend(family.mirror, proto, &Spec::pick_all(2, &[family.vip]));
                 datapath.frontend(family.empty, proto, &refused);
-                // The three kinds of choice; services of their own, below those of the many.
+                // The kinds of choice; services of their own, beyond those of the many.
                 let random = Spec::pick_all(CHOICES, &family.backends);
                 let sticky = Spec { service: CHOICES + 1, affinity_secs: 10_800, ..random.clone() };
                 let maglev = Spec { service: CHOICES + 2, algorithm: algorithm::MAGLEV, ..random.clone() };
+                let turns = Spec { service: CHOICES + 4, algorithm: algorithm::ROUND_ROBIN, ..random.clone() };
                 datapath.frontend(family.random, proto, &random);
                 datapath.frontend(family.sticky, proto, &sticky);
                 datapath.frontend(family.maglev, proto, &maglev);
+                datapath.frontend(family.turns, proto, &turns);
                 let verdicts = [verdict::PICK_ALL | verdict::MASQUERADE; origin::COUNT];
                 let [backend, ..] = family.backends;
                 datapath.frontend(
@@ -234,10 +226,10 @@ impl Programs {
         Ok((result.return_value as i32, result.duration.as_nanos() as f64))
     }
 
-    fn repeated(&self, packet: &[u8], repeat: u32) -> Result<Figure> {
+    fn repeated(&self, program: &str, packet: &[u8], repeat: u32) -> Result<Figure> {
         let mut ns = Vec::new();
         for _ in 0..BEST_OF {
-            ns.push(self.run("tc_ingress_ether", packet, repeat)?.1);
+            ns.push(self.run(program, packet, repeat)?.1);
         }
         Ok(Figure::of(&ns))
     }
@@ -248,8 +240,8 @@ impl Programs {
         let mut nothing = Vec::new();
         let mut ns = Vec::new();
         for packet in packets {
-            nothing.push(self.run("tc_ingress_ether", &arp, 1)?.1);
-            ns.push(self.run("tc_ingress_ether", &packet, 1)?.1);
+            nothing.push(self.run(INGRESS, &arp, 1)?.1);
+            ns.push(self.run(INGRESS, &packet, 1)?.1);
         }
         let floor = Figure::of(&nothing).median;
         let Figure { median, min, max } = Figure::of(&ns);
@@ -260,10 +252,10 @@ impl Programs {
     fn establish(&self, family: Family, port: u16, proto: u8) -> Result<()> {
         let client = SocketAddr::new(family.client, port);
         for (frontend, backend) in [(family.vip, family.mirror), (family.mirror, family.vip)] {
-            self.run("tc_ingress_ether", &packet(client, frontend, proto, SYN), 1)?;
-            self.run("tc_egress_ether", &packet(backend, client, proto, SYN | ACK), 1)?;
-            self.run("tc_ingress_ether", &packet(client, frontend, proto, ACK), 1)?;
-            self.run("tc_egress_ether", &packet(backend, client, proto, ACK), 1)?;
+            self.run(INGRESS, &packet(client, frontend, proto, SYN), 1)?;
+            self.run(EGRESS, &packet(backend, client, proto, SYN | ACK), 1)?;
+            self.run(INGRESS, &packet(client, frontend, proto, ACK), 1)?;
+            self.run(EGRESS, &packet(backend, client, proto, ACK), 1)?;
             let is_there = match (client.ip(), frontend.ip()) {
                 (IpAddr::V4(from), IpAddr::V4(to)) => {
                     let (from, to) = (Ipv4Be::from_octets(from.octets()), Ipv4Be::from_octets(to.octets()));
@@ -314,17 +306,22 @@ fn choices(
 ) -> Result<()> {
     // By turns: a slow minute of the machine falls on all of them.
     let half = scale.new_flows / 2;
-    let mut figures: [Vec<Figure>; 5] = Default::default();
+    let mut figures: [Vec<Figure>; 6] = Default::default();
     for round in 0..2 {
         let numbers = || (1..=half).map(move |n| n + round * half);
-        let one = |frontend| move |port| packet(SocketAddr::new(family.client, port), frontend, proto, SYN);
-        let many = |frontend| move |n| packet(SocketAddr::new(client(family, n), 40_000), frontend, proto, SYN);
+        // No two frontends are asked from the same port: their backends are the same, and a flow whose answers would be another's costs more.
+        let one = |frontend, who| {
+            let who = client(family, ALONE + who);
+            move |port| packet(SocketAddr::new(who, port), frontend, proto, SYN)
+        };
+        let many = |frontend, port| move |n| packet(SocketAddr::new(client(family, n), port), frontend, proto, SYN);
         for (figures, figure) in figures.iter_mut().zip([
-            programs.singly(numbers().map(one(family.random)))?,
-            programs.singly(numbers().map(one(family.sticky)))?,
-            programs.singly(numbers().map(one(family.maglev)))?,
-            programs.singly(numbers().map(many(family.random)))?,
-            programs.singly(numbers().map(many(family.sticky)))?,
+            programs.singly(numbers().map(one(family.random, 0)))?,
+            programs.singly(numbers().map(one(family.turns, 1)))?,
+            programs.singly(numbers().map(one(family.sticky, 2)))?,
+            programs.singly(numbers().map(one(family.maglev, 3)))?,
+            programs.singly(numbers().map(many(family.random, 40_000)))?,
+            programs.singly(numbers().map(many(family.sticky, 40_001)))?,
         ]) {
             figures.push(figure);
         }
@@ -334,9 +331,10 @@ fn choices(
         min: rounds.iter().map(|round| round.min).fold(f64::INFINITY, f64::min),
         max: rounds.iter().map(|round| round.max).fold(f64::NEG_INFINITY, f64::max),
     });
-    let [random, remembered, maglev, random_many, new] = figures;
+    let [random, turns, remembered, maglev, random_many, new] = figures;
     for (what, figure) in [
         ("new flow, random of three", random),
+        ("new flow, in turns", turns),
         ("new flow, affinity, client remembered", remembered),
         ("new flow, Maglev", maglev),
         ("new flow, random of three, another client each", random_many),
@@ -354,23 +352,86 @@ fn choices(
     Ok(())
 }
 
-/// That the programs translate what is measured, and that the packet survives it.
-fn check(programs: &Programs, family: Family, proto: u8) -> Result<()> {
-    let client = SocketAddr::new(family.client, 40_000);
-    let sent = packet(client, family.vip, proto, ACK);
-    for (repeat, wanted) in [(1, packet(client, family.mirror, proto, ACK)), (2, sent.clone())] {
-        let program: &SchedClassifier =
-            programs.datapath.ebpf.program("tc_ingress_ether").context("no program")?.try_into()?;
-        let mut out = vec![0; sent.len()];
-        program.test_run(TestRunOptions {
-            data_in: Some(&sent),
-            data_out: Some(&mut out),
-            repeat,
-            ..Default::default()
-        })?;
-        ensure!(out == wanted, "after {repeat} runs the packet is not what it should be");
+/// What is sent over and over, and what one run makes of it; the next one makes it what it was.
+struct Mirrored {
+    what: &'static str,
+    program: &'static str,
+    sent: Vec<u8>,
+    translated: Vec<u8>,
+}
+
+impl Mirrored {
+    /// Of the flow that [`Programs::establish`] opens: a packet.
+    fn packet(family: Family, proto: u8) -> Self {
+        let sent = described(SocketAddr::new(family.client, ESTABLISHED), family.vip, proto, ACK);
+        let translated = sent.to(family.mirror).frame();
+        Self { what: "established", program: INGRESS, sent: sent.frame(), translated }
     }
-    Ok(())
+
+    /// Its fragments, the first one first, since it says where the others go. None of SCTP: where the port changes they are dropped.
+    fn fragments(family: Family, proto: u8) -> Vec<Self> {
+        if proto == SCTP {
+            return Vec::new();
+        }
+        let sent = described(SocketAddr::new(family.client, ESTABLISHED), family.vip, proto, ACK);
+        let translated = sent.to(family.mirror);
+        let fragment = |what, from, to| Self {
+            what,
+            program: INGRESS,
+            sent: sent.fragment(from, to),
+            translated: translated.fragment(from, to),
+        };
+        let all = sent.transport().len();
+        vec![fragment("established, first fragment", 0, CUT), fragment("established, later fragment", CUT, all)]
+    }
+
+    /// Errors about it: the client's about an answer, and those that the client is told by a router behind the node.
+    fn errors(family: Family, proto: u8) -> [Self; 2] {
+        let Family { client, vip, mirror, elsewhere, .. } = family;
+        let end = SocketAddr::new(client, ESTABLISHED);
+        let mut answer = described(vip, end, proto, ACK);
+        if let Body::Udp { bare } = &mut answer.body {
+            // Nobody corrects a quoted checksum.
+            *bare = true;
+        }
+        let request = |to| answer.between(end, to);
+        [
+            Self {
+                what: "ICMP error about an answer, ingress",
+                program: INGRESS,
+                sent: too_long(client, vip.ip(), &answer),
+                translated: too_long(client, mirror.ip(), &answer.from(mirror)),
+            },
+            Self {
+                what: "ICMP error about a request, egress",
+                program: EGRESS,
+                sent: too_long(elsewhere.ip(), client, &request(mirror)),
+                translated: too_long(elsewhere.ip(), client, &request(vip)),
+            },
+        ]
+    }
+
+    /// That every run translates, and that the packet survives it.
+    fn check(&self, programs: &Programs) -> Result<()> {
+        let Self { what, program, sent, translated } = self;
+        let program: &SchedClassifier = programs.datapath.ebpf.program(program).context("no program")?.try_into()?;
+        for (repeat, wanted) in [(1, translated), (2, sent)] {
+            let mut out = vec![0; sent.len()];
+            program.test_run(TestRunOptions {
+                data_in: Some(sent),
+                data_out: Some(&mut out),
+                repeat,
+                ..Default::default()
+            })?;
+            ensure!(&out == wanted, "{what}: after {repeat} runs {out:02x?}, not {wanted:02x?}");
+        }
+        Ok(())
+    }
+
+    fn measure(&self, programs: &Programs, scale: &Scale) -> Result<Figure> {
+        self.check(programs)?;
+        programs.repeated(self.program, &self.sent, scale.repeat)
+    }
 }
 
 pub fn measure(scale: &Scale, report: &mut Report) -> Result<()> {
@@ -393,22 +454,23 @@ fn inside(scale: &Scale, report: &mut Report) -> Result<()> {
         let Some(small) = Programs::load(1, Some(SMALL))? else { return Ok(()) };
         let last = scale.services.last() == Some(&services);
         if last {
-            report.row("D6", "a packet that is no IP", "ns", programs.repeated(&arp(), scale.repeat)?);
+            report.row("D6", "a packet that is no IP", "ns", programs.repeated(INGRESS, &arp(), scale.repeat)?);
         }
         let mut v4_established = None;
         for family in families() {
             let of = |port: u16| SocketAddr::new(family.client, port);
-            for (proto, proto_name) in [(TCP, "TCP"), (UDP, "UDP")] {
+            for (proto, proto_name) in PROTOS {
                 let name = |what: &str| format!("{} {proto_name} {what}, {services} services", family.name);
-                programs.establish(family, 40_000, proto)?;
-                check(&programs, family, proto)?;
-                let established = programs.repeated(&packet(of(40_000), family.vip, proto, ACK), scale.repeat)?;
-                report.row("D6", name("established"), "ns", established);
-                let miss = programs.repeated(&packet(of(40_001), family.elsewhere, proto, ACK), scale.repeat)?;
-                report.row("D6", name("miss, no opening (TCP) or any (UDP)"), "ns", miss);
-                if proto == TCP {
-                    let opening = programs.repeated(&packet(of(40_001), family.elsewhere, proto, SYN), scale.repeat)?;
-                    report.row("D6", name("miss, SYN"), "ns", opening);
+                programs.establish(family, ESTABLISHED, proto)?;
+                let mirrored = Mirrored::packet(family, proto);
+                let established = mirrored.measure(&programs, scale)?;
+                report.row("D6", name(mirrored.what), "ns", established);
+                let astray = |flags| packet(of(40_001), family.elsewhere, proto, flags);
+                let miss = programs.repeated(INGRESS, &astray(ACK), scale.repeat)?;
+                report.row("D6", name("miss, no opening (TCP, SCTP) or any (UDP)"), "ns", miss);
+                if proto != UDP {
+                    let opening = programs.repeated(INGRESS, &astray(SYN), scale.repeat)?;
+                    report.row("D6", name("miss, opening"), "ns", opening);
                 }
                 let new = programs.singly((1..=scale.new_flows).map(|p| packet(of(p), family.vip, proto, SYN)))?;
                 report.row("D6", name("new flow, room left"), "ns", new);
@@ -416,6 +478,9 @@ fn inside(scale: &Scale, report: &mut Report) -> Result<()> {
                 report.row("D6", name("no backend, refused"), "ns", refused);
                 if !last {
                     continue;
+                }
+                for mirrored in Mirrored::fragments(family, proto).iter().chain(&Mirrored::errors(family, proto)) {
+                    report.row("D6", name(mirrored.what), "ns", mirrored.measure(&programs, scale)?);
                 }
                 choices(&programs, family, proto, scale, report, &name)?;
                 crate::flows::masqueraded(&programs, family, proto, scale, report, &name)?;

@@ -105,8 +105,8 @@ fn load(code: &[u64]) -> Result<OwnedFd> {
     )
 }
 
-/// Writes the headers of `frame` anew and goes on with the program in `next`.
-fn rewinding(frame: &[u8], headers: usize, ports: usize, next: &OwnedFd) -> Result<OwnedFd> {
+/// Writes the headers of `frame` anew, with one of so many source ports, and goes on with the program in `next`.
+fn rewinding(frame: &[u8], flows: u16, headers: usize, ports: usize, next: &OwnedFd) -> Result<OwnedFd> {
     let length = headers.next_multiple_of(8);
     ensure!(length <= frame.len(), "a frame of headers alone");
     let mut body = vec![];
@@ -123,7 +123,7 @@ fn rewinding(frame: &[u8], headers: usize, ports: usize, next: &OwnedFd) -> Resu
         instruction(0xbf, 6, 1, 0, 0),
         // bpf_get_prandom_u32, into the range of ports, in network order.
         instruction(0x85, 0, 0, 0, 7),
-        instruction(0x57, 0, 0, 0, i32::from(FLOWS - 1)),
+        instruction(0x57, 0, 0, 0, i32::from(flows - 1)),
         instruction(0x07, 0, 0, 0, i32::from(FIRST)),
         instruction(0xdc, 0, 0, 0, 16),
         instruction(0x61, 1, 6, 0, 0),
@@ -361,12 +361,17 @@ fn inside(scale: &Scale, report: &mut Report) -> Result<()> {
             let ports = bench.establish(family, proto)?;
             let frame = arriving(SocketAddr::new(family.client, FIRST), family.vip, proto, ACK);
             let headers = ports + if proto == TCP { 20 } else { 8 };
-            let [floor, ours] = [&nothing, &ours].map(|next| rewinding(&frame, headers, ports, next));
-            let (floor, ours) = (floor?, ours?);
-            let (idle, alone) =
-                (repeated(&floor, &frame, scale.repeat, false)?, repeated(&ours, &frame, scale.repeat, false)?);
-            report.row("D7", name("established, masqueraded, program alone"), "ns", alone);
+            let before = |flows, next| rewinding(&frame, flows, headers, ports, next);
+            let (floor, one, ours) = (before(FLOWS, &nothing)?, before(1, &ours)?, before(FLOWS, &ours)?);
+            let alone = |program| repeated(program, &frame, scale.repeat, false);
+            let (idle, single, many) = (alone(&floor)?, alone(&one)?, alone(&ours)?);
+            report.row("D7", name("established, masqueraded, program alone"), "ns", many);
+            report.row("D7", name("the same, one flow"), "ns", single);
             report.row("D7", name("the same, a program that only sends back"), "ns", idle);
+            if family.name == "v4" && proto == TCP {
+                let own = single.min - idle.min;
+                report.bar("D6", "XDP, established, masqueraded, one flow, v4 TCP, ns", Bound::AtMost(70.0), own, true);
+            }
             // By turns; what did not arrive was not sent.
             let mut live: [Vec<f64>; 2] = Default::default();
             for _ in 0..BEST_OF {
