@@ -72,7 +72,7 @@ impl Ext {
 
     fn node_port(self, transport: Transport) -> u16 {
         let of_transport = match transport {
-            Transport::Tcp => 0,
+            Transport::Tcp | Transport::Ping => 0,
             Transport::Udp | Transport::UdpUnconnected => 1,
             Transport::Sctp => 2,
         };
@@ -81,7 +81,7 @@ impl Ext {
 
     fn port(transport: Transport) -> u16 {
         match transport {
-            Transport::Tcp => 80,
+            Transport::Tcp | Transport::Ping => 80,
             Transport::Udp | Transport::UdpUnconnected => 53,
             Transport::Sctp => 38_412,
         }

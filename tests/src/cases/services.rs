@@ -85,7 +85,7 @@ impl Svc {
     /// Where it answers this transport.
     pub fn at(self, family: Family, transport: Transport) -> SocketAddr {
         let port = match transport {
-            Transport::Tcp => 80,
+            Transport::Tcp | Transport::Ping => 80,
             Transport::Udp | Transport::UdpUnconnected => 53,
             Transport::Sctp => 38_412,
         };

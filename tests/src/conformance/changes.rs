@@ -7,37 +7,45 @@ use std::{
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use serde_json::{Value, json};
 
 use super::{
     lab::{Lab, question},
     services::{self, At, FIRST, SERVICES, Service, Via, endpoint},
+    subject::Subject,
     table::{Case, Expected, SIZE},
 };
 use crate::{
-    pod::{hold, socket::Transport, survey::Question},
-    world::{Ask, Family, patience, within},
+    pod::{hold, socket::Transport, survey::Question, talk},
+    world::{Ask, Client, Family, kernel, patience, slower, within},
 };
 
 type Change = (&'static str, fn(&mut Lab) -> Result<()>);
 
-pub const CHANGES: [Change; 15] = [
+pub const CHANGES: [Change; 22] = [
     ("A96 A97: each port of a Service remembers by itself", apart),
     ("A1: another proxy's label comes and goes", label),
     ("A6: a Service becomes an ExternalName and comes back", external_name),
     ("A13: deleted and made again with another address", made_again),
     ("A14: a port comes and goes", ports),
+    ("A29: ports of slices get another number, and another name", slice_ports),
     ("A41: the node changes its zone", zone),
+    ("A44: backends are drawn evenly", drawn),
     ("A45 A87 A94: an open connection outlives its endpoints, and ranges that let it in", open),
     ("A60: the node port moves", node_port_moves),
+    ("A75: masqueraded with the address of the way that the packet takes", by_route),
     ("A95 A98 A99: sticky on every address; its backend goes; affinity is switched off", sticky),
     ("A103 A108: UDP flows from one port go on with another backend", udp_flows),
     ("A106 A108: they end with the last endpoint, and go on with the next one", udp_flows_emptied),
+    ("A104: a flow stays with an endpoint that terminates and serves", udp_flows_kept),
+    ("A105: flows from before there was a Service", udp_flows_before),
+    ("A105: and those of the node itself", udp_flows_of_node_before),
     ("A111 A112 A113 A114: health-check node ports count local endpoints", health),
     ("A115: a health-check node port that is taken", taken_port),
     ("A102: who is remembered stays so over a restart", restarted),
     ("A96 A101: once its time is over a client may be led elsewhere", forgotten),
+    ("A53 A54: node ports answer at some of the node's addresses only", narrowed),
 ];
 
 /// A Service of its own for each case, numbered beyond those of the table.
@@ -158,6 +166,84 @@ fn ports(lab: &mut Lab) -> Result<()> {
     expect_nobody(lab, "pod", &own, Via::ClusterIpPort(81))?;
     expect(lab, "pod", &own, Via::ClusterIp, "b1 own")?;
     delete(lab, &own)
+}
+
+fn slice_ports(lab: &mut Lab) -> Result<()> {
+    let own = service(99, "renamed | NodePort | b1")?;
+    install(lab, &own)?;
+    let slices = |numbers: [u16; 2], web: &str| -> Result<Vec<Value>> {
+        let mut slices = own.objects(&lab.world)?.split_off(1);
+        for ports in slices.iter_mut().filter_map(|slice| slice["ports"].as_array_mut()) {
+            for (port, number) in ports.iter_mut().zip(numbers) {
+                port["port"] = number.into();
+            }
+            ports.first_mut().context("ports")?["name"] = web.into();
+        }
+        Ok(slices)
+    };
+    let (renumbered, renamed) = (slices([9090, 8080], "web")?, slices([9090, 8080], "http")?);
+    let tcp = |lab: &Lab, answers: [&str; 2]| {
+        expect_by(lab, "pod", &own, Via::ClusterIp, answers[0], &[Transport::Tcp])?;
+        expect_by(lab, "outside", &own, Via::NodePort(At::Node1), answers[1], &[Transport::Tcp])
+    };
+    tcp(lab, ["b1 own", "b1 node"])?;
+    lab.apply(&renumbered)?;
+    lab.settle()?;
+    tcp(lab, ["b1:9090 own", "b1:9090 node"])?;
+    expect_by(lab, "pod", &own, Via::ClusterIp, "b1 own", &[Transport::Udp])?;
+    lab.apply(&renamed)?;
+    lab.settle()?;
+    tcp(lab, ["refused", "refused"])?;
+    // As a Service is changed whose pods' port got another name.
+    let mut object = own.json();
+    object["spec"]["ports"][0]["name"] = "http".into();
+    replace_service(lab, &object)?;
+    tcp(lab, ["b1:9090 own", "b1:9090 node"])?;
+    delete(lab, &own)
+}
+
+fn drawn(lab: &mut Lab) -> Result<()> {
+    // Of two backends one is drawn 200 times, give or take six times what is usual.
+    const COUNT: u32 = 400;
+    let services = services::parse(SERVICES, FIRST)?;
+    let service = services.iter().find(|service| service.name == "lb").context("no such Service")?;
+    for (from, via) in [("pod", Via::ClusterIp), ("node", Via::ClusterIp), ("outside", Via::NodePort(At::Node1))] {
+        let questions = Family::BOTH.map(|family| {
+            question(service.address(&lab.world, via, family, Transport::Tcp), Transport::Tcp, COUNT, patience(4))
+        });
+        for (Question { to, .. }, report) in questions.iter().zip(lab.survey(from, &questions)?) {
+            let seen = report.backends();
+            let failure = report.failure();
+            ensure!(failure.is_none(), "{from} to {to}: {failure:?}");
+            ensure!(
+                seen.len() == 2 && seen.values().all(|times| (140..=260).contains(times)),
+                "{from} to {to}: {seen:?}"
+            );
+        }
+    }
+    Ok(())
+}
+
+/// What the node's kernel would take itself to send there. Before 6.7 it does not tell eBPF, which takes the device's first.
+fn by_route(lab: &mut Lab) -> Result<()> {
+    let services = services::parse(SERVICES, FIRST)?;
+    let service = services.iter().find(|service| service.name == "lb").context("no such Service")?;
+    let told = kernel()? >= (6, 7);
+    for family in Family::BOTH {
+        for by in [Transport::Tcp, Transport::Udp] {
+            let to = service.address(&lab.world, Via::NodePort(At::Node1), family, by);
+            let report = lab.world.ask(lab.world.outside(), &Ask::new(to, by).times(10).timeout(4_000))?;
+            ensure!(report.failure().is_none(), "{to} {by}: {report:?}");
+            for answer in report.tries.iter().filter_map(|one| one.answer.as_ref()) {
+                let seen = answer.peer.parse::<SocketAddr>()?.ip();
+                let backend = lab.place(&answer.backend)?.ip(family);
+                let expected =
+                    if told { [lab.world.route_source(1, backend)?].into() } else { lab.world.node_addresses(1)? };
+                ensure!(expected.contains(&seen), "{to} {by}: {} saw {seen}, not {expected:?}", answer.backend);
+            }
+        }
+    }
+    Ok(())
 }
 
 fn zone(lab: &mut Lab) -> Result<()> {
@@ -326,6 +412,70 @@ fn steps(lab: &mut Lab, mut own: [Service; 2], steps: &[Step]) -> Result<()> {
     outcome
 }
 
+/// Everybody who talks to a Service over UDP, each from a port of its own. Ports are counted from `offset` on.
+fn talkers(lab: &Lab, service: &Service, from: &str, offset: u16) -> Result<Vec<(String, Client)>> {
+    let (from, first, ways) =
+        TALKERS.into_iter().find(|(name, ..)| *name == from).with_context(|| format!("{from} does not talk"))?;
+    let ways = ways.iter().flat_map(|&via| Family::BOTH.map(|family| (via, family)));
+    let start = |(port, (via, family)): (u16, (Via, Family))| -> Result<_> {
+        let to = service.address(&lab.world, via, family, Transport::Udp);
+        // Where nobody answers, the next try is soon.
+        let args = ["talk".to_owned(), to.to_string(), format!("--source-port={port}"), "--timeout=300".to_owned()];
+        Ok((format!("{from} to {to}"), lab.place(from)?.start(&lab.world.programs().testpod, &args)?))
+    };
+    (first + offset..).zip(ways).map(start).collect()
+}
+
+fn udp_flows_kept(lab: &mut Lab) -> Result<()> {
+    let mut own = service(97, "leaving | LoadBalancer | b1")?;
+    install(lab, &own)?;
+    let mut clients = Vec::new();
+    for (from, ..) in TALKERS {
+        clients.extend(talkers(lab, &own, from, 100)?);
+    }
+    clients.iter_mut().try_for_each(|(_, client)| client.wait_for_line("ready", patience(5)))?;
+    own.endpoints = ["b1:terminating", "b2"].map(endpoint).into();
+    install(lab, &own)?;
+    expect(lab, "pod", &own, Via::ClusterIp, "b2 own")?;
+    expect(lab, "outside", &own, Via::LoadBalancer, "b2 node")?;
+    for (what, client) in clients {
+        let report: talk::Report = client.finish(patience(5))?;
+        let seen = report.backends(0, u64::MAX);
+        ensure!(seen == ["b1:8080"], "{what}: answered by {seen:?}");
+        ensure!(report.sockets == 1, "{what}: {} sockets, {:?}", report.sockets, report.errors());
+    }
+    delete(lab, &own)
+}
+
+fn udp_flows_before(lab: &mut Lab) -> Result<()> {
+    find_their_way(lab, service(98, "early | LoadBalancer | b1")?, &["pod", "outside"], 15)
+}
+
+fn udp_flows_of_node_before(lab: &mut Lab) -> Result<()> {
+    // Not waited for where it is known that nobody answers.
+    let known = matches!(lab.subject, Some(Subject::Ebpf(_) | Subject::Xdp(_)));
+    find_their_way(lab, service(79, "early-for-node | LoadBalancer | b1")?, &["node"], if known { 1 } else { 15 })
+}
+
+/// As docs/conformance.md has it.
+const NEVER: &str = "never answered";
+
+/// The kernel tracks what nobody answers, too, and a flow that it knows meets no new rules.
+fn find_their_way(lab: &mut Lab, own: Service, from: &[&str], seconds: u64) -> Result<()> {
+    let mut clients = Vec::new();
+    for from in from {
+        clients.extend(talkers(lab, &own, from, 200)?);
+    }
+    // Once each has said something to nobody.
+    std::thread::sleep(Duration::from_millis(500) * slower());
+    install(lab, &own)?;
+    let outcome = clients.iter_mut().try_for_each(|(what, client)| {
+        client.wait_for_line("ready", patience(seconds)).map_err(|_| anyhow!("{what}: {NEVER}"))
+    });
+    delete(lab, &own)?;
+    outcome
+}
+
 /// Who is asked by whom about affinity that ends soon.
 const CLIENTS: [&str; 5] = ["pod", "other", "node", "node2", "outside"];
 const BRIEF: &str = "sticky-for-10s";
@@ -382,6 +532,23 @@ fn forgotten(lab: &mut Lab) -> Result<()> {
     let after = remembered(lab, BRIEF)?;
     ensure!(before != after, "{before:?}, and after {:?} still the same", since.elapsed());
     Ok(())
+}
+
+fn narrowed(lab: &mut Lab) -> Result<()> {
+    lab.node_port_addresses = Some("192.168.77.51/32");
+    let outcome = lab.restart().and_then(|()| {
+        let services = services::parse(SERVICES, FIRST)?;
+        let service = services.into_iter().find(|service| service.name == "lb").context("no such Service")?;
+        let of = |family| Service { families: vec![family], ..service.clone() };
+        expect(lab, "outside", &of(Family::V4), Via::NodePort(At::Second), "b1 b2 node")?;
+        expect(lab, "outside", &of(Family::V4), Via::NodePort(At::Node1), "refused")?;
+        expect(lab, "localhost", &of(Family::V4), Via::NodePort(At::Localhost), "refused")?;
+        // No range is of this family.
+        expect(lab, "outside", &of(Family::V6), Via::NodePort(At::Node1), "b1 b2 node")
+    });
+    lab.node_port_addresses = None;
+    lab.restart()?;
+    outcome
 }
 
 fn health(lab: &mut Lab) -> Result<()> {

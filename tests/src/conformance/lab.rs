@@ -15,7 +15,7 @@ use serde_json::Value;
 
 use super::{
     objects::Objects,
-    services::{At, OUTER_NETWORKS, Service, Via, second},
+    services::{At, OUTER_NETWORKS, Service, Via, owned, second},
     subject::{KubeProxy, Subject},
     table::{Case, Configuration, Expected, SIZE},
 };
@@ -47,6 +47,8 @@ pub struct Lab {
     markers: u16,
     pub subject: Option<Subject>,
     configuration: Configuration,
+    /// From the next start on.
+    pub node_port_addresses: Option<&'static str>,
     /// Answers of a Service with affinity, and since when they are remembered.
     pub remembered: Option<(Instant, BTreeMap<String, String>)>,
     /// What node2 answers `outside` goes by node1.
@@ -85,8 +87,10 @@ impl Lab {
             let by = if network.contains(':') { IpAddr::from(entry.v6) } else { entry.v4.into() };
             outside.namespace.ip(&format!("route replace {network} via {by}\n"))?;
         }
-        let (v4, v6) = (second(Family::V4), second(Family::V6));
-        entry.namespace.ip(&format!("addr add {v4}/24 dev eth0\naddr add {v6}/64 dev eth0 nodad\n"))?;
+        for further in [second, owned] {
+            let (v4, v6) = (further(Family::V4), further(Family::V6));
+            entry.namespace.ip(&format!("addr add {v4}/24 dev eth0\naddr add {v6}/64 dev eth0 nodad\n"))?;
+        }
         let dir = world.objects_dir();
         let (objects, kube_proxy) = match means {
             Means::Upstream { servers, kube_proxy } => {
@@ -105,6 +109,7 @@ impl Lab {
             markers: 0,
             subject: None,
             configuration: Configuration::BASE,
+            node_port_addresses: None,
             remembered: None,
             detoured: false,
         };
@@ -155,14 +160,16 @@ impl Lab {
     }
 
     fn launch(&mut self, subject: Subject) -> Result<()> {
-        let configuration = self.configuration;
+        let (configuration, node_port_addresses) = (self.configuration, self.node_port_addresses);
         let kubeconfig = self.objects.kubeconfig()?;
         match subject {
             Subject::KubeProxy(mode) => {
                 let program = self.kube_proxy.as_ref().context("there is no kube-proxy here")?;
                 let kubeconfig = kubeconfig.context("kube-proxy reads no files")?;
                 for node in &self.world.nodes {
-                    let proxy = KubeProxy::start(program, node, &self.dir, mode, configuration, &kubeconfig)?;
+                    let more =
+                        node_port_addresses.map_or_else(String::new, |range| format!("nodePortAddresses: [{range}]\n"));
+                    let proxy = KubeProxy::start(program, node, &self.dir, mode, configuration, &kubeconfig, &more)?;
                     self.proxies.push(proxy);
                 }
             }
@@ -178,6 +185,7 @@ impl Lab {
                     options.extra.extend(["--proxy-mode", "ebpf"].map(str::to_owned));
                 }
                 options.extra.extend(subject.extra().iter().map(|&word| word.to_owned()));
+                options.extra.extend(node_port_addresses.map(|range| format!("--nodeport-addresses={range}")));
                 if configuration.masquerade_all {
                     options.extra.push("--masquerade-all".to_owned());
                 }
@@ -396,6 +404,7 @@ impl Lab {
                 let of = |backend: &str| heard == format!("{backend} {source}");
                 if *sticky { backends.iter().any(|one| of(one)) } else { of(&backends.join(" ")) }
             }
+            Expected::Nobody => is_nothing(heard),
             expected => nothing(subject, from, heard) == expected.text() || heard == "EPERM" && is_blind(subject, from),
         }
     }
@@ -404,7 +413,8 @@ impl Lab {
     pub fn heard(&self, from: &str, family: Family, report: &Report) -> Result<String> {
         let place = self.place(from)?;
         let nodes: BTreeSet<IpAddr> =
-            [self.world.node(1).place.ip(family), self.world.node(2).place.ip(family), second(family)].into();
+            [self.world.node(1).place.ip(family), self.world.node(2).place.ip(family), second(family), owned(family)]
+                .into();
         let (mut sources, mut backends) = (BTreeSet::new(), BTreeSet::new());
         for answer in report.tries.iter().filter_map(|one| one.answer.as_ref()) {
             let source = answer.peer.parse::<SocketAddr>()?.ip();
@@ -464,6 +474,11 @@ pub fn nothing<'a>(subject: Subject, from: &str, heard: &'a str) -> &'a str {
     if heard == "EPERM" && is_node(from) && !is_blind(subject, from) { "silent" } else { heard }
 }
 
+/// Whether it means that nobody answers.
+pub fn is_nothing(heard: &str) -> bool {
+    matches!(heard, "EPERM" | "refused" | "silent")
+}
+
 pub fn question(to: SocketAddr, transport: Transport, count: u32, timeout: Duration) -> Question {
     let timeout = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
     Question { to, transport, count, timeout, source_port: None, size: SIZE }
@@ -492,7 +507,7 @@ fn with_ports(question: &Question, first: u32) -> Question {
 fn expecting(to: SocketAddr, transport: Transport, expected: &Expected) -> Question {
     match expected {
         Expected::Refused => question(to, transport, 1, ANSWER * slower()),
-        Expected::Silent => question(to, transport, 1, silence()),
+        Expected::Silent | Expected::Nobody => question(to, transport, 1, silence()),
         Expected::Answered { backends, .. } => {
             question(to, transport, if backends.len() > 1 { TRIES } else { 10 }, ANSWER * slower())
         }

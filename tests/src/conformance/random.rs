@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result};
 
 use super::{
-    lab::{Lab, is_blind, keeps_own, nothing, question, silence},
+    lab::{Lab, is_blind, is_nothing, keeps_own, nothing, question, silence},
     services::{At, Service, Via},
     subject::Subject,
 };
@@ -15,7 +15,8 @@ use crate::{
     world::{Family, SocketLb},
 };
 
-/// Seeds that are always asked; one that found something stays here.
+/// Seeds that are always asked. These were the first; none was added for what it found. One that finds something, of a day's or by hand, is added
+/// with a word on what that was, in the change that mends it.
 const SEEDS: &[u64] = &[1, 2, 3];
 /// Services of one seed.
 const SERVICES: u8 = 8;
@@ -206,10 +207,6 @@ pub fn agreed(of: &[(Subject, Answers)]) -> Answers {
         });
     }
     agreed
-}
-
-fn is_nothing(heard: &str) -> bool {
-    matches!(heard, "EPERM" | "refused" | "silent")
 }
 
 /// Answers that are not kube-proxy's, with the Service that they are about.

@@ -16,15 +16,19 @@ use crate::{
 /// - `LoadBalancer`, `NodePort`, `ClusterIP`: the type. A LoadBalancer has an ingress address of each family, and node ports.
 /// - `external`: an external IP of each family.
 /// - `eTP`, `iTP`: external and internal traffic policy Local.
-/// - `ingress=proxy`: `ipMode: Proxy`; `ingress=none`: no load balancer has taken it on yet.
+/// - `ingress=proxy`: `ipMode: Proxy`; `ingress=none`: no load balancer has taken it on yet; `ingress=owned`: at an address that node1 has.
 /// - `ranges=A,B`: `loadBalancerSourceRanges`, `_` for a blank in them.
 /// - `affinity=N`: ClientIP affinity for N seconds.
 /// - `v4`, `v6`: this family only.
 /// - `no-node-ports`: `allocateLoadBalancerNodePorts: false`.
 /// - `foreign`: labelled as another proxy's; `headless-slices`: its slices are labelled as a headless Service's.
+/// - `published`: `publishNotReadyAddresses`; `close`: `trafficDistribution`, and the annotation that was there before it.
 /// - `sctp`: has SCTP 38412 besides.
+/// - `one-number`: TCP and UDP have port 80 both, and one node port; its endpoints answer on 9090 over UDP.
 /// - `doubled`: the first endpoint terminates in a slice of its own, and is ready in that of the others.
 /// - `numbers`: the last endpoint is in a slice of its own, which has another number for the same port: 9090.
+/// - `odd-slices`: endpoints have a second address, c1's; and there are slices that are no good: one names no Service (c1), one says no port
+///   (c2), one has names for addresses.
 ///
 /// An endpoint is a place, `:unready`, `:terminating` (and still serving) or `:bare` (no conditions at all), `@zone-a`, `@node1`
 /// (hints).
@@ -45,10 +49,10 @@ pub const SERVICES: &str = "
     far-ext           | LoadBalancer external eTP                               | b2
     far-int           | LoadBalancer external iTP                               | b2
     unready           | LoadBalancer                                            | b1:unready
-    one-ready         | LoadBalancer                                            | b1 c1:unready c2:terminating
+    one-ready         | LoadBalancer published                                  | b1 c1:unready c2:terminating
     terminating       | LoadBalancer                                            | c1:terminating b2:unready
     local-terminating | LoadBalancer external eTP                               | b1:terminating b2
-    bare              | ClusterIP                                               | b1:bare b2:bare
+    bare              | ClusterIP close                                         | b1:bare b2:bare
     zones             | LoadBalancer                                            | b1@zone-a b2@zone-b
     half-hinted       | LoadBalancer                                            | b1@zone-a b2
     zone-local        | LoadBalancer iTP                                        | b1@zone-b b2@zone-b
@@ -71,6 +75,9 @@ pub const SERVICES: &str = "
     doubled           | NodePort doubled                                        | b1 b2
     numbers           | NodePort numbers                                        | b1 b2
     sctp              | LoadBalancer external sctp                              | b1 b2
+    one-number        | NodePort one-number                                     | b1 b2
+    odd-slices        | NodePort odd-slices                                     | b1 b2
+    owned             | LoadBalancer ingress=owned                              | b1 b2
 ";
 
 /// Number of the first one: the API server has taken lower addresses for itself.
@@ -95,6 +102,8 @@ pub enum At {
     Localhost,
     /// A second address of node1.
     Second,
+    /// The load balancer's.
+    LoadBalancer,
 }
 
 impl Via {
@@ -105,6 +114,7 @@ impl Via {
             "node-port@node2" => Self::NodePort(At::Node2),
             "node-port@localhost" => Self::NodePort(At::Localhost),
             "node-port@second" => Self::NodePort(At::Second),
+            "node-port@lb" => Self::NodePort(At::LoadBalancer),
             "lb" => Self::LoadBalancer,
             "external-ip" => Self::ExternalIp,
             other => match other.strip_prefix("cluster-ip:") {
@@ -120,6 +130,14 @@ pub fn second(family: Family) -> IpAddr {
     match family {
         Family::V4 => Ipv4Addr::new(192, 168, 77, 51).into(),
         Family::V6 => Ipv6Addr::new(0xfd00, 0x77, 0, 0, 0, 0, 0, 0x51).into(),
+    }
+}
+
+/// A third one, which is a load balancer's at the same time, as with kube-vip.
+pub fn owned(family: Family) -> IpAddr {
+    match family {
+        Family::V4 => Ipv4Addr::new(192, 168, 77, 52).into(),
+        Family::V6 => Ipv6Addr::new(0xfd00, 0x77, 0, 0, 0, 0, 0, 0x52).into(),
     }
 }
 
@@ -144,7 +162,7 @@ pub struct Service {
     pub external: bool,
     pub external_local: bool,
     pub internal_local: bool,
-    /// `proxy`, `none`.
+    /// `proxy`, `none`, `owned`.
     pub ingress: Option<String>,
     pub ranges: Vec<String>,
     pub affinity: Option<u32>,
@@ -152,7 +170,10 @@ pub struct Service {
     pub node_ports: bool,
     pub foreign: bool,
     pub headless_slices: bool,
+    pub published: bool,
+    pub close: bool,
     pub sctp: bool,
+    pub one_number: bool,
     pub slices: Slices,
     pub endpoints: Vec<Endpoint>,
 }
@@ -164,6 +185,7 @@ pub enum Slices {
     One,
     Doubled,
     Numbers,
+    Odd,
 }
 
 /// Where endpoints of a slice that says otherwise serve.
@@ -193,7 +215,10 @@ impl Service {
             node_ports: true,
             foreign: false,
             headless_slices: false,
+            published: false,
+            close: false,
             sctp: false,
+            one_number: false,
             slices: Slices::One,
             endpoints: endpoints.split_whitespace().map(endpoint).collect(),
         };
@@ -212,9 +237,13 @@ impl Service {
                 "no-node-ports" => service.node_ports = false,
                 "foreign" => service.foreign = true,
                 "headless-slices" => service.headless_slices = true,
+                "published" => service.published = true,
+                "close" => service.close = true,
                 "sctp" => service.sctp = true,
+                "one-number" => service.one_number = true,
                 "doubled" => service.slices = Slices::Doubled,
                 "numbers" => service.slices = Slices::Numbers,
+                "odd-slices" => service.slices = Slices::Odd,
                 other => bail!("{line}: no Service is {other}"),
             }
         }
@@ -223,7 +252,8 @@ impl Service {
 
     pub fn node_port(&self, transport: Transport) -> u16 {
         let of_transport = match transport {
-            Transport::Tcp => 0,
+            Transport::Tcp | Transport::Ping => 0,
+            Transport::Udp | Transport::UdpUnconnected if self.one_number => 0,
             Transport::Udp | Transport::UdpUnconnected => 1,
             Transport::Sctp => 2,
         };
@@ -237,6 +267,7 @@ impl Service {
 
     pub fn lb_ip(&self, family: Family) -> IpAddr {
         match family {
+            _ if self.ingress.as_deref() == Some("owned") => owned(family),
             Family::V4 => Ipv4Addr::new(203, 0, 113, self.number).into(),
             Family::V6 => Ipv6Addr::new(0xfd00, 0x1b, 0, 0, 0, 0, 0, self.number.into()).into(),
         }
@@ -255,12 +286,18 @@ impl Service {
         via == Via::LoadBalancer && ranges.peek().is_some() && ranges.all(|range| !range.ends_with("/0"))
     }
 
-    pub fn address(&self, world: &World, via: Via, family: Family, transport: Transport) -> SocketAddr {
-        let port = match transport {
-            Transport::Tcp => 80,
+    fn port(&self, transport: Transport) -> u16 {
+        match transport {
+            // A ping has none: where it goes is told by the address.
+            Transport::Tcp | Transport::Ping => 80,
+            Transport::Udp | Transport::UdpUnconnected if self.one_number => 80,
             Transport::Udp | Transport::UdpUnconnected => 53,
             Transport::Sctp => 38_412,
-        };
+        }
+    }
+
+    pub fn address(&self, world: &World, via: Via, family: Family, transport: Transport) -> SocketAddr {
+        let port = self.port(transport);
         match via {
             Via::ClusterIp => SocketAddr::new(vip(family, self.number), port),
             Via::ClusterIpPort(port) => SocketAddr::new(vip(family, self.number), port),
@@ -273,6 +310,7 @@ impl Service {
                     (At::Localhost, Family::V4) => Ipv4Addr::LOCALHOST.into(),
                     (At::Localhost, Family::V6) => Ipv6Addr::LOCALHOST.into(),
                     (At::Second, _) => second(family),
+                    (At::LoadBalancer, _) => self.lb_ip(family),
                 };
                 SocketAddr::new(ip, self.node_port(transport))
             }
@@ -292,10 +330,11 @@ impl Service {
         let Self { name, kind, affinity, .. } = self;
         let addresses: Vec<IpAddr> = self.families.iter().map(|&family| vip(family, self.number)).collect();
         let names: Vec<&str> = self.families.iter().map(|&family| family_name(family)).collect();
-        let sctp = self.sctp.then_some(("ngap", "SCTP", 38_412, Transport::Sctp));
-        let ports = [("web", "TCP", 80, Transport::Tcp), ("dns", "UDP", 53, Transport::Udp)].into_iter().chain(sctp);
+        let sctp = self.sctp.then_some(("ngap", "SCTP", Transport::Sctp));
+        let ports = [("web", "TCP", Transport::Tcp), ("dns", "UDP", Transport::Udp)].into_iter().chain(sctp);
         let ports: Vec<Value> = ports
-            .map(|(name, protocol, port, transport)| {
+            .map(|(name, protocol, transport)| {
+                let port = self.port(transport);
                 let mut port = json!({"name": name, "protocol": protocol, "port": port, "targetPort": 8080});
                 if kind != "ClusterIP" && self.node_ports {
                     port["nodePort"] = self.node_port(transport).into();
@@ -332,12 +371,20 @@ impl Service {
                 spec["loadBalancerSourceRanges"] = self.ranges.clone().into();
             }
         }
+        if self.published {
+            spec["publishNotReadyAddresses"] = true.into();
+        }
+        let mut annotations = json!({});
+        if self.close {
+            spec["trafficDistribution"] = "PreferClose".into();
+            annotations = json!({"service.kubernetes.io/topology-mode": "Auto"});
+        }
         let labels =
             if self.foreign { json!({"service.kubernetes.io/service-proxy-name": "other"}) } else { json!({}) };
         json!({
             "apiVersion": "v1",
             "kind": "Service",
-            "metadata": {"namespace": "default", "name": name, "labels": labels},
+            "metadata": {"namespace": "default", "name": name, "labels": labels, "annotations": annotations},
             "spec": spec,
         })
     }
@@ -360,7 +407,11 @@ impl Service {
 
     /// Their names.
     pub fn slice_names(&self) -> Vec<String> {
-        let suffixes: &[&str] = if self.slices == Slices::One { &[""] } else { &["", "-more"] };
+        let suffixes: &[&str] = match self.slices {
+            Slices::One => &[""],
+            Slices::Doubled | Slices::Numbers => &["", "-more"],
+            Slices::Odd => &["", "-unlabelled", "-portless", "-named"],
+        };
         let of = |&family: &Family| suffixes.iter().map(move |suffix| format!("{}-{family}{suffix}", self.name));
         self.families.iter().flat_map(of).collect()
     }
@@ -375,6 +426,25 @@ impl Service {
             }
             (Slices::Numbers, [others @ .., last]) => {
                 vec![slice("", others, 8080)?, slice("-more", std::slice::from_ref(last), OTHER_PORT)?]
+            }
+            (Slices::Odd, all) => {
+                let [mut good, mut unlabelled, mut portless, mut named] = [
+                    slice("", all, 8080)?,
+                    slice("-unlabelled", &[endpoint("c1")], 8080)?,
+                    slice("-portless", &[endpoint("c2")], 8080)?,
+                    slice("-named", &[endpoint("c2")], 8080)?,
+                ];
+                let second = world.pod("c1").ip(family).to_string();
+                for one in good["endpoints"].as_array_mut().into_iter().flatten() {
+                    one["addresses"].as_array_mut().context("addresses")?.push(second.clone().into());
+                }
+                unlabelled["metadata"]["labels"] = json!({});
+                for port in portless["ports"].as_array_mut().into_iter().flatten() {
+                    port.as_object_mut().context("a port")?.remove("port");
+                }
+                named["addressType"] = "FQDN".into();
+                named["endpoints"][0]["addresses"] = json!(["c2.example"]);
+                vec![good, unlabelled, portless, named]
             }
             (_, all) => vec![slice("", all, 8080)?],
         })
@@ -408,7 +478,7 @@ impl Service {
         let sctp = self.sctp.then(|| json!({"name": "ngap", "protocol": "SCTP", "port": port}));
         let ports = [
             json!({"name": "web", "protocol": "TCP", "port": port}),
-            json!({"name": "dns", "protocol": "UDP", "port": port}),
+            json!({"name": "dns", "protocol": "UDP", "port": if self.one_number { OTHER_PORT } else { port }}),
         ];
         let ports: Vec<Value> = ports.into_iter().chain(sctp).collect();
         Ok(json!({

@@ -155,6 +155,7 @@ impl KubeProxy {
         mode: Mode,
         configuration: Configuration,
         kubeconfig: &Path,
+        more: &str,
     ) -> Result<Self> {
         let name = &node.place.name;
         let mode = match mode {
@@ -180,7 +181,8 @@ impl KubeProxy {
              metricsBindAddress: 127.0.0.1:10249\n\
              iptables: {{masqueradeAll: {masquerade_all}, minSyncPeriod: 20ms, syncPeriod: 30s}}\n\
              nftables: {{masqueradeAll: {masquerade_all}, minSyncPeriod: 20ms, syncPeriod: 30s}}\n\
-             conntrack: {{maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}}\n"
+             conntrack: {{maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}}\n\
+             {more}"
         );
         let config = dir.join(format!("kube-proxy-{name}.yaml"));
         fs::write(&config, text).with_context(|| format!("write {}", config.display()))?;

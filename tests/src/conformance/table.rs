@@ -81,12 +81,17 @@ pub const MATRICES: [Matrix; 4] = [
 ///
 /// Who: `pod` (on node1), `node` (node1), `localhost` (node1, over its loopback), `outside`, `other` (a pod of node2), or a place
 /// by its name. What: the backends that answer and whose source they see (`own`: the asker's; `node`: a node's, as masquerading
-/// leaves it), `refused`, `silent`. `b1|b2`: always the same one of them; `b2:9090`: by another port than 8080. Limits: `v4`, `v6`, `tcp`,
-/// `udp`; `sctp`, instead of these; `large`: datagrams that take several fragments, there and back.
+/// leaves it), `refused`, `silent`, `nobody` (either of them). `b1|b2`: always the same one of them; `b2:9090`: by another port than 8080.
+/// Limits: `v4`, `v6`, `tcp`, `udp`; `sctp` and `ping`, instead of these (`echo` answers a ping, whoever that is); `large`: datagrams that take
+/// several fragments, there and back.
 pub const CASES: &str = "
     A1 A49   | pod       | foreign cluster-ip           | silent        |
     A1       | outside   | foreign node-port            | refused       |
     A2       | pod       | headless-slices cluster-ip   | refused       |
+    A7       | pod       | one-number cluster-ip        | b1 b2 own     | tcp
+    A7       | pod       | one-number cluster-ip        | b1:9090 b2:9090 own | udp
+    A7       | outside   | one-number node-port         | b1 b2 node    | tcp
+    A7       | outside   | one-number node-port         | b1:9090 b2:9090 node | udp
     A8       | pod       | only-v4 cluster-ip           | b1 b2 own     | v4
     A8 A9    | outside   | only-v4 lb                   | b1 b2 node    | v4
     A8 A9    | outside   | only-v4 external-ip          | b1 b2 node    | v4
@@ -103,25 +108,27 @@ pub const CASES: &str = "
     A15 A46  | pod       | plain cluster-ip             | b1 b2 own     |
     A15 A51  | node      | plain cluster-ip             | b1 b2 node    |
     A15 A51  | outside   | plain cluster-ip             | b1 b2 node    |
+    A17 A18 A21 A22 | pod | odd-slices cluster-ip       | b1 b2 own     |
+    A17 A18 A21 A22 | outside | odd-slices node-port    | b1 b2 node    |
     A19 A20  | pod       | doubled cluster-ip           | b1 b2 own     |
     A19 A20  | outside   | doubled node-port            | b1 b2 node    |
     A23      | pod       | numbers cluster-ip           | b1 b2:9090 own |
     A23      | outside   | numbers node-port            | b1 b2:9090 node |
-    A24      | pod       | bare cluster-ip              | b1 b2 own     |
-    A32      | pod       | one-ready cluster-ip         | b1 own        |
-    A32      | outside   | one-ready node-port          | b1 node       |
+    A24 A40  | pod       | bare cluster-ip              | b1 b2 own     |
+    A16 A32  | pod       | one-ready cluster-ip         | b1 own        |
+    A16 A32  | outside   | one-ready node-port          | b1 node       |
     A32 A35  | pod       | terminating cluster-ip       | c1 own        |
     A32 A35  | outside   | terminating lb               | c1 node       |
-    A33      | outside   | local-terminating node-port  | b1 own        |
+    A33 A42  | outside   | local-terminating node-port  | b1 own        |
     A33      | outside   | local-terminating lb         | b1 own        |
-    A33 A66  | pod       | local-terminating lb         | b2 own        |
+    A33 A42 A66 | pod    | local-terminating lb         | b2 own        |
     A33      | pod       | local-terminating cluster-ip | b2 own        |
     A35 A81  | pod       | unready cluster-ip           | refused       |
     A35 A81  | outside   | unready lb                   | refused       |
-    A36      | pod       | nodes cluster-ip             | b1 own        |
+    A26 A36  | pod       | nodes cluster-ip             | b1 own        |
     A36      | other     | nodes cluster-ip             | b2 own        |
     A36      | outside   | nodes node-port              | b1 node       |
-    A37      | pod       | zones cluster-ip             | b1 own        |
+    A26 A37  | pod       | zones cluster-ip             | b1 own        |
     A37      | other     | zones cluster-ip             | b2 own        |
     A37      | outside   | zones lb                     | b1 node       |
     A38      | pod       | half-hinted cluster-ip       | b1 b2 own     |
@@ -131,6 +138,11 @@ pub const CASES: &str = "
     A48      | pod       | lb cluster-ip:999            | refused       |
     A48      | node      | lb cluster-ip:999            | refused       |
     A48      | outside   | lb cluster-ip:999            | refused       |
+    A50      | pod       | lb cluster-ip                | nobody        | ping
+    A50      | node      | lb cluster-ip                | nobody        | ping
+    A50      | outside   | lb cluster-ip                | nobody        | ping
+    A50      | outside   | lb lb                        | nobody        | ping
+    A50      | outside   | lb node-port                 | echo own      | ping
     A51      | other     | lb cluster-ip                | b1 b2 own     |
     A51      | node2     | lb cluster-ip                | b1 b2 node    |
     A51 A71  | pod       | host cluster-ip              | node1 node2 own |
@@ -140,6 +152,8 @@ pub const CASES: &str = "
     A52      | pod       | lb node-port@node2           | b1 b2 node    |
     A52      | outside   | lb node-port@second          | b1 b2 node    |
     A52      | pod       | lb node-port@second          | b1 b2 node    |
+    A52      | outside   | owned node-port@lb           | b1 b2 node    |
+    A52      | outside   | owned lb                     | b1 b2 node    |
     A52      | outside   | ports node-port              | b1 b2 node    |
     A52      | node      | ports node-port              | b1 b2 node    |
     A54      | localhost | lb node-port@localhost       | b1 b2 node    | v4
@@ -183,8 +197,8 @@ pub const CASES: &str = "
     A70      | pod       | self lb                      | a1 node       |
     A70      | pod       | self external-ip             | a1 node       |
     A70      | b1        | lb cluster-ip                | b1 b2 node+own |
-    A71      | other     | int-local cluster-ip         | b2 own        |
-    A81 A82  | pod       | empty cluster-ip             | refused       |
+    A25 A71  | other     | int-local cluster-ip         | b2 own        |
+    A81 A82 A88 | pod    | empty cluster-ip             | refused       |
     A81 A82  | node      | empty cluster-ip             | refused       |
     A81      | outside   | empty cluster-ip             | refused       |
     A81      | pod       | empty node-port              | refused       |
@@ -197,25 +211,25 @@ pub const CASES: &str = "
     A81      | pod       | empty external-ip            | refused       |
     A81      | node      | empty external-ip            | refused       |
     A81      | outside   | empty external-ip            | refused       |
-    A83      | pod       | far-int cluster-ip           | silent        |
+    A34 A83  | pod       | far-int cluster-ip           | silent        |
     A83      | node      | far-int cluster-ip           | silent        |
     A83      | outside   | far-int cluster-ip           | silent        |
     A83      | other     | far-int cluster-ip           | b2 own        |
     A43 A83  | outside   | far-int node-port            | b2 node       |
     A83      | outside   | far-int lb                   | b2 node       |
-    A84      | outside   | far-ext node-port            | silent        |
-    A84 A85  | outside   | far-ext lb                   | silent        |
-    A84      | outside   | far-ext external-ip          | silent        |
+    A31 A34 A84 | outside | far-ext node-port           | silent        |
+    A31 A84 A85 | outside | far-ext lb                  | silent        |
+    A31 A84  | outside   | far-ext external-ip          | silent        |
     A84 A69  | other     | far-ext node-port            | silent        |
     A84 A66  | pod       | far-ext node-port            | b2 own        |
     A84 A66  | pod       | far-ext lb                   | b2 own        |
     A84 A67  | node      | far-ext lb                   | b2 node       |
     A84 A67  | node      | far-ext node-port            | b2 node       |
     A43 A84  | pod       | far-ext cluster-ip           | b2 own        |
-    A84      | outside   | far-ext cluster-ip           | b2 node       |
-    A86      | pod       | empty-int cluster-ip         | refused       |
+    A31 A84  | outside   | far-ext cluster-ip           | b2 node       |
+    A34 A86  | pod       | empty-int cluster-ip         | refused       |
     A86      | outside   | empty-int cluster-ip         | refused       |
-    A86      | outside   | empty-ext node-port          | refused       |
+    A34 A86  | outside   | empty-ext node-port          | refused       |
     A86      | outside   | empty-ext lb                 | refused       |
     A86      | outside   | empty-ext external-ip        | refused       |
     A86      | pod       | empty-ext lb                 | refused       |
@@ -272,6 +286,8 @@ const LARGE: usize = 8_000;
 pub enum Expected {
     Refused,
     Silent,
+    /// Refused or not, nobody answers.
+    Nobody,
     Answered {
         backends: Vec<String>,
         /// One and the same of them.
@@ -286,6 +302,7 @@ impl Expected {
         Ok(match words[..] {
             ["refused"] => Self::Refused,
             ["silent"] => Self::Silent,
+            ["nobody"] => Self::Nobody,
             [one, source] if one.contains('|') => Self::Answered {
                 backends: one.split('|').map(str::to_owned).collect(),
                 sticky: true,
@@ -305,6 +322,7 @@ impl Expected {
         match self {
             Self::Refused => "refused".to_owned(),
             Self::Silent => "silent".to_owned(),
+            Self::Nobody => "nobody".to_owned(),
             Self::Answered { backends, sticky, source } => {
                 format!("{} {source}", backends.join(if *sticky { "|" } else { " " }))
             }
@@ -343,6 +361,7 @@ fn case(line: &str, services: &[Service]) -> Result<Case> {
             "tcp" => transports.retain(|&transport| transport == Transport::Tcp),
             "udp" => transports.retain(|&transport| transport != Transport::Tcp),
             "sctp" => transports = vec![Transport::Sctp],
+            "ping" => transports = vec![Transport::Ping],
             "large" => (transports, size) = (vec![Transport::Udp], LARGE),
             _ => bail!("no limit is called {limit}"),
         }

@@ -6,6 +6,7 @@
 pub mod bulk;
 pub mod frame;
 pub mod hold;
+pub mod ping;
 pub mod probe;
 pub mod sctp;
 pub mod serve;

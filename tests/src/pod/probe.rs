@@ -16,7 +16,7 @@ use nix::{
 use serde::{Deserialize, Serialize};
 
 use super::{
-    sctp,
+    ping, sctp,
     socket::{self, Transport},
     wire::{self, Answer},
 };
@@ -158,6 +158,11 @@ fn ask(args: &Args, source_port: Option<u16>, seen: &mut Try) -> nix::Result<()>
     }
     let io = |error: std::io::Error| socket::errno(&error);
     let bytes = match transport {
+        Transport::Ping => {
+            "ping".clone_into(&mut seen.step);
+            seen.answer = Some(ping::ask(to, timeout)?);
+            return Ok(());
+        }
         Transport::Tcp => {
             "connect".clone_into(&mut seen.step);
             let mut stream = socket::tcp(to, source_port, timeout)?;

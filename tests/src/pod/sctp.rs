@@ -109,11 +109,11 @@ const fn name(chunk: u8) -> &'static str {
     }
 }
 
-/// The standard library's datagram socket will do for it, with ports of 0.
-fn open(v6: bool) -> io::Result<UdpSocket> {
+/// A raw socket. The standard library's datagram socket will do for it, with ports of 0.
+pub(super) fn open(v6: bool, protocol: i32) -> io::Result<UdpSocket> {
     let family = if v6 { libc::AF_INET6 } else { libc::AF_INET };
     // SAFETY: no pointers.
-    let fd = unsafe { libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, libc::IPPROTO_SCTP) };
+    let fd = unsafe { libc::socket(family, libc::SOCK_RAW | libc::SOCK_CLOEXEC, protocol) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -122,7 +122,7 @@ fn open(v6: bool) -> io::Result<UdpSocket> {
 }
 
 /// What follows the IP header, which IPv4 alone hands out.
-fn payload(bytes: &[u8], v6: bool) -> Option<&[u8]> {
+pub(super) fn payload(bytes: &[u8], v6: bool) -> Option<&[u8]> {
     let header = if v6 { 0 } else { usize::from(bytes.first()? & 15) * 4 };
     bytes.get(header..)
 }
@@ -139,7 +139,7 @@ pub fn ask(
     if request.len() > LONGEST {
         return Err(Errno::EMSGSIZE);
     }
-    let socket = open(to.is_ipv6()).map_err(io)?;
+    let socket = open(to.is_ipv6(), libc::IPPROTO_SCTP).map_err(io)?;
     socket.connect(SocketAddr::new(to.ip(), 0)).map_err(io)?;
     let deadline = Instant::now() + timeout;
     let own = u32::from(source_port) << 16 | 0x0bad;
@@ -177,7 +177,7 @@ pub fn ask(
 
 /// A socket that hears what comes for the address.
 pub fn listen(address: IpAddr) -> Result<UdpSocket> {
-    let socket = open(address.is_ipv6()).context("open a raw socket")?;
+    let socket = open(address.is_ipv6(), libc::IPPROTO_SCTP).context("open a raw socket")?;
     let at = SockaddrStorage::from(SocketAddr::new(address, 0));
     bind(std::os::fd::AsRawFd::as_raw_fd(&socket), &at).with_context(|| format!("bind a raw socket to {address}"))?;
     Ok(socket)

@@ -28,6 +28,8 @@ pub enum Transport {
     Udp,
     /// Over a raw socket
     Sctp,
+    /// An echo request, over a raw socket; the port means nothing
+    Ping,
     /// sendto and recvfrom on a UDP socket that is never connected
     UdpUnconnected,
 }
@@ -43,6 +45,7 @@ impl fmt::Display for Transport {
             Self::Tcp => "tcp",
             Self::Udp => "udp",
             Self::Sctp => "sctp",
+            Self::Ping => "ping",
             Self::UdpUnconnected => "udp-unconnected",
         })
     }
