@@ -188,9 +188,7 @@ fn state(world: &World) -> Result<Vec<String>> {
             .into_iter()
             .map(output)
             .collect::<Result<Vec<_>>>()?;
-    for path in
-        ["ipv4/ip_forward", "ipv4/conf/all/route_localnet", "ipv4/conf/all/rp_filter", "ipv6/conf/all/forwarding"]
-    {
+    for path in ["ipv4/ip_forward", ROUTE_LOCALNET, "ipv4/conf/all/rp_filter", "ipv6/conf/all/forwarding"] {
         state.push(output(&format!("cat /proc/sys/net/{path}"))?);
     }
     for words in ["iptables-legacy-save", "ip6tables-legacy-save", "ipset save -sorted"] {
@@ -251,6 +249,18 @@ const IPTABLES: [Save; 2] = [
     Save { save: &["iptables-nft-save"], restore: &["iptables-nft-restore"] },
     Save { save: &["ip6tables-nft-save"], restore: &["ip6tables-nft-restore"] },
 ];
+const LEGACY: [Save; 2] = [
+    Save { save: &["iptables-legacy-save"], restore: &["iptables-legacy-restore"] },
+    Save { save: &["ip6tables-legacy-save"], restore: &["ip6tables-legacy-restore"] },
+];
+
+/// What an agent is told, and with that changes all of a node that its mode may change.
+const BY_NFTABLES: &[&str] = &["--proxy-mode", "nftables"];
+const BY_NFT: &[&str] =
+    &["--proxy-mode", "iptables", "--iptables-flavour", "nft", "--iptables-localhost-nodeports"];
+const BY_LEGACY: &[&str] =
+    &["--proxy-mode", "iptables", "--iptables-flavour", "legacy", "--iptables-localhost-nodeports"];
+const ROUTE_LOCALNET: &str = "ipv4/conf/all/route_localnet";
 
 fn cleans_up(world: &mut World) -> Result<()> {
     let foreign = "table ip other {\n chain proxy-agent {\n type filter hook forward priority 5;\n counter accept\n }\n}\n\
@@ -258,8 +268,10 @@ fn cleans_up(world: &mut World) -> Result<()> {
     let node = &world.node(1).place.namespace;
     node.nft(foreign)?;
     // iptables makes tables for its chains, which are everybody's from then on.
-    run_and_end(world, "iptables")?;
-    world.cli(world.node(1), &["cleanup"])?;
+    for by in [BY_NFT, BY_LEGACY] {
+        run_and_end(world, by)?;
+        world.cli(world.node(1), &["cleanup"])?;
+    }
     ensure!(!state(world)?.iter().any(|text| text.contains("PROXY-")), "{:?}", state(world)?);
     // Names and words like ours, in the tables that we write to; the qdisc that our filters would be of without TCX.
     let node = &world.node(1).place.namespace;
@@ -275,7 +287,6 @@ fn cleans_up(world: &mut World) -> Result<()> {
     for Save { save, restore } in &IPTABLES {
         put_back(world, restore, &node.output(save[0], &save[1..])?)?;
     }
-    // Fewer than with nft's, which is the flavour that is chosen by that.
     for tool in ["iptables-legacy", "ip6tables-legacy"] {
         node.output(tool, &["-t", "nat", "-N", "PROXY-MINE"])?;
     }
@@ -296,19 +307,21 @@ fn cleans_up(world: &mut World) -> Result<()> {
     let before = state(world)?;
     // A mode that takes over removes what another one left, so each is alone first, and its rules are put back beside the pins of the last.
     let mut rules = Vec::new();
-    for (mode, saves) in [("nftables", &NFTABLES), ("iptables", &IPTABLES)] {
-        run_and_end(world, mode)?;
-        ensure!(state(world)? != before, "{mode} leaves nothing to remove");
+    for (by, saves) in [(BY_NFTABLES, &NFTABLES), (BY_NFT, &IPTABLES), (BY_LEGACY, &LEGACY)] {
+        run_and_end(world, by)?;
+        ensure!(state(world)? != before, "{by:?} leaves nothing to remove");
+        ensure!((route_localnet(world)? == "1") == (saves[0].save != NFTABLES[0].save), "{by:?}: loopback");
         for Save { save, restore } in saves {
             rules.push((restore, world.node(1).place.namespace.output(save[0], &save[1..])?));
         }
         world.cli(world.node(1), &["cleanup"])?;
         is_as(world, &before)?;
     }
-    run_and_end(world, "ebpf")?;
+    run_and_end(world, &["--proxy-mode", "ebpf"])?;
     for (restore, text) in rules {
         put_back(world, restore, &text)?;
     }
+    world.node(1).place.namespace.sysctl(&[(ROUTE_LOCALNET, "1")])?;
     let bpffs = world.node(1).bpffs.clone();
     let left = state(world)?;
     ensure!(left != before, "nothing was left to remove");
@@ -316,7 +329,8 @@ fn cleans_up(world: &mut World) -> Result<()> {
     for line in [
         "would remove table ip proxy-agent (nftables)",
         "would remove table ip6 proxy-agent (nftables)",
-        "chains of iptables",
+        "chains of iptables (nft)",
+        "chains of iptables (legacy)",
         "links/connect4",
     ] {
         ensure!(out.contains(line), "no {line:?} in {code:?} {out} {err}");
@@ -339,13 +353,19 @@ fn cleans_up(world: &mut World) -> Result<()> {
     node.nft("flush ruleset")
 }
 
+fn route_localnet(world: &World) -> Result<String> {
+    let text = world.node(1).place.namespace.output("cat", &[&format!("/proc/sys/net/{ROUTE_LOCALNET}")])?;
+    Ok(text.trim().to_owned())
+}
+
 /// It refuses to clean up under an agent.
-fn run_and_end(world: &mut World, mode: &str) -> Result<()> {
-    let options = AgentOptions { extra: vec!["--proxy-mode".into(), mode.into()], ..AgentOptions::new(SocketLb::All) };
+fn run_and_end(world: &mut World, by: &[&str]) -> Result<()> {
+    let extra = by.iter().map(|word| (*word).to_owned()).collect();
+    let options = AgentOptions { extra, ..AgentOptions::new(SocketLb::All) };
     world.start_agent(1, &options)?;
     world.node(1).wait_ready(PATIENCE)?;
     let bpffs = world.node(1).bpffs.clone();
     let (code, _, err) = said(world, None, None, &bpffs, &["cleanup"])?;
-    ensure!(code == Some(3) && err.contains("stop it first"), "{mode}, while it runs: {code:?} {err}");
+    ensure!(code == Some(3) && err.contains("stop it first"), "{by:?}, while it runs: {code:?} {err}");
     world.kill_agent(1)
 }

@@ -161,6 +161,7 @@ fn state(world: &World) -> Result<Vec<String>> {
         "tc qdisc show",
         "ip rule show",
         "ip route show table all",
+        "cat /proc/sys/net/ipv4/conf/all/route_localnet",
     ];
     let mut state = Vec::new();
     for command in commands {

@@ -6,6 +6,7 @@ use std::{fs, io};
 
 use super::{
     flavour::{Flavour, Tools},
+    loopback,
     render::Table,
     save::{Saved, is_ours},
     shadow,
@@ -26,9 +27,16 @@ pub(super) struct Left {
 }
 
 impl Left {
-    pub(super) fn remove(self) -> Result<(), ToolError> {
+    pub(super) fn remove(self) -> Result<(), DataplaneError> {
+        // The rules go last: one of them keeps out what the setting lets in.
+        loopback::here().put_back(&self.saved)?;
+        self.remove_rules()
+    }
+
+    /// Where others of ours go on with the setting.
+    pub(super) fn remove_rules(self) -> Result<(), DataplaneError> {
         let Self { tools, family, saved } = self;
-        tools.restore(family, &shadow::removal(saved.names(), saved.jumps))
+        tools.restore(family, &shadow::removal(saved.names(), saved.jumps)).map_err(unavailable)
     }
 }
 
@@ -41,10 +49,10 @@ pub(super) struct Found {
 
 impl Found {
     /// Does something to each; the first thing that was in the way, which may be that there is more.
-    pub(super) fn each(self, mut each: impl FnMut(Left) -> Result<(), ToolError>) -> Result<(), DataplaneError> {
+    pub(super) fn each(self, mut each: impl FnMut(Left) -> Result<(), DataplaneError>) -> Result<(), DataplaneError> {
         let mut result = Ok(());
         for left in self.left {
-            result = result.and(each(left).map_err(unavailable));
+            result = result.and(each(left));
         }
         result.and(self.unknown.map_or(Ok(()), Err))
     }
@@ -87,7 +95,7 @@ impl Found {
     }
 }
 
-fn unavailable(error: ToolError) -> DataplaneError {
+pub(super) fn unavailable(error: ToolError) -> DataplaneError {
     DataplaneError::Unavailable(error.to_string())
 }
 

@@ -5,6 +5,7 @@
 //! shadow    what is in force, and what has to be written to make it something else; pure
 //! save      what iptables-save prints, read; pure
 //! flavour   which iptables: nft's or the old one
+//! loopback  the setting that node ports of 127.0.0.1 take, and what it was
 //! observe   whether what was written is still there
 //! stamp     whether anything has changed at all
 //! ```
@@ -18,7 +19,6 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     net::IpAddr,
-    path::Path,
     sync::{
         Arc,
         atomic::{AtomicU64, Ordering},
@@ -41,6 +41,7 @@ use crate::{
 mod flavour;
 mod former;
 mod left;
+mod loopback;
 mod observe;
 mod render;
 mod save;
@@ -56,8 +57,6 @@ use render::{ChainName, Pods, Renderer, Unit};
 use save::Saved;
 use shadow::{Item, Jumps, Patch, Shadow, Stand};
 use stamp::Stamps;
-
-const ROUTE_LOCALNET: &str = "net/ipv4/conf/all/route_localnet";
 
 /// What is known of one family's chains.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -138,6 +137,7 @@ impl Iptables {
                 mark: options.mark(),
                 masquerade_ports: options.masquerade_ports,
                 localhost: options.localhost_node_ports,
+                route_localnet: None,
                 liberal,
             };
             Half::new(renderer)
@@ -282,7 +282,7 @@ impl Iptables {
         if whole.units().is_empty() && whole.guards().is_empty() && whole.health().is_empty() && self.held.is_empty() {
             return self.go_without(at, whole, &items, &saved, report);
         }
-        match self.write(family, &whole, &saved) {
+        match self.write(family, &mut whole, &saved) {
             Ok(writes) => self.refilled(at, whole, &items, writes, report),
             Err(error) => {
                 self.failures.fetch_add(1, Ordering::Relaxed);
@@ -343,26 +343,36 @@ impl Iptables {
         }
         let mut whole = Shadow::new(renderer);
         whole.turn(sifted.good.clone());
-        match self.write(family, &whole, saved) {
+        match self.write(family, &mut whole, saved) {
             Ok(writes) => self.refilled(at, whole, &sifted.good, writes, report),
             Err(error) => self.give_up(&sifted.good, at, &error, report),
         }
     }
 
     /// All of it, in place of whatever of ours is there.
-    fn write(&mut self, family: Family, whole: &Shadow, saved: &Saved) -> Result<u64, ToolError> {
-        if whole.renderer.opens_loopback() {
-            let file = Path::new("/proc/sys").join(ROUTE_LOCALNET);
-            if let Err(error) = fs::write(&file, "1") {
-                tracing::warn!(%error, "{} cannot be set: node ports on 127.0.0.1 do not answer", file.display());
-            }
+    fn write(&mut self, family: Family, whole: &mut Shadow, saved: &Saved) -> Result<u64, ToolError> {
+        let opens = whole.renderer.opens_loopback();
+        if opens {
+            let known = saved.route_localnet().or(whole.renderer.route_localnet).or_else(|| self.noted_elsewhere(family));
+            whole.renderer.route_localnet = known.or_else(|| loopback::here().before());
+        } else if let Err(error) = loopback::here().put_back(saved) {
+            tracing::warn!(%error, "what an earlier run set stays");
         }
         let set = whole.chains();
         let gone = saved.names().into_iter().filter(|name| !set.contains_key(name)).collect();
         let patch = Patch { set, gone };
         let jumps = Jumps { stale: saved.jumps.clone(), wanted: whole.renderer.jumps() };
         self.tools.restore(family, &patch.text(&jumps))?;
+        if opens {
+            // Not before what keeps the neighbours out, and says what it was.
+            loopback::here().open();
+        }
         Ok(patch.writes())
+    }
+
+    /// By an earlier run, with the other flavour.
+    fn noted_elsewhere(&self, family: Family) -> Option<i32> {
+        self.leftovers?.save(family).ok()?.route_localnet()
     }
 
     fn refilled(&mut self, at: usize, whole: Shadow, items: &[Item], writes: u64, report: &mut Report) {
@@ -383,7 +393,8 @@ impl Iptables {
             && let Some(other) = self.leftovers.take()
         {
             tracing::info!(flavour = %other.flavour, "what an earlier run left with the other flavour of iptables is removed");
-            if let Err(error) = left::of(other).each(Left::remove) {
+            let remove = if self.localhost { Left::remove_rules } else { Left::remove };
+            if let Err(error) = left::of(other).each(remove) {
                 tracing::warn!(%error, flavour = %other.flavour, "what an earlier run left stays");
                 self.leftovers = Some(other);
             }
@@ -391,14 +402,18 @@ impl Iptables {
     }
 
     /// A family that nothing is asked of has no chains.
-    fn go_without(&mut self, at: usize, whole: Shadow, items: &[Item], saved: &Saved, report: &mut Report) {
+    fn go_without(&mut self, at: usize, mut whole: Shadow, items: &[Item], saved: &Saved, report: &mut Report) {
         let family = whole.renderer.family;
         if !saved.is_clean() {
+            if let Err(error) = loopback::here().put_back(saved) {
+                tracing::warn!(%error, "what was set stays");
+            }
             if let Err(error) = self.tools.restore(family, &shadow::removal(saved.names(), saved.jumps.clone())) {
                 return self.give_up(items, at, &error, report);
             }
             report.writes += 1;
         }
+        whole.renderer.route_localnet = None;
         if let Some(half) = self.halves.get_mut(at) {
             half.shadow = whole;
             half.state = State::Absent;

@@ -24,6 +24,7 @@ use std::{
 
 use ipnet::IpNet;
 
+use super::loopback;
 use crate::{
     dataplane::netfilter::{PROTOCOLS, comment, names},
     desired::{Action, Algorithm, Backend, BackendSet, Frontend, FrontendKind, FrontendSpec, Verdict, Verdicts},
@@ -153,6 +154,8 @@ pub(super) struct Renderer {
     pub(super) masquerade_ports: (u16, u16),
     /// Node ports of 127.0.0.1 are asked for, at the price of `route_localnet` (contract A54).
     pub(super) localhost: bool,
+    /// What `route_localnet` was before it was set; `None`: not known yet, or not set.
+    pub(super) route_localnet: Option<i32>,
     /// The kernel's conntrack takes what is out of its window, so nothing is invalid (contract A109).
     pub(super) liberal: bool,
 }
@@ -272,8 +275,12 @@ impl Renderer {
         ]);
         if self.opens_loopback() {
             // What `route_localnet` lets in from the neighbours (contract A54).
-            let martian = "-d 127.0.0.0/8 ! -s 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP";
-            all.insert((Table::Filter, LOOPBACK.to_owned()), vec![martian.to_owned()]);
+            let note = self.route_localnet.map(|before| format!("-m comment --comment \"{}\" ", loopback::note(before)));
+            let martian = format!(
+                "-d 127.0.0.0/8 ! -s 127.0.0.0/8 {}-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
+                note.unwrap_or_default()
+            );
+            all.insert((Table::Filter, LOOPBACK.to_owned()), vec![martian]);
         }
         all
     }
