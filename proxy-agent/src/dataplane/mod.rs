@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     net::IpAddr,
 };
 
@@ -183,13 +184,38 @@ impl Drift {
     }
 }
 
+/// What a node lacks, and what to do about it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Missing {
+    pub what: String,
+    /// Empty where `what` says it, or nothing general can be said.
+    pub remedy: String,
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { what, remedy } = self;
+        f.write_str(what)?;
+        if remedy.is_empty() { Ok(()) } else { write!(f, "; {remedy}") }
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum DataplaneError {
     /// The node cannot run this dataplane, or not now; text says what, why and the remedy.
     #[error("{0}")]
     Unavailable(String),
+    /// The same, as far as the node itself is to be changed.
+    #[error("{0}")]
+    Missing(Missing),
     #[error("{what}: {source}{}", remedy(.source))]
     Kernel { what: String, source: std::io::Error },
+}
+
+impl DataplaneError {
+    pub(crate) fn missing(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self::Missing(Missing { what: what.into(), remedy: remedy.into() })
+    }
 }
 
 /// What to do about an error of the kernel's, as the end of a sentence; empty where nothing general can be said.

@@ -32,7 +32,7 @@ impl former::Former for Former {
         }
         found.each(|Left { tools, family, saved }| {
             self.0.learn(saved.frontends(&BTreeSet::new()));
-            retired(saved).map_or(Ok(()), |text| tools.restore(family, &text).map_err(left::unavailable))
+            retired(saved).map_or(Ok(()), |text| tools.restore(family, &text).map_err(DataplaneError::from))
         })
     }
 

@@ -12,10 +12,7 @@ use super::{
     shadow,
 };
 use crate::{
-    dataplane::{
-        DataplaneError,
-        netfilter::{conntrack::Socket, tool::ToolError},
-    },
+    dataplane::{DataplaneError, netfilter::conntrack::Socket},
     model::Family,
 };
 
@@ -36,7 +33,7 @@ impl Left {
     /// Where others of ours go on with the setting.
     pub(super) fn remove_rules(self) -> Result<(), DataplaneError> {
         let Self { tools, family, saved } = self;
-        tools.restore(family, &shadow::removal(saved.names(), saved.jumps)).map_err(unavailable)
+        tools.restore(family, &shadow::removal(saved.names(), saved.jumps)).map_err(DataplaneError::from)
     }
 }
 
@@ -93,10 +90,6 @@ impl Found {
             }
         }
     }
-}
-
-pub(super) fn unavailable(error: ToolError) -> DataplaneError {
-    DataplaneError::Unavailable(error.to_string())
 }
 
 fn unknown(flavour: Flavour, family: Family, why: &dyn std::fmt::Display) -> DataplaneError {

@@ -645,8 +645,7 @@ impl Dataplane for Iptables {
             if stamp.is_some() && half.stamp == stamp {
                 continue;
             }
-            let lost = observe::lost(&self.tools, half, compare.then_some(&mut took))
-                .map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
+            let lost = observe::lost(&self.tools, half, compare.then_some(&mut took))?;
             if !lost.is_empty() {
                 half.state = State::Unknown;
             }

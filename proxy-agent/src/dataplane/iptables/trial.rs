@@ -21,9 +21,9 @@ impl Iptables {
         tools.are_allowed()?;
         for family in sample::families() {
             tools.test(family, &text(family, options)).map_err(|error| {
-                DataplaneError::Unavailable(format!(
-                    "{error}; the kernel needs netfilter's NAT, and the matches and targets of iptables (docs/kernels.md)"
-                ))
+                error.lacking(
+                    "use a kernel that has netfilter's NAT, and the matches and targets of iptables (docs/kernels.md)",
+                )
             })?;
         }
         Ok(())

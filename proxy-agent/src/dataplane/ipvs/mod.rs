@@ -648,7 +648,7 @@ fn key(at: &Virtual) -> Option<String> {
 fn no_ipvs(error: io::Error) -> DataplaneError {
     match error.kind() {
         io::ErrorKind::NotFound => {
-            DataplaneError::Unavailable("the kernel has no IPVS; `modprobe ip_vs`, or CONFIG_IP_VS".into())
+            DataplaneError::missing("the kernel has no IPVS", "`modprobe ip_vs`, or CONFIG_IP_VS")
         }
         _ => DataplaneError::Kernel { what: "IPVS".into(), source: error },
     }

@@ -208,8 +208,7 @@ impl Nftables {
     }
 
     pub(crate) fn open_as(role: Role, options: &Options) -> Result<Self, DataplaneError> {
-        let unavailable = |error: ToolError| DataplaneError::Unavailable(error.to_string());
-        NFT.run(&["--version"], "").map_err(unavailable)?;
+        NFT.run(&["--version"], "")?;
         let lock = Lock::take()?;
         let kernel = |what: &'static str| {
             move |source| DataplaneError::Kernel { what: format!("{what} (is nf_tables in this kernel?)"), source }
@@ -242,7 +241,7 @@ impl Nftables {
 
     pub(crate) fn remove_tables(role: Role) -> Result<(), DataplaneError> {
         let text = ["ip", "ip6"].map(|ip| Shadow::removal(ip, role.table())).concat();
-        NFT.run(&["-f", "-"], &text).map(drop).map_err(|error| DataplaneError::Unavailable(error.to_string()))
+        NFT.run(&["-f", "-"], &text).map(drop).map_err(DataplaneError::from)
     }
 
     /// What an agent left here, by name. A kernel that is not ours to ask, or has no nftables, holds none that could be removed.
@@ -297,7 +296,7 @@ impl Nftables {
         let mut kept = BTreeSet::new();
         for half in &self.halves {
             if !self.held.is_empty() && (half.state == State::Unknown || !half.kept.is_empty()) {
-                let found = self.find(half).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
+                let found = self.find(half)?;
                 kept.extend(found.into_iter().flat_map(|found| found.kept));
             }
         }
@@ -675,7 +674,7 @@ impl Drift {
 }
 
 fn listed_servers(nft: Tool, renderer: &Renderer) -> Result<Servers, DataplaneError> {
-    let listed = list(nft, renderer).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
+    let listed = list(nft, renderer)?;
     Ok(listed.map(|listed| listed.servers()).unwrap_or_default())
 }
 
@@ -797,7 +796,7 @@ impl Dataplane for Nftables {
             half.count(self.netlink.as_ref());
         }
         for at in 0..self.halves.len() {
-            self.compare(at, now, &mut drift).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
+            self.compare(at, now, &mut drift)?;
         }
         Ok(drift)
     }
