@@ -21,7 +21,7 @@ use proxy_tests::{
 };
 use serde_json::Value;
 
-/// More than two sync periods, and than rules are left alone for after they were read.
+/// Fifteen sync periods.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {

@@ -29,7 +29,7 @@ use std::{
 use super::{
     Capabilities, Dataplane, DataplaneError, DetectLocal, Drift, Failure, Fill, Hook, Report, held,
     netfilter::{
-        ALGORITHMS, Options, PROTOCOLS, flows::Flows, is_liberal, local_devices, lock::Lock, sift::sift,
+        ALGORITHMS, Options, PROTOCOLS, flows::Flows, is_liberal, local_devices, lock::Lock, ration::Ration, sift::sift,
         tool::ToolError,
     },
 };
@@ -116,7 +116,9 @@ pub struct Iptables {
     held: BTreeSet<ServiceKey>,
     /// At which load balancers ask.
     health: BTreeSet<u16>,
-    compare_at: Instant,
+    ration: Ration,
+    /// Rules were written since all of them were last read.
+    wrote: bool,
 }
 
 impl Iptables {
@@ -156,7 +158,8 @@ impl Iptables {
             devices: None,
             held: BTreeSet::new(),
             health: BTreeSet::new(),
-            compare_at: Instant::now(),
+            ration: Ration::new(Instant::now()),
+            wrote: false,
         })
     }
 
@@ -185,6 +188,7 @@ impl Iptables {
         let family = half.shadow.renderer.family;
         let (patch, undo) = half.shadow.turn(items.clone());
         let text = patch.text(&Jumps::default());
+        self.wrote |= !text.is_empty();
         let done = if text.is_empty() { Ok(()) } else { self.tools.restore(family, &text) };
         match done {
             Ok(()) => {
@@ -362,6 +366,7 @@ impl Iptables {
         let gone = saved.names().into_iter().filter(|name| !set.contains_key(name)).collect();
         let patch = Patch { set, gone };
         let jumps = Jumps { stale: saved.jumps.clone(), wanted: whole.renderer.jumps() };
+        self.wrote = true;
         self.tools.restore(family, &patch.text(&jumps))?;
         if opens {
             // Not before what keeps the neighbours out, and says what it was.
@@ -632,7 +637,7 @@ impl Dataplane for Iptables {
 
     fn observe(&mut self) -> Result<Drift, DataplaneError> {
         let mut drift = Drift::default();
-        let compare = self.compare_at <= Instant::now();
+        let compare = self.ration.allows(Instant::now());
         let mut took = Duration::ZERO;
         let pods = self.pods();
         for half in &mut self.halves {
@@ -652,8 +657,8 @@ impl Dataplane for Iptables {
             half.stamp = stamp.filter(|_| compare && lost.is_empty());
             drift.hooks.extend(lost);
         }
-        if compare {
-            self.compare_at = Instant::now() + took * observe::SHARE;
+        if took > Duration::ZERO && drift.hooks.is_empty() && !std::mem::take(&mut self.wrote) {
+            self.ration.for_nothing(Instant::now(), took);
         }
         Ok(drift)
     }

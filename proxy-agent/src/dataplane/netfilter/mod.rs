@@ -5,6 +5,7 @@
 //! tool       a command (nft, iptables-restore) with a time-out, and errors that say what to do
 //! counted    what several frontends share, and goes with the last of them
 //! sample     frontends of every kind, to try out with whether a node takes them
+//! ration     how often all rules are read
 //! names      names of chains that tell what is in them
 //! sift       finds out what is wrong with a change that is refused
 //! flows      ends UDP flows of backends that are gone, in the kernel's conntrack
@@ -30,6 +31,7 @@ pub(crate) mod flows;
 pub(crate) mod ipset;
 pub mod lock;
 pub(crate) mod names;
+pub(crate) mod ration;
 #[cfg(test)]
 pub(crate) mod refused;
 pub(crate) mod sample;

@@ -25,6 +25,7 @@ use super::{
         conntrack::{Chain, Socket, Structure},
         flows::Flows,
         lock::Lock,
+        ration::Ration,
         sift::sift,
         tool::{Tool, ToolError},
     },
@@ -54,7 +55,7 @@ const NFT: Tool = Tool {
     patience: Duration::from_secs(60),
 };
 
-/// Comparing elements takes at most one part in so many of the time.
+/// Counting clients takes at most one part in so many of the time.
 const SHARE: u32 = 100;
 
 /// What the kernel says of rules, without nft.
@@ -124,7 +125,7 @@ struct Half {
     /// Of its chains, as they were read once they were made.
     prints: HashMap<String, u64>,
     /// Its elements; not at once with the other family's, or that one's turn would never come.
-    compare_at: Instant,
+    ration: Ration,
 }
 
 impl Half {
@@ -144,7 +145,7 @@ impl Half {
             prints: HashMap::new(),
             remembered: 0,
             count_at: Instant::now(),
-            compare_at: Instant::now(),
+            ration: Ration::new(Instant::now()),
         }
     }
 }
@@ -634,7 +635,7 @@ impl Nftables {
             return Ok(());
         }
         half.prints = found.chains.into_iter().map(|(name, chain)| (name, chain.print)).collect();
-        if half.compare_at > Instant::now() {
+        if !half.ration.allows(Instant::now()) {
             return Ok(());
         }
         let start = Instant::now();
@@ -642,11 +643,11 @@ impl Nftables {
         let differences = listed.differences(&half.shadow);
         if differences.is_empty() {
             half.generation = Some(now);
+            half.ration.for_nothing(Instant::now(), start.elapsed());
         } else {
             half.state = State::Unknown;
             drift.add(&half.shadow, &differences, hook);
         }
-        half.compare_at = Instant::now() + start.elapsed() * SHARE;
         Ok(())
     }
 }
