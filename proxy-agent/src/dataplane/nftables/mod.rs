@@ -9,6 +9,8 @@
 //! One transaction for each change and family, of what changed alone; nothing is listed to make one. One that nft refuses is
 //! halved until the frontends that it is for are found, and the rest goes in. An agent that starts makes everything of ours anew, in one
 //! transaction: packets meet the old rules or the new ones. Stopping leaves all in force.
+//!
+//! Not one for both families: the tables share nothing, and what is refused of the one is no reason for the other to wait.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
