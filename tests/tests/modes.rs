@@ -53,7 +53,13 @@ fn main() -> ExitCode {
         });
         suite.case(&format!("{group}/auto without CAP_BPF and nft takes iptables"), || {
             let tools = tools(world, "without-nft", IPTABLES_TOOLS)?;
-            serves_as(world, Some(RULES_ALONE), Some(tools), "iptables", "nftables cannot run here (nft cannot be started")
+            serves_as(
+                world,
+                Some(RULES_ALONE),
+                Some(tools),
+                "iptables",
+                "nftables cannot run here (nft cannot be started",
+            )
         });
         suite.case(&format!("{group}/cleanup takes away what every mode left and nothing else"), || cleans_up(world));
     })
@@ -148,7 +154,12 @@ fn checks(world: &mut World) -> Result<()> {
             wanted: [Runs, fails(no_nft), lacks(no_iptables), no_ipvs_tools],
             ..bare
         },
-        Asked { capabilities: Some(NOTHING), exit: 1, wanted: [fails(no_bpf), fails(nothing), fails(nothing), fails(nothing)], ..all },
+        Asked {
+            capabilities: Some(NOTHING),
+            exit: 1,
+            wanted: [fails(no_bpf), fails(nothing), fails(nothing), fails(nothing)],
+            ..all
+        },
         // As `run` would be told.
         Asked {
             args: &["--proxy-mode", "iptables", "--iptables-flavour", "legacy"],
@@ -157,7 +168,13 @@ fn checks(world: &mut World) -> Result<()> {
             ..raw
         },
         Asked {
-            args: &["--proxy-mode", "iptables", "--iptables-flavour=nft", "--iptables-masquerade-bit=5", "--iptables-localhost-nodeports"],
+            args: &[
+                "--proxy-mode",
+                "iptables",
+                "--iptables-flavour=nft",
+                "--iptables-masquerade-bit=5",
+                "--iptables-localhost-nodeports",
+            ],
             wanted: [lacks(no_bpf), Runs, Runs, ipvs],
             ..raw
         },
@@ -183,7 +200,10 @@ fn is_said(world: &World, asked: &Asked<'_>) -> Result<()> {
         let item = item.with_context(|| format!("{what}: no {name}: {out}"))?;
         let [detail, remedy] = ["detail", "remedy"].map(|field| item[field].as_str().unwrap_or_default());
         let is_it = item["result"] == result && detail.contains(words) && remedy.contains(todo);
-        ensure!(is_it && remedy.is_empty() == todo.is_empty(), "{what}: wanted {result} {words:?} {todo:?}, not {item}");
+        ensure!(
+            is_it && remedy.is_empty() == todo.is_empty(),
+            "{what}: wanted {result} {words:?} {todo:?}, not {item}"
+        );
         // The same in one line.
         let mut of_mode = lines.lines().filter(|line| line.contains(&format!(" {name}: ")));
         let line = of_mode.next().with_context(|| format!("{what}: no line of {name}: {lines}"))?;
@@ -280,7 +300,9 @@ fn serves_as(
     let metrics = node.http(10249, "/metrics")?.1;
     ensure!(metrics.contains(&format!("proxy_agent_mode{{mode=\"{mode}\"}} 1")), "{metrics}");
     ensure!(node.metric("proxy_agent_mode")? == 1.0, "more than one mode: {metrics}");
-    let info = metrics.lines().find(|line| line.starts_with(&format!("proxy_agent_mode_info{{mode=\"{mode}\",reason=\"auto: ")));
+    let info = metrics
+        .lines()
+        .find(|line| line.starts_with(&format!("proxy_agent_mode_info{{mode=\"{mode}\",reason=\"auto: ")));
     ensure!(info.is_some_and(|info| info.contains(reason) && info.ends_with("} 1.0")), "{metrics}");
     let log = node.agent_log();
     ensure!(log.contains(&format!("mode=\"{mode}\"")) && log.contains(reason), "{log}");
@@ -374,8 +396,7 @@ const LEGACY: [Save; 2] = [
 
 /// What an agent is told, and with that changes all of a node that its mode may change.
 const BY_NFTABLES: &[&str] = &["--proxy-mode", "nftables"];
-const BY_NFT: &[&str] =
-    &["--proxy-mode", "iptables", "--iptables-flavour", "nft", "--iptables-localhost-nodeports"];
+const BY_NFT: &[&str] = &["--proxy-mode", "iptables", "--iptables-flavour", "nft", "--iptables-localhost-nodeports"];
 const BY_LEGACY: &[&str] =
     &["--proxy-mode", "iptables", "--iptables-flavour", "legacy", "--iptables-localhost-nodeports"];
 const ROUTE_LOCALNET: &str = "ipv4/conf/all/route_localnet";

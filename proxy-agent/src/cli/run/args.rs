@@ -52,9 +52,9 @@ pub struct Args {
     /// Links that lead out of the node although they look like pods' (a veth in a bridge); patterns as above
     #[arg(long, value_name = "PATTERN,…", value_delimiter = ',', env = "PROXY_AGENT_UPLINKS")]
     pub uplinks: Vec<String>,
-    /// How a backend is chosen, where the Service does not say
-    #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_ALGORITHM")]
-    pub algorithm: AlgorithmArg,
+    /// How a backend is chosen, where the Service does not say [default: random; by IPVS: what --ipvs-scheduler says]
+    #[arg(long, value_enum, env = "PROXY_AGENT_ALGORITHM")]
+    pub algorithm: Option<AlgorithmArg>,
     /// Masquerade all traffic to ClusterIPs, pods' too
     #[arg(long, env = "PROXY_AGENT_MASQUERADE_ALL")]
     pub masquerade_all: bool,
@@ -271,9 +271,8 @@ fn period(text: &str) -> Result<Duration, String> {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum AlgorithmArg {
-    #[default]
     Random,
     /// Each CPU walks the list on its own
     RoundRobin,

@@ -179,6 +179,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
     };
     let Choice { mode, reason } = chosen(proxy_mode, &dataplane)?;
     dataplane.mode = mode;
+    let by_default = if mode == Mode::Ipvs { Algorithm::Scheduler } else { Algorithm::Random };
     Ok(Plan {
         source: source::Options { node, pods: pod_annotations, input },
         node: node::Options {
@@ -189,7 +190,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         },
         sync: sync::Options {
             defaults: plan::Defaults {
-                algorithm: Algorithm::from(algorithm),
+                algorithm: algorithm.map_or(by_default, Algorithm::from),
                 masquerade_all,
                 detect_local: detection.plan,
                 node_port_addresses: nodeport_addresses.unwrap_or_default(),

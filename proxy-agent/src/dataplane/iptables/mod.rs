@@ -29,12 +29,12 @@ use std::{
 use super::{
     Capabilities, Dataplane, DataplaneError, DetectLocal, Drift, Failure, Fill, Hook, Report, held,
     netfilter::{
-        ALGORITHMS, Options, PROTOCOLS, flows::Flows, is_liberal, local_devices, lock::Lock, ration::Ration, sift::sift,
-        tool::ToolError,
+        ALGORITHMS, Options, PROTOCOLS, flows::Flows, is_liberal, local_devices, lock::Lock, ration::Ration,
+        sift::sift, tool::ToolError,
     },
 };
 use crate::{
-    desired::{Changes, DesiredState, Devices, Frontend},
+    desired::{Algorithm, Changes, DesiredState, Devices, Frontend},
     model::{Family, ServiceKey, ServicePortName},
 };
 
@@ -357,7 +357,8 @@ impl Iptables {
     fn write(&mut self, family: Family, whole: &mut Shadow, saved: &Saved) -> Result<u64, ToolError> {
         let opens = whole.renderer.opens_loopback();
         if opens {
-            let known = saved.route_localnet().or(whole.renderer.route_localnet).or_else(|| self.noted_elsewhere(family));
+            let known =
+                saved.route_localnet().or(whole.renderer.route_localnet).or_else(|| self.noted_elsewhere(family));
             whole.renderer.route_localnet = known.or_else(|| loopback::here().before());
         } else if let Err(error) = loopback::here().put_back(saved) {
             tracing::warn!(%error, "what an earlier run set stays");
@@ -551,6 +552,12 @@ impl Dataplane for Iptables {
             protocols: PROTOCOLS.to_vec(),
             affinity: true,
             algorithms: ALGORITHMS.to_vec(),
+            otherwise: Algorithm::Random,
+            turns_restart: Some(match self.tools.flavour {
+                Flavour::Nft => "a change of its backends",
+                // All of a table is written anew.
+                Flavour::Legacy => "a change of any Service",
+            }),
             loopback: self.localhost,
             resets: false,
             affinity_clients: Some(self.affinity_clients),

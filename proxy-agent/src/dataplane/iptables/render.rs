@@ -275,7 +275,8 @@ impl Renderer {
         ]);
         if self.opens_loopback() {
             // What `route_localnet` lets in from the neighbours (contract A54).
-            let note = self.route_localnet.map(|before| format!("-m comment --comment \"{}\" ", loopback::note(before)));
+            let note =
+                self.route_localnet.map(|before| format!("-m comment --comment \"{}\" ", loopback::note(before)));
             let martian = format!(
                 "-d 127.0.0.0/8 ! -s 127.0.0.0/8 {}-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
                 note.unwrap_or_default()
@@ -422,7 +423,7 @@ impl Maker<'_> {
                     let _infallible = write!(rule, " -m statistic --mode nth --every {left} --packet 0");
                 }
                 // Of those that are left, each is as likely as the others.
-                (left, Algorithm::Random | Algorithm::Maglev) => {
+                (left, Algorithm::Random | Algorithm::Maglev | Algorithm::Scheduler) => {
                     let _infallible = write!(rule, " -m statistic --mode random --probability {}", probability(left));
                 }
             }

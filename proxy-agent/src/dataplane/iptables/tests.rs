@@ -51,8 +51,14 @@ impl World {
         };
         let programs = [script("list", SAVE), script("restore", RESTORE), script("save", SAVE)];
         let half = |family| {
-            let renderer =
-                Renderer { family, mark: 0x4000, masquerade_ports: (30_000, 65_535), localhost: false, route_localnet: None, liberal: false };
+            let renderer = Renderer {
+                family,
+                mark: 0x4000,
+                masquerade_ports: (30_000, 65_535),
+                localhost: false,
+                route_localnet: None,
+                liberal: false,
+            };
             Half::new(renderer)
         };
         let stamps = Told::default();

@@ -707,8 +707,10 @@ impl Dataplane for Ipvs {
             name: "ipvs",
             protocols: PROTOCOLS.to_vec(),
             affinity: true,
-            // Who asks for nothing else gets the scheduler's choice (contract A44).
-            algorithms: vec![Algorithm::Random, Algorithm::RoundRobin, Algorithm::Maglev],
+            // None of the kernel's schedulers is random.
+            algorithms: vec![Algorithm::Scheduler, Algorithm::RoundRobin, Algorithm::Maglev],
+            otherwise: Algorithm::Scheduler,
+            turns_restart: None,
             loopback: false,
             resets: false,
             affinity_clients: None,

@@ -22,10 +22,20 @@ pub(crate) struct Tool {
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum ToolError {
-    Start { program: &'static str, why: String, remedy: &'static str },
-    Slow { program: &'static str, patience: Duration },
+    Start {
+        program: &'static str,
+        why: String,
+        remedy: &'static str,
+    },
+    Slow {
+        program: &'static str,
+        patience: Duration,
+    },
     /// It ran, and said no.
-    Refused { program: &'static str, said: String },
+    Refused {
+        program: &'static str,
+        said: String,
+    },
 }
 
 impl std::error::Error for ToolError {}

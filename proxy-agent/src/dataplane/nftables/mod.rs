@@ -33,7 +33,7 @@ use super::{
     },
 };
 use crate::{
-    desired::{Changes, DesiredState, Devices, Frontend},
+    desired::{Algorithm, Changes, DesiredState, Devices, Frontend},
     model::{Family, ServiceKey},
 };
 
@@ -721,6 +721,8 @@ impl Dataplane for Nftables {
             protocols: PROTOCOLS.to_vec(),
             affinity: true,
             algorithms: ALGORITHMS.to_vec(),
+            otherwise: Algorithm::Random,
+            turns_restart: None,
             loopback: false,
             resets: false,
             affinity_clients: None,

@@ -28,8 +28,7 @@ impl Nftables {
                 "`modprobe nf_tables`, or CONFIG_NF_TABLES",
             )
         })?;
-        NFT.run(&["-j", "list", "tables"], "")
-            .map_err(|error| error.lacking("use an nft that is built with JSON"))?;
+        NFT.run(&["-j", "list", "tables"], "").map_err(|error| error.lacking("use an nft that is built with JSON"))?;
         for family in sample::families() {
             NFT.run(&["-c", "-f", "-"], &sample(family, role, options)).map_err(|error| {
                 error.lacking(

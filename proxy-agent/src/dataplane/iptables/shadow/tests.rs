@@ -97,7 +97,14 @@ impl Kernel {
 }
 
 fn renderer(family: Family) -> Renderer {
-    Renderer { family, mark: 0x4000, masquerade_ports: (30_000, 65_535), localhost: false, route_localnet: None, liberal: false }
+    Renderer {
+        family,
+        mark: 0x4000,
+        masquerade_ports: (30_000, 65_535),
+        localhost: false,
+        route_localnet: None,
+        liberal: false,
+    }
 }
 
 fn name(name: &str, protocol: Protocol) -> ServicePortName {
