@@ -97,6 +97,8 @@ pub enum Algorithm {
     RoundRobin,
     /// By a hash of the flow, the same on every node.
     Maglev,
+    /// As `--ipvs-scheduler` says: where IPVS serves, and nobody asks for anything else.
+    Scheduler,
 }
 
 impl fmt::Display for Algorithm {
@@ -105,6 +107,7 @@ impl fmt::Display for Algorithm {
             Self::Random => "random",
             Self::RoundRobin => "round-robin",
             Self::Maglev => "maglev",
+            Self::Scheduler => "scheduler",
         })
     }
 }

@@ -14,7 +14,7 @@ pub mod report;
 pub use crate::model::SourceState;
 use crate::{
     dataplane::{Failure, Fill, Hook, Retiring},
-    desired::{Device, Frontend, FrontendSpec, HealthChecks, HealthDoors},
+    desired::{Algorithm, Device, Frontend, FrontendSpec, HealthChecks, HealthDoors},
     model::{Family, NodeFacts, ServiceKey},
 };
 
@@ -34,6 +34,8 @@ pub struct FrontendStatus {
     pub since: SystemTime,
     /// What it does not get of what its Service asks for, where it is in force.
     pub limits: Option<String>,
+    /// How a backend is chosen for it.
+    pub algorithm: Algorithm,
 }
 
 /// One value for everything that reports; cheap to clone (shared parts).

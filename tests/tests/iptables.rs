@@ -21,7 +21,7 @@ use proxy_tests::{
 };
 use serde_json::Value;
 
-/// More than two sync periods, and than rules are left alone for after they were read.
+/// Fifteen sync periods.
 const PATIENCE: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
@@ -36,6 +36,7 @@ fn main() -> ExitCode {
         suite.case(&format!("{group}/A135: a restart is seen by nobody"), || restart(world, by));
         suite.case(&format!("{group}/A76: forwarded though the firewall drops"), || forwarded(world, by));
         suite.case(&format!("{group}/A109: what is invalid leaves no pod"), || packets::invalid(world));
+        suite.case(&format!("{group}/A54: loopback is opened no longer than it is asked for"), || loopback(world, by));
         suite.case(&format!("{group}/a second agent is refused"), || second(world));
         if by == Fallback::IptablesLegacy {
             suite.case(&format!("{group}/F62: the lock is held"), || locked(world, by));
@@ -264,6 +265,33 @@ fn restart(world: &mut World, by: Fallback) -> Result<()> {
     for client in storms {
         let report: storm::Report = client.finish(Duration::from_secs(10))?;
         ensure!(report.failures.is_empty() && report.answered > 20, "{report:?}");
+    }
+    Ok(())
+}
+
+/// Whatever becomes of the rule in which it stands what the setting was before, as long as an agent runs.
+fn loopback(world: &mut World, by: Fallback) -> Result<()> {
+    let is = |world: &World, wanted: &str| {
+        let text = world.node(1).place.namespace.output("cat", &["/proc/sys/net/ipv4/conf/all/route_localnet"])?;
+        ensure!(text.trim() == wanted, "route_localnet is {text}");
+        Ok(())
+    };
+    is(world, "1")?;
+    let before = repaired(world)?;
+    run(world, by, Family::V4, "", "-t filter -F")?;
+    eventually(|| {
+        ensure!(repaired(world)? > before, "nothing was repaired\n{}", world.node(1).agent_log());
+        Ok(())
+    })?;
+    let asked = options(by);
+    let extra = asked.extra.iter().cloned();
+    let flavour = by.name().trim_start_matches("iptables-");
+    let others = ["--proxy-mode", "iptables", "--iptables-flavour", flavour].map(str::to_owned);
+    let not_asked = AgentOptions { fallback: None, extra: extra.chain(others).collect(), ..asked };
+    for (options, wanted) in [(&options(by), "1"), (&not_asked, "0"), (&options(by), "1")] {
+        world.start_agents(options)?;
+        is(world, wanted)?;
+        answers(world, 1)?;
     }
     Ok(())
 }

@@ -73,6 +73,7 @@ fn own(suite: &mut Suite, group: &str, world: &mut World) {
     for (other, first) in OTHERS.into_iter().zip((12_000..).step_by(4_000)) {
         suite.case(&format!("{group}/from IPVS to {} and back", other.name()), || moves(world, other, first));
     }
+    suite.case(&format!("{group}/auto takes IPVS where nothing else can run"), || chosen_by_auto(world));
     suite.case(&format!("{group}/cleanup takes away what is ours and nothing else"), || cleans_up(world));
     suite.case(&format!("{group}/settings that cannot be written are found before anything is"), || settings(world));
     suite.case(&format!("{group}/cleanup --kube-proxy takes away what its IPVS mode leaves and nothing else"), || {
@@ -322,6 +323,8 @@ fn put_back(world: &mut World, change: &str) -> Result<()> {
     let node = world.node(1);
     let before = chosen(node)?;
     ensure!(before.len() > 20, "{before:#?}");
+    let repaired = || -> Result<u64> { node.status()?["sync"]["driftRepaired"].as_u64().context("no driftRepaired") };
+    let counted = repaired()?;
     output(node, change)?;
     // Nobody is behind it.
     let foreign = change.contains("198.51.100.1");
@@ -330,7 +333,9 @@ fn put_back(world: &mut World, change: &str) -> Result<()> {
         ensure!(conntrack.trim() == "1", "not set");
         let ours = chosen(node)?;
         ensure!(ours == before, "{before:#?} became {ours:#?}");
-        answers(world, 6)
+        answers(world, 6)?;
+        ensure!(foreign || repaired()? > counted, "{} was counted, as before", repaired()?);
+        Ok(())
     })?;
     if foreign {
         thread::sleep(Duration::from_secs(3));
@@ -425,6 +430,22 @@ fn moves(world: &mut World, other: Fallback, first: u16) -> Result<()> {
     answers(world, 8)?;
     calm(storm)?;
     unbroken(held)
+}
+
+/// Its table needs nft, too, but less of it.
+fn chosen_by_auto(world: &mut World) -> Result<()> {
+    let said = world.cli_output(world.node(1), &["check", "--proxy-mode=ipvs", "--ipvs-scheduler=none-such"])?;
+    ensure!(said.contains("modprobe ip_vs_none-such"), "{said}");
+    let capabilities = Some("+net_admin,+dac_override".to_owned());
+    let programs = Some(world.nft_without_numgen()?);
+    let options = AgentOptions { capabilities, programs, only_programs: true, ..AgentOptions::new(SocketLb::Node) };
+    world.start_agent(1, &options)?;
+    world.node(1).wait_ready(patience(60))?;
+    let status = world.node(1).status()?;
+    let why = status["modeReason"].as_str().unwrap_or_default();
+    ensure!(status["mode"] == "ipvs" && why.contains("nftables cannot run here (nft: no numgen"), "{status}");
+    answers(world, 6)?;
+    world.start_agents(&self::options())
 }
 
 /// All that an agent may change of a node.

@@ -3,6 +3,7 @@
 use std::{
     fs,
     net::SocketAddr,
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -20,7 +21,23 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 /// All that rules of netfilter's need, and less than eBPF does.
 const RULES_ALONE: &str = "+net_admin,+net_raw,+dac_override";
+const WITHOUT_RAW: &str = "+net_admin,+dac_override";
 const NOTHING: &str = "+dac_override";
+/// Of both flavours.
+const IPTABLES_TOOLS: &[&str] = &[
+    "iptables-nft",
+    "iptables-nft-restore",
+    "iptables-nft-save",
+    "ip6tables-nft",
+    "ip6tables-nft-restore",
+    "ip6tables-nft-save",
+    "iptables-legacy",
+    "iptables-legacy-restore",
+    "iptables-legacy-save",
+    "ip6tables-legacy",
+    "ip6tables-legacy-restore",
+    "ip6tables-legacy-save",
+];
 /// Everything but nft.
 const WITHOUT_TOOLS: &str = "/nonexistent";
 
@@ -28,11 +45,21 @@ fn main() -> ExitCode {
     Suite::in_worlds("modes", [("modes".to_owned(), ())], prepare, |suite, group, _, world| {
         suite.case(&format!("{group}/check names every mode and who lacks what"), || checks(world));
         suite.case(&format!("{group}/auto takes eBPF where it can"), || {
-            serves_as(world, None, "ebpf", "auto: ebpf can run here")
+            serves_as(world, None, None, "ebpf", "auto: ebpf can run here")
         });
         suite.case(&format!("{group}/a mode that cannot run says which could"), || refused(world));
         suite.case(&format!("{group}/auto without CAP_BPF takes nftables"), || {
-            serves_as(world, Some(RULES_ALONE), "nftables", "CAP_BPF: missing")
+            serves_as(world, Some(RULES_ALONE), None, "nftables", "CAP_BPF: missing")
+        });
+        suite.case(&format!("{group}/auto without CAP_BPF and nft takes iptables"), || {
+            let tools = tools(world, "without-nft", IPTABLES_TOOLS)?;
+            serves_as(
+                world,
+                Some(RULES_ALONE),
+                Some(tools),
+                "iptables",
+                "nftables cannot run here (nft cannot be started",
+            )
         });
         suite.case(&format!("{group}/cleanup takes away what every mode left and nothing else"), || cleans_up(world));
     })
@@ -74,49 +101,138 @@ fn said(
     Ok((done.status.code(), text(&done.stdout), text(&done.stderr)))
 }
 
+/// How `check` was asked, and what it is to say.
+struct Asked<'a> {
+    capabilities: Option<&'a str>,
+    path: Option<&'a str>,
+    bpffs: &'a Path,
+    args: &'a [&'a str],
+    exit: i32,
+    /// Of each mode in [`MODES`].
+    wanted: [Said<'a>; 4],
+}
+
+const MODES: [&str; 4] = ["mode ebpf", "mode nftables", "mode iptables", "mode ipvs"];
+
+/// What of one mode.
+#[derive(Clone, Copy)]
+enum Said<'a> {
+    Runs,
+    Taken,
+    /// What is lacking, and what to do about it.
+    Lacks(&'a str, &'a str),
+    /// The same, and so the agent cannot run.
+    Fails(&'a str, &'a str),
+}
+
 fn checks(world: &mut World) -> Result<()> {
+    use Said::{Fails, Lacks, Runs, Taken};
     let bpffs = world.node(1).bpffs.clone();
     let elsewhere = world.objects_dir();
-    // Capabilities, PATH, pin directory, the mode asked for; exit status; result and words of mode ebpf, of mode nftables.
-    type Row<'a> = (Option<&'a str>, Option<&'a str>, &'a Path, &'a str, i32, [(&'a str, &'a str); 2]);
-    let rows: [Row<'_>; 7] = [
-        (None, None, &bpffs, "auto", 0, [("ok", "auto takes it"), ("ok", "can run")]),
-        (Some(RULES_ALONE), None, &bpffs, "auto", 0, [("warning", "CAP_BPF"), ("ok", "auto takes it")]),
-        (Some(RULES_ALONE), None, &bpffs, "ebpf", 1, [("failed", "CAP_BPF"), ("ok", "can run")]),
-        (None, None, &elsewhere, "auto", 0, [("warning", "is not on a bpf filesystem"), ("ok", "auto takes it")]),
-        (None, Some(WITHOUT_TOOLS), &bpffs, "auto", 0, [("ok", "auto takes it"), ("warning", "nft cannot be started")]),
-        (
-            None,
-            Some(WITHOUT_TOOLS),
-            &bpffs,
-            "nftables",
-            1,
-            [("ok", "can run"), ("failed", "install the package nftables")],
-        ),
-        (Some(NOTHING), None, &bpffs, "auto", 1, [("failed", "CAP_NET_ADMIN"), ("failed", "CAP_NET_ADMIN")]),
+    let without_nft = tools(world, "without-nft", IPTABLES_TOOLS)?;
+    let without_nft = without_nft.to_str().context("a path")?;
+    let ipvs = if World::without_ipvs().is_some() { Lacks("no IPVS", "modprobe ip_vs") } else { Runs };
+    let no_ipvs_tools = if World::without_ipvs().is_some() { ipvs } else { Lacks("nft cannot be started", "nftables") };
+    let (no_bpf, nothing) = (("CAP_BPF", "add BPF"), ("CAP_NET_ADMIN", "add NET_ADMIN"));
+    let (no_nft, no_iptables) = (("nft cannot be", "package nftables"), ("cannot be started", "package iptables"));
+    let lacks = |(what, remedy)| Lacks(what, remedy);
+    let fails = |(what, remedy)| Fails(what, remedy);
+    let all = Asked { capabilities: None, path: None, bpffs: &bpffs, args: &[], exit: 0, wanted: [Runs; 4] };
+    let rules = Asked { capabilities: Some(RULES_ALONE), ..all };
+    let bare = Asked { path: Some(WITHOUT_TOOLS), ..all };
+    let raw = Asked { capabilities: Some(WITHOUT_RAW), ..all };
+    let rows = [
+        Asked { wanted: [Taken, Runs, Runs, ipvs], ..all },
+        Asked { wanted: [lacks(no_bpf), Taken, Runs, ipvs], ..rules },
+        Asked { args: &["--proxy-mode", "ebpf"], exit: 1, wanted: [fails(no_bpf), Runs, Runs, ipvs], ..rules },
+        Asked { path: Some(without_nft), wanted: [lacks(no_bpf), lacks(no_nft), Taken, no_ipvs_tools], ..rules },
+        Asked { bpffs: &elsewhere, wanted: [Lacks("is not on a bpf", "mount"), Taken, Runs, ipvs], ..all },
+        Asked { wanted: [Taken, lacks(no_nft), lacks(no_iptables), no_ipvs_tools], ..bare },
+        Asked {
+            args: &["--proxy-mode", "nftables"],
+            exit: 1,
+            wanted: [Runs, fails(no_nft), lacks(no_iptables), no_ipvs_tools],
+            ..bare
+        },
+        Asked {
+            capabilities: Some(NOTHING),
+            exit: 1,
+            wanted: [fails(no_bpf), fails(nothing), fails(nothing), fails(nothing)],
+            ..all
+        },
+        // As `run` would be told.
+        Asked {
+            args: &["--proxy-mode", "iptables", "--iptables-flavour", "legacy"],
+            exit: 1,
+            wanted: [lacks(no_bpf), Runs, Fails("CAP_NET_RAW", "add NET_RAW"), ipvs],
+            ..raw
+        },
+        Asked {
+            args: &[
+                "--proxy-mode",
+                "iptables",
+                "--iptables-flavour=nft",
+                "--iptables-masquerade-bit=5",
+                "--iptables-localhost-nodeports",
+            ],
+            wanted: [lacks(no_bpf), Runs, Runs, ipvs],
+            ..raw
+        },
     ];
-    for (capabilities, path, bpffs, mode, exit, wanted) in rows {
-        let what = format!("{mode}, {capabilities:?}, PATH {path:?}, {}", bpffs.display());
-        let (code, out, err) = said(world, capabilities, path, bpffs, &["check", "-o", "json", "--proxy-mode", mode])?;
-        let list: Value = serde_json::from_str(&out).with_context(|| format!("{what}: {out} {err}"))?;
-        let items = list["items"].as_array().context("no items")?;
-        for (name, (result, words)) in ["mode ebpf", "mode nftables"].into_iter().zip(wanted) {
-            let item =
-                items.iter().find(|item| item["name"] == name).with_context(|| format!("{what}: no {name}: {out}"))?;
-            let detail = item["detail"].as_str().unwrap_or_default();
-            ensure!(
-                item["result"] == result && detail.contains(words),
-                "{what}: wanted {result} {words:?}, not {item}"
-            );
-        }
-        ensure!(code == Some(exit), "{what}: exit status {code:?}: {out} {err}");
+    rows.iter().try_for_each(|row| is_said(world, row))
+}
+
+fn is_said(world: &World, asked: &Asked<'_>) -> Result<()> {
+    let Asked { capabilities, path, bpffs, args, exit, wanted } = *asked;
+    let what = format!("{args:?}, {capabilities:?}, PATH {path:?}, {}", bpffs.display());
+    let (code, out, err) = said(world, capabilities, path, bpffs, &[&["check", "-o", "json"], args].concat())?;
+    let list: Value = serde_json::from_str(&out).with_context(|| format!("{what}: {out} {err}"))?;
+    let items = list["items"].as_array().context("no items")?;
+    let (_, lines, _) = said(world, capabilities, path, bpffs, &[&["check"], args].concat())?;
+    for (name, wanted) in MODES.into_iter().zip(wanted) {
+        let (result, words, todo) = match wanted {
+            Said::Runs => ("ok", "can run", ""),
+            Said::Taken => ("ok", "can run, and auto takes it", ""),
+            Said::Lacks(words, todo) => ("warning", words, todo),
+            Said::Fails(words, todo) => ("failed", words, todo),
+        };
+        let item = items.iter().find(|item| item["name"] == name);
+        let item = item.with_context(|| format!("{what}: no {name}: {out}"))?;
+        let [detail, remedy] = ["detail", "remedy"].map(|field| item[field].as_str().unwrap_or_default());
+        let is_it = item["result"] == result && detail.contains(words) && remedy.contains(todo);
+        ensure!(
+            is_it && remedy.is_empty() == todo.is_empty(),
+            "{what}: wanted {result} {words:?} {todo:?}, not {item}"
+        );
+        // The same in one line.
+        let mut of_mode = lines.lines().filter(|line| line.contains(&format!(" {name}: ")));
+        let line = of_mode.next().with_context(|| format!("{what}: no line of {name}: {lines}"))?;
+        let end = if todo.is_empty() { detail.to_owned() } else { format!("{detail}; {remedy}") };
+        ensure!(line.ends_with(&end) && of_mode.next().is_none(), "{what}: wanted {end:?}, not {lines}");
     }
+    ensure!(code == Some(exit), "{what}: exit status {code:?}: {out} {err}");
     Ok(())
+}
+
+/// A directory of these programs of the system's, and no others.
+fn tools(world: &World, name: &str, tools: &[&str]) -> Result<PathBuf> {
+    let dir = world.objects_dir().with_file_name(name);
+    fs::create_dir_all(&dir)?;
+    for tool in tools {
+        let real = ["/usr/sbin", "/sbin", "/usr/bin", "/bin"].map(|dir| Path::new(dir).join(tool));
+        let real = real.iter().find(|path| path.exists()).with_context(|| format!("no {tool}"))?;
+        let link = dir.join(tool);
+        if !link.exists() {
+            symlink(real, link)?;
+        }
+    }
+    Ok(dir)
 }
 
 /// Nothing of ours is made by one that fails.
 fn refused(world: &mut World) -> Result<()> {
-    let rows = [
+    let without_numgen = world.nft_without_numgen()?;
+    let mut rows = vec![
         (Some(RULES_ALONE), None, "ebpf", &["CAP_BPF", "--proxy-mode nftables could run here"][..]),
         (None, Some(WITHOUT_TOOLS), "nftables", &["nft cannot be started", "--proxy-mode ebpf could run here"]),
         (
@@ -132,6 +248,15 @@ fn refused(world: &mut World) -> Result<()> {
             &["none of the dataplanes can run", "CAP_BPF", "root", "nft cannot be started", "check"],
         ),
     ];
+    if World::without_ipvs().is_some() {
+        // With it, it would be the one that runs: a case of IPVS' suite.
+        let why = &[
+            "nftables cannot run here (nft: no numgen",
+            "iptables cannot run here (",
+            "ipvs cannot run here (the kernel has no IPVS; `modprobe",
+        ];
+        rows.push((Some(RULES_ALONE), without_numgen.to_str(), "auto", why));
+    }
     let source = world.objects_dir();
     let source = source.to_str().context("a path")?;
     let absent = world.node(1).bpffs.join("absent");
@@ -150,9 +275,20 @@ fn refused(world: &mut World) -> Result<()> {
 }
 
 /// The mode and its reason: in the report, at /proxyMode, as a metric, in the log.
-fn serves_as(world: &mut World, capabilities: Option<&str>, mode: &str, reason: &str) -> Result<()> {
+fn serves_as(
+    world: &mut World,
+    capabilities: Option<&str>,
+    programs: Option<PathBuf>,
+    mode: &str,
+    reason: &str,
+) -> Result<()> {
     world.remove_agents()?;
-    let options = AgentOptions { capabilities: capabilities.map(str::to_owned), ..AgentOptions::new(SocketLb::All) };
+    let options = AgentOptions {
+        capabilities: capabilities.map(str::to_owned),
+        only_programs: programs.is_some(),
+        programs,
+        ..AgentOptions::new(SocketLb::All)
+    };
     world.start_agent(1, &options)?;
     let node = world.node(1);
     node.wait_ready(PATIENCE)?;
@@ -164,6 +300,10 @@ fn serves_as(world: &mut World, capabilities: Option<&str>, mode: &str, reason: 
     let metrics = node.http(10249, "/metrics")?.1;
     ensure!(metrics.contains(&format!("proxy_agent_mode{{mode=\"{mode}\"}} 1")), "{metrics}");
     ensure!(node.metric("proxy_agent_mode")? == 1.0, "more than one mode: {metrics}");
+    let info = metrics
+        .lines()
+        .find(|line| line.starts_with(&format!("proxy_agent_mode_info{{mode=\"{mode}\",reason=\"auto: ")));
+    ensure!(info.is_some_and(|info| info.contains(reason) && info.ends_with("} 1.0")), "{metrics}");
     let log = node.agent_log();
     ensure!(log.contains(&format!("mode=\"{mode}\"")) && log.contains(reason), "{log}");
     for family in Family::BOTH {
@@ -188,9 +328,7 @@ fn state(world: &World) -> Result<Vec<String>> {
             .into_iter()
             .map(output)
             .collect::<Result<Vec<_>>>()?;
-    for path in
-        ["ipv4/ip_forward", "ipv4/conf/all/route_localnet", "ipv4/conf/all/rp_filter", "ipv6/conf/all/forwarding"]
-    {
+    for path in ["ipv4/ip_forward", ROUTE_LOCALNET, "ipv4/conf/all/rp_filter", "ipv6/conf/all/forwarding"] {
         state.push(output(&format!("cat /proc/sys/net/{path}"))?);
     }
     for words in ["iptables-legacy-save", "ip6tables-legacy-save", "ipset save -sorted"] {
@@ -251,6 +389,17 @@ const IPTABLES: [Save; 2] = [
     Save { save: &["iptables-nft-save"], restore: &["iptables-nft-restore"] },
     Save { save: &["ip6tables-nft-save"], restore: &["ip6tables-nft-restore"] },
 ];
+const LEGACY: [Save; 2] = [
+    Save { save: &["iptables-legacy-save"], restore: &["iptables-legacy-restore"] },
+    Save { save: &["ip6tables-legacy-save"], restore: &["ip6tables-legacy-restore"] },
+];
+
+/// What an agent is told, and with that changes all of a node that its mode may change.
+const BY_NFTABLES: &[&str] = &["--proxy-mode", "nftables"];
+const BY_NFT: &[&str] = &["--proxy-mode", "iptables", "--iptables-flavour", "nft", "--iptables-localhost-nodeports"];
+const BY_LEGACY: &[&str] =
+    &["--proxy-mode", "iptables", "--iptables-flavour", "legacy", "--iptables-localhost-nodeports"];
+const ROUTE_LOCALNET: &str = "ipv4/conf/all/route_localnet";
 
 fn cleans_up(world: &mut World) -> Result<()> {
     let foreign = "table ip other {\n chain proxy-agent {\n type filter hook forward priority 5;\n counter accept\n }\n}\n\
@@ -258,8 +407,10 @@ fn cleans_up(world: &mut World) -> Result<()> {
     let node = &world.node(1).place.namespace;
     node.nft(foreign)?;
     // iptables makes tables for its chains, which are everybody's from then on.
-    run_and_end(world, "iptables")?;
-    world.cli(world.node(1), &["cleanup"])?;
+    for by in [BY_NFT, BY_LEGACY] {
+        run_and_end(world, by)?;
+        world.cli(world.node(1), &["cleanup"])?;
+    }
     ensure!(!state(world)?.iter().any(|text| text.contains("PROXY-")), "{:?}", state(world)?);
     // Names and words like ours, in the tables that we write to; the qdisc that our filters would be of without TCX.
     let node = &world.node(1).place.namespace;
@@ -275,7 +426,6 @@ fn cleans_up(world: &mut World) -> Result<()> {
     for Save { save, restore } in &IPTABLES {
         put_back(world, restore, &node.output(save[0], &save[1..])?)?;
     }
-    // Fewer than with nft's, which is the flavour that is chosen by that.
     for tool in ["iptables-legacy", "ip6tables-legacy"] {
         node.output(tool, &["-t", "nat", "-N", "PROXY-MINE"])?;
     }
@@ -296,19 +446,21 @@ fn cleans_up(world: &mut World) -> Result<()> {
     let before = state(world)?;
     // A mode that takes over removes what another one left, so each is alone first, and its rules are put back beside the pins of the last.
     let mut rules = Vec::new();
-    for (mode, saves) in [("nftables", &NFTABLES), ("iptables", &IPTABLES)] {
-        run_and_end(world, mode)?;
-        ensure!(state(world)? != before, "{mode} leaves nothing to remove");
+    for (by, saves) in [(BY_NFTABLES, &NFTABLES), (BY_NFT, &IPTABLES), (BY_LEGACY, &LEGACY)] {
+        run_and_end(world, by)?;
+        ensure!(state(world)? != before, "{by:?} leaves nothing to remove");
+        ensure!((route_localnet(world)? == "1") == (saves[0].save != NFTABLES[0].save), "{by:?}: loopback");
         for Save { save, restore } in saves {
             rules.push((restore, world.node(1).place.namespace.output(save[0], &save[1..])?));
         }
         world.cli(world.node(1), &["cleanup"])?;
         is_as(world, &before)?;
     }
-    run_and_end(world, "ebpf")?;
+    run_and_end(world, &["--proxy-mode", "ebpf"])?;
     for (restore, text) in rules {
         put_back(world, restore, &text)?;
     }
+    world.node(1).place.namespace.sysctl(&[(ROUTE_LOCALNET, "1")])?;
     let bpffs = world.node(1).bpffs.clone();
     let left = state(world)?;
     ensure!(left != before, "nothing was left to remove");
@@ -316,7 +468,8 @@ fn cleans_up(world: &mut World) -> Result<()> {
     for line in [
         "would remove table ip proxy-agent (nftables)",
         "would remove table ip6 proxy-agent (nftables)",
-        "chains of iptables",
+        "chains of iptables (nft)",
+        "chains of iptables (legacy)",
         "links/connect4",
     ] {
         ensure!(out.contains(line), "no {line:?} in {code:?} {out} {err}");
@@ -339,13 +492,19 @@ fn cleans_up(world: &mut World) -> Result<()> {
     node.nft("flush ruleset")
 }
 
+fn route_localnet(world: &World) -> Result<String> {
+    let text = world.node(1).place.namespace.output("cat", &[&format!("/proc/sys/net/{ROUTE_LOCALNET}")])?;
+    Ok(text.trim().to_owned())
+}
+
 /// It refuses to clean up under an agent.
-fn run_and_end(world: &mut World, mode: &str) -> Result<()> {
-    let options = AgentOptions { extra: vec!["--proxy-mode".into(), mode.into()], ..AgentOptions::new(SocketLb::All) };
+fn run_and_end(world: &mut World, by: &[&str]) -> Result<()> {
+    let extra = by.iter().map(|word| (*word).to_owned()).collect();
+    let options = AgentOptions { extra, ..AgentOptions::new(SocketLb::All) };
     world.start_agent(1, &options)?;
     world.node(1).wait_ready(PATIENCE)?;
     let bpffs = world.node(1).bpffs.clone();
     let (code, _, err) = said(world, None, None, &bpffs, &["cleanup"])?;
-    ensure!(code == Some(3) && err.contains("stop it first"), "{mode}, while it runs: {code:?} {err}");
+    ensure!(code == Some(3) && err.contains("stop it first"), "{by:?}, while it runs: {code:?} {err}");
     world.kill_agent(1)
 }

@@ -13,7 +13,7 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::{
-    pod::{hold, socket::Transport, storm},
+    pod::{hold, socket::Transport, storm, talk},
     suite::Suite,
     world::{
         AgentOptions, Ask, Client, Fallback, Family, Place, Programs, SocketLb, Spec, Topology, World, objects, vip,
@@ -24,7 +24,7 @@ use serde_json::Value;
 const PATIENCE: Duration = Duration::from_secs(30);
 /// Both sides of every pair, and eBPF in both of its ways: each pair of modes is there, each way at least once as the former and as the
 /// next one. At first nobody but the former has translation switched on.
-const MOVES: [(Mode, Mode); 9] = [
+const MOVES: [(Mode, Mode); 11] = [
     (Mode::By(Fallback::Nftables), Mode::Packets),
     (Mode::Sockets, Mode::By(Fallback::Nftables)),
     (Mode::Packets, Mode::By(Fallback::IptablesNft)),
@@ -34,6 +34,8 @@ const MOVES: [(Mode, Mode); 9] = [
     (Mode::Sockets, Mode::By(Fallback::IptablesLegacy)),
     (Mode::By(Fallback::IptablesLegacy), Mode::Packets),
     (Mode::Packets, Mode::By(Fallback::Nftables)),
+    (Mode::By(Fallback::IptablesNft), Mode::By(Fallback::IptablesLegacy)),
+    (Mode::By(Fallback::IptablesLegacy), Mode::By(Fallback::Nftables)),
 ];
 
 const CLUSTER: u16 = 30_080;
@@ -70,6 +72,11 @@ impl Mode {
             Self::By(Fallback::Nftables) => "nftables",
             Self::By(_) => "iptables",
         }
+    }
+
+    /// Translated by the kernel's conntrack for either, its flows are not counted, and go on.
+    fn shares_flows(self, other: Self) -> bool {
+        !self.is_ebpf() && !other.is_ebpf()
     }
 
     fn is_ebpf(self) -> bool {
@@ -161,6 +168,7 @@ fn state(world: &World) -> Result<Vec<String>> {
         "tc qdisc show",
         "ip rule show",
         "ip route show table all",
+        "cat /proc/sys/net/ipv4/conf/all/route_localnet",
     ];
     let mut state = Vec::new();
     for command in commands {
@@ -216,6 +224,41 @@ fn flows(world: &World) -> Vec<(&Place, SocketAddr, &'static str)> {
         flows.push((world.pod("a1"), node.at(family, CLUSTER), "b1,b2"));
     }
     flows
+}
+
+/// One socket each, and never silent.
+fn datagrams(world: &World) -> Result<Vec<(String, Client)>> {
+    let mut talks = Vec::new();
+    for (place, to, _) in flows(world) {
+        let port = match to.port() {
+            80 => 53,
+            CLUSTER => CLUSTER_UDP,
+            _ => continue,
+        };
+        let (to, source) = (SocketAddr::new(to.ip(), port).to_string(), 21_000 + talks.len());
+        let client = start_at(world, place, &["talk", &to, &format!("--source-port={source}")])?;
+        talks.push((format!("{} -> {to}", place.name), client));
+    }
+    for (_, client) in &mut talks {
+        client.wait_for_line("ready", PATIENCE)?;
+    }
+    Ok(talks)
+}
+
+/// Whoever answered first goes on to. A machine that stands still loses some answers.
+fn go_on(talks: Vec<(String, Client)>) -> Result<()> {
+    for (what, client) in talks {
+        let report: talk::Report = client.finish(Duration::from_secs(10))?;
+        let (asked, lost) = (report.turns.len(), report.turns.iter().filter(|turn| turn.error.is_some()).count());
+        let backends = report.backends(0, u64::MAX);
+        let stays = backends.len() == 1 && report.sockets == 1;
+        ensure!(
+            stays && asked > 20 && lost * 10 < asked,
+            "{what}: {lost} of {asked} lost, {backends:?}, {:?}",
+            report.errors()
+        );
+    }
+    Ok(())
 }
 
 struct Traffic {
@@ -368,9 +411,10 @@ fn moves(world: &mut World, from: Mode, to: Mode, alone: &[String]) -> Result<()
     anew(world)?;
     start(world, from)?;
     let mut traffic = Traffic::start(world)?;
+    let talks = if from.shares_flows(to) { datagrams(world)? } else { Vec::new() };
     thread::sleep(Duration::from_millis(500));
     start(world, to)?;
-    if from.is_ebpf() || to.is_ebpf() {
+    if !from.shares_flows(to) {
         waits_for_flows(world, from.of_agent())?;
         let node = world.node(1);
         ensure!(node.metric("proxy_agent_retiring_flows")? >= 12.0, "no metric");
@@ -391,6 +435,7 @@ fn moves(world: &mut World, from: Mode, to: Mode, alone: &[String]) -> Result<()
         traffic.storms = Traffic::storms(world, true)?;
     }
     traffic.let_go()?;
+    go_on(talks)?;
     // Where the former's programs and maps go, somebody asks meanwhile, and after.
     waits_for_the_end(world)?;
     thread::sleep(Duration::from_millis(500));

@@ -153,7 +153,11 @@ mod tests {
             (&["run", "--external-ips=false", "--iptables-localhost-nodeports=false"], [false, false]),
         ] {
             let Ok(Cli { verb: Verb::Run(parsed) }) = parse(args) else { panic!("{args:?}") };
-            assert_eq!([parsed.external_ips, parsed.iptables_localhost_nodeports.unwrap_or(true)], on, "{args:?}");
+            assert_eq!(
+                [parsed.external_ips, parsed.netfilter.iptables_localhost_nodeports.unwrap_or(true)],
+                on,
+                "{args:?}"
+            );
         }
         assert_eq!(parse(&["run", "--external-ips=maybe"]).map(|_| ()), Err(ErrorKind::InvalidValue));
         assert_eq!(parse(&["run", "--external-ips", "false"]).map(|_| ()), Err(ErrorKind::UnknownArgument));

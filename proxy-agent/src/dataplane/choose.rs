@@ -1,19 +1,11 @@
 //! Which dataplanes this node can run, and which of them is run. Changes nothing that is in force.
 
 use super::{
-    DataplaneError,
+    DataplaneError, Missing,
     ebpf::probe,
-    iptables, ipvs, nftables,
+    iptables, ipvs, nftables, remedy,
     select::{Mode, Options},
 };
-
-/// What keeps a node from running a dataplane.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Missing {
-    pub what: String,
-    /// Empty where `what` says it.
-    pub remedy: String,
-}
 
 /// One dataplane, and what it would need here.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -40,7 +32,7 @@ impl Candidate {
             Mode::Iptables => iptables::Iptables::try_out(netfilter),
             Mode::Ipvs => ipvs::Ipvs::try_out(netfilter),
         };
-        Self { mode, missing: tried.err().map(Missing::of).into_iter().collect() }
+        Self { mode, missing: tried.err().map(Missing::from).into_iter().collect() }
     }
 
     /// The same, of what has been asked already.
@@ -78,16 +70,22 @@ impl Candidate {
         let name = self.mode.name();
         match self.missing.as_slice() {
             [] => format!("{name} can run here"),
-            [Missing { what, remedy }] if !remedy.is_empty() => format!("{name} cannot run here ({what}; {remedy})"),
+            [missing] => format!("{name} cannot run here ({missing})"),
             _ => format!("{name} cannot run here ({})", self.lack()),
         }
     }
 }
 
-impl Missing {
-    /// The errors of dataplanes end with what to do.
-    fn of(error: DataplaneError) -> Self {
-        Self { what: error.to_string(), remedy: String::new() }
+impl From<DataplaneError> for Missing {
+    fn from(error: DataplaneError) -> Self {
+        match error {
+            DataplaneError::Missing(missing) => missing,
+            DataplaneError::Kernel { what, source } => {
+                let remedy = remedy(&source).trim_start_matches("; ").to_owned();
+                Self { what: format!("{what}: {source}"), remedy }
+            }
+            DataplaneError::Unavailable(what) => Self { what, remedy: String::new() },
+        }
     }
 }
 
@@ -167,6 +165,21 @@ mod tests {
             advice([lacking(Mode::Nftables, &["no nft"])]),
             "no other mode can run here either: nftables cannot run here (no nft; run as root)"
         );
+    }
+
+    #[test]
+    fn what_is_lacking_is_told_from_what_to_do() {
+        let of = |error| {
+            let Missing { what, remedy } = Missing::from(error);
+            (what, remedy)
+        };
+        let pair = |what: &str, remedy: &str| (what.to_owned(), remedy.to_owned());
+        assert_eq!(of(DataplaneError::missing("no nft", "install it")), pair("no nft", "install it"));
+        let source = std::io::Error::from_raw_os_error(libc::EMFILE);
+        let text = source.to_string();
+        let (what, remedy) = of(DataplaneError::Kernel { what: "IPVS".into(), source });
+        assert_eq!((what, remedy.starts_with("too many open files")), (format!("IPVS: {text}"), true));
+        assert_eq!(of(DataplaneError::Unavailable("the lock is held".into())), pair("the lock is held", ""));
     }
 
     #[test]

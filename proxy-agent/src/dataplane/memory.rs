@@ -222,6 +222,8 @@ impl Dataplane for Memory {
             protocols,
             affinity: !lacks.contains(&Lack::Affinity),
             algorithms,
+            otherwise: Algorithm::Random,
+            turns_restart: None,
             loopback: true,
             resets: true,
             affinity_clients: None,

@@ -4,6 +4,7 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    fmt,
     net::IpAddr,
 };
 
@@ -46,8 +47,11 @@ pub struct Capabilities {
     pub name: &'static str,
     pub protocols: Vec<Protocol>,
     pub affinity: bool,
-    /// Another one is served at random.
     pub algorithms: Vec<Algorithm>,
+    /// Who asks for another one is served so.
+    pub otherwise: Algorithm,
+    /// Round-robin begins anew with this.
+    pub turns_restart: Option<&'static str>,
     /// NodePorts of 127.0.0.1 are served.
     pub loopback: bool,
     /// Connections to endpoints that were deleted are reset where a Service asks for it.
@@ -66,6 +70,8 @@ impl Capabilities {
             protocols,
             affinity,
             algorithms: _,
+            otherwise: _,
+            turns_restart: _,
             loopback: _,
             resets: _,
             affinity_clients: _,
@@ -83,16 +89,37 @@ impl Capabilities {
         Some(Failure::Unsupported(format!("frontend {frontend}: {what}")))
     }
 
+    /// How a backend is chosen for it.
+    pub fn chosen(&self, spec: &FrontendSpec) -> Algorithm {
+        if self.algorithms.contains(&spec.algorithm) { spec.algorithm } else { self.otherwise }
+    }
+
     /// What this frontend, which is in force, does not get of what it asks for.
     pub fn limits(&self, frontend: &Frontend, spec: &FrontendSpec) -> Option<String> {
-        let Self { name, protocols: _, affinity: _, algorithms, loopback, resets, affinity_clients, affinity_apart } =
-            self;
+        let Self {
+            name,
+            protocols: _,
+            affinity: _,
+            algorithms: _,
+            otherwise: _,
+            turns_restart,
+            loopback,
+            resets,
+            affinity_clients,
+            affinity_apart,
+        } = self;
         if !loopback && frontend.addr.is_loopback() {
             return Some(format!("the {name} dataplane has no NodePorts on {}", frontend.addr));
         }
         let mut limits = Vec::new();
-        if !algorithms.contains(&spec.algorithm) {
-            limits.push(format!("backends are chosen at random: the {name} dataplane has no {}", spec.algorithm));
+        let by_hash = *affinity_apart && spec.affinity_secs.is_some();
+        let (asked, chosen) = (spec.algorithm, self.chosen(spec));
+        if asked != chosen && !by_hash {
+            let how = if chosen == Algorithm::Scheduler { "as --ipvs-scheduler says" } else { "at random" };
+            limits.push(format!("backends are chosen {how}: the {name} dataplane has no {asked}"));
+        }
+        if let (Some(with), Algorithm::RoundRobin) = (turns_restart, chosen) {
+            limits.push(format!("round-robin begins anew with {with}"));
         }
         if !resets && frontend.protocol == Protocol::Tcp && spec.alive.is_some() {
             limits.push(format!("the {name} dataplane does not reset connections to endpoints that are deleted"));
@@ -100,7 +127,7 @@ impl Capabilities {
         if let (Some(clients), Some(_)) = (affinity_clients, spec.affinity_secs) {
             limits.push(format!("session affinity remembers the last {clients} clients of each endpoint"));
         }
-        if *affinity_apart && spec.affinity_secs.is_some() {
+        if by_hash {
             limits
                 .push("session affinity is each address's own: they agree by a hash, until backends change".to_owned());
             if ipvs::render::picks_both(&spec.verdicts) {
@@ -184,13 +211,38 @@ impl Drift {
     }
 }
 
+/// What a node lacks, and what to do about it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Missing {
+    pub what: String,
+    /// Empty where `what` says it, or nothing general can be said.
+    pub remedy: String,
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { what, remedy } = self;
+        f.write_str(what)?;
+        if remedy.is_empty() { Ok(()) } else { write!(f, "; {remedy}") }
+    }
+}
+
 #[derive(Debug, thiserror::Error)]
 pub enum DataplaneError {
     /// The node cannot run this dataplane, or not now; text says what, why and the remedy.
     #[error("{0}")]
     Unavailable(String),
+    /// The same, as far as the node itself is to be changed.
+    #[error("{0}")]
+    Missing(Missing),
     #[error("{what}: {source}{}", remedy(.source))]
     Kernel { what: String, source: std::io::Error },
+}
+
+impl DataplaneError {
+    pub(crate) fn missing(what: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self::Missing(Missing { what: what.into(), remedy: remedy.into() })
+    }
 }
 
 /// What to do about an error of the kernel's, as the end of a sentence; empty where nothing general can be said.
@@ -302,7 +354,42 @@ pub struct Hook {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        netfilter::refused::{frontend, spec},
+        *,
+    };
+
+    #[test]
+    fn how_backends_are_chosen_is_said_where_it_is_not_as_asked() {
+        use Algorithm::{Maglev, Random, RoundRobin, Scheduler};
+        let capabilities = |algorithms: &[Algorithm], otherwise, turns_restart| Capabilities {
+            name: "one",
+            protocols: vec![Protocol::Tcp],
+            affinity: true,
+            algorithms: algorithms.to_vec(),
+            otherwise,
+            turns_restart,
+            loopback: true,
+            resets: true,
+            affinity_clients: None,
+            affinity_apart: otherwise == Algorithm::Scheduler,
+        };
+        let rules = capabilities(&[Random, RoundRobin], Random, Some("each change"));
+        let ipvs = capabilities(&[Scheduler, RoundRobin, Maglev], Scheduler, None);
+        let at = frontend("10.96.0.1");
+        let told = |by: &Capabilities, algorithm, affinity_secs| {
+            let spec = FrontendSpec { algorithm, affinity_secs, ..FrontendSpec::clone(&spec(&at)) };
+            (by.chosen(&spec), by.limits(&at, &spec).unwrap_or_default())
+        };
+        let random = "backends are chosen at random: the one dataplane has no maglev".to_owned();
+        assert_eq!(told(&rules, Maglev, None), (Random, random));
+        assert_eq!(told(&rules, Random, None), (Random, String::new()));
+        assert_eq!(told(&rules, RoundRobin, None), (RoundRobin, "round-robin begins anew with each change".into()));
+        let by_scheduler = "backends are chosen as --ipvs-scheduler says: the one dataplane has no random".to_owned();
+        assert_eq!(told(&ipvs, Random, None), (Scheduler, by_scheduler));
+        assert_eq!(told(&ipvs, Scheduler, None), (Scheduler, String::new()));
+        assert!(!told(&ipvs, Random, Some(60)).1.contains("scheduler"), "then a hash chooses");
+    }
 
     /// One line: what, why, and what to do about it.
     #[test]

@@ -1,4 +1,7 @@
 //! Netlink messages as bytes: the header, one after the other, and how an exchange went.
+//!
+//! Our own, and no crate's: conntrack, nftables and IPVS are asked a dozen things, by threads that wait for the answer. The crates for them come with an
+//! asynchronous connection and have to be of versions that match each other's and rtnetlink's; that for IPVS does not.
 
 use std::io;
 

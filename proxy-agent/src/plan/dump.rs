@@ -27,6 +27,7 @@ impl fmt::Display for Dump<'_> {
                 Algorithm::Random => "random",
                 Algorithm::RoundRobin => "round-robin",
                 Algorithm::Maglev => "maglev",
+                Algorithm::Scheduler => "scheduler",
             };
             write!(f, "{frontend} {kind} {service} {algorithm}")?;
             if let Some(seconds) = affinity_secs {

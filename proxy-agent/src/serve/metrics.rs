@@ -164,6 +164,11 @@ impl Scrape {
             "1 for the mode that the agent runs in",
             Mode::ALL.map(|mode| ([("mode", mode.name())], f64::from(u8::from(mode.name() == status.mode)))),
         )?;
+        to.gauges(
+            "proxy_agent_mode_info",
+            "The mode that the agent runs in, and why that one",
+            [([("mode", status.mode), ("reason", &*status.mode_reason)], 1.0)],
+        )?;
         let state = |one: &crate::dataplane::Retiring| {
             let state = if one.retired { "retired" } else { "in_force" };
             ([("mode", one.mode), ("state", state)], 1.0)

@@ -349,11 +349,12 @@ pub struct InForce {
 impl InForce {
     pub fn all(status: &Status) -> Vec<Self> {
         let programmed = status.frontends.iter().filter(|(_, status)| status.state == FrontendState::Programmed);
-        programmed.map(|(frontend, FrontendStatus { spec, .. })| Self::of(frontend, spec)).collect()
+        programmed.map(|(frontend, status)| Self::of(frontend, status)).collect()
     }
 
-    fn of(frontend: &Frontend, spec: &desired::FrontendSpec) -> Self {
-        let desired::FrontendSpec { service, kind, all, local, verdicts, algorithm, affinity_secs, .. } = spec;
+    fn of(frontend: &Frontend, status: &FrontendStatus) -> Self {
+        let FrontendStatus { spec, algorithm, .. } = status;
+        let desired::FrontendSpec { service, kind, all, local, verdicts, affinity_secs, .. } = &**spec;
         let backends = |set: &desired::BackendSet| {
             set.iter().map(|desired::Backend { addr, port }| SocketAddr::new(*addr, port.get())).collect()
         };
@@ -500,7 +501,7 @@ pub(crate) mod tests {
         };
         let since = SystemTime::UNIX_EPOCH + Duration::from_secs(1_000);
         let frontend = Frontend { addr: addr.parse().unwrap(), port: port(80), protocol: Protocol::Tcp };
-        (frontend, FrontendStatus { spec: spec.into(), state, since, limits: None })
+        (frontend, FrontendStatus { algorithm: spec.algorithm, spec: spec.into(), state, since, limits: None })
     }
 
     fn check(family: Family) -> desired::FamilyCheck {

@@ -72,7 +72,8 @@ impl Table {
     /// One frontend's outcome.
     pub(super) fn set(&mut self, frontend: Frontend, spec: &Arc<FrontendSpec>, state: FrontendState, now: SystemTime) {
         let limits = self.capabilities.limits(&frontend, spec);
-        let row = FrontendStatus { spec: Arc::clone(spec), state, since: now, limits };
+        let algorithm = self.capabilities.chosen(spec);
+        let row = FrontendStatus { spec: Arc::clone(spec), state, since: now, limits, algorithm };
         if let FrontendState::Degraded(failure) = &row.state
             && self.rows.get(&frontend).is_none_or(|old| old.state != row.state)
         {

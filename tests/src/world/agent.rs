@@ -105,6 +105,8 @@ pub struct AgentOptions {
     pub capabilities: Option<String>,
     /// A directory of programs that it finds before the system's.
     pub programs: Option<PathBuf>,
+    /// It finds none of the system's.
+    pub only_programs: bool,
 }
 
 impl AgentOptions {
@@ -119,6 +121,7 @@ impl AgentOptions {
             traced: false,
             capabilities: None,
             programs: None,
+            only_programs: false,
         }
     }
 
@@ -152,6 +155,7 @@ impl Agent {
             traced,
             capabilities,
             programs,
+            only_programs,
         } = options;
         let name = &node.place.name;
         let log = logs.join(format!("{name}.log"));
@@ -172,7 +176,8 @@ impl Agent {
             variables.push(("KUBERNETES_SERVICE_PORT", server.port().to_string()));
         }
         if let Some(capabilities) = capabilities {
-            words.extend(["setpriv".into(), format!("--bounding-set=-all,{capabilities}").into()]);
+            // By its path, for it may be in none of the directories that the agent is to look in.
+            words.extend(["/usr/bin/setpriv".into(), format!("--bounding-set=-all,{capabilities}").into()]);
         }
         if let Some(trace) = &trace {
             words.push("strace".into());
@@ -195,7 +200,7 @@ impl Agent {
             .args(fallback.iter().flat_map(|fallback| fallback.arguments()))
             .args(extra)
             .env("NO_COLOR", "1")
-            .env("PATH", path(programs.as_deref()))
+            .env("PATH", path(programs.as_deref(), *only_programs))
             // The machine's own proxy settings and cluster mean nothing inside.
             .env_remove("KUBECONFIG")
             .env("HOME", "/nonexistent")
@@ -229,14 +234,10 @@ impl Agent {
 const MOUNTED: &str = "mount -t tmpfs none /run && mkdir -p /var/run/secrets/kubernetes.io && \
                        ln -s \"$0\" /var/run/secrets/kubernetes.io/serviceaccount && exec \"$@\"";
 
-fn path(first: Option<&Path>) -> OsString {
-    let mut path = std::env::var_os("PATH").unwrap_or_default();
-    if let Some(first) = first {
-        let system = std::mem::replace(&mut path, first.into());
-        path.push(":");
-        path.push(system);
-    }
-    path
+fn path(first: Option<&Path>, alone: bool) -> OsString {
+    let system = std::env::var_os("PATH").filter(|_| !alone);
+    let dirs: Vec<OsString> = first.map(OsString::from).into_iter().chain(system).collect();
+    dirs.join(OsStr::new(":"))
 }
 
 impl Drop for Agent {

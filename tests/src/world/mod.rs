@@ -27,8 +27,9 @@ pub mod trace;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
-    fs,
+    fs::{self, Permissions},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     time::{Duration, Instant},
 };
@@ -188,6 +189,19 @@ impl World {
         // A kernel that has it built in knows no such module.
         let _loaded = std::process::Command::new("modprobe").args(["-q", "ip_vs"]).status();
         (!Path::new("/proc/net/ip_vs").exists()).then_some("this kernel has no IPVS")
+    }
+
+    /// A directory with an nft, and nothing else, that takes what a kernel without `numgen` takes.
+    pub fn nft_without_numgen(&self) -> Result<PathBuf> {
+        const NFT: &str = "#!/bin/sh\nPATH=/usr/sbin:/usr/bin:/sbin:/bin\ncase \"$*\" in *-f*) ;; *) exec nft \"$@\" ;; esac\n\
+                           input=$(cat)\ncase $input in *numgen*) echo 'no numgen' >&2; exit 1 ;; esac\n\
+                           printf '%s\\n' \"$input\" | nft \"$@\"\n";
+        let dir = self.objects_dir().with_file_name("nft-without-numgen");
+        fs::create_dir_all(&dir)?;
+        let path = dir.join("nft");
+        fs::write(&path, NFT)?;
+        fs::set_permissions(&path, Permissions::from_mode(0o755))?;
+        Ok(dir)
     }
 
     /// A world in which agents serve the objects that are made for it.

@@ -1,7 +1,8 @@
 //! The file system that a guest starts with: an archive (cpio, "newc") that the kernel unpacks into memory.
 //!
 //! Programs of this machine go in with the libraries that they load, at the names that they have here: so what a test program
-//! was compiled to look for is where it looks.
+//! was compiled to look for is where it looks. Nothing is linked statically for it: the guest runs what the worlds of this machine run, and no
+//! second target has to be installed and built.
 
 use std::{
     collections::{BTreeMap, BTreeSet},

@@ -13,11 +13,13 @@ use serde::Serialize;
 use super::{
     Exit, agent,
     output::{self, Column, Format, OutputArgs, Row},
+    run::args::Netfilter,
     shapes::{SocketLb, Xdp},
 };
 use crate::{
     config::{BPFFS, Bind, HEALTHZ_PORT, METRICS_PORT, PortRange, ProxyMode},
     dataplane::{
+        Missing,
         choose::Candidate,
         ebpf::{
             self,
@@ -27,7 +29,6 @@ use crate::{
         },
         iptables::Iptables,
         ipvs::Ipvs,
-        netfilter,
         nftables::Nftables,
         select::{self, Mode},
     },
@@ -57,6 +58,8 @@ pub struct Args {
     /// Whether what leaves again by an outward device is to go past the stack
     #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_XDP")]
     xdp: Xdp,
+    #[command(flatten)]
+    netfilter: Netfilter,
     /// Source ports of masqueraded flows
     #[arg(long, value_name = "MIN-MAX", default_value_t = PortRange::MASQUERADE, env = "PROXY_AGENT_MASQUERADE_PORTS")]
     masquerade_ports: PortRange,
@@ -128,6 +131,7 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
         cgroup_root,
         socket_lb,
         xdp,
+        netfilter,
         masquerade_ports,
         uplinks,
         healthz_bind_address,
@@ -141,7 +145,7 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let hooked: Vec<_> =
         hooked.into_iter().filter(|hook| hook.kind.starts_with("xdp/")).map(|hook| hook.target).collect();
     let ebpf = ebpf::Options { bpffs, cgroup_root, socket_lb: socket_lb.into(), xdp: xdp.into(), ..Default::default() };
-    let options = select::Options { mode: Mode::Ebpf, ebpf, netfilter: netfilter::Options::default() };
+    let options = select::Options { mode: Mode::Ebpf, ebpf, netfilter: netfilter.options(masquerade_ports) };
     let (mut checks, chosen) = modes(asked(proxy_mode), &options);
     if chosen == Some(Mode::Ebpf) {
         checks.extend(socket_lb_off(socket_lb));
@@ -222,14 +226,12 @@ fn verdict(checks: &[Check]) -> Exit {
     if checks.iter().any(|check| check.result == Outcome::Failed) { Exit::DoesNotHold } else { Exit::Done }
 }
 
-/// One line each, the remedy below; signs for people, words for everything else.
+/// One line each, the remedy at its end; signs for people, words for everything else.
 fn lines(checks: &[Check], signs: bool, out: &mut dyn Write) -> anyhow::Result<()> {
     for Check { name, result, detail, remedy } in checks {
         let mark = if signs { result.sign() } else { result.name() };
-        writeln!(out, "{mark:<width$} {name}: {detail}", width = if signs { 1 } else { 7 })?;
-        if !remedy.is_empty() {
-            writeln!(out, "{:width$} → {remedy}", "", width = if signs { 1 } else { 7 })?;
-        }
+        let missing = Missing { what: detail.clone(), remedy: remedy.clone() };
+        writeln!(out, "{mark:<width$} {name}: {missing}", width = if signs { 1 } else { 7 })?;
     }
     Ok(())
 }

@@ -7,7 +7,7 @@ use clap::{Arg, ArgAction, Args as ClapArgs, ValueEnum, value_parser};
 use crate::{
     cli::shapes::{SocketLb, Xdp},
     config::{self, BPFFS, Bind, ClusterCidr, LocalMode, PortRange, ProxyMode},
-    dataplane::iptables::Flavour,
+    dataplane::{iptables::Flavour, netfilter},
     desired::Algorithm,
     model::address::NodePortAddresses,
 };
@@ -52,9 +52,9 @@ pub struct Args {
     /// Links that lead out of the node although they look like pods' (a veth in a bridge); patterns as above
     #[arg(long, value_name = "PATTERN,…", value_delimiter = ',', env = "PROXY_AGENT_UPLINKS")]
     pub uplinks: Vec<String>,
-    /// How a backend is chosen, where the Service does not say
-    #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_ALGORITHM")]
-    pub algorithm: AlgorithmArg,
+    /// How a backend is chosen, where the Service does not say [default: random; by IPVS: what --ipvs-scheduler says]
+    #[arg(long, value_enum, env = "PROXY_AGENT_ALGORITHM")]
+    pub algorithm: Option<AlgorithmArg>,
     /// Masquerade all traffic to ClusterIPs, pods' too
     #[arg(long, env = "PROXY_AGENT_MASQUERADE_ALL")]
     pub masquerade_all: bool,
@@ -81,15 +81,8 @@ pub struct Args {
         help_heading = "Local detection"
     )]
     pub pod_interface_name_prefix: Option<String>,
-    /// Bit of a packet's mark that asks for masquerading, where netfilter does it
-    #[arg(
-        long,
-        value_name = "BIT",
-        default_value_t = 14,
-        value_parser = value_parser!(u8).range(0..=31),
-        env = "PROXY_AGENT_IPTABLES_MASQUERADE_BIT"
-    )]
-    pub iptables_masquerade_bit: u8,
+    #[command(flatten)]
+    pub netfilter: Netfilter,
     /// Source ports of masqueraded flows, with eBPF
     #[arg(long, value_name = "MIN-MAX", default_value_t = PortRange::MASQUERADE, env = "PROXY_AGENT_MASQUERADE_PORTS")]
     pub masquerade_ports: PortRange,
@@ -101,29 +94,6 @@ pub struct Args {
         env = "PROXY_AGENT_NODEPORT_ADDRESSES"
     )]
     pub nodeport_addresses: Option<NodePortAddresses>,
-    /// NodePorts answer the node's own processes on 127.0.0.1, too: by default at connect time alone; if asked for, by iptables, too, with
-    /// route_localnet
-    #[arg(
-        long,
-        value_name = "BOOL",
-        num_args = 0..=1,
-        require_equals = true,
-        default_missing_value = "true",
-        env = "PROXY_AGENT_IPTABLES_LOCALHOST_NODEPORTS"
-    )]
-    pub iptables_localhost_nodeports: Option<bool>,
-    /// Which iptables, with --proxy-mode iptables: nft or legacy [default: the one that others use here]
-    #[arg(long, value_name = "FLAVOUR", env = "PROXY_AGENT_IPTABLES_FLAVOUR")]
-    pub iptables_flavour: Option<Flavour>,
-    /// How IPVS chooses a backend, where the Service does not say: rr, lc, sh …, as the kernel has them
-    #[arg(
-        long,
-        value_name = "NAME",
-        default_value = "rr",
-        value_parser = config::ipvs_scheduler,
-        env = "PROXY_AGENT_IPVS_SCHEDULER"
-    )]
-    pub ipvs_scheduler: String,
     /// Serve the external IPs of Services
     #[arg(long, default_value_t = true, env = "PROXY_AGENT_EXTERNAL_IPS")]
     pub external_ips: bool,
@@ -176,6 +146,59 @@ pub struct Args {
     /// What the eBPF programs log; it costs them time
     #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_EBPF_LOG_LEVEL", help_heading = "Logging")]
     pub ebpf_log_level: EbpfLogLevel,
+}
+
+/// What the dataplanes that are made of netfilter are told, by `run` and by `check`, which tries them out with it.
+#[derive(Clone, Debug, ClapArgs)]
+pub struct Netfilter {
+    /// Bit of a packet's mark that asks for masquerading, where netfilter does it
+    #[arg(
+        long,
+        value_name = "BIT",
+        default_value_t = 14,
+        value_parser = value_parser!(u8).range(0..=31),
+        env = "PROXY_AGENT_IPTABLES_MASQUERADE_BIT"
+    )]
+    pub iptables_masquerade_bit: u8,
+    /// NodePorts answer the node's own processes on 127.0.0.1, too: by default at connect time alone; if asked for, by iptables, too, with
+    /// route_localnet
+    #[arg(
+        long,
+        value_name = "BOOL",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "true",
+        env = "PROXY_AGENT_IPTABLES_LOCALHOST_NODEPORTS"
+    )]
+    pub iptables_localhost_nodeports: Option<bool>,
+    /// Which iptables, with --proxy-mode iptables: nft or legacy [default: the one that others use here]
+    #[arg(long, value_name = "FLAVOUR", env = "PROXY_AGENT_IPTABLES_FLAVOUR")]
+    pub iptables_flavour: Option<Flavour>,
+    /// How IPVS chooses a backend, where the Service does not say: rr, lc, sh …, as the kernel has them
+    #[arg(
+        long,
+        value_name = "NAME",
+        default_value = "rr",
+        value_parser = config::ipvs_scheduler,
+        env = "PROXY_AGENT_IPVS_SCHEDULER"
+    )]
+    pub ipvs_scheduler: String,
+}
+
+impl Netfilter {
+    /// `masquerade_ports`: eBPF's.
+    pub fn options(self, masquerade_ports: PortRange) -> netfilter::Options {
+        let Self { iptables_masquerade_bit, iptables_localhost_nodeports, iptables_flavour, ipvs_scheduler } = self;
+        let PortRange { min, max } = masquerade_ports;
+        netfilter::Options {
+            masquerade_bit: iptables_masquerade_bit,
+            iptables_flavour,
+            localhost_node_ports: iptables_localhost_nodeports == Some(true),
+            masquerade_ports: netfilter::beside((min, max)),
+            ipvs_scheduler,
+            ..Default::default()
+        }
+    }
 }
 
 /// How long a flow may be silent before another may take its place. They are of this agent's own table; the kernel's conntrack has
@@ -248,9 +271,8 @@ fn period(text: &str) -> Result<Duration, String> {
     }
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, ValueEnum)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]
 pub enum AlgorithmArg {
-    #[default]
     Random,
     /// Each CPU walks the list on its own
     RoundRobin,

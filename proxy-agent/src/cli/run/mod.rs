@@ -120,16 +120,13 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         uplinks,
         algorithm,
         masquerade_all,
-        iptables_masquerade_bit,
-        masquerade_ports: PortRange { min, max },
+        netfilter,
+        masquerade_ports,
         detect_local_mode,
         cluster_cidr,
         pod_bridge_interface,
         pod_interface_name_prefix,
         nodeport_addresses,
-        iptables_localhost_nodeports,
-        iptables_flavour,
-        ipvs_scheduler,
         external_ips,
         cgroup_root,
         bpffs,
@@ -154,19 +151,16 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         }
     };
     let detection = Detection::of(detect_local_mode, cluster_cidr, pod_bridge_interface, pod_interface_name_prefix)?;
+    let localhost_node_ports = netfilter.iptables_localhost_nodeports.unwrap_or(true);
     let (warnings, warned) = mpsc::channel(WARNINGS);
     let mut dataplane = select::Options {
         mode: Mode::Ebpf,
         netfilter: netfilter::Options {
             detect_local: detection.dataplane,
-            masquerade_bit: iptables_masquerade_bit,
             affinity_entries: maps.map_affinity,
             ended: Arc::clone(&ended),
-            iptables_flavour,
-            localhost_node_ports: iptables_localhost_nodeports == Some(true),
             restore_failures: Arc::clone(&restore_failures),
-            masquerade_ports: netfilter::beside((min, max)),
-            ipvs_scheduler,
+            ..netfilter.options(masquerade_ports)
         },
         ebpf: ebpf::Options {
             bpffs: bpffs.clone(),
@@ -176,7 +170,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             detect_local: detection.dataplane,
             left_pods: pod_annotations,
             sizes: sizes(maps),
-            masquerade_ports: (min, max),
+            masquerade_ports: (masquerade_ports.min, masquerade_ports.max),
             timeouts: timeouts(conntrack),
             ended: Arc::clone(&ended),
             log_level: ebpf_log_level.number(),
@@ -185,6 +179,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
     };
     let Choice { mode, reason } = chosen(proxy_mode, &dataplane)?;
     dataplane.mode = mode;
+    let by_default = if mode == Mode::Ipvs { Algorithm::Scheduler } else { Algorithm::Random };
     Ok(Plan {
         source: source::Options { node, pods: pod_annotations, input },
         node: node::Options {
@@ -195,11 +190,11 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         },
         sync: sync::Options {
             defaults: plan::Defaults {
-                algorithm: Algorithm::from(algorithm),
+                algorithm: algorithm.map_or(by_default, Algorithm::from),
                 masquerade_all,
                 detect_local: detection.plan,
                 node_port_addresses: nodeport_addresses.unwrap_or_default(),
-                localhost_node_ports: iptables_localhost_nodeports.unwrap_or(true),
+                localhost_node_ports,
                 external_ips,
             },
             min_period: min_sync_period,

@@ -423,6 +423,8 @@ impl Dataplane for Ebpf {
             protocols: vec![Protocol::Tcp, Protocol::Udp, Protocol::Sctp],
             affinity: true,
             algorithms: vec![Algorithm::Random, Algorithm::RoundRobin, Algorithm::Maglev],
+            otherwise: Algorithm::Random,
+            turns_restart: None,
             loopback: true,
             resets: true,
             affinity_clients: None,

@@ -132,7 +132,7 @@ pub(crate) fn value<A: Family>(
         service,
         verdicts: bytes,
         algorithm: match choice {
-            Algorithm::Random => algorithm::RANDOM,
+            Algorithm::Random | Algorithm::Scheduler => algorithm::RANDOM,
             Algorithm::RoundRobin => algorithm::ROUND_ROBIN,
             Algorithm::Maglev => algorithm::MAGLEV,
         },

@@ -210,14 +210,14 @@ pub(super) fn choose(forced: Option<Flavour>) -> Result<Chosen, DataplaneError> 
     };
     let Some(Candidate { tools, .. }) = found else {
         let error = errors.into_iter().find(|(flavour, _)| forced.is_none_or(|forced| forced == *flavour));
-        let text = error.map_or_else(|| REMEDY.to_owned(), |(_, error)| error.to_string());
-        return Err(DataplaneError::Unavailable(text));
+        return Err(error.map_or_else(|| DataplaneError::missing("no iptables", REMEDY), |(_, error)| error.into()));
     };
     if tools.version < OLDEST {
         let ((a, b, c), (x, y, z)) = (tools.version, OLDEST);
-        return Err(DataplaneError::Unavailable(format!(
-            "iptables is {a}.{b}.{c}, which is too old: it takes {x}.{y}.{z}; {REMEDY}"
-        )));
+        return Err(DataplaneError::missing(
+            format!("iptables is {a}.{b}.{c}, which is too old: it takes {x}.{y}.{z}"),
+            REMEDY,
+        ));
     }
     let leftovers = candidates.iter().find(|other| other.ours && other.tools.flavour != tools.flavour);
     Ok(Chosen { tools: *tools, leftovers: leftovers.map(|other| other.tools) })

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use super::{
     left::{self, Left},
-    render::{FORWARD, Table},
+    render::{FORWARD, LOOPBACK, Table},
     save::{RETIRED, Saved},
     shadow,
 };
@@ -32,7 +32,7 @@ impl former::Former for Former {
         }
         found.each(|Left { tools, family, saved }| {
             self.0.learn(saved.frontends(&BTreeSet::new()));
-            retired(saved).map_or(Ok(()), |text| tools.restore(family, &text))
+            retired(saved).map_or(Ok(()), |text| tools.restore(family, &text).map_err(DataplaneError::from))
         })
     }
 
@@ -46,13 +46,15 @@ impl former::Former for Former {
 }
 
 /// What stays: a chain that nothing leads to, whose table keeps translation on, its rule conntrack; and the leave for what is translated to
-/// be forwarded (A76), or a firewall that forwards nothing would end it. `None`: it is all there is.
+/// be forwarded (A76), or a firewall that forwards nothing would end it; and what keeps the neighbours from loopback, for answers to what was
+/// translated there need `route_localnet` as long. `None`: it is all there is.
 fn retired(saved: Saved) -> Option<String> {
     let (mut names, mut jumps) = (saved.names(), saved.jumps);
     names.remove(&(Table::Nat, RETIRED.to_owned()));
     let forwards = names.remove(&(Table::Filter, FORWARD.to_owned()));
-    let leads_there = format!("-j {FORWARD}");
-    jumps.retain(|(table, rule)| !(*table == Table::Filter && rule.ends_with(&leads_there)));
+    names.remove(&(Table::Filter, LOOPBACK.to_owned()));
+    let stays = [FORWARD, LOOPBACK].map(|chain| format!("-j {chain}"));
+    jumps.retain(|(table, rule)| !(*table == Table::Filter && stays.iter().any(|leads| rule.ends_with(leads))));
     if names.is_empty() && jumps.is_empty() {
         return None;
     }
@@ -74,7 +76,7 @@ mod tests {
         let mut saved = Saved::default();
         saved.parse(
             "*nat\n:PROXY-SERVICES - [0:0]\n-A PREROUTING -j PROXY-SERVICES\nCOMMIT\n*filter\n:PROXY-FORWARD - [0:0]\n\
-             :PROXY-INVALID - [0:0]\n-A FORWARD -j PROXY-FORWARD\n-A INPUT -j PROXY-INVALID\n-A PROXY-FORWARD -j PROXY-INVALID\nCOMMIT\n",
+             :PROXY-INVALID - [0:0]\n:PROXY-LOOPBACK - [0:0]\n-A INPUT -j PROXY-LOOPBACK\n-A FORWARD -j PROXY-FORWARD\n-A INPUT -j PROXY-INVALID\n-A PROXY-FORWARD -j PROXY-INVALID\nCOMMIT\n",
         );
         let text = retired(saved).unwrap();
         let (stay, gone) = text.split_at(text.match_indices("COMMIT").nth(1).unwrap().0);
@@ -83,7 +85,7 @@ mod tests {
         for words in ["-X PROXY-SERVICES", "-X PROXY-INVALID", "-D PREROUTING -j PROXY-SERVICES", "-D INPUT"] {
             assert!(gone.contains(words), "{words}: {text}");
         }
-        assert!(!gone.contains("PROXY-FORWARD"), "{text}");
+        assert!(!gone.contains("PROXY-FORWARD") && !text.contains("PROXY-LOOPBACK"), "{text}");
         let mut saved = Saved::default();
         saved.parse(&format!("{stay}-A FORWARD -m comment --comment \"forwarding for Services\" -j PROXY-FORWARD\n"));
         assert_eq!((saved.chains.len(), saved.jumps.len()), (2, 1), "it is ours, and found again");

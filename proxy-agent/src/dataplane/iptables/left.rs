@@ -6,15 +6,13 @@ use std::{fs, io};
 
 use super::{
     flavour::{Flavour, Tools},
+    loopback,
     render::Table,
     save::{Saved, is_ours},
     shadow,
 };
 use crate::{
-    dataplane::{
-        DataplaneError,
-        netfilter::{conntrack::Socket, tool::ToolError},
-    },
+    dataplane::{DataplaneError, netfilter::conntrack::Socket},
     model::Family,
 };
 
@@ -26,9 +24,16 @@ pub(super) struct Left {
 }
 
 impl Left {
-    pub(super) fn remove(self) -> Result<(), ToolError> {
+    pub(super) fn remove(self) -> Result<(), DataplaneError> {
+        // The rules go last: one of them keeps out what the setting lets in.
+        loopback::here().put_back(&self.saved)?;
+        self.remove_rules()
+    }
+
+    /// Where others of ours go on with the setting.
+    pub(super) fn remove_rules(self) -> Result<(), DataplaneError> {
         let Self { tools, family, saved } = self;
-        tools.restore(family, &shadow::removal(saved.names(), saved.jumps))
+        tools.restore(family, &shadow::removal(saved.names(), saved.jumps)).map_err(DataplaneError::from)
     }
 }
 
@@ -41,10 +46,10 @@ pub(super) struct Found {
 
 impl Found {
     /// Does something to each; the first thing that was in the way, which may be that there is more.
-    pub(super) fn each(self, mut each: impl FnMut(Left) -> Result<(), ToolError>) -> Result<(), DataplaneError> {
+    pub(super) fn each(self, mut each: impl FnMut(Left) -> Result<(), DataplaneError>) -> Result<(), DataplaneError> {
         let mut result = Ok(());
         for left in self.left {
-            result = result.and(each(left).map_err(unavailable));
+            result = result.and(each(left));
         }
         result.and(self.unknown.map_or(Ok(()), Err))
     }
@@ -85,10 +90,6 @@ impl Found {
             }
         }
     }
-}
-
-fn unavailable(error: ToolError) -> DataplaneError {
-    DataplaneError::Unavailable(error.to_string())
 }
 
 fn unknown(flavour: Flavour, family: Family, why: &dyn std::fmt::Display) -> DataplaneError {

@@ -5,6 +5,7 @@
 //! shadow    what is in force, and what has to be written to make it something else; pure
 //! save      what iptables-save prints, read; pure
 //! flavour   which iptables: nft's or the old one
+//! loopback  the setting that node ports of 127.0.0.1 take, and what it was
 //! observe   whether what was written is still there
 //! stamp     whether anything has changed at all
 //! ```
@@ -28,18 +29,19 @@ use std::{
 use super::{
     Capabilities, Dataplane, DataplaneError, DetectLocal, Drift, Failure, Fill, Hook, Report, held,
     netfilter::{
-        ALGORITHMS, Options, PROTOCOLS, flows::Flows, is_liberal, local_devices, lock::Lock, settings, sift::sift,
-        tool::ToolError,
+        ALGORITHMS, Options, PROTOCOLS, flows::Flows, is_liberal, local_devices, lock::Lock, ration::Ration,
+        sift::sift, tool::ToolError,
     },
 };
 use crate::{
-    desired::{Changes, DesiredState, Devices, Frontend},
+    desired::{Algorithm, Changes, DesiredState, Devices, Frontend},
     model::{Family, ServiceKey, ServicePortName},
 };
 
 mod flavour;
 mod former;
 mod left;
+mod loopback;
 mod observe;
 mod render;
 mod save;
@@ -55,8 +57,6 @@ use render::{ChainName, Pods, Renderer, Unit};
 use save::Saved;
 use shadow::{Item, Jumps, Patch, Shadow, Stand};
 use stamp::Stamps;
-
-const ROUTE_LOCALNET: &str = "ipv4/conf/all/route_localnet";
 
 /// What is known of one family's chains.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -116,7 +116,9 @@ pub struct Iptables {
     held: BTreeSet<ServiceKey>,
     /// At which load balancers ask.
     health: BTreeSet<u16>,
-    compare_at: Instant,
+    ration: Ration,
+    /// Rules were written since all of them were last read.
+    wrote: bool,
 }
 
 impl Iptables {
@@ -137,6 +139,7 @@ impl Iptables {
                 mark: options.mark(),
                 masquerade_ports: options.masquerade_ports,
                 localhost: options.localhost_node_ports,
+                route_localnet: None,
                 liberal,
             };
             Half::new(renderer)
@@ -155,7 +158,8 @@ impl Iptables {
             devices: None,
             held: BTreeSet::new(),
             health: BTreeSet::new(),
-            compare_at: Instant::now(),
+            ration: Ration::new(Instant::now()),
+            wrote: false,
         })
     }
 
@@ -184,6 +188,7 @@ impl Iptables {
         let family = half.shadow.renderer.family;
         let (patch, undo) = half.shadow.turn(items.clone());
         let text = patch.text(&Jumps::default());
+        self.wrote |= !text.is_empty();
         let done = if text.is_empty() { Ok(()) } else { self.tools.restore(family, &text) };
         match done {
             Ok(()) => {
@@ -281,7 +286,7 @@ impl Iptables {
         if whole.units().is_empty() && whole.guards().is_empty() && whole.health().is_empty() && self.held.is_empty() {
             return self.go_without(at, whole, &items, &saved, report);
         }
-        match self.write(family, &whole, &saved) {
+        match self.write(family, &mut whole, &saved) {
             Ok(writes) => self.refilled(at, whole, &items, writes, report),
             Err(error) => {
                 self.failures.fetch_add(1, Ordering::Relaxed);
@@ -342,26 +347,38 @@ impl Iptables {
         }
         let mut whole = Shadow::new(renderer);
         whole.turn(sifted.good.clone());
-        match self.write(family, &whole, saved) {
+        match self.write(family, &mut whole, saved) {
             Ok(writes) => self.refilled(at, whole, &sifted.good, writes, report),
             Err(error) => self.give_up(&sifted.good, at, &error, report),
         }
     }
 
     /// All of it, in place of whatever of ours is there.
-    fn write(&mut self, family: Family, whole: &Shadow, saved: &Saved) -> Result<u64, ToolError> {
-        if whole.renderer.opens_loopback() {
-            let file = settings::directory().join(ROUTE_LOCALNET);
-            if let Err(error) = fs::write(&file, "1") {
-                tracing::warn!(%error, "{} cannot be set: node ports on 127.0.0.1 do not answer", file.display());
-            }
+    fn write(&mut self, family: Family, whole: &mut Shadow, saved: &Saved) -> Result<u64, ToolError> {
+        let opens = whole.renderer.opens_loopback();
+        if opens {
+            let known =
+                saved.route_localnet().or(whole.renderer.route_localnet).or_else(|| self.noted_elsewhere(family));
+            whole.renderer.route_localnet = known.or_else(|| loopback::here().before());
+        } else if let Err(error) = loopback::here().put_back(saved) {
+            tracing::warn!(%error, "what an earlier run set stays");
         }
         let set = whole.chains();
         let gone = saved.names().into_iter().filter(|name| !set.contains_key(name)).collect();
         let patch = Patch { set, gone };
         let jumps = Jumps { stale: saved.jumps.clone(), wanted: whole.renderer.jumps() };
+        self.wrote = true;
         self.tools.restore(family, &patch.text(&jumps))?;
+        if opens {
+            // Not before what keeps the neighbours out, and says what it was.
+            loopback::here().open();
+        }
         Ok(patch.writes())
+    }
+
+    /// By an earlier run, with the other flavour.
+    fn noted_elsewhere(&self, family: Family) -> Option<i32> {
+        self.leftovers?.save(family).ok()?.route_localnet()
     }
 
     fn refilled(&mut self, at: usize, whole: Shadow, items: &[Item], writes: u64, report: &mut Report) {
@@ -382,7 +399,8 @@ impl Iptables {
             && let Some(other) = self.leftovers.take()
         {
             tracing::info!(flavour = %other.flavour, "what an earlier run left with the other flavour of iptables is removed");
-            if let Err(error) = left::of(other).each(Left::remove) {
+            let remove = if self.localhost { Left::remove_rules } else { Left::remove };
+            if let Err(error) = left::of(other).each(remove) {
                 tracing::warn!(%error, flavour = %other.flavour, "what an earlier run left stays");
                 self.leftovers = Some(other);
             }
@@ -390,14 +408,18 @@ impl Iptables {
     }
 
     /// A family that nothing is asked of has no chains.
-    fn go_without(&mut self, at: usize, whole: Shadow, items: &[Item], saved: &Saved, report: &mut Report) {
+    fn go_without(&mut self, at: usize, mut whole: Shadow, items: &[Item], saved: &Saved, report: &mut Report) {
         let family = whole.renderer.family;
         if !saved.is_clean() {
+            if let Err(error) = loopback::here().put_back(saved) {
+                tracing::warn!(%error, "what was set stays");
+            }
             if let Err(error) = self.tools.restore(family, &shadow::removal(saved.names(), saved.jumps.clone())) {
                 return self.give_up(items, at, &error, report);
             }
             report.writes += 1;
         }
+        whole.renderer.route_localnet = None;
         if let Some(half) = self.halves.get_mut(at) {
             half.shadow = whole;
             half.state = State::Absent;
@@ -530,6 +552,12 @@ impl Dataplane for Iptables {
             protocols: PROTOCOLS.to_vec(),
             affinity: true,
             algorithms: ALGORITHMS.to_vec(),
+            otherwise: Algorithm::Random,
+            turns_restart: Some(match self.tools.flavour {
+                Flavour::Nft => "a change of its backends",
+                // All of a table is written anew.
+                Flavour::Legacy => "a change of any Service",
+            }),
             loopback: self.localhost,
             resets: false,
             affinity_clients: Some(self.affinity_clients),
@@ -616,7 +644,7 @@ impl Dataplane for Iptables {
 
     fn observe(&mut self) -> Result<Drift, DataplaneError> {
         let mut drift = Drift::default();
-        let compare = self.compare_at <= Instant::now();
+        let compare = self.ration.allows(Instant::now());
         let mut took = Duration::ZERO;
         let pods = self.pods();
         for half in &mut self.halves {
@@ -629,16 +657,15 @@ impl Dataplane for Iptables {
             if stamp.is_some() && half.stamp == stamp {
                 continue;
             }
-            let lost = observe::lost(&self.tools, half, compare.then_some(&mut took))
-                .map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
+            let lost = observe::lost(&self.tools, half, compare.then_some(&mut took))?;
             if !lost.is_empty() {
                 half.state = State::Unknown;
             }
             half.stamp = stamp.filter(|_| compare && lost.is_empty());
             drift.hooks.extend(lost);
         }
-        if compare {
-            self.compare_at = Instant::now() + took * observe::SHARE;
+        if took > Duration::ZERO && drift.hooks.is_empty() && !std::mem::take(&mut self.wrote) {
+            self.ration.for_nothing(Instant::now(), took);
         }
         Ok(drift)
     }

@@ -1,7 +1,7 @@
 //! Whether what we wrote is still there: others flush tables, and put rules before ours. Written here: nothing.
 //!
-//! Each time: a chain of ours in each table that has a rule as long as nobody flushed it, and the rules that lead packets to us. From time to
-//! time: what each of our chains says.
+//! A chain of ours in each table that has a rule as long as nobody flushed it, and the rules that lead packets to us; then what each of our chains
+//! says, unless others change theirs over and over.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -24,9 +24,6 @@ use crate::{
     desired::Devices,
     model::Family,
 };
-
-/// Reading all of it takes at most one part in so many of the time.
-pub(super) const SHARE: u32 = 100;
 
 const fn word(family: Family) -> &'static str {
     match family {

@@ -28,6 +28,7 @@ use std::{
 
 use ipnet::IpNet;
 
+use super::loopback;
 use crate::{
     dataplane::netfilter::{PROTOCOLS, comment, names},
     desired::{Action, Algorithm, Backend, BackendSet, Frontend, FrontendKind, FrontendSpec, Verdict, Verdicts},
@@ -177,6 +178,8 @@ pub(super) struct Renderer {
     pub(super) masquerade_ports: (u16, u16),
     /// Node ports of 127.0.0.1 are asked for, at the price of `route_localnet` (contract A54).
     pub(super) localhost: bool,
+    /// What `route_localnet` was before it was set; `None`: not known yet, or not set.
+    pub(super) route_localnet: Option<i32>,
     /// The kernel's conntrack takes what is out of its window, so nothing is invalid (contract A109).
     pub(super) liberal: bool,
 }
@@ -303,8 +306,13 @@ impl Renderer {
         ]);
         if self.opens_loopback() {
             // What `route_localnet` lets in from the neighbours (contract A54).
-            let martian = "-d 127.0.0.0/8 ! -s 127.0.0.0/8 -m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP";
-            all.insert((Table::Filter, LOOPBACK.to_owned()), vec![martian.to_owned()]);
+            let note =
+                self.route_localnet.map(|before| format!("-m comment --comment \"{}\" ", loopback::note(before)));
+            let martian = format!(
+                "-d 127.0.0.0/8 ! -s 127.0.0.0/8 {}-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
+                note.unwrap_or_default()
+            );
+            all.insert((Table::Filter, LOOPBACK.to_owned()), vec![martian]);
         }
         all
     }
@@ -433,7 +441,7 @@ impl Maker<'_> {
                 (1, _) => String::new(),
                 (left, Algorithm::RoundRobin) => format!("-m statistic --mode nth --every {left} --packet 0 "),
                 // Of those that are left, each is as likely as the others.
-                (left, Algorithm::Random | Algorithm::Maglev) => {
+                (left, Algorithm::Random | Algorithm::Maglev | Algorithm::Scheduler) => {
                     format!("-m statistic --mode random --probability {} ", probability(left))
                 }
             };

@@ -5,7 +5,10 @@ use std::{
     net::{IpAddr, SocketAddr},
 };
 
-use super::render::{ChainName, GUARD, MARK_OTHERS, PREFIX, Piece, Rules, SCRATCH, Table, Tree};
+use super::{
+    loopback,
+    render::{ChainName, GUARD, LOOPBACK, MARK_OTHERS, PREFIX, Piece, Rules, SCRATCH, Table, Tree},
+};
 use crate::{
     desired::Frontend,
     model::{Port, Protocol, ServiceKey, ServicePortName},
@@ -159,6 +162,12 @@ impl Saved {
     pub(super) fn pod_devices(&self) -> BTreeSet<String> {
         let rules = self.chains.get(&(Table::Nat, MARK_OTHERS.to_owned()));
         rules.into_iter().flatten().filter_map(|rule| value(&words(rule), &["-i"])).collect()
+    }
+
+    /// What it was before an agent set it, as far as that is noted here.
+    pub(super) fn route_localnet(&self) -> Option<i32> {
+        let rules = self.chains.get(&(Table::Filter, LOOPBACK.to_owned()));
+        rules.into_iter().flatten().find_map(|rule| loopback::noted(&value(&words(rule), &["--comment"])?))
     }
 
     /// What there is of these Services, as it stands; and their addresses that are guarded.

@@ -51,8 +51,14 @@ impl World {
         };
         let programs = [script("list", SAVE), script("restore", RESTORE), script("save", SAVE)];
         let half = |family| {
-            let renderer =
-                Renderer { family, mark: 0x4000, masquerade_ports: (32_768, 65_535), localhost: false, liberal: false };
+            let renderer = Renderer {
+                family,
+                mark: 0x4000,
+                masquerade_ports: (32_768, 65_535),
+                localhost: false,
+                route_localnet: None,
+                liberal: false,
+            };
             Half::new(renderer)
         };
         let stamps = Told::default();
@@ -70,7 +76,8 @@ impl World {
             devices: Some(BTreeSet::new()),
             held: BTreeSet::new(),
             health: BTreeSet::new(),
-            compare_at: Instant::now(),
+            ration: Ration::new(Instant::now()),
+            wrote: false,
         };
         Self { dir, iptables, stamps }
     }
@@ -127,7 +134,7 @@ fn a_rule_that_says_something_else_is_drift() {
     let printed = world.file("given").replace("\n-I ", "\n-A ").replace("--ctstate NEW ", "--state NEW ");
     let seen = |world: &mut World, text: &str| {
         world.write("saved", text);
-        world.iptables.compare_at = Instant::now();
+        world.iptables.ration = Ration::new(Instant::now());
         world.iptables.halves[0].state = State::Filled;
         world.iptables.observe().unwrap().hooks
     };
@@ -163,7 +170,7 @@ fn rules_that_nobody_changed_are_not_looked_at_again() {
         (world.file("looks").lines().count(), drift.hooks.len())
     };
     let compared = |world: &mut World| {
-        world.iptables.compare_at = Instant::now();
+        world.iptables.ration = Ration::new(Instant::now());
         looks(world)
     };
     let all = compared(&mut world);
@@ -171,7 +178,9 @@ fn rules_that_nobody_changed_are_not_looked_at_again() {
     assert_eq!(compared(&mut world), all, "nothing is known of whether it has changed");
     world.stamps.0.store(7, Ordering::Relaxed);
     // Not all of it was read: that it stays so is not enough.
-    world.iptables.compare_at = Instant::now() + Duration::from_secs(1000);
+    for _ in 0..2 {
+        world.iptables.ration.for_nothing(Instant::now(), Duration::from_secs(1000));
+    }
     assert!(looks(&mut world).0 > 0 && looks(&mut world).0 > 0);
     assert_eq!(compared(&mut world), all);
     assert_eq!((compared(&mut world), looks(&mut world)), ((0, 0), (0, 0)));
@@ -180,4 +189,23 @@ fn rules_that_nobody_changed_are_not_looked_at_again() {
     world.stamps.0.store(8, Ordering::Relaxed);
     let (count, lost) = looks(&mut world);
     assert!(count > 0 && lost > 0, "{count} {lost}");
+}
+
+#[test]
+fn an_emptied_chain_is_found_at_once_though_others_change_theirs() {
+    let mut world = World::new();
+    assert_eq!(world.set(&[frontend("10.96.0.1")]).failed, BTreeMap::new());
+    let printed = world.file("given").replace("\n-I ", "\n-A ");
+    let emptied: String = printed.split_inclusive('\n').filter(|line| !line.starts_with("-A PROXY-GUARD ")).collect();
+    let seen = |world: &mut World, stamp: u64, text: &str| {
+        world.write("saved", text);
+        world.stamps.0.store(stamp, Ordering::Relaxed);
+        world.iptables.observe().unwrap().hooks
+    };
+    let none = Vec::<String>::new();
+    assert_eq!(seen(&mut world, 1, &printed), none, "of our own");
+    assert_eq!(seen(&mut world, 2, &printed), none, "of others'");
+    assert_eq!(seen(&mut world, 3, &emptied), ["iptables/PROXY-GUARD filter ipv4"]);
+    world.iptables.halves[0].state = State::Filled;
+    assert_eq!(seen(&mut world, 4, &emptied).len(), 1, "what was found was not for nothing");
 }

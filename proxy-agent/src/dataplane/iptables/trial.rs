@@ -21,9 +21,9 @@ impl Iptables {
         tools.are_allowed()?;
         for family in sample::families() {
             tools.test(family, &text(family, options)).map_err(|error| {
-                DataplaneError::Unavailable(format!(
-                    "{error}; the kernel needs netfilter's NAT, and the matches and targets of iptables (docs/kernels.md)"
-                ))
+                error.lacking(
+                    "use a kernel that has netfilter's NAT, and the matches and targets of iptables (docs/kernels.md)",
+                )
             })?;
         }
         Ok(())
@@ -36,6 +36,7 @@ fn text(family: Family, options: &Options) -> String {
         mark: options.mark(),
         masquerade_ports: options.masquerade_ports,
         localhost: options.localhost_node_ports,
+        route_localnet: Some(0),
         liberal: false,
     });
     let unit = |(frontend, spec)| {

@@ -1,6 +1,6 @@
 //! Virtual services and their destinations as `include/uapi/linux/ip_vs.h` has them: attributes of generic netlink messages.
 //!
-//! Pure: bytes from values and values from bytes.
+//! Pure: bytes from values and values from bytes. Why no crate does it: see `dataplane::netlink`.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 

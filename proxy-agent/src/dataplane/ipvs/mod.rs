@@ -157,7 +157,7 @@ impl Ipvs {
 fn no_ipvs(error: io::Error) -> DataplaneError {
     match error.kind() {
         io::ErrorKind::NotFound => {
-            DataplaneError::Unavailable("the kernel has no IPVS; `modprobe ip_vs`, or CONFIG_IP_VS".into())
+            DataplaneError::missing("the kernel has no IPVS", "`modprobe ip_vs`, or CONFIG_IP_VS")
         }
         _ => DataplaneError::Kernel { what: "IPVS".into(), source: error },
     }
@@ -178,8 +178,10 @@ impl Dataplane for Ipvs {
             name: "ipvs",
             protocols: PROTOCOLS.to_vec(),
             affinity: true,
-            // Who asks for nothing else gets the scheduler's choice (contract A44).
-            algorithms: vec![Algorithm::Random, Algorithm::RoundRobin, Algorithm::Maglev],
+            // None of the kernel's schedulers is random.
+            algorithms: vec![Algorithm::Scheduler, Algorithm::RoundRobin, Algorithm::Maglev],
+            otherwise: Algorithm::Scheduler,
+            turns_restart: None,
             loopback: false,
             resets: false,
             affinity_clients: None,

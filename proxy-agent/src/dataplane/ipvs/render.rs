@@ -133,7 +133,7 @@ impl Renderer {
         let scheduler = match algorithm {
             // Each server remembers clients for itself: a hash has all of a Service's agree on whom a client gets (contract A95).
             _ if affinity_secs.is_some() => MAGLEV,
-            Algorithm::Random => &self.scheduler,
+            Algorithm::Random | Algorithm::Scheduler => &self.scheduler,
             Algorithm::RoundRobin => ROUND_ROBIN,
             Algorithm::Maglev => MAGLEV,
         };

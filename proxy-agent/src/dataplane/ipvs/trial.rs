@@ -20,13 +20,13 @@ use crate::dataplane::{
 impl Ipvs {
     /// `Err` says what keeps this dataplane from running here, and what to do about it.
     pub fn try_out(options: &Options) -> Result<(), DataplaneError> {
-        let unavailable = DataplaneError::Unavailable;
         sample::net_admin()?;
         let mut socket = Socket::open().map_err(no_ipvs)?;
         Settings::here().try_out().map_err(|unset| unavailable(unset.to_string()))?;
         Nftables::try_out_as(Role::Gate, options)?;
         Route::open().and_then(|route| route.try_out()).map_err(|error| {
-            unavailable(format!("no dummy device can be made ({error}); `modprobe dummy`, or CONFIG_DUMMY"))
+            let what = format!("no dummy device can be made ({error})");
+            DataplaneError::missing(what, "`modprobe dummy`, or CONFIG_DUMMY")
         })?;
         let services = services(options);
         let added: Vec<Request> = services.iter().cloned().map(Request::Add).collect();
@@ -40,7 +40,8 @@ impl Ipvs {
         match refused.find(|(_, error)| error.kind() != io::ErrorKind::AlreadyExists) {
             None => Ok(()),
             Some((request, error)) => {
-                Err(unavailable(format!("IPVS takes no {request:?}: {error}{}", remedy(request, &error))))
+                let what = format!("IPVS takes no {request:?}: {error}");
+                Err(DataplaneError::missing(what, remedy(request, &error).trim_start_matches("; ")))
             }
         }
     }

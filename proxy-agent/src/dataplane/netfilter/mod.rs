@@ -5,6 +5,7 @@
 //! tool       a command (nft, iptables-restore) with a time-out, and errors that say what to do
 //! counted    what several frontends share, and goes with the last of them
 //! sample     frontends of every kind, to try out with whether a node takes them
+//! ration     how often all rules are read
 //! names      names of chains that tell what is in them
 //! settings   where the kernel's settings can be written
 //! sift       finds out what is wrong with a change that is refused
@@ -32,6 +33,7 @@ pub(crate) mod flows;
 pub(crate) mod ipset;
 pub mod lock;
 pub(crate) mod names;
+pub(crate) mod ration;
 #[cfg(test)]
 pub(crate) mod refused;
 pub(crate) mod sample;

@@ -38,9 +38,10 @@ fn holds(held: CapabilitySet, wanted: CapabilitySet, name: &str, why: &str) -> R
     if held.contains(wanted) {
         return Ok(());
     }
-    Err(DataplaneError::Unavailable(format!(
-        "CAP_{name} is missing{why}; run as root, or add {name} to the container's capabilities"
-    )))
+    Err(DataplaneError::missing(
+        format!("CAP_{name} is missing{why}"),
+        format!("run as root, or add {name} to the container's capabilities"),
+    ))
 }
 
 /// Documentation's addresses: they are nobody's.

@@ -1,12 +1,15 @@
 //! A command of the system's that programs the kernel for us: run with a time-out, its input and its complaints at hand.
 
 use std::{
+    fmt,
     io::{self, Read, Write},
     process::{Child, Command, Stdio},
     sync::mpsc,
     thread,
     time::Duration,
 };
+
+use crate::dataplane::{DataplaneError, Missing};
 
 /// A command, and how long it may take.
 #[derive(Clone, Copy, Debug)]
@@ -17,18 +20,58 @@ pub(crate) struct Tool {
     pub(crate) patience: Duration,
 }
 
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum ToolError {
-    #[error("{program} cannot be started: {why}; {remedy}")]
-    Start { program: &'static str, why: String, remedy: &'static str },
-    #[error("{program} was ended after {} s without an answer; look for what keeps the kernel's netfilter busy", .patience.as_secs())]
-    Slow { program: &'static str, patience: Duration },
+    Start {
+        program: &'static str,
+        why: String,
+        remedy: &'static str,
+    },
+    Slow {
+        program: &'static str,
+        patience: Duration,
+    },
     /// It ran, and said no.
-    #[error("{program}: {said}")]
-    Refused { program: &'static str, said: String },
+    Refused {
+        program: &'static str,
+        said: String,
+    },
+}
+
+impl std::error::Error for ToolError {}
+
+impl fmt::Display for ToolError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.missing().fmt(f)
+    }
+}
+
+impl From<ToolError> for DataplaneError {
+    fn from(error: ToolError) -> Self {
+        Self::Missing(error.missing())
+    }
 }
 
 impl ToolError {
+    fn missing(&self) -> Missing {
+        let (what, remedy) = match self {
+            Self::Start { program, why, remedy } => (format!("{program} cannot be started: {why}"), *remedy),
+            Self::Slow { program, patience } => (
+                format!("{program} was ended after {} s without an answer", patience.as_secs()),
+                "look for what keeps the kernel's netfilter busy",
+            ),
+            Self::Refused { program, said } => (format!("{program}: {said}"), ""),
+        };
+        Missing { what, remedy: remedy.to_owned() }
+    }
+
+    /// What to do is `remedy`, where it ran at all.
+    pub(crate) fn lacking(&self, remedy: &str) -> DataplaneError {
+        let missing = self.missing();
+        let remedy = if self.is_refusal() { remedy.to_owned() } else { missing.remedy };
+        DataplaneError::Missing(Missing { what: missing.what, remedy })
+    }
+
     /// Whether it may lie with what was asked for.
     pub(crate) const fn is_refusal(&self) -> bool {
         matches!(self, Self::Refused { .. })

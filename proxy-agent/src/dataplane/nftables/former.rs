@@ -50,7 +50,7 @@ impl former::Former for Former {
         if text.is_empty() {
             return Ok(());
         }
-        NFT.run(&["-f", "-"], &text).map(drop).map_err(|error| DataplaneError::Unavailable(error.to_string()))
+        NFT.run(&["-f", "-"], &text).map(drop).map_err(DataplaneError::from)
     }
 
     fn flows(&mut self) -> Result<u64, DataplaneError> {

@@ -9,6 +9,8 @@
 //! One transaction for each change and family, of what changed alone; nothing is listed to make one. One that nft refuses is
 //! halved until the frontends that it is for are found, and the rest goes in. An agent that starts makes everything of ours anew, in one
 //! transaction: packets meet the old rules or the new ones. Stopping leaves all in force.
+//!
+//! Not one for both families: the tables share nothing, and what is refused of the one is no reason for the other to wait.
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -25,12 +27,13 @@ use super::{
         conntrack::{Chain, Socket, Structure},
         flows::Flows,
         lock::Lock,
+        ration::Ration,
         sift::sift,
         tool::{Tool, ToolError},
     },
 };
 use crate::{
-    desired::{Changes, DesiredState, Devices, Frontend},
+    desired::{Algorithm, Changes, DesiredState, Devices, Frontend},
     model::{Family, ServiceKey},
 };
 
@@ -54,7 +57,7 @@ const NFT: Tool = Tool {
     patience: Duration::from_secs(60),
 };
 
-/// Comparing elements takes at most one part in so many of the time.
+/// Counting clients takes at most one part in so many of the time.
 const SHARE: u32 = 100;
 
 /// What the kernel says of rules, without nft.
@@ -124,7 +127,7 @@ struct Half {
     /// Of its chains, as they were read once they were made.
     prints: HashMap<String, u64>,
     /// Its elements; not at once with the other family's, or that one's turn would never come.
-    compare_at: Instant,
+    ration: Ration,
 }
 
 impl Half {
@@ -144,7 +147,7 @@ impl Half {
             prints: HashMap::new(),
             remembered: 0,
             count_at: Instant::now(),
-            compare_at: Instant::now(),
+            ration: Ration::new(Instant::now()),
         }
     }
 }
@@ -208,8 +211,7 @@ impl Nftables {
     }
 
     pub(crate) fn open_as(role: Role, options: &Options) -> Result<Self, DataplaneError> {
-        let unavailable = |error: ToolError| DataplaneError::Unavailable(error.to_string());
-        NFT.run(&["--version"], "").map_err(unavailable)?;
+        NFT.run(&["--version"], "")?;
         let lock = Lock::take()?;
         let kernel = |what: &'static str| {
             move |source| DataplaneError::Kernel { what: format!("{what} (is nf_tables in this kernel?)"), source }
@@ -242,7 +244,7 @@ impl Nftables {
 
     pub(crate) fn remove_tables(role: Role) -> Result<(), DataplaneError> {
         let text = ["ip", "ip6"].map(|ip| Shadow::removal(ip, role.table())).concat();
-        NFT.run(&["-f", "-"], &text).map(drop).map_err(|error| DataplaneError::Unavailable(error.to_string()))
+        NFT.run(&["-f", "-"], &text).map(drop).map_err(DataplaneError::from)
     }
 
     /// What an agent left here, by name. A kernel that is not ours to ask, or has no nftables, holds none that could be removed.
@@ -297,7 +299,7 @@ impl Nftables {
         let mut kept = BTreeSet::new();
         for half in &self.halves {
             if !self.held.is_empty() && (half.state == State::Unknown || !half.kept.is_empty()) {
-                let found = self.find(half).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
+                let found = self.find(half)?;
                 kept.extend(found.into_iter().flat_map(|found| found.kept));
             }
         }
@@ -635,7 +637,7 @@ impl Nftables {
             return Ok(());
         }
         half.prints = found.chains.into_iter().map(|(name, chain)| (name, chain.print)).collect();
-        if half.compare_at > Instant::now() {
+        if !half.ration.allows(Instant::now()) {
             return Ok(());
         }
         let start = Instant::now();
@@ -643,11 +645,11 @@ impl Nftables {
         let differences = listed.differences(&half.shadow);
         if differences.is_empty() {
             half.generation = Some(now);
+            half.ration.for_nothing(Instant::now(), start.elapsed());
         } else {
             half.state = State::Unknown;
             drift.add(&half.shadow, &differences, hook);
         }
-        half.compare_at = Instant::now() + start.elapsed() * SHARE;
         Ok(())
     }
 }
@@ -675,7 +677,7 @@ impl Drift {
 }
 
 fn listed_servers(nft: Tool, renderer: &Renderer) -> Result<Servers, DataplaneError> {
-    let listed = list(nft, renderer).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
+    let listed = list(nft, renderer)?;
     Ok(listed.map(|listed| listed.servers()).unwrap_or_default())
 }
 
@@ -719,6 +721,8 @@ impl Dataplane for Nftables {
             protocols: PROTOCOLS.to_vec(),
             affinity: true,
             algorithms: ALGORITHMS.to_vec(),
+            otherwise: Algorithm::Random,
+            turns_restart: None,
             loopback: false,
             resets: false,
             affinity_clients: None,
@@ -797,7 +801,7 @@ impl Dataplane for Nftables {
             half.count(self.netlink.as_ref());
         }
         for at in 0..self.halves.len() {
-            self.compare(at, now, &mut drift).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
+            self.compare(at, now, &mut drift)?;
         }
         Ok(drift)
     }

@@ -612,7 +612,7 @@ impl Maker<'_> {
                 let name = format!("rr-{hash:016x}-{protocol}-{which}-{count}");
                 self.chain(name, vec![dnat(format!("numgen inc mod {count}")), first])
             }
-            Algorithm::Random | Algorithm::Maglev => {
+            Algorithm::Random | Algorithm::Maglev | Algorithm::Scheduler => {
                 let name = format!("{protocol}-{which}-{count}");
                 self.chain(name, vec![dnat(format!("numgen random mod {count}")), first])
             }

@@ -215,7 +215,7 @@ fn both_families_are_compared_in_full() {
     world.list();
     assert!(world.drift().is_empty());
     for half in &mut world.nftables.halves {
-        half.compare_at = Instant::now();
+        half.ration = Ration::new(Instant::now());
     }
     world.alter("goto", "jump");
     let drift = world.drift();
@@ -273,7 +273,7 @@ fn drift_is_found_beside_what_cannot_be_read() {
     assert!(world.file("given").contains("flush chain ip proxy-agent tcp-all-1"), "{}", world.file("given"));
     assert_eq!(world.set(&[one]).failed, BTreeMap::new());
     for (from, to) in [("10.96.0.1 .", "10.96.0.9 ."), ("10.96.0.2 .", "10.96.0.8 .")] {
-        world.nftables.halves[0].compare_at = Instant::now();
+        world.nftables.halves[0].ration = Ration::new(Instant::now());
         world.nftables.halves[0].state = State::Filled;
         world.alter(from, to);
         let drift = world.drift();

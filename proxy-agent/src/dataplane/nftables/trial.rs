@@ -20,19 +20,20 @@ impl Nftables {
     }
 
     pub(crate) fn try_out_as(role: Role, options: &Options) -> Result<(), DataplaneError> {
-        let unavailable = |error: &dyn std::fmt::Display| DataplaneError::Unavailable(error.to_string());
-        NFT.run(&["--version"], "").map_err(|error| unavailable(&error))?;
+        NFT.run(&["--version"], "")?;
         sample::net_admin()?;
         Socket::open().and_then(|socket| socket.generation()).map_err(|error| {
-            unavailable(&format!("the kernel has no nf_tables ({error}); `modprobe nf_tables`, or CONFIG_NF_TABLES"))
+            DataplaneError::missing(
+                format!("the kernel has no nf_tables ({error})"),
+                "`modprobe nf_tables`, or CONFIG_NF_TABLES",
+            )
         })?;
-        NFT.run(&["-j", "list", "tables"], "")
-            .map_err(|error| unavailable(&format!("{error}; use an nft that is built with JSON")))?;
+        NFT.run(&["-j", "list", "tables"], "").map_err(|error| error.lacking("use an nft that is built with JSON"))?;
         for family in sample::families() {
             NFT.run(&["-c", "-f", "-"], &sample(family, role, options)).map_err(|error| {
-                unavailable(&format!(
-                    "{error}; the kernel needs nf_tables with NAT, conntrack, numgen, reject and masquerade (docs/kernels.md), nft 1.0.1 or later"
-                ))
+                error.lacking(
+                    "use a kernel that has nf_tables with NAT, conntrack, numgen, reject and masquerade (docs/kernels.md), and nft 1.0.1 or later",
+                )
             })?;
         }
         Ok(())

@@ -99,7 +99,7 @@ impl Kernel {
 
 fn renderer(family: Family) -> Renderer {
     let Options { masquerade_ports, .. } = Options::default();
-    Renderer { family, mark: 0x4000, masquerade_ports, localhost: false, liberal: false }
+    Renderer { family, mark: 0x4000, masquerade_ports, localhost: false, route_localnet: None, liberal: false }
 }
 
 fn name(name: &str, protocol: Protocol) -> ServicePortName {
@@ -221,7 +221,7 @@ fn ipv6() {
 
 #[test]
 fn pods_told_by_address_and_node_ports_on_loopback() {
-    let mut shadow = Shadow::new(Renderer { localhost: true, ..renderer(Family::V4) });
+    let mut shadow = Shadow::new(Renderer { localhost: true, route_localnet: Some(0), ..renderer(Family::V4) });
     let node = verdict(Action::PickAll, true);
     let pass = verdict(Action::Pass, false);
     let web = FrontendSpec {

@@ -104,7 +104,11 @@ impl HashMapLike for BTreeMap<String, String> {
 }
 
 fn shadow(family: Family) -> Shadow {
-    Shadow::new(Renderer::new(family, Role::Whole, &Options::default()))
+    shadow_as(Role::Whole, family)
+}
+
+fn shadow_as(role: Role, family: Family) -> Shadow {
+    Shadow::new(Renderer::new(family, role, &Options::default()))
 }
 
 fn refill(shadow: &Shadow, items: &[Item], found: &Found) -> (Shadow, String) {
@@ -204,12 +208,18 @@ fn example(family: Family) -> Vec<Item> {
 
 #[test]
 fn one_of_everything() {
-    for family in Family::BOTH {
-        let (whole, text) = refill(&shadow(family), &example(family), &Found::default());
-        insta::assert_snapshot!(format!("refill_{}", whole.renderer.ip), text);
-        let mut kernel = Kernel::default();
-        kernel.run(&text);
-        assert_eq!(kernel, Kernel::of(&whole));
+    for (role, name) in [(Role::Whole, "refill"), (Role::Gate, "refill_gate")] {
+        for family in Family::BOTH {
+            let at = frontend(family, 1, 80, Protocol::Tcp).addr;
+            let servers = Servers { at: [format!("{at} . 6 . 80")].into(), marks: [0x0102_0300].into() };
+            let servers = (role == Role::Gate).then_some(Item::Servers(servers));
+            let items: Vec<Item> = example(family).into_iter().chain(servers).collect();
+            let (filled, text) = refill(&shadow_as(role, family), &items, &Found::default());
+            insta::assert_snapshot!(format!("{name}_{}", filled.renderer.ip), text);
+            let mut kernel = Kernel::default();
+            kernel.run(&text);
+            assert_eq!(kernel, Kernel::of(&filled));
+        }
     }
 }
 

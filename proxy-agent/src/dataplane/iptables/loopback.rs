@@ -1,0 +1,101 @@
+//! `route_localnet`, which node ports of 127.0.0.1 take (contract A54): it lets packets for loopback in from the node's neighbours (CVE-2020-8558).
+//!
+//! What it was before stands in the rule that keeps those out: whoever removes that rule knows it, and nobody removes the one without the other.
+
+use std::{fs, io, path::PathBuf};
+
+use super::save::Saved;
+use crate::dataplane::{DataplaneError, netfilter::settings};
+
+/// What is noted stands behind this.
+const BEFORE: &str = "route_localnet was ";
+
+/// The setting, by its file.
+#[derive(Clone, Debug)]
+pub(super) struct RouteLocalnet(PathBuf);
+
+/// Of the network namespace of the thread that asks.
+pub(super) fn here() -> RouteLocalnet {
+    RouteLocalnet(settings::directory().join("ipv4/conf/all/route_localnet"))
+}
+
+impl RouteLocalnet {
+    fn read(&self) -> io::Result<i32> {
+        fs::read_to_string(&self.0)?.trim().parse().map_err(io::Error::other)
+    }
+
+    /// What is to be noted, where nothing is.
+    pub(super) fn before(&self) -> Option<i32> {
+        self.read().ok()
+    }
+
+    pub(super) fn open(&self) {
+        if self.read().is_ok_and(|value| value == 1) {
+            return;
+        }
+        if let Err(error) = fs::write(&self.0, "1") {
+            tracing::warn!(%error, "{} cannot be set: node ports on 127.0.0.1 do not answer", self.0.display());
+        }
+    }
+
+    /// To what `saved` has noted, if it has. What somebody else has set meanwhile stays.
+    pub(super) fn put_back(&self, saved: &Saved) -> Result<(), DataplaneError> {
+        let Some(before) = saved.route_localnet().filter(|before| *before != 1) else { return Ok(()) };
+        if !self.read().is_ok_and(|value| value == 1) {
+            return Ok(());
+        }
+        fs::write(&self.0, before.to_string()).map_err(|error| {
+            DataplaneError::Unavailable(format!(
+                "{} cannot be set back to {before} ({error}), which leaves loopback open to the node's neighbours; mount /proc/sys writable, or set it by hand",
+                self.0.display()
+            ))
+        })
+    }
+}
+
+/// The comment of the rule.
+pub(super) fn note(before: i32) -> String {
+    format!("{BEFORE}{before}")
+}
+
+/// What [`note`] wrote.
+pub(super) fn noted(comment: &str) -> Option<i32> {
+    comment.strip_prefix(BEFORE)?.parse().ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn saved(before: &str) -> Saved {
+        let mut saved = Saved::default();
+        saved.parse(&format!(
+            "*filter\n:PROXY-LOOPBACK - [0:0]\n-A INPUT -m comment --comment \"route_localnet was 7\" -j PROXY-LOOPBACK\n\
+             -A PROXY-LOOPBACK ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"{before}\" -j DROP\nCOMMIT\n"
+        ));
+        saved
+    }
+
+    #[test]
+    fn what_it_was_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("route_localnet");
+        let (setting, set) = (RouteLocalnet(file.clone()), |value: &str| fs::write(&file, value).unwrap());
+        let put_back = |before: &str| {
+            setting.put_back(&saved(before)).unwrap();
+            setting.read().unwrap()
+        };
+        set("0\n");
+        let before = setting.before().unwrap();
+        setting.open();
+        assert_eq!(setting.before(), Some(1));
+        assert_eq!(put_back("somebody else's words"), 1);
+        assert_eq!(put_back(&note(before)), 0);
+        set("1\n");
+        assert_eq!(put_back(&note(1)), 1, "it was so before");
+        set("2\n");
+        assert_eq!(put_back(&note(0)), 2, "somebody else's stays");
+        setting.put_back(&Saved::default()).unwrap();
+        assert_eq!(setting.before(), Some(2));
+    }
+}
