@@ -35,17 +35,23 @@ pub(super) struct Settings(PathBuf);
 
 /// One that cannot be set.
 #[derive(Debug, thiserror::Error)]
-#[error("net/ipv4/{name} cannot be set: {error}; {}", remedy(.error))]
+#[error("{}; {}", self.what(), self.remedy())]
 pub(super) struct Unset {
     name: &'static str,
     error: io::Error,
 }
 
-fn remedy(error: &io::Error) -> &'static str {
-    if error.kind() == io::ErrorKind::NotFound {
-        "CONFIG_IP_VS_NFCT, and a /proc/sys/net that is of this network namespace"
-    } else {
-        "mount the node's /proc/sys/net into the container, writable (manifests/overlays/ipvs), or set it to 1 on the node"
+impl Unset {
+    pub(super) fn what(&self) -> String {
+        format!("net/ipv4/{} cannot be set: {}", self.name, self.error)
+    }
+
+    pub(super) fn remedy(&self) -> &'static str {
+        if self.error.kind() == io::ErrorKind::NotFound {
+            "CONFIG_IP_VS_NFCT, and a /proc/sys/net that is of this network namespace"
+        } else {
+            "mount the node's /proc/sys/net into the container, writable (manifests/overlays/ipvs), or set it to 1 on the node"
+        }
     }
 }
 
