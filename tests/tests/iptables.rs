@@ -310,7 +310,7 @@ fn second(world: &World) -> Result<()> {
         ])
         .output()?;
     let said = String::from_utf8_lossy(&done.stderr);
-    ensure!(!done.status.success() && said.contains("another proxy-agent is at work"), "{said}");
+    ensure!(!done.status.success() && said.contains("another proxy-agent (pid "), "{said}");
     answers(world, 1)
 }
 

@@ -213,7 +213,7 @@ fn second(world: &mut World) -> Result<()> {
             .arg(format!("--bpffs={}", absent.display()))
             .output()?;
         let said = String::from_utf8_lossy(&done.stderr);
-        ensure!(!done.status.success() && said.contains("another proxy-agent is at work"), "{mode}: {said}");
+        ensure!(!done.status.success() && said.contains("another proxy-agent (pid "), "{mode}: {said}");
         ensure!(!absent.exists(), "{mode} left pins");
     }
     answers(world, 1)
