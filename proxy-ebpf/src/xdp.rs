@@ -189,9 +189,7 @@ fn family<A: Plain>(ctx: &XdpContext) -> u32 {
             if hit.is_sent_again(key, value, packet) || route(ctx, packet, value, 0) == 0 {
                 return XDP_PASS;
             }
-            if hit.note(ctx, key, value, packet) == table::LEFT {
-                return XDP_PASS;
-            }
+            hit.note(ctx, key, value, packet);
         }
         None => {
             if !packet.may_open() {
@@ -428,8 +426,8 @@ fn source<A: Plain>(
     if found.flags & flags::PENDING != 0 {
         return ASKED_FOR;
     }
-    // Its port went to another flow: tc asks for another one.
-    if hit.note(ctx, key, found, packet) == table::LEFT { XDP_PASS } else { REWRITTEN }
+    hit.note(ctx, key, found, packet);
+    REWRITTEN
 }
 
 /// Writes the packet and sends it by the way that was found for it. `how`: what [`source`] says of `found`.

@@ -3,16 +3,12 @@
 use std::{net::SocketAddr, time::Instant};
 
 use proxy_agent::dataplane::ebpf::{Sweep, Swept, Timeouts};
-use proxy_common::{
-    connection::{flags, state},
-    counters::Reason,
-    device::role,
-};
+use proxy_common::{connection::flags, counters::Reason, device::role};
 
 use super::{
     flows::{masquerade, masqueraded_answer},
     packet::{ACK, FIN, Packet, RST, SYN, Sums, ends, payload_at, sums},
-    world::{BOUNCE, Cast, DROP, Hook, NEXT, Options, Row, TCP, UDP, World, at, casts, hex, world},
+    world::{BOUNCE, Cast, DROP, Hook, NEXT, Options, TCP, UDP, World, at, casts, hex, world},
 };
 
 /// A pseudo-random number, the same ones in every run.
@@ -61,25 +57,6 @@ fn a_marked_flow_is_reset() {
         assert_eq!(world.run(Hook::Ingress, &big.fragment(1480, 2020)).0, DROP);
         assert_eq!(world.reason(Reason::RejectFailed), failed + 2);
         assert_eq!(world.translate(Hook::Ingress, &Packet::tcp(cast.client, cast.vip, SYN)).1, cast.backend2);
-        world.remove(|_| true);
-    }
-}
-
-/// It is over once its client was told, and only then, so it keeps nobody's place.
-#[test]
-fn a_marked_flow_is_over_once_its_client_was_told() {
-    let Some(mut world) = world("a_marked_flow_is_over_once_its_client_was_told", Options::default()) else { return };
-    for cast in casts() {
-        world.service(1, cast.vip, &[cast.backend]);
-        world.establish(TCP, cast.client, cast.vip);
-        world.mark(flags::RESET);
-        let is_over = |world: &World| world.rows().iter().any(|row| row.state & state::RST != 0);
-        let (bare, packet) = (Packet::tcp(cast.client, cast.vip, 0), Packet::tcp(cast.client, cast.vip, ACK));
-        assert_eq!((world.run(Hook::Ingress, &bare.frame()).0, is_over(&world)), (DROP, false));
-        // Again, if the reset was lost.
-        for _ in 0..2 {
-            assert_eq!((world.run(Hook::Ingress, &packet.frame()).0, is_over(&world)), (BOUNCE, true));
-        }
         world.remove(|_| true);
     }
 }
@@ -296,34 +273,6 @@ fn a_table_full_of_what_is_over_cuts_nobody_who_is_silent() {
         let left = world.rows().iter().filter(|row| row.established).count() as u32;
         assert!((ENTRIES / 4..ENTRIES).contains(&left), "{left}");
         world.remove(|_| true);
-    }
-}
-
-/// A sweep that takes out some of the flows takes what masquerades them along: who asks their backends straight, from the same ports, keeps its
-/// address. (Policies would judge the node's.)
-#[test]
-fn what_masquerades_a_flow_goes_with_it() {
-    let options = Options { established: 4_096, ..Options::default() };
-    let Some(mut world) = world("what_masquerades_a_flow_goes_with_it", options) else { return };
-    for cast in casts() {
-        world.service(1, cast.vip, &[cast.backend]);
-        let clients: Vec<SocketAddr> = (0..600).map(|n| at(cast.client, 20_000 + n)).collect();
-        for client in &clients {
-            Ends::open(&mut world, cast, *client, cast.backend, true).close(&mut world, 0);
-        }
-        assert_eq!(world.rows().len(), 2_400, "nothing was evicted");
-        // Their main pairs have been silent for longer, so they come first, and after some of them there is room enough.
-        let main = |row: &Row| !row.is(flags::MASQUERADE);
-        world.edit(main, Some(&|notes| *notes.seen = notes.seen.wrapping_sub(5)));
-        let Swept { pairs, walks, .. } = world.sweep(&mut Sweep::new(Timeouts::default()));
-        let left = world.rows().iter().filter(|row| main(row)).count();
-        assert!(walks > 0 && pairs > 0 && (1..1_200).contains(&left), "{pairs} pairs went, {left} halves are left");
-        for client in &clients {
-            let direct = Packet::tcp(*client, cast.backend, SYN);
-            world.untouched(Hook::Ingress, &direct.frame());
-            world.untouched(Hook::Egress, &direct.frame());
-        }
-        assert_eq!(world.rows(), []);
     }
 }
 

@@ -6,7 +6,6 @@ use proxy_common::{
     connection::{flags, state},
     counters::Reason,
     device::role,
-    frontend::{origin, verdict},
 };
 
 use super::{
@@ -119,33 +118,6 @@ fn a_masquerade_that_was_left_alone_is_made_anew() {
         let rows = world.rows();
         assert!(rows.len() == 4 && rows.iter().all(|row| row.state & state::RST == 0), "{rows:#?}");
         world.remove(|_| true);
-    }
-    assert_eq!(world.reasons(), []);
-}
-
-/// Nor does one that is not masqueraded (policy Local, say) get the node's address from it, and no late answer to the last one puts that back.
-#[test]
-fn a_masquerade_that_was_left_alone_is_for_nobody_else() {
-    let Some(mut world) = world("a_masquerade_that_was_left_alone_is_for_nobody_else", Options::default()) else {
-        return;
-    };
-    for cast in casts() {
-        world.service(1, cast.vip, &[cast.backend]);
-        for proto in PROTOS {
-            world.datapath.frontend(cast.vip2, proto, &Spec::pick_all(2, &[cast.backend]));
-            let seen = masquerade(&mut world, proto, cast.client, cast.vip, cast.node);
-            assert_eq!(world.remove(|row| !row.is(flags::MASQUERADE)), 2);
-            let open = Packet::opening(proto, cast.client, cast.vip2);
-            world.expect(Hook::Ingress, &open, &open.to(cast.backend));
-            world.age(3);
-            world.untouched(Hook::Ingress, &Packet::more(proto, cast.backend, seen).frame());
-            world.untouched(Hook::Egress, &open.to(cast.backend).frame());
-            let answer = Packet::answer(proto, cast.backend, cast.client);
-            world.expect(Hook::Egress, &answer, &answer.from(cast.vip2));
-            let rows = world.rows();
-            assert!(rows.len() == 2 && rows.iter().all(|row| row.service == 2), "{rows:#?}");
-            world.remove(|_| true);
-        }
     }
     assert_eq!(world.reasons(), []);
 }
@@ -377,88 +349,6 @@ fn a_pod_reaches_itself() {
             }
         }
     }
-}
-
-/// A flow that a test talks on: who asks, whom, as whom and whom that is by now, and who the backend takes it for.
-struct Talk {
-    client: SocketAddr,
-    vip: SocketAddr,
-    moved: SocketAddr,
-    backend: SocketAddr,
-    seen: SocketAddr,
-}
-
-impl Talk {
-    fn open(world: &mut World, proto: u8, client: SocketAddr, vip: SocketAddr) -> Self {
-        let open = Packet::opening(proto, client, vip);
-        let (moved, backend) = world.translate(Hook::Ingress, &open);
-        let (seen, _) = world.translate(Hook::Egress, &open.between(moved, backend));
-        let talk = Self { client, vip, moved, backend, seen };
-        talk.answered(world, &Packet::answer(proto, backend, seen));
-        talk.more(world, proto);
-        talk
-    }
-
-    /// Both sides go on.
-    #[track_caller]
-    fn more(&self, world: &mut World, proto: u8) {
-        let Self { client, vip, moved, backend, seen } = *self;
-        let more = Packet::more(proto, client, vip);
-        world.expect(Hook::Ingress, &more, &more.between(moved, backend));
-        world.expect(Hook::Egress, &more.between(moved, backend), &more.between(seen, backend));
-        self.answered(world, &more.between(backend, seen));
-    }
-
-    #[track_caller]
-    fn answered(&self, world: &mut World, answer: &Packet) {
-        let Self { client, vip, moved, .. } = *self;
-        world.expect(Hook::Ingress, answer, &answer.to(moved));
-        world.expect(Hook::Egress, &answer.to(moved), &answer.between(vip, client));
-    }
-}
-
-/// Each of them is a backend of the Service that the other one asks for, and asks from the port that it serves on (SIP, say): what one asks
-/// looks like what it answers the other one. Masqueraded or not.
-#[test]
-fn two_peers_ask_for_each_other_from_the_ports_they_serve_on() {
-    let test = "two_peers_ask_for_each_other_from_the_ports_they_serve_on";
-    let Some(mut world) = world(test, Options::default()) else { return };
-    for cast in casts() {
-        let (one, other) = (at(cast.client, 5_060), at(cast.backend, 5_060));
-        for (proto, masquerades) in
-            PROTOS.into_iter().flat_map(|p| [(p, [false; 2]), (p, [false, true]), (p, [true, false])])
-        {
-            for (service, vip, backend) in [(1, cast.vip, other), (2, cast.vip2, one)] {
-                let spec = Spec::pick_all(service, &[backend]);
-                let spec = if masquerades[service as usize - 1] {
-                    Spec { verdicts: [verdict::PICK_ALL | verdict::MASQUERADE; origin::COUNT], ..spec }
-                } else {
-                    spec
-                };
-                world.datapath.frontend(vip, proto, &spec);
-            }
-            let first = Talk::open(&mut world, proto, one, cast.vip);
-            assert_eq!(first.moved, one);
-            let second = Talk::open(&mut world, proto, other, cast.vip2);
-            assert!(second.moved.ip() == other.ip() && second.moved != other, "{}", second.moved);
-            for talk in [&first, &second, &first] {
-                world.age(3);
-                talk.more(&mut world, proto);
-            }
-            // Both are over: the next from these ports keeps its own.
-            if proto != UDP {
-                for Talk { client, vip, moved, backend, .. } in [first, second] {
-                    let abort = Packet::abort(proto, client, vip);
-                    world.translate(Hook::Ingress, &abort);
-                    world.translate(Hook::Egress, &abort.between(moved, backend));
-                }
-                let second = Packet::opening(proto, other, cast.vip2);
-                world.expect(Hook::Ingress, &second, &second.to(one));
-            }
-            world.remove(|_| true);
-        }
-    }
-    assert_eq!(world.reason(Reason::PairRepaired), 0);
 }
 
 #[test]

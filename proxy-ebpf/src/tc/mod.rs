@@ -261,14 +261,13 @@ fn ingress<A: Header>(
         // The client's own reset is for the backend: one that was taken out of the Service and is there still would send to nobody.
         let marked = value.flags & flags::RESET != 0 && packet.tcp_flags & tcp_flags::RST == 0;
         if marked && !may_open {
-            hit.end(value, packet);
             return RESET;
         }
-        if marked || is_anothers(key, packet, value, u32::from(hit.established)) != 0 {
-            table::void(table::forget(key, value));
-        } else if hit.note(ctx, key, value, packet) == table::KEPT {
+        if !marked && is_anothers(key, packet, value, u32::from(hit.established)) == 0 {
+            hit.note(ctx, key, value, packet);
             return apply(ctx, l3, packet, End::Destination, value);
         }
+        table::void(table::forget(key, value));
     }
     // A TCP packet that is no SYN and has no connection may be somebody else's: of a flow that another proxy translated before us.
     if !may_open {
@@ -612,8 +611,7 @@ pub(crate) fn enter<A: Header>(
 }
 
 apart! {
-    /// Whether the reply tuple that `value` would lead to is nobody's, or that of a flow that is over (1), and so is what the flow's own packets
-    /// are looked up under where they leave. Then nothing of an earlier flow is left there that would masquerade one which is not to be.
+    /// Whether the reply tuple that `value` would lead to is nobody's, or that of a flow that is over (1).
     fn is_free[is_free_v4, is_free_v6](
         reads key: ConnectionKey, value: ConnectionValue; writes reply_key: ConnectionKey, found: ConnectionValue;
     ) -> u32 = freed;
@@ -628,32 +626,18 @@ fn freed<A: Header>(
 ) -> u32 {
     table::void(table::put_pair_key(key, value, reply_key));
     let held = table::peek(reply_key, found);
-    if held != 0 {
-        // Left over from this very flow: its notes are of a peer that has not spoken yet.
-        if found.addr == key.dst && found.port == key.dport && found.other == key.sport {
-            table::void(table::remove(reply_key));
-        } else if table::is_over(reply_key, found, u32::from(held == 2)) == 0 {
-            return 0;
-        } else {
-            table::void(table::forget(reply_key, found));
-        }
-    }
-    *reply_key = connection::masquerade_key(key, value);
-    let held = table::peek(reply_key, found);
     if held == 0 {
         return 1;
     }
-    if found.flags & flags::MASQUERADE == 0 {
-        // The answers of a flow the other way round: the backend has asked for a Service whose backend is the client, each from the port that it
-        // serves on.
-        if table::is_over(reply_key, found, u32::from(held == 2)) == 0 {
-            return 0;
-        }
-        table::void(table::forget(reply_key, found));
-    } else if value.flags & flags::NEEDS_MASQUERADE == 0 {
-        // Of an earlier flow between these ends, whose own pair was evicted. Where this one asks to be masqueraded, that takes its place.
-        table::void(table::release(reply_key));
+    // Left over from this very flow: its notes are of a peer that has not spoken yet.
+    if found.addr == key.dst && found.port == key.dport && found.other == key.sport {
+        table::void(table::remove(reply_key));
+        return 1;
     }
+    if table::is_over(reply_key, found, u32::from(held == 2)) == 0 {
+        return 0;
+    }
+    table::void(table::forget(reply_key, found));
     1
 }
 
@@ -713,12 +697,6 @@ fn egress<A: Header>(
     value: &mut ConnectionValue<A>,
 ) -> i32 {
     let Some(hit) = table::find(key, value) else { return leave(ctx, packet) };
-    let left = value.flags & flags::PENDING == 0 && hit.note(ctx, key, value, packet) == table::LEFT;
-    // Its port went to another flow, so it has asked for another one.
-    if left && table::peek(key, value) == 0 {
-        count::reason(Reason::InsertFailed);
-        return TC_ACT_SHOT;
-    }
     if value.flags & flags::PENDING != 0 {
         let skb = ctx.as_ptr().cast::<__sk_buff>();
         // SAFETY: the context is live.
@@ -726,6 +704,8 @@ fn egress<A: Header>(
         if masquerade(ctx, ifindex, key, value) == 0 {
             return TC_ACT_SHOT;
         }
+    } else {
+        hit.note(ctx, key, value, packet);
     }
     apply(ctx, l3, packet, End::Source, value)
 }

@@ -56,7 +56,6 @@ pub(crate) fn void(returned: Void) {
 pub(crate) enum Room {
     Over,
     Forget,
-    Release,
     Confirm,
     Enter,
     Masquerade,
@@ -168,7 +167,7 @@ apart! {
     ) -> u32 = paired_key;
 
     /// Puts back the half of an established pair that was evicted, and for a masqueraded flow the request for its other pair, with the port
-    /// that it had. [`LEFT`]: the evicted half's tuple is another flow's by now, so this half has been removed, too.
+    /// that it had.
     fn repair[repair_v4, repair_v6](reads key: ConnectionKey, value: ConnectionValue; writes;) -> u32 = repaired;
 
     /// Fresh notes and the seal.
@@ -183,9 +182,6 @@ apart! {
 
     /// Removes a flow: the pair of `key`, and the pair that masquerades it, if there is one.
     pub(crate) fn forget[forget_v4, forget_v6](reads key: ConnectionKey, value: ConnectionValue; writes;) -> u32 = forgotten;
-
-    /// Removes the pair that masquerades what leaves under `key` (egress), if there is one.
-    pub(crate) fn release[release_v4, release_v6](reads key: ConnectionKey; writes;) -> u32 = released;
 
     /// Enters a pair as half-open; `pair_key` and `pair_value` are its other half. That one goes first and claims the reply tuple, so
     /// two flows that two CPUs open at once never share one.
@@ -204,11 +200,6 @@ apart! {
         look: u32
     ) -> u32 = claimed;
 }
-
-/// What [`Hit::note`] says: the packet is to be translated as the entry says.
-pub(crate) const KEPT: u32 = 0;
-/// The entry is gone: its answers would be another flow's.
-pub(crate) const LEFT: u32 = 1;
 
 /// What [`open`] and [`claim_masquerade`] say: somebody else has the tuple.
 pub(crate) const TAKEN: u32 = 0;
@@ -284,23 +275,7 @@ impl<A: Header> Hit<A> {
         true
     }
 
-    /// Notes that the flow is over, with the packet that its opener is told so for, unless there is no answer to it.
-    #[inline(always)]
-    pub(crate) fn end(&self, value: &ConnectionValue<A>, packet: &Packet<A>) {
-        let Some(live) = self.live else { return };
-        if packet.tcp_flags & tcp_flags::ACK == 0 {
-            return;
-        }
-        // SAFETY: as for the other notes.
-        unsafe {
-            if is_still(live, value) {
-                (&raw mut (*live).state).write_volatile(value.state | state::RST);
-                (&raw mut (*live).seen).write_volatile(clock::now_secs());
-            }
-        }
-    }
-
-    /// Notes a packet on this entry, moves the flow on to established where it is due, looks after its pair. [`KEPT`] or [`LEFT`].
+    /// Notes a packet on this entry, moves the flow on to established where it is due, looks after its pair.
     ///
     /// The notes go into an element that could have been recycled since the seal was checked. So it is looked at once more just
     /// before; what is left is a few instructions wide, and then another flow's idle time or state is off, on which no
@@ -312,8 +287,8 @@ impl<A: Header> Hit<A> {
         key: &ConnectionKey<A>,
         value: &mut ConnectionValue<A>,
         packet: &Packet<A>,
-    ) -> u32 {
-        let Some(live) = self.live else { return KEPT };
+    ) {
+        let Some(live) = self.live else { return };
         let now = clock::now_secs();
         let mut seen = value.state | state::SEEN;
         if packet.proto != proto::UDP {
@@ -357,9 +332,8 @@ impl<A: Header> Hit<A> {
         } else if now.wrapping_sub(value.checked).cast_signed() > 1 {
             // SAFETY: as above.
             unsafe { note_checked(live, value, now) };
-            return repair(key, value);
+            void(repair(key, value));
         }
-        KEPT
     }
 }
 
@@ -495,11 +469,11 @@ fn confirm<A: Header>(
 }
 
 #[inline(always)]
-fn repaired<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> u32 {
-    let Some(Work { key: other_key, value: other, found, .. }) = Room::Confirm.work::<A>() else { return KEPT };
+fn repaired<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Void {
+    let Some(Work { key: other_key, value: other, found, .. }) = Room::Confirm.work::<A>() else { return VOID };
     void(put_pair(key, value, other_key, other));
     let now = clock::now_secs();
-    let (mut kept, mut masquerade, mut given) = (KEPT, false, Be16(0));
+    let (mut masquerade, mut given) = (false, Be16(0));
     if peek(other_key, found) == 0 {
         other.seen = now;
         other.checked = now;
@@ -510,11 +484,10 @@ fn repaired<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> u3
         // The other half was evicted and its tuple given to another flow, which now gets our answers: we have to
         // leave it. (An answer's entry without its way there harms nobody: late answers still show the VIP.)
         void(remove(key));
-        kept = LEFT;
         masquerade = value.flags & flags::MASQUERADE != 0;
         *other_key = *key;
     }
-    if kept == KEPT && key.hook == hook::INGRESS && value.flags & flags::NEEDS_MASQUERADE != 0 {
+    if key.hook == hook::INGRESS && value.flags & flags::NEEDS_MASQUERADE != 0 {
         *other_key = masquerade_key(key, value);
         masquerade = peek(other_key, found) == 0;
         given = value.given;
@@ -523,7 +496,7 @@ fn repaired<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> u3
         // Whether that saves the flow is for the egress hook to say.
         let _ = request_masquerade(other_key, other, value.service, given);
     }
-    kept
+    VOID
 }
 
 /// Asks the egress hook to masquerade: only there is the device known, and with it the source address (contract A75). `given` is the
@@ -638,36 +611,20 @@ fn forgotten<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> V
         return VOID;
     };
     void(put_pair(key, value, other_key, other));
-    void(remove(key));
-    let is_there = peek(other_key, found) != 0;
-    let is_own = is_there && is_same(found, other);
-    // Evicted, the reply tuple may be another flow's by now, and with it what masquerades that one.
-    if value.flags & flags::NEEDS_MASQUERADE != 0 && (is_own || !is_there || key.hook != hook::INGRESS) {
+    if value.flags & flags::NEEDS_MASQUERADE != 0 {
         *spare_key =
             if key.hook == hook::INGRESS { masquerade_key(key, value) } else { masquerade_key(other_key, other) };
-        void(release(spare_key));
-    }
-    if is_own {
-        void(remove(other_key));
-    }
-    VOID
-}
-
-#[inline(always)]
-fn released<A: Header>(key: &ConnectionKey<A>) -> Void {
-    let Some(Work { key: other_key, value: other, found, .. }) = Room::Release.work::<A>() else { return VOID };
-    if peek(key, found) == 0 || found.flags & flags::MASQUERADE == 0 {
-        return VOID;
-    }
-    void(remove(key));
-    // A request has no port yet that anybody could answer to.
-    if found.flags & flags::PENDING == 0 {
-        void(put_pair(key, found, other_key, other));
-        // Evicted, its port may be another flow's by now.
-        if peek(other_key, found) != 0 && is_same(found, other) {
-            void(remove(other_key));
+        if peek(spare_key, found) != 0 {
+            void(remove(spare_key));
+            if found.flags & flags::PENDING == 0 {
+                void(put_pair_key(spare_key, found, other_key));
+                void(remove(other_key));
+                void(put_pair_key(key, value, other_key));
+            }
         }
     }
+    void(remove(key));
+    void(remove(other_key));
     VOID
 }
 
