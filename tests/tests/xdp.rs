@@ -123,13 +123,13 @@ fn bypasses(world: &World, mode: &str) -> Result<()> {
     Ok(())
 }
 
-/// What the stack took of 200 000 bytes are no more than single packets.
+/// Of some 160 packets of 200 000 bytes the stack has its turn, and what is sent again.
 fn path_mtu(world: &World) -> Result<()> {
     for family in Family::BOTH {
         let before = bypassed(world)?;
         external::remote_path_mtu(&ground(world), family)?;
         let count = bypassed(world)? - before;
-        ensure!(count >= 100, "{family}: {count} packets past the stack");
+        ensure!(count >= 50, "{family}: {count} packets past the stack");
     }
     Ok(())
 }
