@@ -3,7 +3,7 @@
 
 use std::{
     collections::BTreeSet,
-    net::{IpAddr, SocketAddr},
+    net::SocketAddr,
     process::ExitCode,
     thread,
     time::{Duration, Instant},
@@ -15,10 +15,9 @@ use proxy_tests::{
     suite::Suite,
     world::{
         AgentOptions, Ask, Family, Place, Programs, SocketLb, Spec, Topology, World, kernel, objects, patience, vip,
-        within,
     },
 };
-use serde_json::{Value, json};
+use serde_json::Value;
 
 fn main() -> ExitCode {
     Suite::in_worlds("kernel", [("kernel".to_owned(), ())], prepare, |suite, group, (), world| {
@@ -28,22 +27,14 @@ fn main() -> ExitCode {
         });
         suite.case(&format!("{group}/what somebody takes off a device is put back"), || put_back(world));
         let name = format!("{group}/a bond is met at the bond, not at its ports, and without XDP");
-        match can_be_made(world, BOND, "type bond mode active-backup") {
+        match has_bonds(world) {
             Ok(true) => suite.case(&name, || bonded(world)),
             Ok(false) => suite.skip(&name, "this kernel has no bonding"),
-            Err(error) => suite.fail(&name, &error),
-        }
-        let name = format!("{group}/a VLAN as uplink: asked and masqueraded there, its packets left alone below");
-        match can_be_made(world, VLAN, TAGGED) {
-            Ok(true) => suite.case(&name, || tagged(world)),
-            Ok(false) => suite.skip(&name, "this kernel has no VLAN devices"),
             Err(error) => suite.fail(&name, &error),
         }
         suite.case(&format!("{group}/foreign filters stay, ours go"), || cleaned_up(world));
     })
 }
-
-const NODE_PORT: u16 = 30_080;
 
 fn prepare(programs: Programs, (): &()) -> Result<World> {
     // Pods are served by what is at their links alone.
@@ -54,9 +45,7 @@ fn prepare(programs: Programs, (): &()) -> Result<World> {
         let service = objects::service("web")
             .cluster_ips(&Family::BOTH.map(|family| vip(family, 1)))
             .port("web", "TCP", 80)
-            .node_port(NODE_PORT)
-            .port("dns", "UDP", 80)
-            .node_port(NODE_PORT);
+            .port("dns", "UDP", 80);
         let slice = |family| {
             let slice = objects::slice("web", family).port("web", "TCP", 8080).port("dns", "UDP", 8080);
             slice.endpoint(world.pod("b1")).json()
@@ -154,10 +143,11 @@ const BOND: &str = "bond0";
 const PORTS: [&str; 2] = ["port0", "port1"];
 
 /// By making one, which has the module loaded.
-fn can_be_made(world: &World, link: &str, what: &str) -> Result<bool> {
+fn has_bonds(world: &World) -> Result<bool> {
     let namespace = &world.node(1).place.namespace;
-    match namespace.ip(&format!("link add name {link} {what}\n")) {
-        Ok(()) => namespace.ip(&format!("link del {link}\n")).map(|()| true),
+    let made = namespace.output("ip", &["link", "add", BOND, "type", "bond", "mode", "active-backup"]);
+    match made {
+        Ok(_) => namespace.output("ip", &["link", "del", BOND]).map(|_| true),
         Err(error) if format!("{error:#}").contains("Unknown device type") => Ok(false),
         Err(error) => Err(error),
     }
@@ -198,118 +188,28 @@ fn served_by_a_bond(world: &World) -> Result<()> {
          route replace {v4} via 198.51.100.1 dev wire0\n\
          route replace {v6} via 2001:db8:51::1 dev wire0\n"
     ))?;
-    within(patience(30), || {
+    let way = way()?;
+    let wanted: BTreeSet<_> = ["ingress", "egress"].map(|direction| format!("{way}/{direction}")).into();
+    let deadline = Instant::now() + patience(30);
+    let at = |hooks: &[(String, String)], device: &str| -> BTreeSet<String> {
+        hooks.iter().filter(|(target, _)| target == device).map(|(_, kind)| kind.clone()).collect()
+    };
+    loop {
         let hooks = hooks(world)?;
-        let why = without_xdp(world, BOND)?;
-        ensure!(at(&hooks, BOND) == by_tc()? && why.contains("XDP sees its ports"), "{why:?}, {hooks:?}");
-        ensure!(PORTS.iter().all(|port| at(&hooks, port).is_empty()), "at its ports: {hooks:?}");
-        ensure!(at(&hooks, "eth0").contains("xdp/generic"), "no XDP beside it: {hooks:?}");
-        let page = world.cli(world.node(1), &["status"])?;
-        ensure!(page.contains(&why), "{why:?} is not in {page}");
-        Ok(())
-    })?;
+        let status = world.node(1).status()?;
+        let why = status["withoutXdp"][BOND].as_str().unwrap_or_default().to_owned();
+        if at(&hooks, BOND) == wanted && why.contains("XDP sees its ports") {
+            ensure!(PORTS.iter().all(|port| at(&hooks, port).is_empty()), "at its ports: {hooks:?}");
+            ensure!(at(&hooks, "eth0").contains("xdp/generic"), "no XDP beside it: {hooks:?}");
+            let page = world.cli(world.node(1), &["status"])?;
+            ensure!(page.contains(&why), "{why:?} is not in {page}");
+            break;
+        }
+        ensure!(Instant::now() < deadline, "{why:?}, {hooks:?}");
+        thread::sleep(Duration::from_millis(200));
+    }
     // From outside over the bond.
     all_served(world)
-}
-
-/// What is at a device.
-fn at(hooks: &[(String, String)], device: &str) -> BTreeSet<String> {
-    hooks.iter().filter(|(target, _)| target == device).map(|(_, kind)| kind.clone()).collect()
-}
-
-/// And what is at one that is met by tc alone.
-fn by_tc() -> Result<BTreeSet<String>> {
-    let way = way()?;
-    Ok(["ingress", "egress"].map(|direction| format!("{way}/{direction}")).into())
-}
-
-/// Why XDP is not on a device.
-fn without_xdp(world: &World, device: &str) -> Result<String> {
-    Ok(world.node(1).status()?["withoutXdp"][device].as_str().unwrap_or_default().to_owned())
-}
-
-const VLAN: &str = "eth0.77";
-const TAGGED: &str = "link eth0 type vlan id 77";
-/// The two ends of it: the node's, and that of the client outside, who serves there, too.
-const VLAN_NODE: [&str; 2] = ["198.51.77.1", "2001:db8:77::1"];
-const VLAN_OUTSIDE: [&str; 2] = ["198.51.77.2", "2001:db8:77::2"];
-
-/// A second way from outside leads over a VLAN of the first one.
-fn tagged(world: &World) -> Result<()> {
-    let beyond = beyond();
-    let served = served_by_a_vlan(world, &beyond);
-    let gone = beyond.iter().try_for_each(|object| world.remove(object));
-    // One end does not go with the other, and a case that fails may not have made both.
-    let [node, outside] =
-        [&world.node(1).place, world.outside()].map(|place| place.namespace.ip(&format!("link del {VLAN}\n")));
-    served.and(gone).and(node).and(outside)
-}
-
-/// A Service whose endpoint is reached by the VLAN alone.
-fn beyond() -> Vec<Value> {
-    let service = objects::service("beyond")
-        .cluster_ips(&Family::BOTH.map(|family| vip(family, 2)))
-        .port("web", "TCP", 80)
-        .node_port(NODE_PORT + 1)
-        .port("dns", "UDP", 80)
-        .node_port(NODE_PORT + 1);
-    let slice = |(family, address): (Family, &str)| {
-        let mut slice = objects::slice("beyond", family).port("web", "TCP", 8080).port("dns", "UDP", 8080).json();
-        slice["endpoints"] = json!([{"addresses": [address], "conditions": {"ready": true}}]);
-        slice
-    };
-    [service.json()].into_iter().chain(Family::BOTH.into_iter().zip(VLAN_OUTSIDE).map(slice)).collect()
-}
-
-fn served_by_a_vlan(world: &World, beyond: &[Value]) -> Result<()> {
-    let outside = world.outside();
-    for (namespace, [v4, v6]) in [(&world.node(1).place.namespace, VLAN_NODE), (&outside.namespace, VLAN_OUTSIDE)] {
-        namespace.ip(&format!(
-            "link add name {VLAN} {TAGGED}\n\
-             link set {VLAN} up\n\
-             addr add {v4}/24 dev {VLAN}\n\
-             addr add {v6}/64 dev {VLAN} nodad\n"
-        ))?;
-    }
-    for (family, by) in Family::BOTH.into_iter().zip(VLAN_NODE) {
-        outside.namespace.ip(&format!("route replace {} via {by} dev {VLAN}\n", vip(family, 1)))?;
-    }
-    let addresses = VLAN_OUTSIDE.map(|address| format!("--address={address}"));
-    let args = ["serve", "--name=outside", "--port=8080"].map(str::to_owned).into_iter().chain(addresses);
-    let mut server = outside.start(&world.programs().testpod, &args.collect::<Vec<_>>())?;
-    server.wait_for_line("serving", patience(5))?;
-    beyond.iter().try_for_each(|object| world.write(object))?;
-    within(patience(30), || {
-        let hooks = hooks(world)?;
-        ensure!(at(&hooks, VLAN) == by_tc()? && at(&hooks, "eth0") == by_tc()?, "{hooks:?}");
-        let why = without_xdp(world, "eth0")?;
-        ensure!(why.contains("VLANs are on it"), "{why:?}");
-        over_a_vlan(world)
-    })?;
-    // ClusterIPs, over the VLAN from outside.
-    all_served(world)
-}
-
-/// Node ports at the address that the node has there; and those whose backend is there, which sees that address.
-fn over_a_vlan(world: &World) -> Result<()> {
-    let ways = Family::BOTH.into_iter().zip(VLAN_NODE);
-    for ((family, address), transport) in ways.flat_map(|way| [(way, Transport::Tcp), (way, Transport::Udp)]) {
-        let address: IpAddr = address.parse()?;
-        for (from, to, backend) in [
-            (world.outside(), SocketAddr::new(address, NODE_PORT), "b1"),
-            (world.pod("a1"), world.node(1).place.at(family, NODE_PORT + 1), "outside"),
-        ] {
-            let report = world.ask(from, &Ask::new(to, transport).times(2).timeout(5000))?;
-            let answers: Vec<_> = report.tries.iter().filter_map(|one| one.answer.as_ref()).collect();
-            let right = answers.len() == 2 && answers.iter().all(|answer| answer.backend == backend);
-            ensure!(right, "{} -> {to} {transport}: {report:?}", from.name);
-            for answer in answers.iter().filter(|answer| answer.backend == "outside") {
-                let seen = answer.peer.parse::<SocketAddr>()?.ip();
-                ensure!(seen == address, "{} -> {to} {transport}: masqueraded with {seen}", from.name);
-            }
-        }
-    }
-    Ok(())
 }
 
 fn cleaned_up(world: &mut World) -> Result<()> {
