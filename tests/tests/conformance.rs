@@ -137,9 +137,13 @@ impl Exam<'_> {
                 continue;
             }
             lab.start(self.subject, matrix.configuration)?;
+            let failed = self.sum.failed;
             for (case, seen) in cases.iter().zip(lab.ask_all(&cases, services)?) {
                 let wanted = format!("expected {}, but ", case.expected.text());
                 self.note(&case.name, &wanted, judge.verdict(self.subject, &case.name, &seen));
+            }
+            if self.sum.failed > failed {
+                counters(self.subject, &lab.world);
             }
             if with_made_up {
                 answers = self.made_up(lab, judge, made_up, others)?;
@@ -204,5 +208,15 @@ impl Exam<'_> {
     fn failed(&mut self, error: &anyhow::Error) {
         self.suite.fail(&format!("conformance/{}", self.subject.name()), error);
         self.sum.failed += 1;
+    }
+}
+
+/// What was refused, dropped and reset so far, into the log beside what failed.
+fn counters(subject: Subject, world: &World) {
+    for node in world.nodes.iter().filter(|_| subject.is_ebpf()) {
+        match world.cli(node, &["counters"]) {
+            Ok(text) => eprintln!("counters of {}:\n{text}", node.place.name),
+            Err(error) => eprintln!("counters of {}: {error:#}", node.place.name),
+        }
     }
 }

@@ -252,11 +252,7 @@ fn go_on(talks: Vec<(String, Client)>) -> Result<()> {
         let (asked, lost) = (report.turns.len(), report.turns.iter().filter(|turn| turn.error.is_some()).count());
         let backends = report.backends(0, u64::MAX);
         let stays = backends.len() == 1 && report.sockets == 1;
-        ensure!(
-            stays && asked > lost + 10,
-            "{what}: {lost} of {asked} lost, {backends:?}, {:?}",
-            report.errors()
-        );
+        ensure!(stays && asked > lost + 10, "{what}: {lost} of {asked} lost, {backends:?}, {:?}", report.errors());
     }
     Ok(())
 }

@@ -83,6 +83,11 @@ impl Subject {
         !matches!(self, Self::KubeProxy(_))
     }
 
+    /// Whether it has counters of its own.
+    pub fn is_ebpf(self) -> bool {
+        matches!(self, Self::Ebpf(_) | Self::Xdp(_))
+    }
+
     /// Further options of our agent. `native`: what cannot be had is heard of.
     pub fn extra(self) -> &'static [&'static str] {
         match self {
