@@ -374,11 +374,19 @@ fn one_bad(world: &mut World, by: Fallback) -> Result<()> {
     // By a change, and at a start.
     world.apply(&objects)?;
     for when in ["a change", "a start"] {
-        let report = report(world)?;
-        let failed = report["unprogrammed"].as_array().context("no unprogrammed")?;
         let is_bad =
             |row: &Value| row["service"] == "default/many-44:web" || row["reason"].to_string().contains("made up");
-        ensure!(!failed.is_empty() && failed.iter().all(is_bad), "{when}: {failed:#?}\n{}", world.node(1).agent_log());
+        // It may be asked a moment before the report of what was done is out.
+        within(PATIENCE, || {
+            let report = report(world)?;
+            let failed = report["unprogrammed"].as_array().context("no unprogrammed")?;
+            ensure!(
+                !failed.is_empty() && failed.iter().all(is_bad),
+                "{when}: {failed:#?}\n{}",
+                world.node(1).agent_log()
+            );
+            Ok(())
+        })?;
         for number in [1, 40, 47] {
             answers(world, number)?;
         }
