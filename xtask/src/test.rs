@@ -391,9 +391,9 @@ fn run_program(name: &str, test: &mut Command, logs: &Path, limit: Duration, pre
     });
 
     let mut parser = Parser::new(name);
-    let start = Instant::now();
+    let (start, mut gone) = (Instant::now(), None);
     let ended = loop {
-        match lines.recv_timeout(Duration::from_millis(500)) {
+        match lines.recv_timeout(Duration::from_secs(1)) {
             Ok(line) => {
                 writeln!(log, "{line}")?;
                 if let Some(show) = parser.line(&line) {
@@ -401,11 +401,9 @@ fn run_program(name: &str, test: &mut Command, logs: &Path, limit: Duration, pre
                 }
             }
             Err(mpsc::RecvTimeoutError::Disconnected) => break Some(child.wait()?),
-            Err(mpsc::RecvTimeoutError::Timeout) => {
-                if let Some(status) = child.try_wait()? {
-                    break Some(status);
-                }
-            }
+            // What it printed last may still be on its way when it has ended.
+            Err(mpsc::RecvTimeoutError::Timeout) if gone.is_some() => break gone,
+            Err(mpsc::RecvTimeoutError::Timeout) => gone = child.try_wait()?,
         }
         if start.elapsed() > limit {
             end(&mut child)?;
