@@ -306,15 +306,32 @@ pub enum Teller {
     Devices,
 }
 
-/// What those who own a Service should hear of it, where there is an API server to tell it: an Event on the Service.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Warning {
-    pub service: ServiceKey,
-    pub uid: Arc<str>,
+/// What users of the cluster should hear of this node, where there is an API server to tell it: an Event.
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub struct Notice {
+    pub about: About,
+    pub kind: NoticeKind,
     pub reason: &'static str,
     /// What was being done.
     pub action: &'static str,
     pub note: String,
+}
+
+#[derive(Clone, PartialEq, Eq, Hash, Debug)]
+pub enum About {
+    /// The own one.
+    Node,
+    Service {
+        key: ServiceKey,
+        /// Empty where it is not known.
+        uid: Arc<str>,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub enum NoticeKind {
+    Normal,
+    Warning,
 }
 
 /// Where the agent gets its objects from, and whether it still does.

@@ -3,17 +3,18 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
-    sync::Arc,
+    sync::{Arc, LazyLock},
     time::{Duration, Instant, SystemTime},
 };
 
 use serde::Serialize;
 
 pub mod report;
+pub mod requests;
 
 pub use crate::model::SourceState;
 use crate::{
-    dataplane::{Failure, Fill, Hook, Retiring},
+    dataplane::{Ahead, Failure, Fill, Hook, Retiring},
     desired::{Algorithm, Device, Frontend, FrontendSpec, HealthChecks, HealthDoors},
     model::{Family, NodeFacts, ServiceKey},
 };
@@ -36,6 +37,16 @@ pub struct FrontendStatus {
     pub limits: Option<String>,
     /// How a backend is chosen for it.
     pub algorithm: Algorithm,
+}
+
+/// What a Service lacks.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Unserved {
+    pub uid: Arc<str>,
+    /// How many are not in force.
+    pub frontends: usize,
+    /// Of the first of them.
+    pub reason: String,
 }
 
 /// One value for everything that reports; cheap to clone (shared parts).
@@ -68,6 +79,8 @@ pub struct Status {
     pub frontends: Arc<BTreeMap<Frontend, FrontendStatus>>,
     /// What [`Status::degraded_of`] says of them: load balancers ask often, at every such port.
     pub degraded: Arc<BTreeSet<(ServiceKey, Family)>>,
+    /// What [`Status::unserved_of`] says of them.
+    pub unserved: Arc<BTreeMap<ServiceKey, Unserved>>,
     pub failed_guards: Arc<BTreeMap<IpAddr, Failure>>,
     /// What load balancers are told at health-check node ports.
     pub health_checks: Arc<HealthChecks>,
@@ -81,6 +94,14 @@ pub struct Status {
     /// Device → why it is served without the XDP that was asked for.
     pub without_xdp: Arc<BTreeMap<String, Failure>>,
     pub hooks: Arc<Vec<Hook>>,
+    /// Hooks that were in force, were taken off by somebody, and could not be put back: the node does not serve as it should.
+    pub lost_hooks: Arc<Vec<Hook>>,
+    /// How often hooks were found to have been taken off, since the start.
+    pub hooks_lost: u64,
+    /// Where others' programs run before ours.
+    pub ahead: Arc<Vec<Ahead>>,
+    /// Since when nothing is in force of all that should be. Monotonic, as above.
+    pub nothing_since: Option<Instant>,
     /// What other modes left in force and is on its way out.
     pub retiring: Arc<Vec<Retiring>>,
     pub fill: Arc<Vec<Fill>>,
@@ -105,6 +126,40 @@ impl Status {
         degraded.map(|(frontend, row)| (row.spec.service.service.clone(), Family::of(frontend.addr))).collect()
     }
 
+    /// Whether there are frontends that should be in force and may yet be, and none is.
+    pub fn serves_nothing(frontends: &BTreeMap<Frontend, FrontendStatus>) -> bool {
+        let mut waits = false;
+        for row in frontends.values() {
+            match &row.state {
+                FrontendState::Programmed | FrontendState::Degraded(Failure::Held(_)) => return false,
+                FrontendState::Degraded(Failure::Retry(_)) => waits = true,
+                FrontendState::Degraded(Failure::Unsupported(_)) | FrontendState::Pending => {}
+            }
+        }
+        waits
+    }
+
+    /// Services with frontends that are not in force as they should be, and what their owners need to know of it. `uid_of`: of a Service
+    /// that is there.
+    pub fn unserved_of(
+        frontends: &BTreeMap<Frontend, FrontendStatus>,
+        uid_of: impl Fn(&ServiceKey) -> Option<Arc<str>>,
+    ) -> BTreeMap<ServiceKey, Unserved> {
+        let mut unserved: BTreeMap<ServiceKey, Unserved> = BTreeMap::new();
+        for row in frontends.values() {
+            let FrontendState::Degraded(Failure::Retry(reason) | Failure::Unsupported(reason)) = &row.state else {
+                continue;
+            };
+            let key = &row.spec.service.service;
+            if let Some(known) = unserved.get_mut(key) {
+                known.frontends += 1;
+            } else if let Some(uid) = uid_of(key) {
+                unserved.insert(key.clone(), Unserved { uid, frontends: 1, reason: reason.clone() });
+            }
+        }
+        unserved
+    }
+
     /// Nothing known, nothing done.
     pub fn starting(mode: &'static str, node: Arc<str>) -> Self {
         Self {
@@ -127,6 +182,7 @@ impl Status {
             endpoints: 0,
             frontends: Arc::default(),
             degraded: Arc::default(),
+            unserved: Arc::default(),
             failed_guards: Arc::default(),
             health_checks: Arc::default(),
             health_doors: Arc::default(),
@@ -135,6 +191,10 @@ impl Status {
             failed_devices: Arc::default(),
             without_xdp: Arc::default(),
             hooks: Arc::default(),
+            lost_hooks: Arc::default(),
+            hooks_lost: 0,
+            ahead: Arc::default(),
+            nothing_since: None,
             retiring: Arc::default(),
             fill: Arc::default(),
             drift_repaired: 0,
@@ -155,13 +215,19 @@ pub struct ChangeCount {
 pub struct Timings {
     /// From the start of a sync to its end.
     pub sync: Histogram,
+    /// Of everything there is: the first, and what puts right what somebody altered.
+    pub full: Histogram,
+    /// Of what changed alone.
+    pub partial: Histogram,
     /// From the change of an endpoint (its slice's trigger time, contract A28) to the end of the sync that put it in force.
-    pub programming: Histogram,
+    pub programming: BTreeMap<Family, Histogram>,
 }
 
 impl Default for Timings {
     fn default() -> Self {
-        Self { sync: Histogram::new(&SYNC_BOUNDS), programming: Histogram::new(&PROGRAMMING_BOUNDS) }
+        let [sync, full, partial] = [&SYNC_BOUNDS; 3].map(|bounds| Histogram::new(bounds));
+        let programming = Family::BOTH.map(|family| (family, Histogram::new(&PROGRAMMING_BOUNDS))).into();
+        Self { sync, full, partial, programming }
     }
 }
 
@@ -169,11 +235,13 @@ impl Default for Timings {
 pub static SYNC_BOUNDS: [f64; 15] =
     [0.001, 0.002, 0.004, 0.008, 0.016, 0.032, 0.064, 0.128, 0.256, 0.512, 1.024, 2.048, 4.096, 8.192, 16.384];
 
-/// Finer than kube-proxy's below 250 ms, where most of this happens, and coarser above a second.
-pub static PROGRAMMING_BOUNDS: [f64; 24] = [
-    0.005, 0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 15.0, 20.0, 30.0, 45.0, 60.0, 75.0, 90.0, 120.0,
-    150.0, 180.0, 240.0, 300.0,
-];
+/// kube-proxy's eighty (every second up to a minute, every five up to two, every thirty up to five), and finer ones below them: that is
+/// where most of this happens.
+pub static PROGRAMMING_BOUNDS: LazyLock<Vec<f64>> = LazyLock::new(|| {
+    let linear = |start: f64, width: f64, count: u32| (0..count).map(move |n| start + width * f64::from(n));
+    let kube_proxy = linear(0.25, 0.25, 2).chain(linear(1.0, 1.0, 59)).chain(linear(60.0, 5.0, 12));
+    [0.005, 0.01, 0.05, 0.1].into_iter().chain(kube_proxy).chain(linear(120.0, 30.0, 7)).collect()
+});
 
 /// A histogram as a plain value, so that the status stays one value. Counts are per bucket, not cumulative.
 #[derive(Clone, PartialEq, Debug)]
@@ -217,6 +285,16 @@ impl Histogram {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn buckets_are_kube_proxys_and_finer_ones() {
+        let bounds = &PROGRAMMING_BOUNDS;
+        assert!(bounds.is_sorted() && bounds.len() == 84, "{bounds:?}");
+        assert_eq!(bounds[4..8], [0.25, 0.5, 1.0, 2.0]);
+        assert_eq!(bounds[64..67], [59.0, 60.0, 65.0]);
+        assert_eq!(bounds[76..], [115.0, 120.0, 150.0, 180.0, 210.0, 240.0, 270.0, 300.0][..]);
+        assert!(SYNC_BOUNDS.iter().zip(0..).all(|(bound, n)| *bound == 0.001 * f64::from(1 << n)));
+    }
 
     #[test]
     fn a_histogram_counts_what_it_sees() {

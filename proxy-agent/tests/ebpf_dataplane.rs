@@ -25,6 +25,8 @@ use proxy_agent::{
     model::{Protocol, ServiceKey, ServicePortName},
 };
 
+#[path = "ebpf_dataplane/others.rs"]
+mod others;
 #[path = "ebpf_dataplane/sizes.rs"]
 mod sizes;
 #[path = "ebpf_dataplane/starts.rs"]

@@ -8,7 +8,7 @@ use common::{key, node, service, slice};
 use proxy_agent::{
     desired::{Action, Frontend},
     model::{
-        Event, NodeFacts, Protocol, Service,
+        Event, Family, NodeFacts, Protocol, Service,
         index::{Index, Touched},
     },
     plan::{Defaults, Planner},
@@ -133,12 +133,12 @@ fn a_new_trigger_time_alone_touches_nothing_a27_a28() {
     };
     let mut touched = Touched::default();
     index.apply(with(Some(1), "10.0.0.1"), &mut touched);
-    assert_eq!(touched.triggers, [(key("a"), 1)]);
+    assert_eq!(touched.triggers, [(key("a"), Family::V4, 1)]);
     let mut touched = Touched::default();
     index.apply(with(Some(2), "10.0.0.1"), &mut touched);
     assert!(touched.is_empty());
     index.apply(with(Some(3), "10.0.0.2"), &mut touched);
-    assert_eq!(touched.triggers, [(key("a"), 3)]);
+    assert_eq!(touched.triggers, [(key("a"), Family::V4, 3)]);
 }
 
 fn with_node_port(name: &str, ip: &str, created: i64) -> Service {

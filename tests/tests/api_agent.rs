@@ -12,6 +12,9 @@ use std::{
     time::{Duration, Instant},
 };
 
+#[path = "api_agent/events.rs"]
+mod events;
+
 use anyhow::{Context, Result, bail, ensure};
 use proxy_tests::{
     apiserver::{self, ApiServer, Relay, Seat, User},
@@ -69,6 +72,7 @@ fn cases(suite: &mut Suite, cluster: &mut Cluster) {
         if socket_lb == SocketLb::All {
             case("in a pod, by the manifests' service account", in_a_pod);
             case("metrics and health", metrics);
+            case("A145, A115: Events on the Node and on Services", events::told);
             case("A137: deleted while the agent was cut off", deleted_meanwhile);
             case("A135, A136: the agent started again while the API server is down", both_down);
         }
@@ -400,6 +404,7 @@ fn metrics(cluster: &mut Cluster) -> Result<()> {
         ensure!(after[5] > events, "refusals are not counted: {events}, then {}", after[5]);
         Ok(())
     })?;
+    ensure!(node.metric("rest_client_requests_total")? > 0.0, "no request is counted");
     let sum = node.metric("kubeproxy_network_programming_duration_seconds_sum")?;
     ensure!(sum > 0.0 && sum < 60.0, "programming latency of {sum} s");
     ensure!(

@@ -303,7 +303,7 @@ fn serves_as(
     let info = metrics
         .lines()
         .find(|line| line.starts_with(&format!("proxy_agent_mode_info{{mode=\"{mode}\",reason=\"auto: ")));
-    ensure!(info.is_some_and(|info| info.contains(reason) && info.ends_with("} 1.0")), "{metrics}");
+    ensure!(info.is_some_and(|info| info.contains(reason) && info.ends_with("} 1")), "{metrics}");
     let log = node.agent_log();
     ensure!(log.contains(&format!("mode=\"{mode}\"")) && log.contains(reason), "{log}");
     for family in Family::BOTH {

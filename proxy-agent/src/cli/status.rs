@@ -12,7 +12,7 @@ use super::{
     shapes::duration,
 };
 use crate::status::report::{
-    Device, FrontendCount, HealthCheck, Hook, MapFill, Report, Retiring, Source, Sync, Unprogrammed,
+    Ahead, Device, FrontendCount, HealthCheck, Hook, MapFill, Report, Retiring, Source, Sync, Unprogrammed,
 };
 
 #[derive(Clone, Debug, ClapArgs)]
@@ -268,6 +268,8 @@ fn trouble(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
         devices,
         failed_devices,
         without_xdp,
+        lost_hooks,
+        ahead,
         ..
     } = report;
     let device = |device: &Device| {
@@ -287,6 +289,14 @@ fn trouble(report: &Report, page: &mut Page<'_>) -> anyhow::Result<()> {
     };
     page.list("Devices that could not be attached to", pairs(failed_devices))?;
     page.list("Devices without XDP", pairs(without_xdp))?;
+    let lost = |hook: &Hook| vec![hook.kind.clone(), hook.target.clone(), hook.program.clone()];
+    page.list("Hooks that were taken off and cannot be put back", lost_hooks.iter().map(lost).collect())?;
+    let others = |ahead: &Ahead| {
+        let Ahead { kind, target, programs } = ahead;
+        let ids: Vec<String> = programs.iter().map(ToString::to_string).collect();
+        vec![kind.clone(), target.clone(), format!("programs {}", ids.join(", "))]
+    };
+    page.list("Others' programs that run before ours", ahead.iter().map(others).collect())?;
     page.list("Health-check node ports", health_checks.iter().map(check_line).collect())?;
     let line = |frontend: &Unprogrammed| {
         let Unprogrammed { service, kind: _, address, port, protocol, state, reason, since } = frontend;

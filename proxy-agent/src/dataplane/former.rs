@@ -17,7 +17,7 @@ use std::{
 };
 
 use super::{
-    Capabilities, Dataplane, DataplaneError, Drift, Fill, Hook, Report, Retiring, ebpf, iptables, ipvs,
+    Ahead, Capabilities, Dataplane, DataplaneError, Drift, Fill, Hook, Report, Retiring, ebpf, iptables, ipvs,
     netfilter::translated::Translated,
     nftables,
     select::{Mode, Options},
@@ -233,6 +233,10 @@ impl Dataplane for Moving {
 
     fn hooks(&self) -> Vec<Hook> {
         self.dataplane.hooks()
+    }
+
+    fn ahead(&self) -> Vec<Ahead> {
+        self.dataplane.ahead()
     }
 }
 

@@ -297,7 +297,7 @@ impl Dataplane for Memory {
     fn observe(&mut self) -> Result<Drift, DataplaneError> {
         let state = self.entered("observe");
         let Changes { set, remove, guard, unguard, local_cidrs, left_pods: _ } = state.desired.diff(&self.believed);
-        let hooks = if state.active { Vec::new() } else { vec!["memory/hook".into()] };
+        let hooks = if state.active { Vec::new() } else { vec![hook().name()] };
         Ok(Drift {
             frontends: set.into_keys().chain(remove).collect(),
             guards: guard.into_iter().chain(unguard).collect(),
@@ -332,6 +332,11 @@ impl Dataplane for Memory {
     }
 
     fn hooks(&self) -> Vec<Hook> {
-        Vec::new()
+        self.kernel.state().active.then(hook).into_iter().collect()
     }
+}
+
+/// The one that there is.
+fn hook() -> Hook {
+    Hook { kind: "memory".into(), target: "hook".into(), program: "none".into() }
 }

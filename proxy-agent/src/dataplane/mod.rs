@@ -192,7 +192,7 @@ pub struct Drift {
     pub guards: Vec<IpAddr>,
     /// The addresses that tell a pod of this node are not those that were programmed.
     pub local_cidrs: bool,
-    /// Hooks that were lost (detached by somebody); named as `status` names them.
+    /// Hooks that were lost (detached by somebody), by [`Hook::name`].
     pub hooks: Vec<String>,
     /// Something that failed, or was left undone by something that failed, is still to be brought about. Nobody altered it.
     pub unfinished: bool,
@@ -318,6 +318,21 @@ pub trait Dataplane: Send {
 
     /// Hooks in force, for `status`.
     fn hooks(&self) -> Vec<Hook>;
+
+    /// Where others' programs see packets before ours do, and may keep them from it.
+    fn ahead(&self) -> Vec<Ahead> {
+        Vec::new()
+    }
+}
+
+/// Others' programs in front of ours.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+pub struct Ahead {
+    /// As [`Hook`] has them.
+    pub kind: String,
+    pub target: String,
+    /// Ids, in the order in which they run.
+    pub programs: Vec<u32>,
 }
 
 /// What an agent in another mode left in force. It stays until this mode is in force, then takes no new flows, and goes with its last one.
@@ -350,6 +365,14 @@ pub struct Hook {
     /// Cgroup path or device name.
     pub target: String,
     pub program: String,
+}
+
+impl Hook {
+    /// As [`Drift`] names it.
+    pub fn name(&self) -> String {
+        let Self { kind, target, program: _ } = self;
+        format!("{kind} {target}")
+    }
 }
 
 #[cfg(test)]

@@ -10,7 +10,7 @@ use std::{
     sync::Arc,
 };
 
-use super::{EndpointSlice, Event, NodeFacts, Pod, PodKey, Service, ServiceKey, Snapshot, Teller};
+use super::{EndpointSlice, Event, Family, NodeFacts, Pod, PodKey, Service, ServiceKey, Snapshot, Teller};
 
 type SliceKey = (Arc<str>, Arc<str>);
 
@@ -19,7 +19,7 @@ type SliceKey = (Arc<str>, Arc<str>);
 pub struct Touched {
     pub services: BTreeSet<ServiceKey>,
     /// Trigger times (nanoseconds since the epoch) that came with slices whose content changed (contract A28).
-    pub triggers: Vec<(ServiceKey, i64)>,
+    pub triggers: Vec<(ServiceKey, Family, i64)>,
     /// Services, and EndpointSlices, that came, went or changed.
     pub service_changes: u64,
     pub slice_changes: u64,
@@ -159,7 +159,7 @@ impl Index {
             self.remove_slice(&key, touched);
         }
         let service = slice.service.clone();
-        let trigger = slice.trigger_time;
+        let (trigger, family) = (slice.trigger_time, slice.family);
         self.endpoints += slice.endpoints.len();
         let before =
             self.snapshot.slices.entry(service.clone()).or_default().insert(Arc::clone(&key.1), Arc::clone(&slice));
@@ -170,12 +170,12 @@ impl Index {
                     return;
                 }
                 if trigger != before.trigger_time {
-                    touched.triggers.extend(trigger.map(|at| (service.clone(), at)));
+                    touched.triggers.extend(trigger.map(|at| (service.clone(), family, at)));
                 }
             }
             None => {
                 self.owners.insert(key, service.clone());
-                touched.triggers.extend(trigger.map(|at| (service.clone(), at)));
+                touched.triggers.extend(trigger.map(|at| (service.clone(), family, at)));
             }
         }
         touched.slice_changes += 1;

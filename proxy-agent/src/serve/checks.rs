@@ -31,7 +31,7 @@ use tracing::{info, warn};
 use super::{Shared, listen};
 use crate::{
     desired::{HealthChecks, HealthDoors},
-    model::{Family, ServiceKey, Warning},
+    model::{About, Family, Notice, NoticeKind, ServiceKey},
     status::{Status, report::CheckPorts},
 };
 
@@ -152,9 +152,9 @@ fn try_open(door: &Door, checks: &HealthChecks, shared: &Arc<Shared>) -> Option<
 fn warn_of(service: &ServiceKey, checks: &HealthChecks, failure: &str, shared: &Shared) {
     let Some(check) = checks.get(service) else { return };
     let node = shared.status().node.to_string();
-    let warning = Warning {
-        service: service.clone(),
-        uid: Arc::clone(&check.uid),
+    shared.options.notices.tell(Notice {
+        about: About::Service { key: service.clone(), uid: Arc::clone(&check.uid) },
+        kind: NoticeKind::Warning,
         reason: "FailedToStartServiceHealthcheck",
         action: "Listen",
         note: format!(
@@ -162,9 +162,7 @@ fn warn_of(service: &ServiceKey, checks: &HealthChecks, failure: &str, shared: &
             service.to_string(),
             check.port
         ),
-    };
-    // More than anybody reads: the rest is in the log.
-    let _full = shared.options.warnings.try_send(warning);
+    });
 }
 
 /// IPv4 and IPv6 apart, since each has its own count.

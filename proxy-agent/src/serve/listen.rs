@@ -20,7 +20,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{debug, info, warn};
 
-use super::ServeError;
+use super::{ServeError, notices::Notices};
+use crate::model::{About, Notice, NoticeKind};
 
 /// At once, per address.
 const CONNECTIONS: usize = 256;
@@ -37,15 +38,18 @@ pub(super) struct Place {
     pub(super) what: &'static str,
     pub(super) addr: SocketAddr,
     pub(super) option: &'static str,
+    /// Of the Event where the address cannot be had, in kube-proxy's words.
+    pub(super) reason: &'static str,
 }
 
 pub(super) async fn serve(
     place: Place,
     hard_fail: bool,
+    notices: Notices,
     routes: Router,
     cancel: CancellationToken,
 ) -> Result<(), ServeError> {
-    let Some(listener) = bind(place, hard_fail, &cancel).await? else { return Ok(()) };
+    let Some(listener) = bind(place, hard_fail, &notices, &cancel).await? else { return Ok(()) };
     let addr = listener.local_addr().unwrap_or(place.addr);
     info!(%addr, what = place.what, "listening");
 
@@ -85,18 +89,29 @@ pub(super) async fn accept_all(
     }
 }
 
-/// `None`: cancelled before the address could be had.
-async fn bind(place: Place, hard_fail: bool, cancel: &CancellationToken) -> Result<Option<TcpListener>, ServeError> {
-    let Place { what, addr, option } = place;
+/// `None`: cancelled before the address could be had. An Event on the Node says that it cannot (contract A122).
+async fn bind(
+    place: Place,
+    hard_fail: bool,
+    notices: &Notices,
+    cancel: &CancellationToken,
+) -> Result<Option<TcpListener>, ServeError> {
+    let Place { what, addr, option, reason } = place;
+    let mut told = String::new();
     loop {
-        match TcpListener::bind(addr).await {
+        let error = match TcpListener::bind(addr).await {
             Ok(listener) => return Ok(Some(listener)),
-            Err(source) if hard_fail => return Err(ServeError::Bind { what, addr, option, source }),
-            Err(source) => {
-                let error = ServeError::Bind { what, addr, option, source };
-                warn!(%error, retry = ?RETRY, "not served yet");
-            }
+            Err(source) => ServeError::Bind { what, addr, option, source },
+        };
+        let note = error.to_string();
+        if note != told {
+            told.clone_from(&note);
+            notices.tell(Notice { about: About::Node, kind: NoticeKind::Warning, reason, action: "Listen", note });
         }
+        if hard_fail {
+            return Err(error);
+        }
+        warn!(%error, retry = ?RETRY, "not served yet");
         tokio::select! {
             () = cancel.cancelled() => return Ok(None),
             () = sleep(RETRY) => {}

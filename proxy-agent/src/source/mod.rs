@@ -17,12 +17,15 @@ mod convert;
 mod directory;
 mod kubernetes;
 
-use std::{path::PathBuf, time::Duration};
+use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use crate::model::{self, SourceState};
+use crate::{
+    model::{self, SourceState},
+    status::requests::{EventCounts, Requests},
+};
 
 /// Annotation of a Service that chooses how its backends are chosen: `random` or `round-robin`.
 pub const ALGORITHM_ANNOTATION: &str = "proxy-agent/algorithm";
@@ -58,11 +61,13 @@ pub struct KubernetesOptions {
     /// A watch is asked to last this long, and given up for dead a little later: how long a connection that silently died can go
     /// unnoticed. The default is a minute.
     pub watch_timeout: Duration,
+    /// Where requests are counted.
+    pub requests: Arc<Requests>,
 }
 
 impl Default for KubernetesOptions {
     fn default() -> Self {
-        Self { kubeconfig: None, server: None, watch_timeout: Duration::from_secs(60) }
+        Self { kubeconfig: None, server: None, watch_timeout: Duration::from_secs(60), requests: Arc::default() }
     }
 }
 
@@ -103,20 +108,31 @@ pub async fn run(
     }
 }
 
-/// Tells the owners of Services what went wrong with them here, until cancelled. A directory has nobody to tell.
+/// What is left to be said when the agent ends is said within this, or not at all.
+const LAST_WORDS: Duration = Duration::from_secs(2);
+
+/// Tells users of the cluster what they should hear of this node, until cancelled. A directory has nobody to tell.
 pub async fn tell(
     options: Options,
-    mut warnings: mpsc::Receiver<model::Warning>,
+    mut notices: mpsc::Receiver<model::Notice>,
+    counts: Arc<EventCounts>,
     cancel: CancellationToken,
 ) -> Result<(), SourceError> {
     let Options { node, pods: _, input } = options;
     let told = async {
         match input {
-            Input::Directory(_) => while warnings.recv().await.is_some() {},
-            Input::Kubernetes(options) => kubernetes::tell(&node, options, &mut warnings).await,
+            Input::Directory(_) => while notices.recv().await.is_some() {},
+            Input::Kubernetes(options) => kubernetes::tell(&node, options, &mut notices, &counts).await,
         }
     };
-    cancel.run_until_cancelled(told).await;
+    let late = async {
+        cancel.cancelled().await;
+        tokio::time::sleep(LAST_WORDS).await;
+    };
+    tokio::select! {
+        () = told => {}
+        () = late => {}
+    }
     // A task that ends early ends the process.
     cancel.cancelled().await;
     Ok(())

@@ -64,6 +64,15 @@ pub struct Report {
     #[serde(default)]
     pub without_xdp: BTreeMap<String, String>,
     pub hooks: Vec<Hook>,
+    /// Hooks that somebody took off and that could not be put back.
+    #[serde(default)]
+    pub lost_hooks: Vec<Hook>,
+    /// How often hooks were found to have been taken off.
+    #[serde(default)]
+    pub hooks_lost: u64,
+    /// Where others' programs run before ours, by their ids.
+    #[serde(default)]
+    pub ahead: Vec<Ahead>,
     /// What agents in other modes left in force and is on its way out.
     #[serde(default)]
     pub retiring: Vec<Retiring>,
@@ -150,6 +159,20 @@ pub struct Hook {
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct Ahead {
+    pub kind: String,
+    pub target: String,
+    pub programs: Vec<u32>,
+}
+
+impl From<&crate::dataplane::Ahead> for Ahead {
+    fn from(of: &crate::dataplane::Ahead) -> Self {
+        let crate::dataplane::Ahead { kind, target, programs } = of.clone();
+        Self { kind, target, programs }
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub struct Retiring {
     pub mode: String,
     /// It takes no new flow.
@@ -206,6 +229,7 @@ impl Report {
             endpoints,
             frontends,
             degraded: _,
+            unserved: _,
             failed_guards,
             health_checks,
             health_doors: _,
@@ -214,6 +238,10 @@ impl Report {
             failed_devices,
             without_xdp,
             hooks,
+            lost_hooks,
+            hooks_lost,
+            ahead,
+            nothing_since: _,
             retiring,
             fill,
             drift_repaired,
@@ -266,6 +294,9 @@ impl Report {
             failed_devices: failed_devices.iter().map(|(name, failure)| (name.clone(), failure.to_string())).collect(),
             without_xdp: without_xdp.iter().map(|(name, why)| (name.clone(), why.to_string())).collect(),
             hooks: hooks.iter().map(Hook::from).collect(),
+            lost_hooks: lost_hooks.iter().map(Hook::from).collect(),
+            hooks_lost: *hooks_lost,
+            ahead: ahead.iter().map(Ahead::from).collect(),
             retiring: retiring.iter().map(Retiring::from).collect(),
             maps: fill.iter().map(MapFill::from).collect(),
         }
@@ -522,7 +553,8 @@ pub(crate) mod tests {
         let at = |seconds| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds);
         let mut timings = Timings::default();
         timings.sync.observe(Duration::from_millis(3));
-        timings.programming.observe(Duration::from_millis(40));
+        timings.partial.observe(Duration::from_millis(2));
+        timings.programming.get_mut(&Family::V4).unwrap().observe(Duration::from_millis(40));
         let full =
             Failure::Retry("frontend 10.96.0.2:80/TCP: map frontends_v4 is full (65536); raise --map-frontends".into());
         Status {
@@ -574,6 +606,12 @@ pub(crate) mod tests {
                 kind: "tcx/ingress".into(),
                 target: "eth0".into(),
                 program: "tc_ingress_ether".into(),
+            }]),
+            hooks_lost: 1,
+            ahead: Arc::new(vec![crate::dataplane::Ahead {
+                kind: "tcx/ingress".into(),
+                target: "eth0".into(),
+                programs: vec![7, 9],
             }]),
             retiring: Arc::new(vec![
                 crate::dataplane::Retiring { mode: "nftables", retired: true, flows: Some(3), trouble: None },

@@ -12,6 +12,7 @@ use tokio_util::sync::CancellationToken;
 use super::{
     Ends, Options, SyncError,
     announced::Announced,
+    lost,
     retry::Retry,
     table::Table,
     takeover::{Missing, Takeover},
@@ -63,8 +64,8 @@ pub(super) struct Engine {
     held: BTreeSet<ServiceKey>,
     /// Since when the oldest change that is not in force waits.
     queued: Option<Instant>,
-    /// Trigger times (nanoseconds since the epoch) of changes that are not in force, the oldest for each Service.
-    triggers: BTreeMap<ServiceKey, i64>,
+    /// Trigger times (nanoseconds since the epoch) of changes that are not in force, the oldest for each Service and family.
+    triggers: BTreeMap<(ServiceKey, Family), i64>,
     /// What the dataplane as a whole complains of, by object.
     complaints: BTreeMap<String, String>,
     problems_seen: Option<u64>,
@@ -230,7 +231,7 @@ impl Engine {
         }
         if self.running {
             if !self.touched.calls_for_plan() && self.let_go() {
-                self.resync();
+                self.resync(Instant::now());
                 self.retry.schedule(Instant::now(), true);
                 self.tick();
             }
@@ -283,7 +284,7 @@ impl Engine {
         if hooks_first {
             self.attach();
         }
-        let report = self.resync();
+        let report = self.resync(start);
         self.running = true;
         if !hooks_first {
             self.attach();
@@ -310,10 +311,11 @@ impl Engine {
         self.activate();
     }
 
-    /// Brings the kernel to all that is planned, whatever it holds.
-    fn resync(&mut self) -> Report {
+    /// Brings the kernel to all that is planned, whatever it holds. `start`: when that was begun.
+    fn resync(&mut self, start: Instant) -> Report {
         let report = self.dataplane.resync(&mut self.table, self.queued, self.planner.state());
         self.settle_full(&report);
+        self.table.timings.full.observe(start.elapsed());
         report
     }
 
@@ -339,12 +341,13 @@ impl Engine {
         let services = self.take_touched();
         let changes = self.planner.update(self.index.snapshot(), &services);
         if self.let_go() {
-            self.resync();
+            self.resync(start);
             self.retry.schedule(Instant::now(), true);
         } else if !changes.is_empty() {
             self.table.announce(self.queued);
             let report = self.dataplane.apply(&mut self.table, self.queued, &changes);
             self.settle(&changes, &report);
+            self.table.timings.partial.observe(start.elapsed());
             self.retry.schedule(Instant::now(), !changes.remove.is_empty());
             tracing::debug!(
                 services = services.len(),
@@ -364,8 +367,8 @@ impl Engine {
             std::mem::take(&mut self.touched);
         let started = nanoseconds(self.table.next.started);
         // A28: what happened before we were there says nothing of how fast we are.
-        for (service, at) in triggers.into_iter().filter(|(_, at)| *at >= started) {
-            let oldest = self.triggers.entry(service).or_insert(at);
+        for (service, family, at) in triggers.into_iter().filter(|(.., at)| *at >= started) {
+            let oldest = self.triggers.entry((service, family)).or_insert(at);
             *oldest = at.min(*oldest);
         }
         services
@@ -405,9 +408,9 @@ impl Engine {
             self.retry.frontends.iter().filter_map(|f| frontends.get(f)).map(|spec| &spec.service.service).collect();
         let now = nanoseconds(now);
         let programming = &mut self.table.timings.programming;
-        self.triggers.retain(|service, at| {
+        self.triggers.retain(|(service, family), at| {
             let waits = failed.contains(service);
-            if !waits {
+            if let Some(programming) = programming.get_mut(family).filter(|_| !waits) {
                 programming.observe(Duration::from_nanos(u64::try_from(now - *at).unwrap_or(0)));
             }
             waits
@@ -518,6 +521,7 @@ impl Engine {
             status.without_xdp = Arc::new(without_xdp);
         }
         status.hooks = Arc::new(hooks);
+        lost::look_after(&mut self.table);
     }
 
     fn activate(&mut self) {
@@ -529,6 +533,7 @@ impl Engine {
         self.active |= result.is_ok();
         self.complain("hooks", result.err().map(|error| error.to_string()));
         self.table.edit().hooks = Arc::new(hooks);
+        lost::look_after(&mut self.table);
     }
 
     fn complain(&mut self, object: &str, complaint: Option<String>) {
@@ -571,6 +576,11 @@ impl Engine {
         self.table.announce(self.queued);
         let observed = self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.observe());
         self.complain("kernel state", observed.as_ref().err().map(|error| format!("cannot be read: {error}")));
+        if let Ok(drift) = &observed {
+            lost::note(&mut self.table, &drift.hooks);
+        }
+        let ahead = self.dataplane.call(&mut self.table, self.queued, |dataplane| dataplane.ahead());
+        lost::note_ahead(&mut self.table, ahead);
         let without_xdp = self.devices_known && !self.table.next.without_xdp.is_empty();
         if observed.as_ref().is_ok_and(|drift| drift.is_empty() && without_xdp) {
             // Nobody tells when what was in its way is gone: another program, a setting of the driver.
@@ -593,7 +603,7 @@ impl Engine {
             } else {
                 tracing::info!(unfinished, "what failed is brought about anew");
             }
-            self.resync();
+            self.resync(Instant::now());
             if self.devices_known {
                 self.set_devices();
             }
@@ -681,7 +691,8 @@ impl Engine {
         if *self.table.next.fill != fill {
             self.table.edit().fill = Arc::new(fill);
         }
-        self.table.publish();
+        let services = &self.index.snapshot().services;
+        self.table.publish(|service| services.get(service).map(|service| Arc::clone(&service.uid)));
     }
 }
 

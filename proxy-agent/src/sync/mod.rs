@@ -31,6 +31,7 @@ use crate::{
 
 mod announced;
 mod engine;
+mod lost;
 mod retry;
 mod table;
 mod takeover;

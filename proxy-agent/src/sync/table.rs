@@ -129,12 +129,18 @@ impl Table {
         self.changed.then(|| self.published + self.pause)
     }
 
-    /// Sends everything that is new.
-    pub(super) fn publish(&mut self) {
+    /// Sends everything that is new. `uid_of`: of a Service that is there.
+    pub(super) fn publish(&mut self, uid_of: impl Fn(&ServiceKey) -> Option<Arc<str>>) {
         let start = Instant::now();
         if self.rows_changed {
             self.next.frontends = Arc::new(self.rows.clone());
             self.next.degraded = Arc::new(Status::degraded_of(&self.rows));
+            let nothing = Status::serves_nothing(&self.rows);
+            self.next.nothing_since = nothing.then(|| self.next.nothing_since.unwrap_or(start));
+            let unserved = Status::unserved_of(&self.rows, uid_of);
+            if *self.next.unserved != unserved {
+                self.next.unserved = Arc::new(unserved);
+            }
         }
         if self.health_changed {
             self.next.health_checks = Arc::new(self.health.clone());
@@ -189,7 +195,7 @@ mod tests {
         let mut table = Table::new(sender, Status::starting("ebpf", "n1".into()), capabilities);
         let mut tell = |name: &str, check| {
             table.set_health(ServiceKey::new("default", name), check);
-            table.publish();
+            table.publish(|_| None);
             Arc::clone(&watched.borrow())
         };
         tell("web", Some(check(30_100, 1)));

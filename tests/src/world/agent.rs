@@ -269,6 +269,11 @@ impl Node {
         pins::clear(&self.bpffs, name)
     }
 
+    /// Takes the program of one of its links off its place, behind its back.
+    pub fn detach_link(&self, name: &str) -> Result<()> {
+        pins::detach(&self.bpffs, name)
+    }
+
     /// Every bpf(2) call of the running agent so far that succeeded. It has to be started as `traced`.
     pub fn bpf_calls(&self) -> Result<Vec<trace::Call>> {
         let trace = self.agent.as_ref().and_then(|agent| agent.trace.as_ref()).context("no traced agent runs here")?;

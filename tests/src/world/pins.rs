@@ -23,6 +23,7 @@ const OBJ_PIN: i64 = 6;
 const OBJ_GET: i64 = 7;
 const PROG_ATTACH: i64 = 8;
 const PROG_QUERY: i64 = 16;
+const LINK_DETACH: i64 = 34;
 const HASH: u32 = 1;
 const MMAPABLE: u32 = 1 << 10;
 
@@ -130,6 +131,14 @@ pub(super) fn clear(bpffs: &Path, name: &str) -> Result<usize> {
             Err(error) => return Err(error.into()),
         }
     }
+}
+
+/// Takes a link's program off its place, as `bpftool link detach` does; the link stays pinned.
+pub(super) fn detach(bpffs: &Path, name: &str) -> Result<()> {
+    let path = top(bpffs).join("links").join(name);
+    let link = open(&path).with_context(|| format!("open the pin {}", path.display()))?;
+    bpf(LINK_DETACH, &mut u32::try_from(link.as_raw_fd())?).with_context(|| format!("detach the link {name}"))?;
+    Ok(())
 }
 
 /// Somebody else's program at connect time, which does nothing: on this cgroup for as long as that is there, and pinned.

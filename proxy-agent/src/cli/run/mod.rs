@@ -7,10 +7,7 @@
 
 use std::{
     path::Path,
-    sync::{
-        Arc, Mutex, PoisonError,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -30,13 +27,16 @@ use crate::{
         self, Dataplane, Ended, Fill,
         choose::{self, Choice},
         ebpf,
-        netfilter::{self, lock::Lock},
+        netfilter::{self, ByFamily, lock::Lock},
         select::{self, Mode},
     },
     desired::{Algorithm, Devices},
-    model::{NodeFacts, SourceState, Warning},
+    model::{NodeFacts, Notice, SourceState},
     node, plan, serve, source,
-    status::Status,
+    status::{
+        Status,
+        requests::{EventCounts, Requests},
+    },
     sync,
 };
 
@@ -53,8 +53,8 @@ use tasks::Tasks;
 /// Events a source may be ahead of the loop.
 const EVENTS: usize = 1024;
 
-/// Warnings about Services that may wait to be told.
-const WARNINGS: usize = 64;
+/// What may wait to be told to users of the cluster.
+const NOTICES: usize = 64;
 
 /// What every task is started with.
 struct Plan {
@@ -65,8 +65,8 @@ struct Plan {
     dataplane: select::Options,
     /// Why this one.
     reason: Arc<str>,
-    /// For whoever can tell the owners of Services.
-    warnings: mpsc::Receiver<Warning>,
+    /// For whoever can tell users of the cluster.
+    notices: (mpsc::Receiver<Notice>, Arc<EventCounts>),
 }
 
 pub fn execute(args: Args) -> anyhow::Result<Exit> {
@@ -142,17 +142,21 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         ebpf_log_level,
     } = args;
     let ended = Arc::<Ended>::default();
-    let restore_failures = Arc::<AtomicU64>::default();
+    let restore_failures = Arc::<ByFamily>::default();
+    let requests = Arc::<Requests>::default();
     let node = source::node_name(hostname_override.as_deref())?;
     let input = match directory {
         Some(directory) => source::Input::Directory(directory),
         None => {
-            source::Input::Kubernetes(source::KubernetesOptions { kubeconfig, server: master, ..Default::default() })
+            let requests = Arc::clone(&requests);
+            let server = master;
+            source::Input::Kubernetes(source::KubernetesOptions { kubeconfig, server, requests, ..Default::default() })
         }
     };
     let detection = Detection::of(detect_local_mode, cluster_cidr, pod_bridge_interface, pod_interface_name_prefix)?;
     let localhost_node_ports = netfilter.iptables_localhost_nodeports.unwrap_or(true);
-    let (warnings, warned) = mpsc::channel(WARNINGS);
+    let (sender, told) = mpsc::channel(NOTICES);
+    let counts = Arc::<EventCounts>::default();
     let mut dataplane = select::Options {
         mode: Mode::Ebpf,
         netfilter: netfilter::Options {
@@ -214,11 +218,12 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             } else {
                 probe_rules(mode, Arc::clone(&ended), Arc::clone(&restore_failures))
             },
-            warnings,
+            requests,
+            notices: serve::Notices { sender, counts: Arc::clone(&counts) },
         },
         dataplane,
         reason: reason.into(),
-        warnings: warned,
+        notices: (told, counts),
     })
 }
 
@@ -326,7 +331,8 @@ fn warn_of_settings(masquerade_ports: Option<(u16, u16)>) {
 }
 
 async fn run(plan: Plan, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
-    let Plan { source, node, sync, serve, dataplane: _, reason, warnings } = plan;
+    let Plan { source, node, sync, serve, dataplane: _, reason, notices } = plan;
+    let (told, counts) = notices;
     let stop = stop_signal()?;
     info!(
         version = env!("CARGO_PKG_VERSION"),
@@ -346,7 +352,7 @@ async fn run(plan: Plan, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
     let (status, status_seen) = watch::channel(Arc::new(starting));
 
     let mut tasks = Tasks::new();
-    tasks.spawn("Events", source::tell(source.clone(), warnings, tasks.token()));
+    tasks.spawn("Events", source::tell(source.clone(), told, counts, tasks.token()));
     tasks.spawn("source", source::run(source, events.clone(), source_state, tasks.token()));
     tasks.spawn("node facts", node_facts(status_seen.clone(), facts, tasks.token()));
     tasks.spawn("device watcher", node::run(node, facts_seen, events, devices, tasks.token()));
@@ -425,9 +431,9 @@ fn probe(bpffs: &Path, ended: Arc<Ended>) -> serve::Probe {
 }
 
 /// The same where nothing is pinned.
-fn probe_rules(mode: Mode, ended: Arc<Ended>, restore_failures: Arc<AtomicU64>) -> serve::Probe {
+fn probe_rules(mode: Mode, ended: Arc<Ended>, restore_failures: Arc<ByFamily>) -> serve::Probe {
     Arc::new(move || {
-        let restore_failures = (mode == Mode::Iptables).then(|| restore_failures.load(Ordering::Relaxed));
+        let restore_failures = (mode == Mode::Iptables).then(|| restore_failures.counts());
         Ok(serve::Readings { ended: ended.counts().into(), restore_failures, ..serve::Readings::default() })
     })
 }

@@ -26,7 +26,9 @@ use std::{
 use serde::{Deserialize, Serialize};
 
 use crate::{
-    dataplane::{Capabilities, Dataplane, DataplaneError, DetectLocal, Drift, Ended, Failure, Fill, Hook, Report},
+    dataplane::{
+        Ahead, Capabilities, Dataplane, DataplaneError, DetectLocal, Drift, Ended, Failure, Fill, Hook, Report,
+    },
     desired::{Algorithm, Changes, DesiredState, Devices, Frontend, LeftPods},
     ipsec,
     model::{Protocol, ServiceKey},
@@ -562,6 +564,10 @@ impl Dataplane for Ebpf {
 
     fn hooks(&self) -> Vec<Hook> {
         self.hooks.in_force()
+    }
+
+    fn ahead(&self) -> Vec<Ahead> {
+        self.hooks.ahead()
     }
 }
 

@@ -28,6 +28,7 @@ mod cmd {
     pub(super) const OBJ_PIN: i64 = 6;
     pub(super) const OBJ_GET: i64 = 7;
     pub(super) const OBJ_INFO: i64 = 15;
+    pub(super) const PROG_QUERY: i64 = 16;
     pub(super) const LOOKUP_AND_DELETE: i64 = 21;
     pub(super) const LOOKUP_BATCH: i64 = 24;
     pub(super) const UPDATE_BATCH: i64 = 26;
@@ -247,6 +248,34 @@ pub(crate) fn link_create(program: BorrowedFd<'_>, target: Target<'_>, attach_ty
     };
     let program = raw(program);
     bpf_fd(cmd::LINK_CREATE, &mut LinkCreateAttr { program, target, attach_type, flags, ..Default::default() })
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct QueryAttr {
+    target: u32,
+    attach_type: u32,
+    flags: u32,
+    attach_flags: u32,
+    programs: u64,
+    count: u32,
+    pad: u32,
+}
+
+/// Ids of the programs at a device's TCX hook, in the order in which they run (6.6, e420bed02507). More than a kernel takes there (64) are
+/// not asked for.
+pub(crate) fn attached(index: u32, attach_type: u32) -> io::Result<Vec<u32>> {
+    let mut ids = vec![0_u32; 64];
+    let programs = address(ids.as_mut_ptr());
+    let mut attr = QueryAttr { target: index, attach_type, programs, count: 64, ..Default::default() };
+    match bpf(cmd::PROG_QUERY, &mut attr) {
+        Ok(_) => {}
+        // Nobody was ever attached there.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    }
+    ids.truncate(attr.count as usize);
+    Ok(ids)
 }
 
 /// `expected_attach_type` and `attach_btf_id` stand where the kernel has them; what lies between is zero.

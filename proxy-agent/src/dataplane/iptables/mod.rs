@@ -19,17 +19,14 @@ use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
     net::IpAddr,
-    sync::{
-        Arc,
-        atomic::{AtomicU64, Ordering},
-    },
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use super::{
     Capabilities, Dataplane, DataplaneError, DetectLocal, Drift, Failure, Fill, Hook, Report, held,
     netfilter::{
-        ALGORITHMS, Options, PROTOCOLS, flows::Flows, is_liberal, local_devices, lock::Lock, ration::Ration,
+        ALGORITHMS, ByFamily, Options, PROTOCOLS, flows::Flows, is_liberal, local_devices, lock::Lock, ration::Ration,
         sift::sift, tool::ToolError,
     },
 };
@@ -110,7 +107,7 @@ pub struct Iptables {
     localhost: bool,
     /// What the kernel remembers for each list.
     affinity_clients: u32,
-    failures: Arc<AtomicU64>,
+    failures: Arc<ByFamily>,
     /// Not before devices are known.
     devices: Option<BTreeSet<String>>,
     held: BTreeSet<ServiceKey>,
@@ -198,7 +195,7 @@ impl Iptables {
                 self.landed(at, &items, patch.writes(), report);
             }
             Err(error) => {
-                self.failures.fetch_add(1, Ordering::Relaxed);
+                self.failures.add_one(family);
                 if let Some(half) = self.halves.get_mut(at) {
                     half.shadow.turn(undo);
                     half.state = State::Unknown;
@@ -289,7 +286,7 @@ impl Iptables {
         match self.write(family, &mut whole, &saved) {
             Ok(writes) => self.refilled(at, whole, &items, writes, report),
             Err(error) => {
-                self.failures.fetch_add(1, Ordering::Relaxed);
+                self.failures.add_one(family);
                 if is_busy(&error) || !error.is_refusal() {
                     self.give_up(&items, at, &error, report);
                 } else {

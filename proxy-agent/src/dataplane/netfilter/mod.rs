@@ -18,13 +18,16 @@ use std::{
     fs,
     net::IpAddr,
     ops::RangeInclusive,
-    sync::{Arc, atomic::AtomicU64},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use super::{DetectLocal, alive::Ended, iptables::Flavour};
 use crate::{
     desired::{Algorithm, Devices},
-    model::{Protocol, ServicePortName},
+    model::{Family, Protocol, ServicePortName},
 };
 
 pub mod conntrack;
@@ -57,12 +60,29 @@ pub struct Options {
     /// NodePorts of 127.0.0.1 are served, where that takes `route_localnet` (contract A54).
     pub localhost_node_ports: bool,
     /// Counts what iptables-restore did not take.
-    pub restore_failures: Arc<AtomicU64>,
+    pub restore_failures: Arc<ByFamily>,
     /// First and last source port for masquerading: others than eBPF uses ([`beside`]), so that an answer to the one is never taken for the other's
     /// while both have flows.
     pub masquerade_ports: (u16, u16),
     /// Of IPVS, where a Service does not say how a backend is chosen.
     pub ipvs_scheduler: String,
+}
+
+/// A counter for each address family.
+#[derive(Debug, Default)]
+pub struct ByFamily([AtomicU64; 2]);
+
+impl ByFamily {
+    pub(crate) fn add_one(&self, family: Family) {
+        let Self([v4, v6]) = self;
+        let counter = if family == Family::V4 { v4 } else { v6 };
+        counter.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub fn counts(&self) -> [(Family, u64); 2] {
+        let Self([v4, v6]) = self;
+        [(Family::V4, v4), (Family::V6, v6)].map(|(family, count)| (family, count.load(Ordering::Relaxed)))
+    }
 }
 
 impl Default for Options {

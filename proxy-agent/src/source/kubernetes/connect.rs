@@ -11,11 +11,13 @@ use std::{
 
 use kube::{
     Client, Config,
+    client::ClientBuilder,
     config::{KubeConfigOptions, Kubeconfig, KubeconfigError},
 };
 use tokio::sync::Mutex;
 use tracing::{debug, warn};
 
+use super::meter::Meter;
 use crate::source::{KubernetesOptions, SourceError};
 
 /// A client this young is not made anew: its credentials were just read.
@@ -52,7 +54,7 @@ impl Connector {
 }
 
 async fn connect(options: &KubernetesOptions) -> Result<Client, SourceError> {
-    let KubernetesOptions { kubeconfig, server, watch_timeout: _ } = options;
+    let KubernetesOptions { kubeconfig, server, watch_timeout: _, requests } = options;
     let mut config = match kubeconfig {
         Some(path) => {
             let what = || format!("the kubeconfig {}", path.display());
@@ -70,7 +72,10 @@ async fn connect(options: &KubernetesOptions) -> Result<Client, SourceError> {
     config.connect_timeout = Some(Duration::from_secs(10));
     // Trying again is the followers' business: they say so in the state meanwhile.
     config.default_retry = false;
-    Client::try_from(config).map_err(|error| wrong("a client for the API server".to_owned(), &error))
+    let host = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
+    let builder = ClientBuilder::try_from(config)
+        .map_err(|error: kube::Error| wrong("a client for the API server".to_owned(), &error))?;
+    Ok(builder.with_layer(&Meter { requests: requests.clone(), host }).build())
 }
 
 fn wrong(what: String, error: &(dyn Error + 'static)) -> SourceError {

@@ -9,6 +9,7 @@ mod connect;
 mod decode;
 mod follow;
 mod kinds;
+mod meter;
 mod pods;
 mod remarks;
 mod tell;

@@ -1,77 +1,182 @@
-//! Events on Services: what their owners should hear of this node, where they look for it (`kubectl describe service`).
+//! Events: what users of the cluster should hear of this node, where they look for it (`kubectl describe node`, `describe service`).
 //!
 //! The only thing that is ever written to the API server. Nothing depends on it: what cannot be written is in the agent's log and
-//! in its status.
+//! in its status, and is counted.
+//!
+//! - What is said again within six minutes is no further Event but one more of a series, as with kube-proxy's library.
+//! - No more than [`BURST`] at once, and one each second after that: a thousand Services that fail for one reason tell it often enough.
 
-use std::time::Duration;
+use std::{
+    collections::HashMap,
+    time::{Duration, Instant},
+};
 
 use k8s_openapi::jiff::Timestamp;
-use kube::{api::PostParams, core::Request};
+use kube::{
+    Error,
+    api::{Patch, PatchParams, PostParams},
+    core::Request,
+};
 use serde_json::{Value, json};
 use tokio::{sync::mpsc, time::timeout};
 use tracing::{debug, warn};
 
 use super::connect::Connector;
 use crate::{
-    model::{ServiceKey, Warning},
-    source::{KubernetesOptions, SourceError},
+    model::{About, Notice, NoticeKind, ServiceKey},
+    source::KubernetesOptions,
+    status::requests::EventCounts,
 };
 
 /// As kubectl shows it for the source of an Event.
 const CONTROLLER: &str = "proxy-agent";
 const ANSWER: Duration = Duration::from_secs(10);
+/// How long an Event may be gone on with as a series.
+const SERIES: Duration = Duration::from_secs(360);
+const BURST: u32 = 30;
+/// After so long one more may be written.
+const PACE: Duration = Duration::from_secs(1);
 
 /// Writes what comes until nobody sends any more. The API server is not spoken to before there is something to say.
-pub(in crate::source) async fn tell(node: &str, options: KubernetesOptions, warnings: &mut mpsc::Receiver<Warning>) {
-    let mut connector = None;
-    while let Some(warning) = warnings.recv().await {
-        if let Err(why) = post(node, &options, &mut connector, &warning).await {
-            warn!(service = %warning.service, reason = warning.reason, "no Event could be written: {why}");
+pub(in crate::source) async fn tell(
+    node: &str,
+    options: KubernetesOptions,
+    notices: &mut mpsc::Receiver<Notice>,
+    counts: &EventCounts,
+) {
+    let mut recorder = Recorder { node, options, connector: None, written: HashMap::new() };
+    let mut ration = Ration { left: BURST, at: Instant::now() };
+    while let Some(notice) = notices.recv().await {
+        let outcome = if ration.take(Instant::now()) {
+            recorder.write(&notice).await
+        } else {
+            Err("too many at once".to_owned())
+        };
+        match outcome {
+            Ok(()) => {
+                debug!(about = ?notice.about, reason = notice.reason, "Event written");
+                counts.written();
+            }
+            Err(why) => {
+                warn!(about = ?notice.about, reason = notice.reason, note = notice.note, "no Event could be written: {why}");
+                counts.dropped();
+            }
         }
     }
 }
 
-async fn post(
-    node: &str,
-    options: &KubernetesOptions,
-    connector: &mut Option<Connector>,
-    warning: &Warning,
-) -> Result<(), String> {
-    let connector = match connector {
-        Some(connector) => {
-            // Tokens age while nothing happens.
-            connector.renew().await;
-            connector
-        }
-        None => {
-            connector.insert(Connector::new(options.clone()).await.map_err(|error: SourceError| error.to_string())?)
-        }
-    };
-    let body = event(node, warning, Timestamp::now());
-    let path = format!("/apis/events.k8s.io/v1/namespaces/{}/events", warning.service.namespace);
-    let request = Request::new(path)
-        .create(&PostParams::default(), body.to_string().into_bytes())
-        .map_err(|error| error.to_string())?;
-    let answer = timeout(ANSWER, connector.client().await.request_text(request)).await;
-    answer.map_err(|_| format!("no answer within {} s", ANSWER.as_secs()))?.map_err(|error| error.to_string())?;
-    debug!(service = %warning.service, reason = warning.reason, "Event written");
-    Ok(())
+struct Ration {
+    left: u32,
+    /// Since when more may have come.
+    at: Instant,
 }
 
-fn event(node: &str, warning: &Warning, now: Timestamp) -> Value {
-    let Warning { service: ServiceKey { namespace, name }, uid, reason, action, note } = warning;
-    let uid = (!uid.is_empty()).then_some(&**uid);
+impl Ration {
+    fn take(&mut self, now: Instant) -> bool {
+        let more = u32::try_from(now.saturating_duration_since(self.at).as_secs() / PACE.as_secs()).unwrap_or(BURST);
+        if more > 0 {
+            self.left = self.left.saturating_add(more).min(BURST);
+            self.at = now;
+        }
+        self.left > 0 && {
+            self.left -= 1;
+            true
+        }
+    }
+}
+
+/// An Event that stands.
+struct Written {
+    name: String,
+    count: u32,
+    at: Instant,
+}
+
+struct Recorder<'a> {
+    node: &'a str,
+    options: KubernetesOptions,
+    connector: Option<Connector>,
+    written: HashMap<Notice, Written>,
+}
+
+impl Recorder<'_> {
+    async fn write(&mut self, notice: &Notice) -> Result<(), String> {
+        let now = Timestamp::now();
+        self.written.retain(|_, written| written.at.elapsed() < SERIES);
+        let path = format!("/apis/events.k8s.io/v1/namespaces/{}/events", namespace(&notice.about));
+        if let Some(Written { name, count, .. }) = self.written.get(notice) {
+            let (name, count) = (name.clone(), count + 1);
+            let series = json!({"series": {"count": count, "lastObservedTime": format!("{now:.6}")}});
+            let request = Request::new(path.clone()).patch(&name, &PatchParams::default(), &Patch::Merge(series));
+            match self.send(request.map_err(|error| error.to_string())?).await {
+                Ok(()) => {
+                    self.written.insert(notice.clone(), Written { name, count, at: Instant::now() });
+                    return Ok(());
+                }
+                // Its time was up there: it is told anew.
+                Err(Error::Api(status)) if status.code == 404 => {}
+                Err(error) => return Err(error.to_string()),
+            }
+        }
+        let body = event(self.node, notice, now);
+        let request = Request::new(path).create(&PostParams::default(), body.to_string().into_bytes());
+        self.send(request.map_err(|error| error.to_string())?).await.map_err(|error| error.to_string())?;
+        let name = body.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default().to_owned();
+        self.written.insert(notice.clone(), Written { name, count: 1, at: Instant::now() });
+        Ok(())
+    }
+
+    async fn send(&mut self, request: axum::http::Request<Vec<u8>>) -> Result<(), Error> {
+        let connector = match &mut self.connector {
+            Some(connector) => {
+                // Tokens age while nothing happens.
+                connector.renew().await;
+                connector
+            }
+            None => {
+                let connector = Connector::new(self.options.clone()).await;
+                self.connector.insert(connector.map_err(|error| Error::Service(error.into()))?)
+            }
+        };
+        let answer = timeout(ANSWER, connector.client().await.request_text(request)).await;
+        answer.map_err(|late| Error::Service(late.into()))?.map(drop)
+    }
+}
+
+/// Of what has none Events are written to this one, where kubectl looks for them.
+fn namespace(about: &About) -> &str {
+    match about {
+        About::Node => "default",
+        About::Service { key, uid: _ } => &key.namespace,
+    }
+}
+
+fn event(node: &str, notice: &Notice, now: Timestamp) -> Value {
+    let Notice { about, kind, reason, action, note } = notice;
+    let (name, regarding) = match about {
+        // kubectl looks for Events of a Node by this for its uid, as the kubelet and kube-proxy write them.
+        About::Node => (node, json!({"apiVersion": "v1", "kind": "Node", "name": node, "uid": node})),
+        About::Service { key: ServiceKey { namespace, name }, uid } => {
+            let uid = (!uid.is_empty()).then_some(&**uid);
+            let regarding =
+                json!({"apiVersion": "v1", "kind": "Service", "namespace": &**namespace, "name": &**name, "uid": uid});
+            (&**name, regarding)
+        }
+    };
     json!({
         "apiVersion": "events.k8s.io/v1",
         "kind": "Event",
-        "metadata": {"namespace": &**namespace, "name": format!("{name}.{:x}", now.as_nanosecond())},
+        "metadata": {"namespace": namespace(about), "name": format!("{name}.{:x}", now.as_nanosecond())},
         "eventTime": format!("{now:.6}"),
         "reportingController": CONTROLLER,
         "reportingInstance": instance(node),
-        "type": "Warning",
+        "type": match kind {
+            NoticeKind::Normal => "Normal",
+            NoticeKind::Warning => "Warning",
+        },
         "reason": reason,
         "action": action,
-        "regarding": {"apiVersion": "v1", "kind": "Service", "namespace": &**namespace, "name": &**name, "uid": uid},
+        "regarding": regarding,
         "note": shortened(note),
     })
 }
@@ -98,19 +203,36 @@ mod tests {
 
     #[test]
     fn an_event_says_who_where_and_what() {
-        let warning = Warning {
-            service: ServiceKey::new("shop", "web"),
-            uid: Arc::from("u1"),
+        let key = ServiceKey::new("shop", "web");
+        let notice = Notice {
+            about: About::Service { key, uid: Arc::from("u1") },
+            kind: NoticeKind::Warning,
             reason: "FailedToStartServiceHealthcheck",
             action: "Listen",
             note: "ä".repeat(2000),
         };
-        let event = event("n1", &warning, Timestamp::UNIX_EPOCH);
-        assert_eq!(event["regarding"]["uid"], "u1");
-        assert_eq!(event["metadata"], json!({"namespace": "shop", "name": "web.0"}));
-        assert_eq!(event["eventTime"], "1970-01-01T00:00:00.000000Z");
-        assert_eq!(event["reportingInstance"], "proxy-agent-n1");
-        assert_eq!(event["note"].as_str().unwrap().len(), 1024);
+        let told = event("n1", &notice, Timestamp::UNIX_EPOCH);
+        assert_eq!(told["regarding"]["uid"], "u1");
+        assert_eq!(told["metadata"], json!({"namespace": "shop", "name": "web.0"}));
+        assert_eq!(told["eventTime"], "1970-01-01T00:00:00.000000Z");
+        assert_eq!(told["reportingInstance"], "proxy-agent-n1");
+        assert_eq!(told["type"], "Warning");
+        assert_eq!(told["note"].as_str().unwrap().len(), 1024);
         assert_eq!(instance(&"n".repeat(250)).len(), 128);
+        let told =
+            event("n1", &Notice { about: About::Node, kind: NoticeKind::Normal, ..notice }, Timestamp::UNIX_EPOCH);
+        assert_eq!(told["regarding"], json!({"apiVersion": "v1", "kind": "Node", "name": "n1", "uid": "n1"}));
+        assert_eq!((&told["metadata"]["namespace"], &told["type"]), (&json!("default"), &json!("Normal")));
+    }
+
+    #[test]
+    fn no_more_than_a_burst_and_one_a_second() {
+        let start = Instant::now();
+        let mut ration = Ration { left: BURST, at: start };
+        let mut taken = |after| (0..100).filter(|_| ration.take(start + Duration::from_secs(after))).count();
+        assert_eq!(taken(0), 30);
+        assert_eq!(taken(0), 0);
+        assert_eq!(taken(2), 2);
+        assert_eq!(taken(1_000_000), 30);
     }
 }

@@ -39,7 +39,7 @@ use super::{
     xdp::{self, Mode},
 };
 use crate::{
-    dataplane::{DataplaneError, Failure, Hook, Report},
+    dataplane::{Ahead, DataplaneError, Failure, Hook, Report},
     desired::{Device, DeviceRole, Devices},
 };
 
@@ -429,11 +429,27 @@ impl Hooks {
     }
 
     pub(crate) fn lost(&self) -> Vec<String> {
-        self.expected()
-            .into_iter()
-            .filter(|(_, holds)| !holds)
-            .map(|(Hook { kind, target, .. }, _)| format!("{kind} {target}"))
-            .collect()
+        self.expected().into_iter().filter(|(_, holds)| !holds).map(|(hook, _)| hook.name()).collect()
+    }
+
+    /// Programs that run before ours on devices, where the kernel can say so. Of clsact's filters those of a lesser priority do; who puts
+    /// one there knows.
+    pub(crate) fn ahead(&self) -> Vec<Ahead> {
+        let mut ahead = vec![];
+        for (index, device) in self.devices.iter().flatten().filter(|_| self.tcx) {
+            for direction in Direction::BOTH {
+                let own = self.program(tc_program(direction, device.ethernet)).map(|program| program.id);
+                let attached = sys::attached(*index, tcx_type(direction));
+                let (Ok(own), Ok(attached)) = (own, attached) else { continue };
+                let programs: Vec<u32> = attached.iter().copied().take_while(|id| *id != own).collect();
+                // Without ours among them nobody is in front of it.
+                if !programs.is_empty() && programs.len() < attached.len() {
+                    let kind = format!("tcx/{}", direction.as_str());
+                    ahead.push(Ahead { kind, target: device.name.clone(), programs });
+                }
+            }
+        }
+        ahead
     }
 }
 
