@@ -513,7 +513,8 @@ fn settings(world: &mut World) -> Result<()> {
             "--propagation=private",
             "sh",
             "-c",
-            &format!("{script} && exec timeout 60 \"$@\""),
+            // Whether eBPF could run is not asked here: without leave to load programs that takes no time, in an emulated machine least of all.
+            &format!("{script} && exec timeout 60 setpriv --bounding-set=-sys_admin,-bpf \"$@\""),
             "sh",
         ]);
         command.arg(&world.programs().agent).args(["check", "-o", "json", "--proxy-mode", "ipvs"]);

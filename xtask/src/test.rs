@@ -124,6 +124,17 @@ impl Suite {
 /// Beginnings of the names of the agent's integration tests that need neither root nor programs.
 const PURE: [&str; 9] = ["cli", "config", "desired", "floors", "model", "plan", "serve", "source", "sync"];
 
+/// These take minutes, the first one longest: they begin before the others, so that in the end no lane has to wait for them.
+const LONGEST: [&str; 7] = [
+    "tests/conformance",
+    "tests/hygiene",
+    "tests/cluster_ip",
+    "tests/moving",
+    "proxy-agent/packets",
+    "tests/lost",
+    "tests/affinity",
+];
+
 /// A test program that cargo built.
 pub(crate) struct Program {
     pub(crate) suite: Suite,
@@ -149,8 +160,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let logs = command::target_dir().join("test-logs");
     fs::create_dir_all(&logs).with_context(|| format!("cannot create {}", logs.display()))?;
     let mut pure = Vec::new();
-    // The last suite has the programs that take longest: those begin first.
-    let mut worlds = VecDeque::new();
+    let mut worlds = Vec::new();
     for program in programs {
         let mut test = if program.suite.needs_root() {
             command::as_root(&program.executable, &format!("the {} suite", program.suite.name()))?
@@ -165,7 +175,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         }
         let job = Job { suite: program.suite, name: program.name.clone(), command: test };
         if program.suite.needs_root() {
-            worlds.push_front(job);
+            worlds.push(job);
         } else {
             pure.push(job);
         }
@@ -180,16 +190,17 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         doc.args(["--", "--show-output", "--color=never"]).args(filter);
         pure.push(Job { suite: Suite::Unit, name: "doc".to_owned(), command: doc });
     }
+    worlds.sort_by_key(|job| LONGEST.iter().position(|name| job.name == *name).unwrap_or(LONGEST.len()));
     for Job { command, .. } in &mut worlds {
         // Within a program tests share worlds or load programs: one after the other.
         command.arg("--test-threads=1");
     }
 
     let runner = Runner { logs, limit: Duration::from_secs(limit * 60), servers, done: Mutex::default() };
-    runner.all(pure.into(), NonZeroUsize::MIN)?;
     let beside = std::thread::scope(|scope| {
         let beside = scope.spawn(|| machines?.beside(&built, object.as_deref()));
-        runner.all(worlds, lanes.unwrap_or_else(default_lanes))?;
+        runner.all(pure.into(), NonZeroUsize::MIN)?;
+        runner.all(worlds.into(), lanes.unwrap_or_else(default_lanes))?;
         let beside = beside.join().unwrap_or_else(|_| bail!("what watches over the virtual machines panicked"));
         Ok::<_, anyhow::Error>(beside.unwrap_or_else(|error| vec![Row::failed("vm", &error)]))
     })?;

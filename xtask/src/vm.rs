@@ -69,11 +69,7 @@ const STEPS: [(&str, &[&str]); 7] = [
     ("proxy-agent/ipvs", &[]),
     (
         "proxy-agent/packets",
-        &[
-            "programs_load_and_stay_small",
-            "errors_about_a_masqueraded_flow_are_translated_twice",
-            "what_leaves_again_never_sees_the_stack",
-        ],
+        &["programs_load_and_stay_small", "what_leaves_again_never_sees_the_stack"],
     ),
     (
         "proxy-agent/connect_time",
