@@ -8,7 +8,7 @@ use proxy_common::{connection::flags, counters::Reason, device::role};
 use super::{
     flows::{masquerade, masqueraded_answer},
     packet::{ACK, FIN, Packet, RST, SYN, Sums, ends, payload_at, sums},
-    world::{BOUNCE, Cast, DROP, Hook, NEXT, Options, TCP, UDP, World, at, casts, hex, world},
+    world::{BOUNCE, Cast, DROP, Hook, NEXT, Options, Row, TCP, UDP, World, at, casts, hex, world},
 };
 
 /// A pseudo-random number, the same ones in every run.
@@ -273,6 +273,34 @@ fn a_table_full_of_what_is_over_cuts_nobody_who_is_silent() {
         let left = world.rows().iter().filter(|row| row.established).count() as u32;
         assert!((ENTRIES / 4..ENTRIES).contains(&left), "{left}");
         world.remove(|_| true);
+    }
+}
+
+/// A sweep that takes out some of the flows takes what masquerades them along: who asks their backends straight, from the same ports, keeps its
+/// address. (Policies would judge the node's.)
+#[test]
+fn what_masquerades_a_flow_goes_with_it() {
+    let options = Options { established: 4_096, ..Options::default() };
+    let Some(mut world) = world("what_masquerades_a_flow_goes_with_it", options) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let clients: Vec<SocketAddr> = (0..600).map(|n| at(cast.client, 20_000 + n)).collect();
+        for client in &clients {
+            Ends::open(&mut world, cast, *client, cast.backend, true).close(&mut world, 0);
+        }
+        assert_eq!(world.rows().len(), 2_400, "nothing was evicted");
+        // Their main pairs have been silent for longer, so they come first, and after some of them there is room enough.
+        let main = |row: &Row| !row.is(flags::MASQUERADE);
+        world.edit(main, Some(&|notes| *notes.seen = notes.seen.wrapping_sub(5)));
+        let Swept { pairs, walks, .. } = world.sweep(&mut Sweep::new(Timeouts::default()));
+        let left = world.rows().iter().filter(|row| main(row)).count();
+        assert!(walks > 0 && pairs > 0 && (1..1_200).contains(&left), "{pairs} pairs went, {left} halves are left");
+        for client in &clients {
+            let direct = Packet::tcp(*client, cast.backend, SYN);
+            world.untouched(Hook::Ingress, &direct.frame());
+            world.untouched(Hook::Egress, &direct.frame());
+        }
+        assert_eq!(world.rows(), []);
     }
 }
 

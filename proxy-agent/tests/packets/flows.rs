@@ -6,6 +6,7 @@ use proxy_common::{
     connection::{flags, state},
     counters::Reason,
     device::role,
+    frontend::{origin, verdict},
 };
 
 use super::{
@@ -120,6 +121,30 @@ fn a_masquerade_that_was_left_alone_is_made_anew() {
         world.remove(|_| true);
     }
     assert_eq!(world.reasons(), []);
+}
+
+/// Nor does one that is not masqueraded (policy Local, say) get the node's address from it: it gets another port.
+#[test]
+fn a_masquerade_that_was_left_alone_is_for_nobody_else() {
+    let Some(mut world) = world("a_masquerade_that_was_left_alone_is_for_nobody_else", Options::default()) else {
+        return;
+    };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        for proto in PROTOS {
+            world.datapath.frontend(cast.vip2, proto, &Spec::pick_all(2, &[cast.backend]));
+            masquerade(&mut world, proto, cast.client, cast.vip, cast.node);
+            assert_eq!(world.remove(|row| !row.is(flags::MASQUERADE)), 2);
+            let open = Packet::opening(proto, cast.client, cast.vip2);
+            let (moved, backend) = world.translate(Hook::Ingress, &open);
+            assert!(moved.ip() == cast.client.ip() && moved != cast.client && backend == cast.backend, "{moved}");
+            world.untouched(Hook::Egress, &open.between(moved, backend).frame());
+            let answer = Packet::answer(proto, backend, moved);
+            world.expect(Hook::Egress, &answer, &answer.between(cast.vip2, cast.client));
+            world.remove(|_| true);
+        }
+    }
+    assert_eq!(world.reason(Reason::PortRemapped), 2 * PROTOS.len() as u64);
 }
 
 #[test]
@@ -289,41 +314,6 @@ fn masquerade_ports_run_out_and_come_back() {
     }
 }
 
-/// Ten ports are tried: of a range that is full to nine tenths what is lost is near 0.9 to the power of ten, which is 35 in a hundred, and more as
-/// it fills up. Whoever sends again draws again.
-#[test]
-fn of_a_range_that_is_nearly_full_chance_takes_a_share() {
-    const NEW: u16 = 300;
-    let test = "of_a_range_that_is_nearly_full_chance_takes_a_share";
-    let Some(mut world) = world(test, Options { half_open: 131_072, ..Options::default() }) else { return };
-    world.device(role::OUTWARD);
-    let cast = casts()[0];
-    world.service(1, cast.vip, &[cast.backend]);
-    let is_lost = |world: &World, sport: u16| {
-        let open = Packet::opening(TCP, at(cast.client, sport), cast.vip);
-        assert_eq!(world.run(Hook::Ingress, &open.frame()).0, NEXT);
-        match world.run(Hook::Egress, &open.to(cast.backend).frame()).0 {
-            NEXT => false,
-            verdict => {
-                assert_eq!(verdict, DROP);
-                true
-            }
-        }
-    };
-    // Each keeps its own port; those that stay free are spread over the range.
-    let (min, max) = Options::default().ports;
-    let taken = (min..=max).filter(|&port| u32::from(port).wrapping_mul(0x9e37_79b9) >> 16 > 6_553);
-    assert!(taken.clone().all(|port| !is_lost(&world, port)));
-    let full = taken.count() as f64 / f64::from(max - min + 1);
-    assert!((0.89..0.91).contains(&full), "{full}");
-    let lost: Vec<u16> = (40_000..40_000 + NEW).filter(|&sport| is_lost(&world, sport)).collect();
-    let share = lost.len() as f64 / f64::from(NEW);
-    assert!((0.25..0.5).contains(&share), "{share} are lost");
-    assert_eq!(world.reason(Reason::MasqueradeExhausted), lost.len() as u64);
-    let again = lost.iter().filter(|&&sport| is_lost(&world, sport)).count();
-    assert!(again * 4 < lost.len() * 3, "of {} that are sent again {again} are lost", lost.len());
-}
-
 #[test]
 fn a_pod_reaches_itself() {
     let Some(mut world) = world("a_pod_reaches_itself", Options::default()) else { return };
@@ -349,6 +339,78 @@ fn a_pod_reaches_itself() {
             }
         }
     }
+}
+
+/// A flow that a test talks on: who asks, whom, as whom and whom that is by now, and who the backend takes it for.
+struct Talk {
+    client: SocketAddr,
+    vip: SocketAddr,
+    moved: SocketAddr,
+    backend: SocketAddr,
+    seen: SocketAddr,
+}
+
+impl Talk {
+    fn open(world: &mut World, proto: u8, client: SocketAddr, vip: SocketAddr) -> Self {
+        let open = Packet::opening(proto, client, vip);
+        let (moved, backend) = world.translate(Hook::Ingress, &open);
+        let (seen, _) = world.translate(Hook::Egress, &open.between(moved, backend));
+        let talk = Self { client, vip, moved, backend, seen };
+        talk.answered(world, &Packet::answer(proto, backend, seen));
+        talk.more(world, proto);
+        talk
+    }
+
+    /// Both sides go on.
+    #[track_caller]
+    fn more(&self, world: &mut World, proto: u8) {
+        let Self { client, vip, moved, backend, seen } = *self;
+        let more = Packet::more(proto, client, vip);
+        world.expect(Hook::Ingress, &more, &more.between(moved, backend));
+        world.expect(Hook::Egress, &more.between(moved, backend), &more.between(seen, backend));
+        self.answered(world, &more.between(backend, seen));
+    }
+
+    #[track_caller]
+    fn answered(&self, world: &mut World, answer: &Packet) {
+        let Self { client, vip, moved, .. } = *self;
+        world.expect(Hook::Ingress, answer, &answer.to(moved));
+        world.expect(Hook::Egress, &answer.to(moved), &answer.between(vip, client));
+    }
+}
+
+/// Each of them is a backend of the Service that the other one asks for, and asks from the port that it serves on (SIP, say): what one asks
+/// looks like what it answers the other one. Masqueraded or not.
+#[test]
+fn two_peers_ask_for_each_other_from_the_ports_they_serve_on() {
+    let test = "two_peers_ask_for_each_other_from_the_ports_they_serve_on";
+    let Some(mut world) = world(test, Options::default()) else { return };
+    for cast in casts() {
+        let (one, other) = (at(cast.client, 5_060), at(cast.backend, 5_060));
+        for (proto, masquerades) in
+            PROTOS.into_iter().flat_map(|p| [(p, [false; 2]), (p, [false, true]), (p, [true, false])])
+        {
+            for (service, vip, backend) in [(1, cast.vip, other), (2, cast.vip2, one)] {
+                let spec = Spec::pick_all(service, &[backend]);
+                let spec = if masquerades[service as usize - 1] {
+                    Spec { verdicts: [verdict::PICK_ALL | verdict::MASQUERADE; origin::COUNT], ..spec }
+                } else {
+                    spec
+                };
+                world.datapath.frontend(vip, proto, &spec);
+            }
+            let first = Talk::open(&mut world, proto, one, cast.vip);
+            assert_eq!(first.moved, one);
+            let second = Talk::open(&mut world, proto, other, cast.vip2);
+            assert!(second.moved.ip() == other.ip() && second.moved != other, "{}", second.moved);
+            for talk in [&first, &second, &first] {
+                world.age(3);
+                talk.more(&mut world, proto);
+            }
+            world.remove(|_| true);
+        }
+    }
+    assert_eq!(world.reason(Reason::PairRepaired), 0);
 }
 
 #[test]

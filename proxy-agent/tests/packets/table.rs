@@ -620,6 +620,53 @@ fn a_port_that_went_to_another_flow_is_not_shared() {
     }
 }
 
+/// The reply tuple of a flow whose answers' entry was evicted went to another one. When the first flow is over and its ports are used anew, the
+/// other one keeps its entries.
+#[test]
+fn a_flow_whose_reply_tuple_went_to_another_one_leaves_it_alone() {
+    let test = "a_flow_whose_reply_tuple_went_to_another_one_leaves_it_alone";
+    let Some(mut world) = world(test, Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.service(2, cast.vip2, &[cast.backend]);
+        let client = at(cast.client, 22_222);
+        for (proto, is_masqueraded) in [TCP, SCTP].into_iter().flat_map(|p| [(p, false), (p, true)]) {
+            let open = |world: &mut World, vip| {
+                if is_masqueraded {
+                    masquerade(world, proto, client, vip, cast.node)
+                } else {
+                    world.device(role::POD);
+                    assert_eq!(world.establish(proto, client, vip), cast.backend);
+                    client
+                }
+            };
+            open(&mut world, cast.vip);
+            // All of its way back, as if each half had been evicted.
+            world.remove(|row| row.part().1 == Hook::Egress || row.is(flags::MASQUERADE));
+            let seen = open(&mut world, cast.vip2);
+            let second =
+                |world: &World| -> Vec<Row> { established(world).into_iter().filter(|row| row.service == 2).collect() };
+            let before = second(&world);
+            assert_eq!(before.len(), if is_masqueraded { 4 } else { 2 }, "{before:#?}");
+            world.translate(Hook::Ingress, &Packet::abort(proto, client, cast.vip));
+            let (moved, to) = world.translate(Hook::Ingress, &Packet::opening(proto, client, cast.vip));
+            assert!(to == cast.backend && moved != client, "{moved}");
+            assert_eq!(second(&world), before);
+            let more = Packet::more(proto, client, cast.vip2);
+            world.expect(Hook::Ingress, &more, &more.to(cast.backend));
+            let answer = more.between(cast.backend, client);
+            if is_masqueraded {
+                world.expect(Hook::Egress, &more.to(cast.backend), &more.between(seen, cast.backend));
+                masqueraded_answer(&mut world, &answer.to(seen), client, cast.vip2);
+            } else {
+                world.expect(Hook::Egress, &answer, &answer.from(cast.vip2));
+            }
+            world.remove(|_| true);
+        }
+    }
+    assert_eq!(world.reason(Reason::PairRepaired), 0);
+}
+
 /// The way back of a flow that is gone is no sign of life of the one that takes its place.
 #[test]
 fn a_left_over_answer_entry_establishes_nothing() {

@@ -24,7 +24,7 @@ use aya_ebpf::{
 };
 use proxy_common::{
     Be16, Ipv4Be, Ipv6Be,
-    connection::{self, ConnectionKey, ConnectionValue, flags, hook},
+    connection::{self, ConnectionKey, ConnectionValue, flags, hook, masquerade_key},
     counters::Reason,
     device::{self, role},
     frontend::{FrontendKey, origin},
@@ -611,7 +611,8 @@ pub(crate) fn enter<A: Header>(
 }
 
 apart! {
-    /// Whether the reply tuple that `value` would lead to is nobody's, or that of a flow that is over (1).
+    /// Whether the reply tuple that `value` would lead to is nobody's, or that of a flow that is over, and the tuple of the flow's own packets
+    /// where they leave is nobody's (1).
     fn is_free[is_free_v4, is_free_v6](
         reads key: ConnectionKey, value: ConnectionValue; writes reply_key: ConnectionKey, found: ConnectionValue;
     ) -> u32 = freed;
@@ -624,6 +625,12 @@ fn freed<A: Header>(
     reply_key: &mut ConnectionKey<A>,
     found: &mut ConnectionValue<A>,
 ) -> u32 {
+    // What answers a flow the other way round looks like this one: the backend has asked for a Service whose backend is the client, each from
+    // the port that it serves on. And what is left of an earlier flow would masquerade one that is not to be; where this one is, it takes its place.
+    *reply_key = masquerade_key(key, value);
+    if table::would_be_rewritten(reply_key, value.flags & flags::NEEDS_MASQUERADE != 0) {
+        return 0;
+    }
     table::void(table::put_pair_key(key, value, reply_key));
     let held = table::peek(reply_key, found);
     if held == 0 {

@@ -149,6 +149,18 @@ pub(crate) fn is_there<A: Header>(key: &ConnectionKey<A>) -> bool {
     A::half_open().get_ptr_mut(key).is_some() || established::get(key).is_some()
 }
 
+/// Whether there is an entry of `key` (egress) that a new flow of these ends would be rewritten by: any, but for one that masquerades where that is
+/// what it `needs`. Of a flow that is over, too: another port does no harm. Read without its seal, since one that is written just now is
+/// another flow's or none, and another port or the old answer is right for both.
+#[inline(always)]
+pub(crate) fn would_be_rewritten<A: Header>(key: &ConnectionKey<A>, needs: bool) -> bool {
+    let is_in_the_way = |live: Option<*mut ConnectionValue<A>>| {
+        // SAFETY: a live pointer to a value of this map; a byte, copied at once.
+        live.is_some_and(|live| !needs || unsafe { (&raw const (*live).flags).read_volatile() } & flags::MASQUERADE == 0)
+    };
+    is_in_the_way(A::half_open().get_ptr_mut(key)) || is_in_the_way(established::get(key))
+}
+
 apart! {
     /// The last look of [`find`], among the established flows alone: 0 for none, 2 if it is there.
     fn look_again[look_again_v4, look_again_v6](reads key: ConnectionKey; writes to: ConnectionValue;) -> u32 = found_again;
@@ -611,6 +623,15 @@ fn forgotten<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> V
         return VOID;
     };
     void(put_pair(key, value, other_key, other));
+    // Evicted, its other half's tuple may be another flow's by now, and with it what masquerades that one.
+    let half = established::get(other_key).or_else(|| A::half_open().get_ptr_mut(other_key));
+    if let Some(live) = half {
+        // SAFETY: a live pointer to a value of this map; ConnectionValue is plain integers. One that is torn is left to its time-out.
+        unsafe { sealed::copy_to(live, found) };
+        if !is_same(found, other) {
+            return remove(key);
+        }
+    }
     if value.flags & flags::NEEDS_MASQUERADE != 0 {
         *spare_key =
             if key.hook == hook::INGRESS { masquerade_key(key, value) } else { masquerade_key(other_key, other) };
