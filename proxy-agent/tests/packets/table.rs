@@ -11,7 +11,7 @@ use proxy_common::{
 use super::{
     flows::{masquerade, masqueraded_answer},
     packet::{ACK, FIN, Packet, RST, SYN},
-    world::{Cast, Hook, NEXT, Options, PROTOS, Row, TCP, UDP, World, at, casts, world},
+    world::{Cast, Hook, NEXT, Options, PROTOS, Row, SCTP, TCP, UDP, World, at, casts, world},
 };
 
 /// Which entries are established, by part.

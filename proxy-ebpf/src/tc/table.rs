@@ -624,7 +624,7 @@ fn forgotten<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> V
     };
     void(put_pair(key, value, other_key, other));
     // Evicted, its other half's tuple may be another flow's by now, and with it what masquerades that one.
-    let half = established::get(other_key).or_else(|| A::half_open().get_ptr_mut(other_key));
+    let half = established::get(other_key).or_else(|| A::half_open().get_ptr_mut(&*other_key));
     if let Some(live) = half {
         // SAFETY: a live pointer to a value of this map; ConnectionValue is plain integers. One that is torn is left to its time-out.
         unsafe { sealed::copy_to(live, found) };
