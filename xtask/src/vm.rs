@@ -67,10 +67,7 @@ const KERNEL: &str = "6.1";
 /// seconds for the programs of each test that loads them, so what may differ between kernels is chosen, of each kind something.
 const STEPS: [(&str, &[&str]); 7] = [
     ("proxy-agent/ipvs", &[]),
-    (
-        "proxy-agent/packets",
-        &["programs_load_and_stay_small", "what_leaves_again_never_sees_the_stack"],
-    ),
+    ("proxy-agent/packets", &["programs_load_and_stay_small", "what_leaves_again_never_sees_the_stack"]),
     (
         "proxy-agent/connect_time",
         &["a_pod_stays_where_it_was_sent", "connected_udp_keeps_its_backend_and_sees_the_vip"],
