@@ -19,6 +19,7 @@ pub mod connections;
 pub mod counters;
 pub mod exit;
 pub mod filter;
+pub mod init;
 pub mod list;
 pub mod man;
 pub mod output;
@@ -65,6 +66,8 @@ enum Verb {
     Status(status::Args),
     /// Tell whether this node can run the agent, and what to do if not
     Check(check::Args),
+    /// Mount a bpf filesystem for the pins where the node has none
+    Init(init::Args),
     /// Remove everything of ours from the kernel
     Cleanup(cleanup::Args),
     /// Write a completion script for a shell
@@ -102,6 +105,7 @@ fn execute(verb: Verb, out: &mut dyn Write) -> anyhow::Result<Exit> {
         Verb::Counters(args) => counters::execute(args, out),
         Verb::Status(args) => status::execute(args, out),
         Verb::Check(args) => check::execute(args, out),
+        Verb::Init(args) => init::execute(args, out),
         Verb::Cleanup(args) => cleanup::execute(args, out),
         Verb::Completions(args) => completions::execute(args, out),
         Verb::Man(args) => man::execute(args, out),

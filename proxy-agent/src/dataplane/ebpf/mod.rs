@@ -418,6 +418,11 @@ impl Ebpf {
     }
 }
 
+/// Mounts a bpf filesystem where pins at `root` need one and none is; tells whether it had to.
+pub fn mount_bpffs(root: &std::path::Path) -> Result<bool, DataplaneError> {
+    pins::ensure_bpffs(root).map_err(|error| DataplaneError::Unavailable(error.to_string()))
+}
+
 impl Dataplane for Ebpf {
     fn capabilities(&self) -> Capabilities {
         Capabilities {

@@ -127,16 +127,18 @@ pub(crate) fn is_on_bpffs(path: &Path) -> io::Result<bool> {
     Ok(stat.f_type as u64 == BPF_FS_MAGIC)
 }
 
-pub(crate) fn ensure_bpffs(root: &Path) -> Result<(), PinError> {
+/// Mounts one where nothing is yet; tells whether it had to.
+pub(crate) fn ensure_bpffs(root: &Path) -> Result<bool, PinError> {
     if is_on_bpffs(root).map_err(io_error(root))? {
-        return Ok(());
+        return Ok(false);
     }
     let mount = Path::new(BPFFS);
     if !root.starts_with(mount) || is_on_bpffs(mount).map_err(io_error(mount))? {
         return Err(PinError::NotBpffs { path: root.to_owned() });
     }
     rustix::mount::mount("bpf", mount, "bpf", rustix::mount::MountFlags::empty(), None)
-        .map_err(|source| PinError::Mount { source: source.into() })
+        .map_err(|source| PinError::Mount { source: source.into() })?;
+    Ok(true)
 }
 
 /// Makes a directory for root alone, or checks one that is there.
