@@ -71,8 +71,7 @@ fn on_path(program: &str) -> Option<PathBuf> {
     std::env::split_paths(&path).map(|dir| dir.join(program)).find(|path| path.is_file())
 }
 
-/// Builds a Kubernetes command (`kube-apiserver`, `kube-proxy`) at the release that `tests/apiserver/go.mod` names, or finds it
-/// built.
+/// Builds a command (`kube-apiserver`, `kube-proxy`, `helm`) at the release that `tests/apiserver/go.mod` names, or finds it built.
 pub fn build(command: &str) -> Result<PathBuf> {
     build_with(command, || {
         on_path("go").context("there is no `go` to build it with; `cargo xtask test api` brings one")
@@ -81,8 +80,12 @@ pub fn build(command: &str) -> Result<PathBuf> {
 
 /// The same with the Go that is only looked for if there is something to build.
 pub fn build_with(command: &str, go: impl FnOnce() -> Result<PathBuf>) -> Result<PathBuf> {
-    let Place { module, dir, version } = Place::find()?;
+    let Place { module, dir, package, version } = Place::of(command)?;
     let built = dir.join(format!("{command}-{version}"));
+    // Whoever finds it need not wait for what else is being built.
+    if built.is_file() {
+        return Ok(built);
+    }
     fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
     // Test programs that start together should not build the same thing twice.
     let lock = File::create(dir.join("lock")).context("make target/kube/lock")?;
@@ -97,7 +100,7 @@ pub fn build_with(command: &str, go: impl FnOnce() -> Result<PathBuf>) -> Result
         .current_dir(&module)
         .args(["build", "-trimpath", "-ldflags", "-s -w", "-o"])
         .arg(&part)
-        .arg(format!("k8s.io/kubernetes/cmd/{command}"))
+        .arg(package)
         .env("CGO_ENABLED", "0")
         .env("GOTOOLCHAIN", "local")
         // It would lead this Go to another one's library.
@@ -115,28 +118,36 @@ pub fn build_with(command: &str, go: impl FnOnce() -> Result<PathBuf>) -> Result
 
 /// Whether [`build`] has nothing to do for it.
 pub fn is_built(command: &str) -> Result<bool> {
-    let Place { dir, version, .. } = Place::find()?;
+    let Place { dir, version, .. } = Place::of(command)?;
     Ok(dir.join(format!("{command}-{version}")).is_file())
 }
 
-/// Where Kubernetes' commands are built.
+/// Where commands are built.
 struct Place {
     module: PathBuf,
+    /// The command's own.
+    package: String,
     /// What was built is kept here.
     dir: PathBuf,
     version: String,
 }
 
 impl Place {
-    fn find() -> Result<Self> {
+    fn of(command: &str) -> Result<Self> {
+        let from = if command == "helm" { "helm.sh/helm/v3" } else { "k8s.io/kubernetes" };
         let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("apiserver");
         let manifest = fs::read_to_string(module.join("go.mod")).context("read tests/apiserver/go.mod")?;
-        let version = manifest.lines().find_map(|line| line.strip_prefix("require k8s.io/kubernetes "));
-        let version = version.context("tests/apiserver/go.mod requires no k8s.io/kubernetes")?.trim().to_owned();
+        let required = |line: &str| {
+            let line = line.trim();
+            let (module, version) = line.strip_prefix("require ").unwrap_or(line).split_once(' ')?;
+            (module == from).then(|| version.to_owned())
+        };
+        let version = manifest.lines().find_map(required);
+        let version = version.with_context(|| format!("tests/apiserver/go.mod requires no {from}"))?;
         let own = std::env::current_exe().context("find the running program")?;
         let target = own.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file());
         let dir = target.map_or_else(|| module.join("../../target"), Path::to_path_buf).join("kube");
-        Ok(Self { module, dir, version })
+        Ok(Self { module, dir, package: format!("{from}/cmd/{command}"), version })
     }
 }
 
@@ -267,6 +278,8 @@ impl ApiServer {
                 "--authorization-mode=RBAC",
                 // Pods are not what this is about.
                 "--disable-admission-plugins=ServiceAccount",
+                // As clusters have it: a Pod may have a privileged step.
+                "--allow-privileged=true",
                 // Loopback addresses are refused as endpoints of the Service `kubernetes`.
                 "--endpoint-reconciler-type=none",
             ]);

@@ -7,6 +7,7 @@
 //! - [`conformance`] puts one table of cases to our dataplanes and to kube-proxy.
 //! - [`extent`] is how much the benchmarks measure.
 //! - [`feed`] is a made-up API server for more changes than a real one takes.
+//! - [`manifests`] is what a cluster would be given.
 //! - [`ahead`] goes first on a busy machine.
 //! - [`suite`] runs cases and counts what passed, failed and was skipped.
 
@@ -16,6 +17,7 @@ pub mod cases;
 pub mod conformance;
 pub mod extent;
 pub mod feed;
+pub mod manifests;
 pub mod pod;
 pub mod suite;
 pub mod world;

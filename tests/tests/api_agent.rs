@@ -18,6 +18,7 @@ mod events;
 use anyhow::{Context, Result, bail, ensure};
 use proxy_tests::{
     apiserver::{self, ApiServer, Relay, Seat, User},
+    manifests::{self, BASE, OVERLAYS},
     pod::{hold, socket::Transport, storm},
     suite::Suite,
     world::{
@@ -70,6 +71,7 @@ fn cases(suite: &mut Suite, cluster: &mut Cluster) {
         case("endpoints and Services come, change and go", changes);
         case("A136: kill -9 of the API server", server_killed);
         if socket_lb == SocketLb::All {
+            case("the manifests, field by field", manifests_taken);
             case("in a pod, by the manifests' service account", in_a_pod);
             case("metrics and health", metrics);
             case("A145, A115: Events on the Node and on Services", events::told);
@@ -339,12 +341,30 @@ fn changes(cluster: &mut Cluster) -> Result<()> {
     cluster.served(WEB.1, &["r1", "r2"])
 }
 
+/// The API server knows every field of what is rendered, and would store it.
+fn manifests_taken(cluster: &mut Cluster) -> Result<()> {
+    let dry = |yaml: &str| {
+        let args = ["apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-"];
+        cluster.server.kubectl(&args, yaml)
+    };
+    for directory in [BASE].into_iter().chain(OVERLAYS) {
+        let rendered = manifests::render(directory)?;
+        let taken = dry(&rendered).context(directory)?;
+        let objects = manifests::objects(&rendered)?.len();
+        ensure!(taken.lines().count() == objects, "{directory} has {objects} objects, taken were {taken}");
+    }
+    // It looks at each.
+    let misspelt = manifests::render(BASE)?.replace("hostNetwork:", "hostnetwork:");
+    let refused = dry(&misspelt).err().context("a field that there is not was taken")?.to_string();
+    ensure!(refused.contains("hostnetwork"), "{refused}");
+    Ok(())
+}
+
 /// No kubeconfig: what the kubelet mounts and sets is all there is, and what the manifests grant is all that it may.
 fn in_a_pod(cluster: &mut Cluster) -> Result<()> {
     cluster.ready()?;
     cluster.world.remove_agents()?;
-    let manifests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../manifests/base");
-    cluster.server.kubectl(&["apply", "--validate=false", "-k", &manifests.to_string_lossy()], "")?;
+    cluster.server.apply(&manifests::render(BASE)?)?;
     let account = cluster.server.service_account("kube-system", "proxy-agent")?;
     let service_account = Some((account, cluster.server.address()));
     cluster.world.start_agent(1, &AgentOptions { service_account, ..AgentOptions::new(cluster.socket_lb) })?;

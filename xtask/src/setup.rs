@@ -57,6 +57,15 @@ pub const VM_KERNELS: [Tool; 3] = [
     Tool { program: "depmod", package: "kmod", why: "says which modules need which" },
 ];
 
+/// For images: built, and started.
+pub const PODMAN: [Tool; 2] = [
+    Tool { program: "podman", package: "podman", why: "builds and starts container images" },
+    Tool { program: "crun", package: "crun", why: "starts containers that share a cgroup with who starts them" },
+];
+
+/// Rules of alerts are checked with this, out of a package that is not installed: that would start a server.
+const PROMTOOL: Tool = Tool { program: "promtool", package: "prometheus", why: "checks the rules of alerts" };
+
 pub const ETCD: Tool = Tool { program: "etcd", package: "etcd-server", why: "storage of the test API server" };
 
 /// Debian's package is old, but renders a kustomization.
@@ -101,6 +110,48 @@ fn apt(args: &[&str], why: &str) -> Result<Command> {
 pub fn apt_update() -> Result<()> {
     check(&mut apt(&["update"], "refreshing the package lists")?)
         .context("cannot refresh the package lists: is there a way to the package mirror?")
+}
+
+/// Downloads the newest of a package into a directory, and does not install it.
+pub fn download(package: &str, into: &Path) -> Result<PathBuf> {
+    fs::create_dir_all(into).with_context(|| format!("cannot create {}", into.display()))?;
+    // As whom we are: apt's own user may not write here.
+    check(command("apt-get").args(["-q", "-o", "APT::Sandbox::User=root", "download", package]).current_dir(into))
+        .with_context(|| format!("cannot fetch {package}: is there a way to the package mirror?"))?;
+    fs::read_dir(into)?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .with_context(|| format!("apt-get downloaded nothing for {package}"))
+}
+
+/// promtool: the one on PATH, else out of Debian's package.
+pub fn promtool() -> Result<PathBuf> {
+    let Tool { program, package, why } = PROMTOOL;
+    if let Some(present) = find(program) {
+        return Ok(present);
+    }
+    let kept = command::target_dir().join("tools").join(program);
+    if kept.is_file() {
+        return Ok(kept);
+    }
+    eprintln!("setup: {program} is missing, unpacking it out of {package}, 20 MB ({why})");
+    let part = command::target_dir().join("tools/.part");
+    if part.exists() {
+        fs::remove_dir_all(&part).with_context(|| format!("cannot remove {}", part.display()))?;
+    }
+    let archive = match download(package, &part) {
+        Ok(archive) => archive,
+        Err(_) => {
+            apt_update()?;
+            download(package, &part)?
+        }
+    };
+    check(command("dpkg-deb").arg("-x").arg(&archive).arg(part.join("tree")))?;
+    // It appears whole, or not at all.
+    fs::rename(part.join("tree/usr/bin").join(program), &kept)
+        .with_context(|| format!("{package} holds no {program}"))?;
+    fs::remove_dir_all(&part).with_context(|| format!("cannot remove {}", part.display()))?;
+    Ok(kept)
 }
 
 /// What builds eBPF here.
@@ -344,6 +395,11 @@ impl Servers {
             }
         }
     }
+}
+
+/// helm: the one on PATH, else built with Go.
+pub fn helm() -> Result<PathBuf> {
+    find("helm").map_or_else(|| apiserver::build_with("helm", go::program), Ok)
 }
 
 /// The one that `KUBE_PROXY_BIN` names, else built with Go.

@@ -94,14 +94,7 @@ fn package(series: &str) -> Result<Option<String>> {
 fn fetch(store: &Path, package: &str) -> Result<()> {
     let part = store.join(".part");
     remove(&part)?;
-    fs::create_dir_all(&part).with_context(|| format!("cannot create {}", part.display()))?;
-    // As whom we are: apt's own user may not write here.
-    check(command("apt-get").args(["-q", "-o", "APT::Sandbox::User=root", "download", package]).current_dir(&part))
-        .with_context(|| format!("cannot fetch {package}: is there a way to the package mirror?"))?;
-    let archive = fs::read_dir(&part)?
-        .filter_map(|entry| Some(entry.ok()?.path()))
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .with_context(|| format!("apt-get downloaded nothing for {package}"))?;
+    let archive = setup::download(package, &part)?;
     let release = package.strip_prefix("linux-image-").context("a name that is no kernel's")?;
     let tree = part.join("tree");
     check(command("dpkg-deb").arg("-x").arg(&archive).arg(&tree))?;
