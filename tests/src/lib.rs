@@ -7,7 +7,7 @@
 //! - [`conformance`] puts one table of cases to our dataplanes and to kube-proxy.
 //! - [`extent`] is how much the benchmarks measure.
 //! - [`feed`] is a made-up API server for more changes than a real one takes.
-//! - [`manifests`] is what a cluster would be given.
+//! - [`manifests`] is what a cluster would be given, and [`podman`] runs it in a container.
 //! - [`ahead`] goes first on a busy machine.
 //! - [`suite`] runs cases and counts what passed, failed and was skipped.
 
@@ -19,5 +19,6 @@ pub mod extent;
 pub mod feed;
 pub mod manifests;
 pub mod pod;
+pub mod podman;
 pub mod suite;
 pub mod world;

@@ -5,6 +5,7 @@ mod bench;
 mod build;
 mod build_ebpf;
 mod command;
+mod image;
 mod lint;
 mod manifests;
 mod run;
@@ -39,7 +40,9 @@ enum Verb {
     Lint,
     /// Measure, and compare with a direct connection and with kube-proxy's kind of rules
     Bench(proxy_tests::extent::Extent),
-    /// Render the manifests and check them
+    /// Build a container image of the agent, without a registry
+    Image(image::Args),
+    /// Render the manifests and the chart, and check them
     Manifests(manifests::Args),
 }
 
@@ -53,6 +56,7 @@ fn main() -> ExitCode {
         Verb::BuildEbpf => build_ebpf::run(),
         Verb::Lint => lint::run(),
         Verb::Bench(args) => bench::run(&args),
+        Verb::Image(args) => image::run(&args),
         Verb::Manifests(args) => manifests::run(&args),
     };
     match outcome {

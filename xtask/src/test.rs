@@ -26,7 +26,7 @@ use anyhow::{Context as _, Result, bail};
 use serde::Deserialize;
 
 pub(crate) use self::libtest::{Outcome, Parser};
-use crate::{build_ebpf, command, setup, vm::Machines};
+use crate::{build_ebpf, command, image, setup, vm::Machines};
 
 #[derive(clap::Args)]
 pub struct Args {
@@ -154,6 +154,9 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     let servers = servers.map(|servers| std::thread::spawn(|| servers.build()));
     let machines = Machines::bring(series);
     let built = build(object.as_deref())?;
+    let images = suites.contains(&Suite::Netns) && filter.as_ref().is_none_or(|filter| filter.contains("image"));
+    let library = built.library.clone();
+    let images = images.then(|| std::thread::spawn(move || image::for_tests(&library)));
     let mut programs: Vec<&Program> = built.programs.iter().filter(|program| suites.contains(&program.suite)).collect();
     programs.sort_by(|a, b| (a.suite, &a.name).cmp(&(b.suite, &b.name)));
 
@@ -169,7 +172,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         };
         test.args(["--show-output", "--color=never"]).args(filter);
         test.current_dir(&program.package).env("CARGO_MANIFEST_DIR", &program.package);
-        test.envs(&built.binaries);
+        test.envs(&built.binaries).env("PROXY_IMAGES", image::tests_directory());
         if let Some(object) = &object {
             test.env(build_ebpf::OBJECT_VARIABLE, object);
         }
@@ -196,7 +199,7 @@ pub fn run(args: &Args) -> Result<ExitCode> {
         command.arg("--test-threads=1");
     }
 
-    let runner = Runner { logs, limit: Duration::from_secs(limit * 60), servers, done: Mutex::default() };
+    let runner = Runner { logs, limit: Duration::from_secs(limit * 60), servers, images, done: Mutex::default() };
     let beside = std::thread::scope(|scope| {
         let beside = scope.spawn(|| machines?.beside(&built, object.as_deref()));
         runner.all(pure.into(), NonZeroUsize::MIN)?;
@@ -257,6 +260,8 @@ struct Runner {
     limit: Duration,
     /// Builds what the `api` suite starts.
     servers: Option<JoinHandle<()>>,
+    /// Makes what the suite `image` starts.
+    images: Option<JoinHandle<()>>,
     done: Mutex<Vec<Done>>,
 }
 
@@ -304,7 +309,12 @@ impl Runner {
     }
 
     fn is_ready(&self, job: &Job) -> bool {
-        job.suite != Suite::Api || self.servers.as_ref().is_none_or(JoinHandle::is_finished)
+        let waits_for = match job.suite {
+            Suite::Api => &self.servers,
+            Suite::Netns if job.name.ends_with("/image") => &self.images,
+            _ => return true,
+        };
+        waits_for.as_ref().is_none_or(JoinHandle::is_finished)
     }
 }
 
@@ -323,6 +333,8 @@ pub(crate) struct Built {
     pub(crate) programs: Vec<Program>,
     /// Ordinary programs that tests start: `PROXY_AGENT_BIN`, `PROXY_TESTPOD_BIN` … and where they are.
     pub(crate) binaries: BTreeMap<String, PathBuf>,
+    /// The agent's library, of which its program is made.
+    library: PathBuf,
 }
 
 #[derive(Deserialize)]
@@ -332,6 +344,8 @@ struct Message {
     target: Option<Target>,
     profile: Option<Profile>,
     executable: Option<PathBuf>,
+    #[serde(default)]
+    filenames: Vec<PathBuf>,
 }
 
 #[derive(Deserialize)]
@@ -353,16 +367,28 @@ pub(crate) fn build(object: Option<&Path>) -> Result<Built> {
         cargo.env(build_ebpf::OBJECT_VARIABLE, object);
     }
     let text = command::output(&mut cargo)?;
-    let mut built = Built { programs: Vec::new(), binaries: BTreeMap::new() };
+    let mut built = Built { programs: Vec::new(), binaries: BTreeMap::new(), library: PathBuf::new() };
     for line in text.lines().filter(|line| line.starts_with('{')) {
         let message: Message = serde_json::from_str(line).context("cannot read cargo's messages")?;
-        let Message { reason, manifest_path: Some(manifest), target: Some(target), profile: Some(profile), executable } =
-            message
+        let Message {
+            reason,
+            manifest_path: Some(manifest),
+            target: Some(target),
+            profile: Some(profile),
+            executable,
+            filenames,
+        } = message
         else {
             continue;
         };
-        let (true, Some(executable)) = (reason == "compiler-artifact", executable) else { continue };
         let package = manifest.parent().unwrap_or(Path::new("/")).to_owned();
+        let is_library = target.name == "proxy_agent" && target.kind.iter().any(|kind| kind == "lib") && !profile.test;
+        if is_library && package.starts_with(command::root()) {
+            let library = filenames.into_iter().find(|file| file.extension().is_some_and(|ext| ext == "rlib"));
+            built.library = library.context("cargo made no library of the agent")?;
+            continue;
+        }
+        let (true, Some(executable)) = (reason == "compiler-artifact", executable) else { continue };
         let directory = package.file_name().unwrap_or_default().to_string_lossy().into_owned();
         if profile.test {
             let suite = Suite::of(&target, &directory);
