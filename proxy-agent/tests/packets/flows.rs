@@ -314,6 +314,41 @@ fn masquerade_ports_run_out_and_come_back() {
     }
 }
 
+/// Ten ports are tried: of a range that is full to nine tenths what is lost is near 0.9 to the power of ten, which is 35 in a hundred, and more as
+/// it fills up. Whoever sends again draws again.
+#[test]
+fn of_a_range_that_is_nearly_full_chance_takes_a_share() {
+    const NEW: u16 = 300;
+    let test = "of_a_range_that_is_nearly_full_chance_takes_a_share";
+    let Some(mut world) = world(test, Options { half_open: 131_072, ..Options::default() }) else { return };
+    world.device(role::OUTWARD);
+    let cast = casts()[0];
+    world.service(1, cast.vip, &[cast.backend]);
+    let is_lost = |world: &World, sport: u16| {
+        let open = Packet::opening(TCP, at(cast.client, sport), cast.vip);
+        assert_eq!(world.run(Hook::Ingress, &open.frame()).0, NEXT);
+        match world.run(Hook::Egress, &open.to(cast.backend).frame()).0 {
+            NEXT => false,
+            verdict => {
+                assert_eq!(verdict, DROP);
+                true
+            }
+        }
+    };
+    // Each keeps its own port; those that stay free are spread over the range.
+    let (min, max) = Options::default().ports;
+    let taken = (min..=max).filter(|&port| u32::from(port).wrapping_mul(0x9e37_79b9) >> 16 > 6_553);
+    assert!(taken.clone().all(|port| !is_lost(&world, port)));
+    let full = taken.count() as f64 / f64::from(max - min + 1);
+    assert!((0.89..0.91).contains(&full), "{full}");
+    let lost: Vec<u16> = (40_000..40_000 + NEW).filter(|&sport| is_lost(&world, sport)).collect();
+    let share = lost.len() as f64 / f64::from(NEW);
+    assert!((0.25..0.5).contains(&share), "{share} are lost");
+    assert_eq!(world.reason(Reason::MasqueradeExhausted), lost.len() as u64);
+    let again = lost.iter().filter(|&&sport| is_lost(&world, sport)).count();
+    assert!(again * 4 < lost.len() * 3, "of {} that are sent again {again} are lost", lost.len());
+}
+
 #[test]
 fn a_pod_reaches_itself() {
     let Some(mut world) = world("a_pod_reaches_itself", Options::default()) else { return };

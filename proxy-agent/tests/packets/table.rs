@@ -667,6 +667,28 @@ fn a_flow_whose_reply_tuple_went_to_another_one_leaves_it_alone() {
     assert_eq!(world.reason(Reason::PairRepaired), 0);
 }
 
+/// The client of a masqueraded flow went elsewhere after its entry was evicted. When the first flow is over, what masqueraded it goes with what is
+/// left of it, and its client asks the first backend straight, as itself.
+#[test]
+fn what_masquerades_goes_with_a_flow_whose_client_went_elsewhere() {
+    let test = "what_masquerades_goes_with_a_flow_whose_client_went_elsewhere";
+    let Some(mut world) = world(test, Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let client = at(cast.client, 22_222);
+        let seen = masquerade(&mut world, TCP, client, cast.vip, cast.node);
+        masqueraded_answer(&mut world, &Packet::tcp(cast.backend, seen, RST | ACK), client, cast.vip);
+        assert_eq!(world.remove(|row| row.part() == (false, Hook::Ingress)), 1);
+        let elsewhere = at(cast.backend, 9_090);
+        world.service(1, cast.vip, &[elsewhere]);
+        assert_eq!(world.translate(Hook::Ingress, &Packet::opening(TCP, client, cast.vip)), (client, elsewhere));
+        let straight = Packet::tcp(client, cast.backend, SYN);
+        world.untouched(Hook::Ingress, &straight.frame());
+        world.untouched(Hook::Egress, &straight.frame());
+        world.remove(|_| true);
+    }
+}
+
 /// The way back of a flow that is gone is no sign of life of the one that takes its place.
 #[test]
 fn a_left_over_answer_entry_establishes_nothing() {

@@ -625,16 +625,15 @@ fn forgotten<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> V
         return VOID;
     };
     void(put_pair(key, value, other_key, other));
-    // Evicted, its other half's tuple may be another flow's by now, and with it what masquerades that one.
     let half = established::get(other_key).or_else(|| A::half_open().get_ptr_mut(&*other_key));
-    if let Some(live) = half {
+    let is_anothers = half.is_some_and(|live| {
         // SAFETY: a live pointer to a value of this map; ConnectionValue is plain integers. One that is torn is left to its time-out.
         unsafe { sealed::copy_to(live, found) };
-        if !is_same(found, other) {
-            return remove(key);
-        }
-    }
-    if value.flags & flags::NEEDS_MASQUERADE != 0 {
+        !is_same(found, other)
+    });
+    // Where the reply tuple is another flow's by now, so is what masquerades that one.
+    let keeps = is_anothers && key.hook == hook::INGRESS;
+    if value.flags & flags::NEEDS_MASQUERADE != 0 && !keeps {
         *spare_key =
             if key.hook == hook::INGRESS { masquerade_key(key, value) } else { masquerade_key(other_key, other) };
         if peek(spare_key, found) != 0 {
@@ -647,7 +646,9 @@ fn forgotten<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> V
         }
     }
     void(remove(key));
-    void(remove(other_key));
+    if !is_anothers {
+        void(remove(other_key));
+    }
     VOID
 }
 
