@@ -14,10 +14,13 @@ use std::{
 
 use anyhow::{Context, Result, ensure};
 use proxy_tests::{
-    cases::packets,
-    pod::{hold, socket::Transport, storm},
+    cases::{
+        packets,
+        rules::{answers, is_put_back, options, prepare, repaired, report, restart, second, service},
+    },
+    pod::socket::Transport,
     suite::Suite,
-    world::{AgentOptions, Ask, Client, Fallback, Family, Programs, Spec, Topology, World, objects, vip, within},
+    world::{AgentOptions, Ask, Fallback, Family, World, vip, within},
 };
 use serde_json::Value;
 
@@ -26,69 +29,36 @@ const PATIENCE: Duration = Duration::from_secs(30);
 
 fn main() -> ExitCode {
     let shapes = [Fallback::IptablesNft, Fallback::IptablesLegacy].map(|by| (by.name().to_owned(), by));
-    Suite::in_worlds("iptables", shapes, prepare, |suite, group, by, world| {
-        let by = *by;
-        for (what, change) in ALTERATIONS {
-            suite.case(&format!("{group}/F61, put back: {what}"), || put_back(world, by, change));
-        }
-        suite.case(&format!("{group}/others' rules stay as they are"), || others(world, by));
-        suite.case(&format!("{group}/nothing is written without a change"), || quiet(world, by));
-        suite.case(&format!("{group}/A135: a restart is seen by nobody"), || restart(world, by));
-        suite.case(&format!("{group}/A76: forwarded though the firewall drops"), || forwarded(world, by));
-        suite.case(&format!("{group}/A109: what is invalid leaves no pod"), || packets::invalid(world));
-        suite.case(&format!("{group}/A54: loopback is opened no longer than it is asked for"), || loopback(world, by));
-        suite.case(&format!("{group}/a second agent is refused"), || second(world));
-        if by == Fallback::IptablesLegacy {
-            suite.case(&format!("{group}/F62: the lock is held"), || locked(world, by));
-        }
-        suite.case(&format!("{group}/a frontend that iptables does not take costs the others nothing"), || {
-            one_bad(world, by)
-        });
-    })
-}
-
-fn options(by: Fallback) -> AgentOptions {
-    let mut options = AgentOptions::by(by);
-    options.extra.extend(["--sync-period".to_owned(), "2s".to_owned()]);
-    options
-}
-
-fn prepare(programs: Programs, by: &Fallback) -> Result<World> {
-    let mut world = World::serving(&Spec::two_nodes(Topology::Routed), programs, &options(*by), objects::nodes)?;
-    let objects = service(&world, 1, "web");
-    world.apply(&objects)?;
-    Ok(world)
-}
-
-fn service(world: &World, number: u8, name: &str) -> Vec<Value> {
-    let service = objects::service(name)
-        .cluster_ips(&Family::BOTH.map(|family| vip(family, number)))
-        .port("web", "TCP", 80)
-        .node_port(30_000 + u16::from(number));
-    let slices = Family::BOTH.map(|family| {
-        objects::slice(name, family).port("web", "TCP", 8080).endpoints(["b1", "b2"].map(|pod| world.pod(pod))).json()
-    });
-    [vec![service.json()], slices.to_vec()].concat()
-}
-
-fn answers(world: &World, number: u8) -> Result<()> {
-    for from in [world.pod("a1"), &world.node(1).place, world.outside()] {
-        for family in Family::BOTH {
-            let to = (vip(family, number), 80).into();
-            let report = world.ask(from, &Ask::new(to, Transport::Tcp).times(3).timeout(500))?;
-            ensure!(report.errors().is_empty(), "{} to {to}: {:?}", from.name, report.errors());
-        }
-    }
-    Ok(())
+    Suite::in_worlds(
+        "iptables",
+        shapes,
+        |programs, by| prepare(programs, *by),
+        |suite, group, by, world| {
+            let by = *by;
+            for (what, change) in ALTERATIONS {
+                suite.case(&format!("{group}/F61, put back: {what}"), || put_back(world, by, change));
+            }
+            suite.case(&format!("{group}/others' rules stay as they are"), || others(world, by));
+            suite.case(&format!("{group}/nothing is written without a change"), || quiet(world, by));
+            suite.case(&format!("{group}/A135: a restart is seen by nobody"), || restart(world, by));
+            suite.case(&format!("{group}/A76: forwarded though the firewall drops"), || forwarded(world, by));
+            suite.case(&format!("{group}/A109: what is invalid leaves no pod"), || packets::invalid(world));
+            suite.case(&format!("{group}/A54: loopback is opened no longer than it is asked for"), || {
+                loopback(world, by)
+            });
+            suite.case(&format!("{group}/a second agent is refused"), || second(world, "iptables"));
+            if by == Fallback::IptablesLegacy {
+                suite.case(&format!("{group}/F62: the lock is held"), || locked(world, by));
+            }
+            suite.case(&format!("{group}/a frontend that iptables does not take costs the others nothing"), || {
+                one_bad(world, by)
+            });
+        },
+    )
 }
 
 fn eventually(check: impl Fn() -> Result<()>) -> Result<()> {
     within(PATIENCE, check)
-}
-
-fn report(world: &World) -> Result<Value> {
-    let status: Value = serde_json::from_str(&world.cli(world.node(1), &["status", "-o", "json"])?)?;
-    Ok(status["report"].clone())
 }
 
 /// Runs iptables' command of this family with these words on node 1.
@@ -131,20 +101,13 @@ const ALTERATIONS: [(&str, &[(Family, &str)]); 8] = [
     ("a rule is added", &[(Family::V4, "-t nat -I PROXY-SERVICES -j RETURN")]),
 ];
 
-fn repaired(world: &World) -> Result<u64> {
-    report(world)?["sync"]["driftRepaired"].as_u64().context("no driftRepaired")
-}
-
 fn put_back(world: &World, by: Fallback, changes: &[(Family, &str)]) -> Result<()> {
     answers(world, 1)?;
     let (before, rules) = (repaired(world)?, saved(world, by)?);
     for (family, words) in changes {
         run(world, by, *family, "", words)?;
     }
-    eventually(|| {
-        ensure!(repaired(world)? > before, "nothing was repaired\n{}", world.node(1).agent_log());
-        answers(world, 1)
-    })?;
+    eventually(|| is_put_back(world, before))?;
     ensure!(saved(world, by)? == rules, "not what it was");
     Ok(())
 }
@@ -179,7 +142,7 @@ fn others(world: &mut World, by: Fallback) -> Result<()> {
     };
     let before = alien(world)?;
     ensure!(before.iter().any(|line| line.contains("DOCKER")), "{before:#?}");
-    let objects = service(world, 3, "come");
+    let objects = service(world, 3, "come", None);
     world.apply(&objects)?;
     answers(world, 3)?;
     ensure!(alien(world)? == before, "after a change: {:#?}", alien(world)?);
@@ -237,38 +200,6 @@ fn forwarded(world: &World, by: Fallback) -> Result<()> {
     seen
 }
 
-fn restart(world: &mut World, by: Fallback) -> Result<()> {
-    let (mut held, mut storms) = (Vec::new(), Vec::new());
-    for (from, family) in [("a1", Family::V4), ("a1", Family::V6), ("outside", Family::V4)] {
-        let to = SocketAddr::new(vip(family, 1), 80).to_string();
-        let place = world.place(from).context("no such place")?;
-        let start = |args: &[&str]| -> Result<Client> {
-            let args: Vec<String> = args.iter().map(|&arg| arg.to_owned()).collect();
-            let mut client = place.start(&world.programs().testpod, &args)?;
-            client.wait_for_line("ready", Duration::from_secs(5))?;
-            Ok(client)
-        };
-        held.push(start(&["hold", &to, "--connections=4", "--interval=20"])?);
-        storms.push(start(&["storm", &to, "--rate=50", "--workers=2"])?);
-    }
-    for _ in 0..3 {
-        for node in [1, 2] {
-            world.kill_agent(node)?;
-        }
-        answers(world, 1)?;
-        world.start_agents(&options(by))?;
-    }
-    for client in held {
-        let report: hold::Report = client.finish(Duration::from_secs(10))?;
-        ensure!(report.broken.is_empty() && report.wrong.is_empty(), "{report:?}");
-    }
-    for client in storms {
-        let report: storm::Report = client.finish(Duration::from_secs(10))?;
-        ensure!(report.failures.is_empty() && report.answered > 20, "{report:?}");
-    }
-    Ok(())
-}
-
 /// Whatever becomes of the rule in which it stands what the setting was before, as long as an agent runs.
 fn loopback(world: &mut World, by: Fallback) -> Result<()> {
     let is = |world: &World, wanted: &str| {
@@ -294,24 +225,6 @@ fn loopback(world: &mut World, by: Fallback) -> Result<()> {
         answers(world, 1)?;
     }
     Ok(())
-}
-
-fn second(world: &World) -> Result<()> {
-    let node = world.node(1);
-    let done = node
-        .place
-        .command(&world.programs().agent)?
-        .args([
-            "run",
-            "--proxy-mode=iptables",
-            "--metrics-bind-address=",
-            "--healthz-bind-address=",
-            "--source=/nowhere",
-        ])
-        .output()?;
-    let said = String::from_utf8_lossy(&done.stderr);
-    ensure!(!done.status.success() && said.contains("another proxy-agent (pid "), "{said}");
-    answers(world, 1)
 }
 
 /// Programs that stand before the real ones: the words in `before` come first, with the input in `$input`.
@@ -341,7 +254,7 @@ fn locked(world: &mut World, by: Fallback) -> Result<()> {
     let before = failures(world)?;
     let file = fs::File::options().create(true).append(true).open(&lock)?;
     file.lock()?;
-    for object in service(world, 4, "patient") {
+    for object in service(world, 4, "patient", None) {
         world.write(&object)?;
     }
     let since = Instant::now();
@@ -369,7 +282,8 @@ fn one_bad(world: &mut World, by: Fallback) -> Result<()> {
     );
     let programs = Some(wrapper(world, by, &refuse)?);
     let with_bad = AgentOptions { programs, ..options(by) };
-    let objects: Vec<Value> = (40..48).flat_map(|number| service(world, number, &format!("many-{number}"))).collect();
+    let objects: Vec<Value> =
+        (40..48).flat_map(|number| service(world, number, &format!("many-{number}"), None)).collect();
     world.start_agents(&with_bad)?;
     // By a change, and at a start.
     world.apply(&objects)?;

@@ -8,6 +8,7 @@ pub mod external;
 pub mod matrix;
 pub mod packets;
 pub mod refusal;
+pub mod rules;
 pub mod sctp;
 pub mod services;
 
