@@ -26,6 +26,7 @@ pub(crate) mod mounts;
 pub mod netfilter;
 pub(crate) mod netlink;
 pub mod nftables;
+pub(crate) mod rounds;
 pub mod select;
 
 pub use alive::Ended;

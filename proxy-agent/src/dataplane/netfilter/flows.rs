@@ -10,7 +10,7 @@ use std::{
     sync::{
         Arc,
         atomic::Ordering,
-        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+        mpsc::{self, Sender},
     },
     time::{Duration, Instant},
 };
@@ -20,6 +20,7 @@ use crate::{
     dataplane::{
         Report,
         alive::{self, Alive, Change, Ended, Keep},
+        rounds::Rounds,
     },
     desired::{Backend, Changes, DesiredState, Frontend},
     model::{Family, Protocol},
@@ -113,23 +114,11 @@ struct Worker {
     complaint: Option<String>,
 }
 
-impl Worker {
-    fn run(&mut self, queue: &Receiver<Job>) {
-        loop {
-            let job = match [self.due, self.again].into_iter().flatten().min() {
-                Some(at) => queue.recv_timeout(at.max(self.not_before).saturating_duration_since(Instant::now())),
-                None => queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            };
-            match job {
-                Ok(job) => self.take(job),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
-            }
-            while let Ok(job) = queue.try_recv() {
-                self.take(job);
-            }
-            self.turn();
-        }
+impl Rounds for Worker {
+    type Job = Job;
+
+    fn next(&self) -> Option<Instant> {
+        [self.due, self.again].into_iter().flatten().min().map(|at| at.max(self.not_before))
     }
 
     fn take(&mut self, job: Job) {
@@ -197,7 +186,9 @@ impl Worker {
         let took = start.elapsed();
         self.not_before = if took > SHORT { start + took * SHARE } else { start };
     }
+}
 
+impl Worker {
     fn round(&self) -> io::Result<()> {
         let socket = Socket::open()?;
         let mut ended = 0;

@@ -37,7 +37,7 @@ use std::{
     sync::{
         Arc,
         atomic::Ordering,
-        mpsc::{self, Receiver, RecvTimeoutError, Sender},
+        mpsc::{self, Sender},
     },
     time::{Duration, Instant},
 };
@@ -51,6 +51,7 @@ use crate::{
     dataplane::{
         Report,
         alive::{self, Alive, Change, Ended, Keep},
+        rounds::Rounds,
     },
     desired::{Changes, DesiredState},
 };
@@ -207,23 +208,13 @@ impl Worker {
             complaint: None,
         }
     }
+}
 
-    fn run(&mut self, queue: &Receiver<Job>) {
-        loop {
-            let job = match [self.due, self.again, self.fades].into_iter().flatten().min() {
-                Some(at) => queue.recv_timeout(at.max(self.not_before).saturating_duration_since(Instant::now())),
-                None => queue.recv().map_err(|_| RecvTimeoutError::Disconnected),
-            };
-            match job {
-                Ok(job) => self.take(job),
-                Err(RecvTimeoutError::Timeout) => {}
-                Err(RecvTimeoutError::Disconnected) => return,
-            }
-            while let Ok(job) = queue.try_recv() {
-                self.take(job);
-            }
-            self.turn();
-        }
+impl Rounds for Worker {
+    type Job = Job;
+
+    fn next(&self) -> Option<Instant> {
+        [self.due, self.again, self.fades].into_iter().flatten().min().map(|at| at.max(self.not_before))
     }
 
     fn take(&mut self, job: Job) {
@@ -277,7 +268,9 @@ impl Worker {
         }
         self.not_before = start + start.elapsed() * SHARE;
     }
+}
 
+impl Worker {
     /// Looks at everything once; what could not be looked at.
     fn round(&mut self) -> Vec<Trouble> {
         let mut trouble = Vec::new();
