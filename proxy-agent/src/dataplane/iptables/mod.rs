@@ -26,8 +26,8 @@ use std::{
 use super::{
     Capabilities, Dataplane, DataplaneError, DetectLocal, Drift, Failure, Fill, Hook, Report, held,
     netfilter::{
-        ALGORITHMS, ByFamily, Options, PROTOCOLS, flows::Flows, is_liberal, local_devices, lock::Lock, ration::Ration,
-        sift::sift, tool::ToolError,
+        ALGORITHMS, ByFamily, Options, PROTOCOLS, State, flows::Flows, is_liberal, local_devices, lock::Lock,
+        ration::Ration, sift::sift, tool::ToolError,
     },
 };
 use crate::{
@@ -54,17 +54,6 @@ use render::{ChainName, Pods, Renderer, Unit};
 use save::Saved;
 use shadow::{Item, Jumps, Patch, Shadow, Stand};
 use stamp::Stamps;
-
-/// What is known of one family's chains.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum State {
-    /// Nothing: the next change writes all of them.
-    Unknown,
-    /// There are none, and none are needed.
-    Absent,
-    /// They are what the shadow says.
-    Filled,
-}
 
 #[derive(Debug)]
 struct Half {

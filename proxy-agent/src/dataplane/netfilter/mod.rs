@@ -85,6 +85,17 @@ impl ByFamily {
     }
 }
 
+/// What is known of one family's rules.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum State {
+    /// Nothing: the next change writes all of them anew.
+    Unknown,
+    /// There are none, and none are needed.
+    Absent,
+    /// They are what the shadow says.
+    Filled,
+}
+
 impl Default for Options {
     fn default() -> Self {
         Self {

@@ -1,6 +1,7 @@
 //! What becomes of a table when nft fails, by one that does as it is told.
 
 use std::{
+    collections::BTreeMap,
     fs,
     os::unix::fs::PermissionsExt,
     path::{Path, PathBuf},
@@ -8,7 +9,10 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{render::Element, *};
+use super::{
+    render::{Collection, Element},
+    *,
+};
 use crate::{
     dataplane::netfilter::refused::{frontend, spec},
     desired::{Action, Backend, FrontendSpec, Verdict, Verdicts},
