@@ -90,9 +90,19 @@ impl Capabilities {
         Some(Failure::Unsupported(format!("frontend {frontend}: {what}")))
     }
 
-    /// How a backend is chosen for it.
+    /// How a backend is chosen for it: where each address remembers for itself, a hash of the client has them agree.
     pub fn chosen(&self, spec: &FrontendSpec) -> Algorithm {
-        if self.algorithms.contains(&spec.algorithm) { spec.algorithm } else { self.otherwise }
+        if self.is_by_hash(spec) {
+            Algorithm::Maglev
+        } else if self.algorithms.contains(&spec.algorithm) {
+            spec.algorithm
+        } else {
+            self.otherwise
+        }
+    }
+
+    const fn is_by_hash(&self, spec: &FrontendSpec) -> bool {
+        self.affinity_apart && spec.affinity_secs.is_some()
     }
 
     /// What this frontend, which is in force, does not get of what it asks for.
@@ -107,13 +117,13 @@ impl Capabilities {
             loopback,
             resets,
             affinity_clients,
-            affinity_apart,
+            affinity_apart: _,
         } = self;
         if !loopback && frontend.addr.is_loopback() {
             return Some(format!("the {name} dataplane has no NodePorts on {}", frontend.addr));
         }
         let mut limits = Vec::new();
-        let by_hash = *affinity_apart && spec.affinity_secs.is_some();
+        let by_hash = self.is_by_hash(spec);
         let (asked, chosen) = (spec.algorithm, self.chosen(spec));
         if asked != chosen && !by_hash {
             let how = if chosen == Algorithm::Scheduler { "as --ipvs-scheduler says" } else { "at random" };
@@ -306,6 +316,11 @@ pub trait Dataplane: Send {
         None
     }
 
+    /// A setting of the kernel's that is to be put back and cannot be; `tick` goes on trying.
+    fn unrestored(&self) -> Option<String> {
+        None
+    }
+
     /// What other modes left in force and is on its way out.
     fn retiring(&self) -> Vec<Retiring> {
         Vec::new()
@@ -412,7 +427,10 @@ mod tests {
         let by_scheduler = "backends are chosen as --ipvs-scheduler says: the one dataplane has no random".to_owned();
         assert_eq!(told(&ipvs, Random, None), (Scheduler, by_scheduler));
         assert_eq!(told(&ipvs, Scheduler, None), (Scheduler, String::new()));
-        assert!(!told(&ipvs, Random, Some(60)).1.contains("scheduler"), "then a hash chooses");
+        for asked in [Random, RoundRobin, Scheduler, Maglev] {
+            let (chosen, limits) = told(&ipvs, asked, Some(60));
+            assert!(chosen == Maglev && !limits.contains("scheduler"), "a hash chooses: {limits}");
+        }
     }
 
     /// One line: what, why, and what to do about it.

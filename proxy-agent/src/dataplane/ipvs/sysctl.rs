@@ -26,6 +26,24 @@ const WANTED: [(&str, &str); 5] = [
 /// Pods need it whoever serves Services, and who else has switched it on does not show: it stays as it is (as with kube-proxy).
 const FORWARDING: &str = "ip_forward";
 
+/// Below which all of IPVS' are.
+const OF_IPVS: &str = "vs";
+
+/// What one that is missing needs. Where none of IPVS' is there it is none of theirs that is missing.
+fn needs(name: &str, any_of_ipvs: bool) -> &'static str {
+    match name {
+        "vs/conntrack" if any_of_ipvs => "use a kernel that has CONFIG_IP_VS_NFCT",
+        "vs/conn_reuse_mode" if any_of_ipvs => "use Linux 4.1 or later",
+        "vs/expire_nodest_conn" | "vs/expire_quiescent_template" if any_of_ipvs => {
+            "use a kernel whose IPVS has it (CONFIG_IP_VS)"
+        }
+        FORWARDING => "use a kernel that has CONFIG_INET, and a /proc/sys/net that is of this network namespace",
+        _ => {
+            "`modprobe ip_vs`, and a /proc/sys/net that is of this network namespace, which the node's own user namespace owns"
+        }
+    }
+}
+
 /// What is written on the device stands behind this.
 const BEFORE: &str = "before: ";
 
@@ -39,6 +57,8 @@ pub(super) struct Settings(PathBuf);
 pub(super) struct Unset {
     name: &'static str,
     error: io::Error,
+    /// There are settings of IPVS'.
+    any_of_ipvs: bool,
 }
 
 impl Unset {
@@ -48,7 +68,7 @@ impl Unset {
 
     pub(super) fn remedy(&self) -> &'static str {
         if self.error.kind() == io::ErrorKind::NotFound {
-            "CONFIG_IP_VS_NFCT, and a /proc/sys/net that is of this network namespace"
+            needs(self.name, self.any_of_ipvs)
         } else {
             "mount the node's /proc/sys/net into the container, writable (manifests/overlays/ipvs), or set it to 1 on the node"
         }
@@ -92,16 +112,20 @@ impl Settings {
     /// Whether those can be set that have to be. None is.
     pub(super) fn try_out(&self) -> Result<(), Unset> {
         for name in self.wrong() {
-            File::options().write(true).open(self.path(name)).map_err(|error| Unset { name, error })?;
+            File::options().write(true).open(self.path(name)).map_err(|error| self.unset(name, error))?;
         }
         Ok(())
+    }
+
+    fn unset(&self, name: &'static str, error: io::Error) -> Unset {
+        Unset { name, error, any_of_ipvs: self.path(OF_IPVS).exists() }
     }
 
     /// How many were written.
     pub(super) fn set(&self) -> Result<u64, Unset> {
         let wrong = self.wrong();
         for (name, wanted) in WANTED.into_iter().filter(|(name, _)| wrong.contains(name)) {
-            fs::write(self.path(name), wanted).map_err(|error| Unset { name, error })?;
+            fs::write(self.path(name), wanted).map_err(|error| self.unset(name, error))?;
         }
         Ok(wrong.len() as u64)
     }
@@ -177,8 +201,30 @@ mod tests {
         }
         assert_eq!(settings.set().unwrap_err().to_string(), tried);
         fs::remove_dir(settings.path(name)).unwrap();
-        let absent = settings.try_out().unwrap_err().to_string();
-        assert!(absent.contains("CONFIG_IP_VS_NFCT"), "{absent}");
+        // Each says what it needs, and none what another one does.
+        let absent = |name: &str| {
+            for (other, _) in WANTED {
+                fs::write(settings.path(other), "0").unwrap();
+            }
+            fs::remove_file(settings.path(name)).unwrap();
+            settings.try_out().unwrap_err().to_string()
+        };
+        for (name, needs) in [
+            ("vs/conntrack", "CONFIG_IP_VS_NFCT"),
+            ("vs/conn_reuse_mode", "Linux 4.1"),
+            (FORWARDING, "/proc/sys/net that is of this network namespace"),
+            ("vs/expire_quiescent_template", "whose IPVS has it"),
+            ("vs/expire_nodest_conn", "whose IPVS has it"),
+        ] {
+            let said = absent(name);
+            assert!(said.starts_with(&format!("net/ipv4/{name} cannot")) && said.contains(needs), "{said}");
+            assert_eq!(said.contains("NFCT"), name == "vs/conntrack", "{said}");
+        }
+        let away = dir.path().join("away");
+        fs::rename(settings.path(OF_IPVS), &away).unwrap();
+        let none = settings.try_out().unwrap_err().to_string();
+        assert!(none.contains("vs/conntrack") && none.contains("modprobe ip_vs") && !none.contains("NFCT"), "{none}");
+        fs::rename(&away, settings.path(OF_IPVS)).unwrap();
         // What is as it must be needs no leave.
         fs::write(settings.path(name), "1").unwrap();
         settings.set().unwrap();
