@@ -219,6 +219,10 @@ impl Dataplane for Moving {
         self.dataplane.unplaced()
     }
 
+    fn unrestored(&self) -> Option<String> {
+        self.dataplane.unrestored()
+    }
+
     fn retiring(&self) -> Vec<Retiring> {
         lock(&self.shared).retiring.clone()
     }

@@ -661,10 +661,11 @@ impl Engine {
     }
 
     fn tick(&mut self) {
-        let (pause, unplaced, retiring) = self.dataplane.call(&mut self.table, self.queued, |dataplane| {
-            (dataplane.tick(), dataplane.unplaced(), dataplane.retiring())
+        let (pause, unplaced, unrestored, retiring) = self.dataplane.call(&mut self.table, self.queued, |dataplane| {
+            (dataplane.tick(), dataplane.unplaced(), dataplane.unrestored(), dataplane.retiring())
         });
         self.complain("pods left alone at connect time", unplaced);
+        self.complain("kernel settings", unrestored);
         for mode in Mode::ALL.map(Mode::name) {
             let trouble = |one: &Retiring| {
                 let state = if one.retired { "takes no new flows, and stays" } else { "is still in force" };

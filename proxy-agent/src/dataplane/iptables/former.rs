@@ -48,13 +48,11 @@ impl former::Former for Former {
 /// What stays: a chain that nothing leads to, whose table keeps translation on, its rule conntrack; and the leave for what is translated to
 /// be forwarded (A76), or a firewall that forwards nothing would end it; and what keeps the neighbours from loopback, for answers to what was
 /// translated there need `route_localnet` as long. `None`: it is all there is.
-fn retired(saved: Saved) -> Option<String> {
-    let (mut names, mut jumps) = (saved.names(), saved.jumps);
+fn retired(mut saved: Saved) -> Option<String> {
+    let forwards = saved.spare(FORWARD);
+    saved.spare(LOOPBACK);
+    let (mut names, jumps) = (saved.names(), saved.jumps);
     names.remove(&(Table::Nat, RETIRED.to_owned()));
-    let forwards = names.remove(&(Table::Filter, FORWARD.to_owned()));
-    names.remove(&(Table::Filter, LOOPBACK.to_owned()));
-    let stays = [FORWARD, LOOPBACK].map(|chain| format!("-j {chain}"));
-    jumps.retain(|(table, rule)| !(*table == Table::Filter && stays.iter().any(|leads| rule.ends_with(leads))));
     if names.is_empty() && jumps.is_empty() {
         return None;
     }

@@ -6,7 +6,7 @@ use std::{fs, io};
 
 use super::{
     flavour::{Flavour, Tools},
-    loopback,
+    loopback::{self, RouteLocalnet},
     render::Table,
     save::{Saved, is_ours},
     shadow,
@@ -25,8 +25,12 @@ pub(super) struct Left {
 
 impl Left {
     pub(super) fn remove(self) -> Result<(), DataplaneError> {
+        self.remove_with(&loopback::here())
+    }
+
+    pub(super) fn remove_with(self, setting: &RouteLocalnet) -> Result<(), DataplaneError> {
         // The rules go last: one of them keeps out what the setting lets in.
-        loopback::here().put_back(&self.saved)?;
+        setting.put_back(self.saved.route_localnet())?;
         self.remove_rules()
     }
 

@@ -4,7 +4,6 @@
 
 use std::{fs, io, path::PathBuf};
 
-use super::save::Saved;
 use crate::dataplane::{DataplaneError, netfilter::settings};
 
 /// What is noted stands behind this.
@@ -12,7 +11,7 @@ const BEFORE: &str = "route_localnet was ";
 
 /// The setting, by its file.
 #[derive(Clone, Debug)]
-pub(super) struct RouteLocalnet(PathBuf);
+pub(super) struct RouteLocalnet(pub(super) PathBuf);
 
 /// Of the network namespace of the thread that asks.
 pub(super) fn here() -> RouteLocalnet {
@@ -38,15 +37,15 @@ impl RouteLocalnet {
         }
     }
 
-    /// To what `saved` has noted, if it has. What somebody else has set meanwhile stays.
-    pub(super) fn put_back(&self, saved: &Saved) -> Result<(), DataplaneError> {
-        let Some(before) = saved.route_localnet().filter(|before| *before != 1) else { return Ok(()) };
+    /// To what was noted, if anything was. What somebody else has set meanwhile stays.
+    pub(super) fn put_back(&self, noted: Option<i32>) -> Result<(), DataplaneError> {
+        let Some(before) = noted.filter(|before| *before != 1) else { return Ok(()) };
         if !self.read().is_ok_and(|value| value == 1) {
             return Ok(());
         }
         fs::write(&self.0, before.to_string()).map_err(|error| {
             DataplaneError::Unavailable(format!(
-                "{} cannot be set back to {before} ({error}), which leaves loopback open to the node's neighbours; mount /proc/sys writable, or set it by hand",
+                "{} cannot be set back to {before} ({error}); until it is, the rule that keeps the node's neighbours from its loopback stays: mount /proc/sys writable, or set it by hand",
                 self.0.display()
             ))
         })
@@ -65,15 +64,15 @@ pub(super) fn noted(comment: &str) -> Option<i32> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{super::save::Saved, *};
 
-    fn saved(before: &str) -> Saved {
+    fn saved(before: &str) -> Option<i32> {
         let mut saved = Saved::default();
         saved.parse(&format!(
             "*filter\n:PROXY-LOOPBACK - [0:0]\n-A INPUT -m comment --comment \"route_localnet was 7\" -j PROXY-LOOPBACK\n\
              -A PROXY-LOOPBACK ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"{before}\" -j DROP\nCOMMIT\n"
         ));
-        saved
+        saved.route_localnet()
     }
 
     #[test]
@@ -82,7 +81,7 @@ mod tests {
         let file = dir.path().join("route_localnet");
         let (setting, set) = (RouteLocalnet(file.clone()), |value: &str| fs::write(&file, value).unwrap());
         let put_back = |before: &str| {
-            setting.put_back(&saved(before)).unwrap();
+            setting.put_back(saved(before)).unwrap();
             setting.read().unwrap()
         };
         set("0\n");
@@ -95,7 +94,7 @@ mod tests {
         assert_eq!(put_back(&note(1)), 1, "it was so before");
         set("2\n");
         assert_eq!(put_back(&note(0)), 2, "somebody else's stays");
-        setting.put_back(&Saved::default()).unwrap();
+        setting.put_back(None).unwrap();
         assert_eq!(setting.before(), Some(2));
     }
 }

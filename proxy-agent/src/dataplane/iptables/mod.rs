@@ -50,10 +50,14 @@ pub use flavour::Flavour;
 use flavour::{Chosen, Tools, is_busy};
 pub(crate) use former::Former;
 use left::{Found, Left};
-use render::{ChainName, Pods, Renderer, Unit};
+use loopback::RouteLocalnet;
+use render::{ChainName, LOOPBACK, Pods, Renderer, Unit};
 use save::Saved;
 use shadow::{Item, Jumps, Patch, Shadow, Stand};
 use stamp::Stamps;
+
+/// Between two tries to put a setting back.
+const AGAIN: Duration = Duration::from_secs(30);
 
 #[derive(Debug)]
 struct Half {
@@ -94,6 +98,9 @@ pub struct Iptables {
     flows: Flows,
     detect_local: DetectLocal,
     localhost: bool,
+    loopback: RouteLocalnet,
+    /// Why `route_localnet` is still set though nobody asks for it.
+    unrestored: Option<String>,
     /// What the kernel remembers for each list.
     affinity_clients: u32,
     failures: Arc<ByFamily>,
@@ -102,9 +109,26 @@ pub struct Iptables {
     held: BTreeSet<ServiceKey>,
     /// At which load balancers ask.
     health: BTreeSet<u16>,
-    ration: Ration,
+    /// Of readings because others may have changed something, and of those that follow a change of our own.
+    rations: Rations,
     /// Rules were written since all of them were last read.
     wrote: bool,
+}
+
+#[derive(Debug)]
+struct Rations {
+    others: Ration,
+    own: Ration,
+}
+
+impl Rations {
+    fn new(now: Instant) -> Self {
+        Self { others: Ration::new(now), own: Ration::new(now) }
+    }
+
+    const fn of(&mut self, own: bool) -> &mut Ration {
+        if own { &mut self.own } else { &mut self.others }
+    }
 }
 
 impl Iptables {
@@ -139,12 +163,14 @@ impl Iptables {
             flows,
             detect_local: options.detect_local,
             localhost: options.localhost_node_ports,
+            loopback: loopback::here(),
+            unrestored: None,
             affinity_clients: affinity_clients(),
             failures: Arc::clone(&options.restore_failures),
             devices: None,
             held: BTreeSet::new(),
             health: BTreeSet::new(),
-            ration: Ration::new(Instant::now()),
+            rations: Rations::new(Instant::now()),
             wrote: false,
         })
     }
@@ -342,13 +368,12 @@ impl Iptables {
     /// All of it, in place of whatever of ours is there.
     fn write(&mut self, family: Family, whole: &mut Shadow, saved: &Saved) -> Result<u64, ToolError> {
         let opens = whole.renderer.opens_loopback();
-        if opens {
-            let known =
-                saved.route_localnet().or(whole.renderer.route_localnet).or_else(|| self.noted_elsewhere(family));
-            whole.renderer.route_localnet = known.or_else(|| loopback::here().before());
-        } else if let Err(error) = loopback::here().put_back(saved) {
-            tracing::warn!(%error, "what an earlier run set stays");
-        }
+        let noted = saved.route_localnet().or(whole.renderer.route_localnet);
+        whole.renderer.route_localnet = if opens {
+            noted.or_else(|| self.noted_elsewhere(family)).or_else(|| self.loopback.before())
+        } else {
+            self.put_back(noted)
+        };
         let set = whole.chains();
         let gone = saved.names().into_iter().filter(|name| !set.contains_key(name)).collect();
         let patch = Patch { set, gone };
@@ -357,9 +382,16 @@ impl Iptables {
         self.tools.restore(family, &patch.text(&jumps))?;
         if opens {
             // Not before what keeps the neighbours out, and says what it was.
-            loopback::here().open();
+            self.loopback.open();
         }
         Ok(patch.writes())
+    }
+
+    /// Sets `route_localnet` back to what was noted; where that fails, what was noted, by which the neighbours are kept out until it can be.
+    fn put_back(&self, noted: Option<i32>) -> Option<i32> {
+        let error = self.loopback.put_back(noted).err()?;
+        tracing::warn!(%error, "what an earlier run set stays");
+        noted
     }
 
     /// By an earlier run, with the other flavour.
@@ -385,7 +417,10 @@ impl Iptables {
             && let Some(other) = self.leftovers.take()
         {
             tracing::info!(flavour = %other.flavour, "what an earlier run left with the other flavour of iptables is removed");
-            let remove = if self.localhost { Left::remove_rules } else { Left::remove };
+            let shields = |half: &Half| half.state == State::Filled && half.shadow.renderer.shields_loopback();
+            // Who goes on with the setting keeps the neighbours out.
+            let goes_on = self.halves.iter().any(shields);
+            let remove = |left: Left| if goes_on { left.remove_rules() } else { left.remove_with(&self.loopback) };
             if let Err(error) = left::of(other).each(remove) {
                 tracing::warn!(%error, flavour = %other.flavour, "what an earlier run left stays");
                 self.leftovers = Some(other);
@@ -396,16 +431,17 @@ impl Iptables {
     /// A family that nothing is asked of has no chains.
     fn go_without(&mut self, at: usize, mut whole: Shadow, items: &[Item], saved: &Saved, report: &mut Report) {
         let family = whole.renderer.family;
-        if !saved.is_clean() {
-            if let Err(error) = loopback::here().put_back(saved) {
-                tracing::warn!(%error, "what was set stays");
-            }
-            if let Err(error) = self.tools.restore(family, &shadow::removal(saved.names(), saved.jumps.clone())) {
+        whole.renderer.route_localnet = self.put_back(saved.route_localnet());
+        let mut gone = saved.clone();
+        if whole.renderer.shields_loopback() {
+            gone.spare(LOOPBACK);
+        }
+        if !gone.is_clean() {
+            if let Err(error) = self.tools.restore(family, &shadow::removal(gone.names(), gone.jumps)) {
                 return self.give_up(items, at, &error, report);
             }
             report.writes += 1;
         }
-        whole.renderer.route_localnet = None;
         if let Some(half) = self.halves.get_mut(at) {
             half.shadow = whole;
             half.state = State::Absent;
@@ -630,7 +666,7 @@ impl Dataplane for Iptables {
 
     fn observe(&mut self) -> Result<Drift, DataplaneError> {
         let mut drift = Drift::default();
-        let compare = self.ration.allows(Instant::now());
+        let compare = self.rations.of(self.wrote).allows(Instant::now());
         let mut took = Duration::ZERO;
         let pods = self.pods();
         for half in &mut self.halves {
@@ -650,14 +686,35 @@ impl Dataplane for Iptables {
             half.stamp = stamp.filter(|_| compare && lost.is_empty());
             drift.hooks.extend(lost);
         }
-        if took > Duration::ZERO && drift.hooks.is_empty() && !std::mem::take(&mut self.wrote) {
-            self.ration.for_nothing(Instant::now(), took);
+        if took > Duration::ZERO && drift.hooks.is_empty() {
+            self.rations.of(std::mem::take(&mut self.wrote)).for_nothing(Instant::now(), took);
         }
         Ok(drift)
     }
 
     fn tick(&mut self) -> Option<Duration> {
-        None
+        let Self { halves, loopback, unrestored, .. } = self;
+        let is_stuck = |half: &&mut Half| {
+            let renderer = &half.shadow.renderer;
+            renderer.shields_loopback() && !renderer.opens_loopback()
+        };
+        let stuck = halves.iter_mut().find(is_stuck);
+        let tried = stuck.map(|half| (loopback.put_back(half.shadow.renderer.route_localnet), half));
+        *unrestored = match tried {
+            None => None,
+            Some((Err(error), _)) => Some(error.to_string()),
+            Some((Ok(()), half)) => {
+                // The rule goes when the kernel is looked at next.
+                half.shadow.renderer.route_localnet = None;
+                half.state = State::Unknown;
+                None
+            }
+        };
+        unrestored.as_ref().map(|_| AGAIN)
+    }
+
+    fn unrestored(&self) -> Option<String> {
+        self.unrestored.clone()
     }
 
     fn teardown(&mut self) -> Result<(), DataplaneError> {

@@ -178,7 +178,7 @@ pub(super) struct Renderer {
     pub(super) masquerade_ports: (u16, u16),
     /// Node ports of 127.0.0.1 are asked for, at the price of `route_localnet` (contract A54).
     pub(super) localhost: bool,
-    /// What `route_localnet` was before it was set; `None`: not known yet, or not set.
+    /// What `route_localnet` was before it was set; `None`: not known yet, or not set. It may be still set though it is not asked for.
     pub(super) route_localnet: Option<i32>,
     /// The kernel's conntrack takes what is out of its window, so nothing is invalid (contract A109).
     pub(super) liberal: bool,
@@ -304,7 +304,7 @@ impl Renderer {
             canary(Table::Filter),
             canary(Table::Mangle),
         ]);
-        if self.opens_loopback() {
+        if self.shields_loopback() {
             // What `route_localnet` lets in from the neighbours (contract A54).
             let note =
                 self.route_localnet.map(|before| format!("-m comment --comment \"{}\" ", loopback::note(before)));
@@ -319,6 +319,11 @@ impl Renderer {
 
     pub(super) const fn opens_loopback(&self) -> bool {
         self.localhost && matches!(self.family, Family::V4)
+    }
+
+    /// As long as the setting stands, whoever asks for it.
+    pub(super) const fn shields_loopback(&self) -> bool {
+        matches!(self.family, Family::V4) && (self.localhost || self.route_localnet.is_some())
     }
 
     /// An answer that conntrack takes for invalid would reach the client as the endpoint's own, which resets its connection (contract A109).
@@ -355,7 +360,7 @@ impl Renderer {
             // What is for the node itself comes in again, where a refusal is told as one: here, it is as good as a drop (`EPERM`).
             (Table::Filter, "OUTPUT", format!("-m addrtype ! --dst-type LOCAL {unserved}")),
         ];
-        if self.opens_loopback() {
+        if self.shields_loopback() {
             jumps.push((
                 Table::Filter,
                 "INPUT",

@@ -158,6 +158,13 @@ impl Saved {
         self.chains.keys().cloned().collect()
     }
 
+    /// Without this chain of the filter table, and what leads there: it is to stay. Whether it was there.
+    pub(super) fn spare(&mut self, chain: &str) -> bool {
+        let leads = format!("-j {chain}");
+        self.jumps.retain(|(table, rule)| *table != Table::Filter || !rule.ends_with(&leads));
+        self.chains.remove(&(Table::Filter, chain.to_owned())).is_some()
+    }
+
     /// Matches by which pods of this node were told.
     pub(super) fn pod_devices(&self) -> BTreeSet<String> {
         let rules = self.chains.get(&(Table::Nat, MARK_OTHERS.to_owned()));

@@ -2,10 +2,16 @@
 
 use std::{
     fs,
-    os::unix::fs::PermissionsExt,
+    io::Write as _,
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::PermissionsExt,
+    },
     path::{Path, PathBuf},
     sync::atomic::{AtomicU64, Ordering},
 };
+
+use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use super::*;
 use crate::dataplane::netfilter::refused::{frontend, spec};
@@ -72,12 +78,14 @@ impl World {
             flows: Flows::idle(),
             detect_local: DetectLocal::Device,
             localhost: false,
+            loopback: RouteLocalnet(dir.path().join("route_localnet")),
+            unrestored: None,
             affinity_clients: 100,
             failures: Arc::default(),
             devices: Some(BTreeSet::new()),
             held: BTreeSet::new(),
             health: BTreeSet::new(),
-            ration: Ration::new(Instant::now()),
+            rations: Rations::new(Instant::now()),
             wrote: false,
         };
         Self { dir, iptables, stamps }
@@ -135,7 +143,7 @@ fn a_rule_that_says_something_else_is_drift() {
     let printed = world.file("given").replace("\n-I ", "\n-A ").replace("--ctstate NEW ", "--state NEW ");
     let seen = |world: &mut World, text: &str| {
         world.write("saved", text);
-        world.iptables.ration = Ration::new(Instant::now());
+        world.iptables.rations = Rations::new(Instant::now());
         world.iptables.halves[0].state = State::Filled;
         world.iptables.observe().unwrap().hooks
     };
@@ -171,7 +179,7 @@ fn rules_that_nobody_changed_are_not_looked_at_again() {
         (world.file("looks").lines().count(), drift.hooks.len())
     };
     let compared = |world: &mut World| {
-        world.iptables.ration = Ration::new(Instant::now());
+        world.iptables.rations = Rations::new(Instant::now());
         looks(world)
     };
     let all = compared(&mut world);
@@ -180,7 +188,7 @@ fn rules_that_nobody_changed_are_not_looked_at_again() {
     world.stamps.0.store(7, Ordering::Relaxed);
     // Not all of it was read: that it stays so is not enough.
     for _ in 0..2 {
-        world.iptables.ration.for_nothing(Instant::now(), Duration::from_secs(1000));
+        world.iptables.rations.others.for_nothing(Instant::now(), Duration::from_secs(1000));
     }
     assert!(looks(&mut world).0 > 0 && looks(&mut world).0 > 0);
     assert_eq!(compared(&mut world), all);
@@ -209,4 +217,112 @@ fn an_emptied_chain_is_found_at_once_though_others_change_theirs() {
     assert_eq!(seen(&mut world, 3, &emptied), ["iptables/PROXY-GUARD filter ipv4"]);
     world.iptables.halves[0].state = State::Filled;
     assert_eq!(seen(&mut world, 4, &emptied).len(), 1, "what was found was not for nothing");
+}
+
+/// With ten thousand Services it takes seconds, and something always changes.
+#[test]
+fn readings_that_follow_our_own_changes_are_rationed_by_themselves() {
+    let mut world = World::new();
+    assert_eq!(world.set(&[frontend("10.96.0.1")]).failed, BTreeMap::new());
+    let printed = world.file("given").replace("\n-I ", "\n-A ");
+    world.write("saved", &printed);
+    // One may be owed for.
+    world.iptables.rations.own.for_nothing(Instant::now(), Duration::from_secs(1000));
+    assert!(world.iptables.observe().unwrap().hooks.is_empty());
+    assert!(!world.iptables.wrote && !world.iptables.rations.own.allows(Instant::now()), "it was for nothing");
+    let altered = printed.replace("--ctstate NEW -j REJECT", "--ctstate NEW -j ACCEPT");
+    world.write("saved", &altered);
+    world.iptables.wrote = true;
+    assert!(world.iptables.observe().unwrap().hooks.is_empty() && world.iptables.wrote, "not read yet");
+    world.iptables.wrote = false;
+    assert_eq!(world.iptables.observe().unwrap().hooks.len(), 1, "others have their own");
+}
+
+/// What can be read and not written, by root either; as long as the first lives.
+fn sealed(text: &str) -> (OwnedFd, RouteLocalnet) {
+    let file = memfd_create("route_localnet", MemfdFlags::ALLOW_SEALING).unwrap();
+    fs::File::from(file.try_clone().unwrap()).write_all(text.as_bytes()).unwrap();
+    fcntl_add_seals(&file, SealFlags::WRITE | SealFlags::SHRINK).unwrap();
+    let path = format!("/proc/self/fd/{}", file.as_raw_fd());
+    (file, RouteLocalnet(path.into()))
+}
+
+/// A setting that can be written, with this in it.
+fn writable(world: &World, value: &str) -> RouteLocalnet {
+    world.write("route_localnet", value);
+    RouteLocalnet(world.dir.path().join("route_localnet"))
+}
+
+/// As iptables-save would print what was written last.
+fn print(world: &World) {
+    world.write("saved", &world.file("given").replace("\n-I ", "\n-A "));
+}
+
+const NOTED: &str = "--comment \"route_localnet was 0\"";
+
+#[test]
+fn the_neighbours_are_kept_out_for_as_long_as_the_setting_stands() {
+    let mut world = World::new();
+    world.iptables.loopback = writable(&world, "0");
+    world.iptables.localhost = true;
+    for half in &mut world.iptables.halves {
+        half.shadow.renderer.localhost = true;
+    }
+    let one = frontend("10.96.0.1");
+    assert_eq!(world.set(&[one]).failed, BTreeMap::new());
+    assert!(world.file("given").contains(NOTED) && world.file("route_localnet") == "1");
+    print(&world);
+
+    // The next agent is not asked for it, and cannot put it back.
+    let mut next = World::new();
+    next.write("saved", &world.file("saved"));
+    let (_file, stuck) = sealed("1\n");
+    next.iptables.loopback = stuck;
+    assert_eq!(next.set(&[one]).failed, BTreeMap::new());
+    let given = next.file("given");
+    assert!(given.contains(NOTED) && given.contains("-I INPUT") && !given.contains("-X PROXY-LOOPBACK"), "{given}");
+    assert_eq!(next.iptables.tick(), Some(AGAIN));
+    let said = next.iptables.unrestored().unwrap();
+    assert!(said.contains("cannot be set back to 0") && said.contains("mount /proc/sys writable"), "{said}");
+    print(&next);
+    assert!(next.iptables.observe().unwrap().hooks.is_empty(), "nothing to repair");
+
+    // Nothing is asked for any more: the rule alone stays.
+    next.iptables.halves[0].state = State::Unknown;
+    let gone = Changes { remove: [one].into(), ..Changes::default() };
+    assert_eq!(next.iptables.apply(&gone).failed, BTreeMap::new());
+    let given = next.file("given");
+    assert!(given.contains("-X PROXY-SERVICES") && !given.contains("PROXY-LOOPBACK"), "{given}");
+    assert!(next.iptables.tick().is_some());
+
+    // By now it can.
+    next.iptables.loopback = writable(&next, "1");
+    assert_eq!((next.iptables.tick(), next.iptables.unrestored()), (None, None));
+    assert_eq!(next.file("route_localnet"), "0");
+    assert_eq!(next.iptables.halves[0].state, State::Unknown);
+    assert_eq!(next.set(&[one]).failed, BTreeMap::new());
+    let given = next.file("given");
+    assert!(given.contains("-X PROXY-LOOPBACK") && !given.contains(NOTED), "{given}");
+}
+
+#[test]
+fn what_the_other_flavour_left_goes_only_where_somebody_else_keeps_the_neighbours_out() {
+    let noted = "*filter\n:PROXY-LOOPBACK - [0:0]\n-A PROXY-LOOPBACK -d 127.0.0.0/8 -m comment --comment \"route_localnet was 0\" -j DROP\nCOMMIT\n";
+    for (serves_v4, goes) in [(false, false), (true, true)] {
+        let mut world = World::new();
+        let other = World::new();
+        other.write("saved", noted);
+        world.iptables.leftovers = Some(other.iptables.tools);
+        world.iptables.localhost = true;
+        world.iptables.halves[0].shadow.renderer.localhost = true;
+        let (_file, stuck) = sealed("1\n");
+        world.iptables.loopback = stuck;
+        for half in &mut world.iptables.halves {
+            half.state = State::Absent;
+        }
+        let addr = if serves_v4 { "10.96.0.1" } else { "fd00:96::1" };
+        assert_eq!(world.set(&[frontend(addr)]).failed, BTreeMap::new());
+        assert_eq!(world.iptables.leftovers.is_none(), goes, "{addr}");
+        assert_eq!(other.file("given").contains("-X PROXY-LOOPBACK"), goes, "{addr}");
+    }
 }

@@ -36,7 +36,7 @@ fn text(family: Family, options: &Options) -> String {
         mark: options.mark(),
         masquerade_ports: options.masquerade_ports,
         localhost: options.localhost_node_ports,
-        route_localnet: Some(0),
+        route_localnet: (options.localhost_node_ports && family == Family::V4).then_some(0),
         liberal: false,
     });
     let unit = |(frontend, spec)| {
