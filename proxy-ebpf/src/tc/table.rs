@@ -155,9 +155,10 @@ pub(crate) fn is_there<A: Header>(key: &ConnectionKey<A>) -> bool {
 #[inline(always)]
 pub(crate) fn would_be_rewritten<A: Header>(key: &ConnectionKey<A>, needs: bool) -> bool {
     let is_in_the_way = |live: Option<*mut ConnectionValue<A>>| {
-        // SAFETY: a live pointer to a value of this map; a byte, copied at once.
         live.is_some_and(|live| {
-            !needs || unsafe { (&raw const (*live).flags).read_volatile() } & flags::MASQUERADE == 0
+            // SAFETY: a live pointer to a value of this map; a byte, copied at once.
+            let said = unsafe { (&raw const (*live).flags).read_volatile() };
+            !needs || said & flags::MASQUERADE == 0
         })
     };
     is_in_the_way(A::half_open().get_ptr_mut(key)) || is_in_the_way(established::get(key))
