@@ -24,7 +24,9 @@ fn run(args: &[&str]) -> (i32, String, String) {
 fn help_is_done_and_nonsense_is_usage() {
     let (code, out, err) = run(&["--help"]);
     assert_eq!((code, err.as_str()), (0, ""));
-    for verb in ["run", "services", "backends", "connections", "affinity", "counters", "status", "check", "cleanup"] {
+    for verb in
+        ["run", "config", "services", "backends", "connections", "affinity", "counters", "status", "check", "cleanup"]
+    {
         assert!(out.contains(&format!("\n  {verb} ")), "{verb} is missing: {out}");
     }
     for args in [
@@ -133,4 +135,64 @@ fn a_reader_that_leaves_is_no_error() {
     let mut err = String::new();
     child.stderr.take().unwrap().read_to_string(&mut err).unwrap();
     assert_eq!((child.wait().unwrap().code(), err.as_str()), (Some(0), ""));
+}
+
+fn write(dir: &tempfile::TempDir, text: &str) -> String {
+    let path = dir.path().join("agent.conf");
+    std::fs::write(&path, text).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn a_configuration_is_printed_and_read_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmode: nftables\n---\n\
+                apiVersion: proxy-agent/v1alpha1\nkind: ProxyAgentConfiguration\nsocketLb: node\n";
+    let file = write(&dir, text);
+    let (code, table, err) = run(&["config", "--config", &file, "--xdp=generic"]);
+    assert_eq!(code, 0, "{err}");
+    for (field, value, from) in
+        [("mode", "nftables", ":3"), ("socketLb", "node", ":7"), ("xdp", "generic", "--xdp"), ("bpffs", "/", "default")]
+    {
+        let row = table.lines().find(|row| row.starts_with(&format!("{field} "))).unwrap();
+        assert!(row.contains(value) && row.ends_with(from), "{row}");
+    }
+    let (_, yaml, _) = run(&["config", "--config", &file, "--xdp=generic", "-o", "yaml"]);
+    let written = dir.path().join("written.conf");
+    let written = written.to_str().unwrap();
+    let (code, out, err) = run(&["run", "--config", &file, "--xdp=generic", "--write-config-to", written]);
+    assert_eq!((code, out.as_str(), err.as_str()), (0, "", ""));
+    assert_eq!(std::fs::read_to_string(written).unwrap(), yaml);
+    assert_eq!(run(&["config", "--config", written, "-o", "yaml"]), (0, yaml, String::new()));
+    let (_, json, _) = run(&["config", "--config", written, "-o", "json"]);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert_eq!((&json["items"][0]["mode"], &json["items"][1]["xdp"]), (&"nftables".into(), &"generic".into()));
+}
+
+#[test]
+fn a_configuration_that_makes_no_sense_is_usage() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = write(&dir, "apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\nmoed: ipvs\n");
+    for verb in ["run", "config"] {
+        let (code, out, err) = run(&[verb, "--config", &file]);
+        assert_eq!((code, out.as_str()), (2, ""), "{err}");
+        assert!(err.contains(&format!("{file}:3: moed: ")) && err.contains("is mode meant?"), "{err}");
+    }
+    let (code, _, err) = run(&["run", "--config", "/nonexistent/file"]);
+    assert_eq!(code, 3, "{err}");
+    assert!(err.contains("/nonexistent/file"), "{err}");
+}
+
+#[test]
+fn under_kube_proxys_name_it_is_run() {
+    for (args, words) in [
+        (&["--version"][..], "proxy-agent 0"),
+        (&["--version=raw"], "proxy-agent 0"),
+        (&["--help"], "--iptables-masquerade-bit"),
+        (&["config", "--hostname_override=n"], "hostnameOverride"),
+    ] {
+        let Output { status, stdout, .. } = agent(args).arg0("/usr/local/bin/kube-proxy").output().unwrap();
+        let out = String::from_utf8(stdout).unwrap();
+        assert!(status.success() && out.contains(words), "{args:?}: {out}");
+    }
 }

@@ -83,7 +83,7 @@ fn detection() -> impl Strategy<Value = DetectLocal> {
 fn defaults() -> impl Strategy<Value = Defaults> {
     let which = prop_oneof![
         2 => Just(NodePortAddresses::All),
-        1 => Just(NodePortAddresses::Primary),
+        1 => Just(NodePortAddresses::Primary(None)),
         1 => Just(NodePortAddresses::Cidrs(vec!["192.0.2.0/29".parse().unwrap()])),
     ];
     (which, detection(), any::<(bool, bool, bool)>()).prop_map(

@@ -3,7 +3,10 @@
 //! Data goes to stdout, everything else to stderr. Exit status: [`Exit`].
 
 use std::{
+    ffi::{OsStr, OsString},
     io::{self, Write},
+    iter,
+    path::Path,
     process::ExitCode,
 };
 
@@ -15,6 +18,7 @@ pub mod backends;
 pub mod check;
 pub mod cleanup;
 pub mod completions;
+pub mod config;
 pub mod connections;
 pub mod counters;
 pub mod exit;
@@ -47,7 +51,9 @@ struct Cli {
 #[derive(Debug, Subcommand)]
 enum Verb {
     /// Watch Services and EndpointSlices and keep the kernel in step
-    Run(Box<run::Args>),
+    Run(Box<run::Given>),
+    /// Print the configuration that `run` would have, and where each value comes from
+    Config(Box<config::Args>),
     /// Print what `run` would put in force, as JSON
     #[command(hide = true)]
     PrintPlan(Box<run::planned::Args>),
@@ -77,7 +83,7 @@ enum Verb {
 }
 
 pub fn main() -> ExitCode {
-    let Cli { verb } = Cli::parse();
+    let Cli { verb } = Cli::parse_from(words(std::env::args_os()));
     let mut out = io::BufWriter::new(io::stdout().lock());
     let outcome = execute(verb, &mut out).and_then(|exit| {
         out.flush()?;
@@ -94,9 +100,28 @@ pub fn main() -> ExitCode {
     exit.into()
 }
 
+/// The command line as ours: under kube-proxy's name without a verb it is `run`, and options may be written with underscores, as kube-proxy's may.
+fn words(given: impl IntoIterator<Item = OsString>) -> Vec<OsString> {
+    let mut given = given.into_iter().peekable();
+    let name = given.next().unwrap_or_default();
+    let is_kube_proxy = Path::new(&name).file_name() == Some(OsStr::new("kube-proxy"));
+    // kube-proxy has no verbs, so a word that is none of its options can be ours alone.
+    let has_verb = given.peek().is_some_and(|word| !word.as_encoded_bytes().starts_with(b"-"));
+    let run = (is_kube_proxy && !has_verb).then(|| OsString::from("run"));
+    iter::once(name).chain(run).chain(given.map(dashed)).collect()
+}
+
+/// `--a_b=c_d` as `--a-b=c_d`.
+fn dashed(word: OsString) -> OsString {
+    let Some(text) = word.to_str().filter(|text| text.starts_with("--")) else { return word };
+    let (option, value) = text.find('=').map_or((text, ""), |at| text.split_at(at));
+    format!("{}{value}", option.replace('_', "-")).into()
+}
+
 fn execute(verb: Verb, out: &mut dyn Write) -> anyhow::Result<Exit> {
     match verb {
-        Verb::Run(args) => run::execute(*args),
+        Verb::Run(given) => run::execute(*given, out),
+        Verb::Config(args) => config::execute(*args, out),
         Verb::PrintPlan(args) => run::planned::execute(*args, out),
         Verb::Services(args) => services::execute(args, out),
         Verb::Backends(args) => backends::execute(args, out),
@@ -125,7 +150,7 @@ mod tests {
 
     fn parse(args: &[&str]) -> Result<Cli, ErrorKind> {
         let args = ["proxy-agent"].into_iter().chain(args.iter().copied());
-        Cli::try_parse_from(args).map_err(|error| error.kind())
+        Cli::try_parse_from(words(args.map(OsString::from))).map_err(|error| error.kind())
     }
 
     #[test]
@@ -155,15 +180,17 @@ mod tests {
             (&["run"][..], [true, true]),
             (&["run", "--external-ips", "--iptables-localhost-nodeports=true"], [true, true]),
             (&["run", "--external-ips=false", "--iptables-localhost-nodeports=false"], [false, false]),
+            (&["run", "--external_ips=F", "--iptables_localhost-nodeports=0"], [false, false]),
         ] {
-            let Ok(Cli { verb: Verb::Run(parsed) }) = parse(args) else { panic!("{args:?}") };
+            let Ok(Cli { verb: Verb::Run(given) }) = parse(args) else { panic!("{args:?}") };
+            let parsed = given.args();
             assert_eq!(
                 [parsed.external_ips, parsed.netfilter.iptables_localhost_nodeports.unwrap_or(true)],
                 on,
                 "{args:?}"
             );
         }
-        assert_eq!(parse(&["run", "--external-ips=maybe"]).map(|_| ()), Err(ErrorKind::InvalidValue));
+        assert_eq!(parse(&["run", "--external-ips=maybe"]).map(|_| ()), Err(ErrorKind::ValueValidation));
         assert_eq!(parse(&["run", "--external-ips", "false"]).map(|_| ()), Err(ErrorKind::UnknownArgument));
     }
 
@@ -189,6 +216,51 @@ mod tests {
         assert!(annotations.len() > 1, "{annotations:?}");
         for annotation in annotations {
             assert!(section.contains(&format!("`proxy-agent/{annotation}")), "{annotation} is not in docs/cli.md");
+        }
+    }
+
+    /// docs/configuration.md has every field of both documents, with its option, and none that there is not.
+    #[test]
+    fn the_manual_has_every_field() {
+        let text = include_str!("../../../docs/configuration.md");
+        for document in crate::config::Document::ALL {
+            let section = text.split(&format!("\n## {}\n", document.kind())).nth(1).unwrap();
+            let section = section.split("\n## ").next().unwrap();
+            let rows = section.lines().filter(|line| line.starts_with("| `"));
+            let cell =
+                |row: &str, n: usize| row.split('|').nth(n).unwrap_or_default().trim().trim_matches('`').to_owned();
+            let documented: Vec<_> = rows.map(|row| (cell(row, 1), cell(row, 2))).collect();
+            let option = |flag: &str| if flag.is_empty() { String::new() } else { format!("--{flag}") };
+            let real: Vec<_> =
+                document.fields().iter().map(|field| (field.path.to_owned(), option(field.flag))).collect();
+            assert_eq!(documented, real);
+            for field in document.fields() {
+                let row = section.lines().find(|line| line.starts_with(&format!("| `{}` |", field.path))).unwrap();
+                if let crate::config::Here::Ignored(why) | crate::config::Here::Netfilter(why) = field.here {
+                    assert!(row.contains("**no effect**") && row.contains(why), "{row}");
+                } else {
+                    assert!(!row.contains("**no effect**"), "{row}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn under_kube_proxys_name_it_runs() {
+        let words = |line: &str| {
+            let words = words(line.split(' ').map(OsString::from)).into_iter().map(|word| word.into_string().unwrap());
+            words.collect::<Vec<_>>().join(" ")
+        };
+        for (given, taken) in [
+            ("/usr/local/bin/kube-proxy --config=/x", "/usr/local/bin/kube-proxy run --config=/x"),
+            ("kube-proxy", "kube-proxy run"),
+            ("kube-proxy -v 2", "kube-proxy run -v 2"),
+            ("kube-proxy status -o json", "kube-proxy status -o json"),
+            ("proxy-agent --help", "proxy-agent --help"),
+            ("kube-proxy2 --help", "kube-proxy2 --help"),
+            ("proxy-agent run --proxy_mode=a_b --log_level x_y", "proxy-agent run --proxy-mode=a_b --log-level x_y"),
+        ] {
+            assert_eq!(words(given), taken);
         }
     }
 

@@ -47,8 +47,8 @@ pub enum NodePortAddresses {
     /// All that others can reach.
     #[default]
     All,
-    /// The InternalIPs that the Node object names.
-    Primary,
+    /// The InternalIPs that the Node object names; of the family of this address it alone.
+    Primary(Option<IpAddr>),
     /// Those inside one of these; a family that none is of: all.
     Cidrs(Vec<IpNet>),
 }
@@ -63,7 +63,7 @@ impl NodePortAddresses {
     pub fn listen(&self, family: Family, addresses: &BTreeSet<IpAddr>, node: &NodeFacts) -> Vec<IpAddr> {
         let everywhere = match self {
             Self::All => true,
-            Self::Primary => false,
+            Self::Primary(_) => false,
             Self::Cidrs(cidrs) => {
                 let mut of_family = cidrs.iter().filter(|cidr| Family::of(cidr.addr()) == family).peekable();
                 of_family.peek().is_none() || of_family.any(|cidr| cidr.prefix_len() == 0)
@@ -81,7 +81,11 @@ impl NodePortAddresses {
     fn means(&self, addr: IpAddr, node: &NodeFacts) -> bool {
         match self {
             Self::All => unfit_for_endpoint(addr).is_none(),
-            Self::Primary => unfit_for_vip(addr).is_none() && node.internal_ips.contains(&addr),
+            Self::Primary(instead) => {
+                let of_node = || node.internal_ips.contains(&addr);
+                let instead = instead.filter(|instead| Family::of(*instead) == Family::of(addr));
+                unfit_for_vip(addr).is_none() && instead.map_or_else(of_node, |instead| instead == addr)
+            }
             Self::Cidrs(cidrs) => {
                 let all = !cidrs.iter().any(|cidr| Family::of(cidr.addr()) == Family::of(addr))
                     || cidrs.iter().any(|cidr| cidr.prefix_len() == 0 && cidr.contains(&addr));
@@ -97,7 +101,7 @@ impl NodePortAddresses {
         let localhost = IpAddr::V4(Ipv4Addr::LOCALHOST);
         match self {
             Self::All => true,
-            Self::Primary => false,
+            Self::Primary(_) => false,
             Self::Cidrs(cidrs) => {
                 !cidrs.iter().any(|cidr| cidr.addr().is_ipv4())
                     || cidrs
@@ -147,7 +151,11 @@ mod tests {
         for (which, expected, localhost) in [
             (NodePortAddresses::All, "10.244.1.1 192.0.2.1 198.51.100.7 fd00::1", true),
             // What the Node object says and the node does not have, it cannot answer for; nor for what is no address to ask.
-            (NodePortAddresses::Primary, "192.0.2.1", false),
+            (NodePortAddresses::Primary(None), "192.0.2.1", false),
+            // Another one for a family, and nothing for the other (A125).
+            (NodePortAddresses::Primary(Some("198.51.100.7".parse().unwrap())), "198.51.100.7", false),
+            (NodePortAddresses::Primary(Some("fd00::1".parse().unwrap())), "192.0.2.1 fd00::1", false),
+            (NodePortAddresses::Primary(Some("192.0.2.98".parse().unwrap())), "", false),
             (cidrs("192.0.2.0/24"), "192.0.2.1 fd00::1", false),
             (cidrs("192.0.2.0/24 127.0.0.0/8"), "192.0.2.1 fd00::1", true),
             (cidrs("127.0.0.1/32"), "fd00::1", true),

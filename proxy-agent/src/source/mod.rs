@@ -15,12 +15,15 @@ mod address;
 mod api;
 mod convert;
 mod directory;
+mod file;
 mod kubernetes;
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
+
+pub use file::File;
 
 use crate::{
     model::{self, SourceState},

@@ -36,6 +36,13 @@ pub struct Args {
     dry_run: bool,
 }
 
+impl Args {
+    /// What kube-proxy's `--cleanup` is expected to do: ours, and kube-proxy's.
+    pub fn everything(bpffs: PathBuf) -> Self {
+        Self { bpffs, kube_proxy: true, dry_run: false }
+    }
+}
+
 pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let Args { bpffs, kube_proxy, dry_run } = args;
     if let Ok(pins) = Pins::open(&bpffs)

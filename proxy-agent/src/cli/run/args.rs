@@ -1,22 +1,31 @@
 //! The options of `run`. Names are kube-proxy's wherever kube-proxy has them.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    convert::Infallible,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    path::PathBuf,
+    time::Duration,
+};
 
 use clap::{Arg, ArgAction, Args as ClapArgs, ValueEnum, value_parser};
 
+use super::unused::Unused;
 use crate::{
     cli::shapes::{SocketLb, Xdp},
-    config::{self, BPFFS, Bind, ClusterCidr, LocalMode, PortRange, ProxyMode},
+    config::{self, BPFFS, Bind, ClusterCidr, HEALTHZ_PORT, LocalMode, METRICS_PORT, PortRange, ProxyMode},
     dataplane::{iptables::Flavour, netfilter},
     desired::Algorithm,
-    model::address::NodePortAddresses,
 };
 
 #[derive(Clone, Debug, ClapArgs)]
-#[command(mut_args(switch))]
+// As kube-proxy's own: what is said twice is said last.
+#[command(mut_args(switch), args_override_self = true, allow_negative_numbers = true)]
 pub struct Args {
+    #[command(flatten)]
+    pub file: File,
+
     /// Watch this cluster [default: KUBECONFIG, ~/.kube/config, or the pod's service account]
-    #[arg(long, value_name = "FILE", help_heading = "Source")]
+    #[arg(long, value_name = "FILE", value_parser = path, help_heading = "Source")]
     pub kubeconfig: Option<PathBuf>,
     /// Address of the API server, in place of the one the kubeconfig names
     #[arg(long, value_name = "URL", help_heading = "Source")]
@@ -58,6 +67,9 @@ pub struct Args {
     /// Masquerade all traffic to ClusterIPs, pods' too
     #[arg(long, env = "PROXY_AGENT_MASQUERADE_ALL")]
     pub masquerade_all: bool,
+    /// The node's own address of a family, in place of the Node's; an IPv6 one moves the default addresses to listen on to IPv6
+    #[arg(long, value_name = "ADDRESS", value_parser = config::bind_address, env = "PROXY_AGENT_BIND_ADDRESS")]
+    pub bind_address: Option<IpAddr>,
     /// How pods of this node are told: ClusterCIDR, NodeCIDR, BridgeInterface or InterfaceNamePrefix [default: by the links of their devices]
     #[arg(long, value_name = "MODE", env = "PROXY_AGENT_DETECT_LOCAL_MODE", help_heading = "Local detection")]
     pub detect_local_mode: Option<LocalMode>,
@@ -90,13 +102,17 @@ pub struct Args {
     #[arg(
         long,
         value_name = "CIDR,…|primary",
-        value_parser = config::node_port_addresses,
+        value_delimiter = ',',
+        value_parser = config::node_port_address,
         env = "PROXY_AGENT_NODEPORT_ADDRESSES"
     )]
-    pub nodeport_addresses: Option<NodePortAddresses>,
+    pub nodeport_addresses: Vec<String>,
     /// Serve the external IPs of Services
     #[arg(long, default_value_t = true, env = "PROXY_AGENT_EXTERNAL_IPS")]
     pub external_ips: bool,
+    /// kube-proxy's feature gates; AllowServiceExternalIPs=false is --external-ips=false, no other has an effect
+    #[arg(long, value_name = "NAME=BOOL,…", value_delimiter = ',', value_parser = config::gates::feature_gate)]
+    pub feature_gates: Vec<String>,
     /// Root of the cgroup v2 tree to attach to [default: where it is mounted]
     #[arg(long, value_name = "DIR", env = "PROXY_AGENT_CGROUP_ROOT")]
     pub cgroup_root: Option<PathBuf>,
@@ -104,30 +120,20 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = BPFFS, env = "PROXY_AGENT_BPFFS")]
     pub bpffs: PathBuf,
 
-    /// Least time between two syncs; 0: as soon as something changes
-    #[arg(long, value_name = "DURATION", default_value = "0", value_parser = config::duration, help_heading = "Sync")]
-    pub min_sync_period: Duration,
-    /// How often the kernel is compared with what should be in force, and failures are tried again
-    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = period, help_heading = "Sync")]
-    pub sync_period: Duration,
-    /// Where /healthz and /livez answer; empty: nowhere
-    #[arg(
-        long,
-        value_name = "ADDRESS",
-        default_value = "0.0.0.0:10256",
-        env = "PROXY_AGENT_HEALTHZ_BIND_ADDRESS",
-        help_heading = "Serving"
-    )]
-    pub healthz_bind_address: Bind,
-    /// Where /metrics, /status and /proxyMode answer; empty: nowhere
-    #[arg(
-        long,
-        value_name = "ADDRESS",
-        default_value = "127.0.0.1:10249",
-        env = "PROXY_AGENT_METRICS_BIND_ADDRESS",
-        help_heading = "Serving"
-    )]
-    pub metrics_bind_address: Bind,
+    #[command(flatten)]
+    pub periods: Periods,
+    /// Where /healthz and /livez answer; empty or off: nowhere [default: 0.0.0.0:10256]
+    #[arg(long, value_name = "ADDRESS", env = "PROXY_AGENT_HEALTHZ_BIND_ADDRESS", help_heading = "Serving")]
+    pub healthz_bind_address: Option<Bind>,
+    /// Where /metrics, /status and /proxyMode answer; empty or off: nowhere [default: 127.0.0.1:10249]
+    #[arg(long, value_name = "ADDRESS", env = "PROXY_AGENT_METRICS_BIND_ADDRESS", help_heading = "Serving")]
+    pub metrics_bind_address: Option<Bind>,
+    /// Port of --healthz-bind-address where that names none; 0: nowhere (deprecated)
+    #[arg(long, value_name = "PORT", help_heading = "Serving")]
+    pub healthz_port: Option<u16>,
+    /// Port of --metrics-bind-address where that names none; 0: nowhere (deprecated)
+    #[arg(long, value_name = "PORT", help_heading = "Serving")]
+    pub metrics_port: Option<u16>,
     /// End if an address cannot be had, instead of trying again
     #[arg(long, help_heading = "Serving")]
     pub bind_address_hard_fail: bool,
@@ -137,15 +143,137 @@ pub struct Args {
     #[command(flatten)]
     pub maps: Maps,
 
-    /// How log lines look
-    #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_LOG_FORMAT", help_heading = "Logging")]
-    pub log_format: LogFormat,
-    /// What the agent logs: a level, or target=level,…
-    #[arg(long, value_name = "FILTER", default_value = "info", env = "RUST_LOG", help_heading = "Logging")]
-    pub log_level: String,
+    #[command(flatten)]
+    pub log: Log,
     /// What the eBPF programs log; it costs them time
     #[arg(long, value_enum, default_value_t, env = "PROXY_AGENT_EBPF_LOG_LEVEL", help_heading = "Logging")]
     pub ebpf_log_level: EbpfLogLevel,
+
+    /// Tell no neighbour of addresses that are on another device, with --proxy-mode ipvs: arp_ignore 1, arp_announce 2
+    #[arg(long)]
+    pub ipvs_strict_arp: bool,
+    /// Of the process, for when memory runs out: the higher, the sooner it is ended [default: as it was started with]
+    #[arg(long, value_name = "N", value_parser = value_parser!(i16).range(-1000..=1000), allow_hyphen_values = true)]
+    pub oom_score_adj: Option<i16>,
+    #[command(flatten)]
+    pub unused: Unused,
+}
+
+impl Args {
+    /// Where /healthz and /metrics answer: as kube-proxy, by default in the family of --bind-address.
+    pub fn binds(&self) -> (Option<SocketAddr>, Option<SocketAddr>) {
+        let (all, own): (IpAddr, IpAddr) = match self.bind_address {
+            Some(IpAddr::V6(_)) => (Ipv6Addr::UNSPECIFIED.into(), Ipv6Addr::LOCALHOST.into()),
+            _ => (Ipv4Addr::UNSPECIFIED.into(), Ipv4Addr::LOCALHOST.into()),
+        };
+        let bind = |given: Option<Bind>, default, port: Option<u16>, default_port| match port {
+            Some(0) => None,
+            port => given.unwrap_or(Bind::Address(default)).socket(port.unwrap_or(default_port)),
+        };
+        (
+            bind(self.healthz_bind_address, all, self.healthz_port, HEALTHZ_PORT),
+            bind(self.metrics_bind_address, own, self.metrics_port, METRICS_PORT),
+        )
+    }
+}
+
+/// The file, and what is done in place of running.
+#[derive(Clone, Debug, ClapArgs)]
+#[command(next_help_heading = "Configuration file")]
+pub struct File {
+    /// Read the configuration from this file: a KubeProxyConfiguration, a ProxyAgentConfiguration, or both. kube-proxy's options beside it
+    /// are not read, but for --hostname-override, --master and those of the log
+    #[arg(long, value_name = "FILE", env = "PROXY_AGENT_CONFIG")]
+    pub config: Option<PathBuf>,
+    /// Write the configuration that would be in force to this file, and end
+    #[arg(long, value_name = "FILE")]
+    pub write_config_to: Option<PathBuf>,
+    /// Remove everything of ours from the kernel, and what kube-proxy left, and end
+    #[arg(long)]
+    pub cleanup: bool,
+    /// Do what takes more rights than to run (mount bpffs, make the directory of the pins, set the kernel's conntrack), and end
+    #[arg(long)]
+    pub init_only: bool,
+    /// Print the version, and end
+    #[arg(long, value_name = "raw|BOOL", num_args = 0..=1, require_equals = true, default_missing_value = "true")]
+    pub version: Option<String>,
+}
+
+/// How often. kube-proxy's own are of one kind of mode each; ours are of all, and count where both are given.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, ClapArgs)]
+#[command(next_help_heading = "Sync")]
+pub struct Periods {
+    /// Least time between two syncs; 0: as soon as something changes [default: 0]
+    #[arg(long, value_name = "DURATION", value_parser = config::duration)]
+    pub min_sync_period: Option<Duration>,
+    /// How often the kernel is compared with what should be in force, and failures are tried again [default: 30s]
+    #[arg(long, value_name = "DURATION", value_parser = config::period)]
+    pub sync_period: Option<Duration>,
+    /// --min-sync-period of all modes but ipvs
+    #[arg(long, value_name = "DURATION", value_parser = config::duration)]
+    pub iptables_min_sync_period: Option<Duration>,
+    /// --sync-period of all modes but ipvs
+    #[arg(long, value_name = "DURATION", value_parser = config::period)]
+    pub iptables_sync_period: Option<Duration>,
+    /// --min-sync-period of mode ipvs
+    #[arg(long, value_name = "DURATION", value_parser = config::duration)]
+    pub ipvs_min_sync_period: Option<Duration>,
+    /// --sync-period of mode ipvs
+    #[arg(long, value_name = "DURATION", value_parser = config::period)]
+    pub ipvs_sync_period: Option<Duration>,
+}
+
+impl Periods {
+    /// Least time between two syncs, and how often the kernel is looked at (contract A144: the former is no longer).
+    pub fn of(self, mode: ProxyMode) -> Result<(Duration, Duration), config::ConfigError> {
+        let Self {
+            min_sync_period,
+            sync_period,
+            iptables_min_sync_period,
+            iptables_sync_period,
+            ipvs_min_sync_period,
+            ipvs_sync_period,
+        } = self;
+        let (of_mode, least_of_mode) = match mode {
+            ProxyMode::Ipvs => (ipvs_sync_period, ipvs_min_sync_period),
+            _ => (iptables_sync_period, iptables_min_sync_period),
+        };
+        let least = min_sync_period.or(least_of_mode).unwrap_or_default();
+        let period = sync_period.or(of_mode).unwrap_or(Duration::from_secs(30));
+        if least <= period { Ok((least, period)) } else { Err(config::ConfigError::Periods { least, period }) }
+    }
+}
+
+#[derive(Clone, PartialEq, Eq, Debug, ClapArgs)]
+#[command(next_help_heading = "Logging")]
+pub struct Log {
+    /// How log lines look [default: as --logging-format says]
+    #[arg(long, value_enum, env = "PROXY_AGENT_LOG_FORMAT")]
+    pub log_format: Option<LogFormat>,
+    /// What the agent logs: a level, or target=level,… [default: as -v says]
+    #[arg(long, value_name = "FILTER", env = "RUST_LOG")]
+    pub log_level: Option<String>,
+    /// kube-proxy's --log-format
+    #[arg(long, value_enum, default_value_t)]
+    pub logging_format: LogFormat,
+    /// kube-proxy's --log-level: from 4 on debug, from 6 on trace, of the agent itself; below that info
+    #[arg(short, long, value_name = "N", value_parser = value_parser!(u32).range(..=i64::from(i32::MAX)), default_value_t)]
+    pub v: u32,
+}
+
+impl Log {
+    pub fn format(&self) -> LogFormat {
+        self.log_format.unwrap_or(self.logging_format)
+    }
+
+    pub fn filter(&self) -> &str {
+        match (&self.log_level, self.v) {
+            (Some(filter), _) => filter,
+            (None, 0..=3) => "info",
+            (None, 4..=5) => "info,proxy_agent=debug",
+            (None, _) => "info,proxy_agent=trace",
+        }
+    }
 }
 
 /// What the dataplanes that are made of netfilter are told, by `run` and by `check`, which tries them out with it.
@@ -168,6 +296,7 @@ pub struct Netfilter {
         num_args = 0..=1,
         require_equals = true,
         default_missing_value = "true",
+        value_parser = config::boolean,
         env = "PROXY_AGENT_IPTABLES_LOCALHOST_NODEPORTS"
     )]
     pub iptables_localhost_nodeports: Option<bool>,
@@ -201,23 +330,32 @@ impl Netfilter {
     }
 }
 
-/// How long a flow may be silent before another may take its place. They are of this agent's own table; the kernel's conntrack has
-/// its own, which this agent leaves alone.
+/// How long a flow may be silent before another may take its place: in the agent's own table with eBPF, in the kernel's where netfilter
+/// translates, which is left as it is but for what is given here.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ClapArgs)]
-#[command(next_help_heading = "Time-outs of the per-packet path's flows")]
+#[command(next_help_heading = "Flows")]
 pub struct Conntrack {
-    /// TCP, both sides have spoken
-    #[arg(long, value_name = "DURATION", default_value = "24h", value_parser = period)]
-    pub conntrack_tcp_timeout_established: Duration,
-    /// TCP, one side has closed
-    #[arg(long, value_name = "DURATION", default_value = "1h", value_parser = period)]
-    pub conntrack_tcp_timeout_close_wait: Duration,
-    /// UDP, not answered yet
-    #[arg(long, value_name = "DURATION", default_value = "30s", value_parser = period)]
-    pub conntrack_udp_timeout: Duration,
-    /// UDP, answered
-    #[arg(long, value_name = "DURATION", default_value = "2m", value_parser = period)]
-    pub conntrack_udp_timeout_stream: Duration,
+    /// TCP, both sides have spoken; 0: as it is [default with eBPF: 24h]
+    #[arg(long, value_name = "DURATION", value_parser = config::duration)]
+    pub conntrack_tcp_timeout_established: Option<Duration>,
+    /// TCP, one side has closed; 0: as it is [default with eBPF: 1h]
+    #[arg(long, value_name = "DURATION", value_parser = config::duration)]
+    pub conntrack_tcp_timeout_close_wait: Option<Duration>,
+    /// UDP, not answered yet; 0: as it is [default with eBPF: 30s]
+    #[arg(long, value_name = "DURATION", value_parser = config::duration)]
+    pub conntrack_udp_timeout: Option<Duration>,
+    /// UDP, answered; 0: as it is [default with eBPF: 2m]
+    #[arg(long, value_name = "DURATION", value_parser = config::duration)]
+    pub conntrack_udp_timeout_stream: Option<Duration>,
+    /// Entries of the kernel's conntrack for each CPU, 1048576 in all at most, without eBPF; 0: as it is
+    #[arg(long, value_name = "N")]
+    pub conntrack_max_per_core: Option<u32>,
+    /// Least number of entries of the kernel's conntrack, without eBPF
+    #[arg(long, value_name = "N")]
+    pub conntrack_min: Option<u32>,
+    /// Let the kernel's conntrack take packets that are out of their window, without eBPF
+    #[arg(long)]
+    pub conntrack_tcp_be_liberal: bool,
 }
 
 /// Entries of the maps; each counts for one address family.
@@ -250,25 +388,25 @@ pub struct Maps {
     pub map_source_ranges: u32,
 }
 
-/// What is on by default can be switched off: `--it=false`, as kube-proxy has it.
+/// Booleans are written as kube-proxy has them: `--it`, `--it=true`, `--it=false`.
 fn switch(arg: Arg) -> Arg {
-    if arg.get_default_values() != ["true"] {
+    let is_on = arg.get_default_values() == ["true"];
+    if !is_on && !matches!(arg.get_action(), ArgAction::SetTrue) {
         return arg;
     }
-    arg.value_name("BOOL").action(ArgAction::Set).num_args(0..=1).require_equals(true).default_missing_value("true")
+    let arg = arg.value_name("BOOL").action(ArgAction::Set).num_args(0..=1).require_equals(true);
+    let arg = arg.value_parser(config::boolean).default_missing_value("true");
+    if is_on { arg } else { arg.default_value("false").hide_default_value(true) }
+}
+
+/// Empty: none, as kube-proxy has it.
+fn path(text: &str) -> Result<PathBuf, Infallible> {
+    Ok(text.into())
 }
 
 /// A map cannot be empty, and the kernel refuses sizes near 2³².
 fn entries() -> clap::builder::RangedI64ValueParser<u32> {
     value_parser!(u32).range(1..=1 << 30)
-}
-
-fn period(text: &str) -> Result<Duration, String> {
-    match config::duration(text) {
-        Ok(Duration::ZERO) => Err("must be more than 0".into()),
-        Ok(period) => Ok(period),
-        Err(error) => Err(error.to_string()),
-    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug, ValueEnum)]

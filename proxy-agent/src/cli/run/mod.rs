@@ -6,6 +6,8 @@
 //! ```
 
 use std::{
+    fs,
+    io::Write,
     path::Path,
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
@@ -20,9 +22,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::Exit;
+use super::{Exit, cleanup, exit::UsageError};
 use crate::{
-    config::{ClusterCidr, ConfigError, HEALTHZ_PORT, LocalMode, METRICS_PORT, PortRange, ProxyMode},
+    config::{self, ClusterCidr, ConfigError, LocalMode, PortRange, ProxyMode},
     dataplane::{
         self, Dataplane, Ended, Fill,
         choose::{self, Choice},
@@ -31,7 +33,7 @@ use crate::{
         select::{self, Mode},
     },
     desired::{Algorithm, Devices},
-    model::{NodeFacts, Notice, SourceState},
+    model::{NodeFacts, Notice, SourceState, address::NodePortAddresses},
     node, plan, serve, source,
     status::{
         Status,
@@ -41,13 +43,19 @@ use crate::{
 };
 
 pub mod args;
+pub mod effective;
+mod follow;
+mod given;
 mod logging;
 pub mod planned;
 mod privileges;
+mod sysctl;
 mod tasks;
+mod unused;
 
 pub use args::Args;
 use args::{Conntrack, Maps};
+pub use given::Given;
 use tasks::Tasks;
 
 /// Events a source may be ahead of the loop.
@@ -69,16 +77,55 @@ struct Plan {
     notices: (mpsc::Receiver<Notice>, Arc<EventCounts>),
 }
 
-pub fn execute(args: Args) -> anyhow::Result<Exit> {
-    logging::start(args.log_format, &args.log_level)?;
+pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
+    if given.args.file.version.as_deref().is_some_and(|version| config::boolean(version) != Ok(false)) {
+        writeln!(out, "proxy-agent {}", env!("CARGO_PKG_VERSION"))?;
+        return Ok(Exit::Done);
+    }
+    let effective = effective::of(&given)?;
+    let args = effective.args.clone();
+    if let Some(path) = &args.file.write_config_to {
+        let text = effective.yaml()?;
+        fs::write(path, text).with_context(|| format!("writing {} (--write-config-to)", path.display()))?;
+        return Ok(Exit::Done);
+    }
+    if args.file.cleanup {
+        return cleanup::execute(cleanup::Args::everything(args.bpffs), out);
+    }
+    let log = logging::start(args.log.format(), args.log.filter())?;
+    let init_only = args.file.init_only;
+    let (conntrack, strict_arp, oom_score_adj) = (args.conntrack, args.ipvs_strict_arp, args.oom_score_adj);
     let plan = plan(args)?;
     let mode = plan.dataplane.mode;
+    for warning in effective.warnings(!mode.has_pins()) {
+        warn!("{warning}");
+    }
+    if let Some(notice) = effective.notice() {
+        info!("{notice}");
+    }
     if plan.source.pods && !mode.has_pins() {
         warn!("--pod-annotations: the {} mode translates no sockets, so there are none to leave alone", mode.name());
     }
     warn_of_settings(mode.has_pins().then_some(plan.dataplane.ebpf.masquerade_ports));
     let allowed = privileges::check(mode.has_pins().then_some(&plan.dataplane.ebpf.bpffs));
     allowed.map_err(|error| with_advice(error, &plan.dataplane))?;
+    if !mode.has_pins() {
+        for problem in sysctl::set(&conntrack, strict_arp && mode == Mode::Ipvs) {
+            warn!("{problem}");
+        }
+    }
+    if init_only {
+        if mode.has_pins() {
+            ebpf::Ebpf::prepare(&plan.dataplane.ebpf.bpffs)?;
+        }
+        info!(mode = mode.name(), "done what takes more rights than to run (--init-only)");
+        return Ok(Exit::Done);
+    }
+    if let Some(score) = oom_score_adj
+        && let Err(error) = fs::write("/proc/self/oom_score_adj", score.to_string())
+    {
+        warn!("--oom-score-adj {score} cannot be set: {error}; lowering it takes CAP_SYS_RESOURCE");
+    }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
     // The modes of netfilter take it themselves.
     let alone = mode.has_pins().then(Lock::take).transpose()?;
@@ -90,7 +137,8 @@ pub fn execute(args: Args) -> anyhow::Result<Exit> {
         let opened = opened.with_context(|| format!("the {name} dataplane cannot be had on this node"));
         opened.map_err(|error| with_advice(error, &plan.dataplane))?
     };
-    let outcome = runtime.block_on(run(plan, dataplane));
+    let configuration = follow::Configuration { given, current: effective, log, netfilter: !mode.has_pins() };
+    let outcome = runtime.block_on(run(plan, configuration, dataplane));
     drop(alone);
     // A blocking read of the kernel for a scrape may still be under way; nobody waits for it.
     runtime.shutdown_background();
@@ -107,7 +155,11 @@ fn with_advice(error: anyhow::Error, options: &select::Options) -> anyhow::Error
 
 /// From options to what each task wants; everything that can be wrong with them is found here.
 fn plan(args: Args) -> anyhow::Result<Plan> {
+    let (healthz, metrics) = args.binds();
+    let Together { min_sync_period, sync_period, node_port_addresses, detection } =
+        Together::of(&args).map_err(|error| UsageError(error.to_string()))?;
     let Args {
+        file: _,
         kubeconfig,
         master,
         source: directory,
@@ -122,24 +174,29 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         masquerade_all,
         netfilter,
         masquerade_ports,
-        detect_local_mode,
-        cluster_cidr,
-        pod_bridge_interface,
-        pod_interface_name_prefix,
-        nodeport_addresses,
+        detect_local_mode: _,
+        cluster_cidr: _,
+        pod_bridge_interface: _,
+        pod_interface_name_prefix: _,
+        bind_address: _,
+        nodeport_addresses: _,
         external_ips,
+        feature_gates,
         cgroup_root,
         bpffs,
-        min_sync_period,
-        sync_period,
-        healthz_bind_address,
-        metrics_bind_address,
+        periods: _,
+        healthz_bind_address: _,
+        metrics_bind_address: _,
+        healthz_port: _,
+        metrics_port: _,
         bind_address_hard_fail,
         conntrack,
         maps,
-        log_format: _,
-        log_level: _,
+        log: _,
         ebpf_log_level,
+        ipvs_strict_arp: _,
+        oom_score_adj: _,
+        unused: _,
     } = args;
     let ended = Arc::<Ended>::default();
     let restore_failures = Arc::<ByFamily>::default();
@@ -149,11 +206,12 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         Some(directory) => source::Input::Directory(directory),
         None => {
             let requests = Arc::clone(&requests);
-            let server = master;
+            // Empty is unset, as for kube-proxy.
+            let kubeconfig = kubeconfig.filter(|path| !path.as_os_str().is_empty());
+            let server = master.filter(|server| !server.is_empty());
             source::Input::Kubernetes(source::KubernetesOptions { kubeconfig, server, requests, ..Default::default() })
         }
     };
-    let detection = Detection::of(detect_local_mode, cluster_cidr, pod_bridge_interface, pod_interface_name_prefix)?;
     let localhost_node_ports = netfilter.iptables_localhost_nodeports.unwrap_or(true);
     let (sender, told) = mpsc::channel(NOTICES);
     let counts = Arc::<EventCounts>::default();
@@ -197,17 +255,17 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
                 algorithm: algorithm.map_or(by_default, Algorithm::from),
                 masquerade_all,
                 detect_local: detection.plan,
-                node_port_addresses: nodeport_addresses.unwrap_or_default(),
+                node_port_addresses,
                 localhost_node_ports,
-                external_ips,
+                external_ips: external_ips && config::gates::allow_external_ips(&feature_gates.join(",")),
             },
             min_period: min_sync_period,
             resync_period: sync_period,
             ..Default::default()
         },
         serve: serve::Options {
-            healthz: healthz_bind_address.socket(HEALTHZ_PORT),
-            metrics: metrics_bind_address.socket(METRICS_PORT),
+            healthz,
+            metrics,
             bind_address_hard_fail,
             sync_period,
             // Netfilter translates packets alone.
@@ -276,19 +334,51 @@ impl Detection {
     }
 }
 
+/// What several options say together, and what can be wrong with that (contract A144).
+struct Together {
+    min_sync_period: Duration,
+    sync_period: Duration,
+    node_port_addresses: NodePortAddresses,
+    detection: Detection,
+}
+
+impl Together {
+    fn of(args: &Args) -> Result<Self, ConfigError> {
+        let (min_sync_period, sync_period) = args.periods.of(args.proxy_mode)?;
+        // kube-proxy's `primary` is what it takes for the node's own addresses, and --bind-address says one of them (contract A125).
+        let instead = args.bind_address.filter(|address| !address.is_unspecified());
+        let node_port_addresses = match config::node_port_addresses(&args.nodeport_addresses.join(","))? {
+            NodePortAddresses::Primary(_) => NodePortAddresses::Primary(instead),
+            others => others,
+        };
+        let (bridge, prefix) = (args.pod_bridge_interface.clone(), args.pod_interface_name_prefix.clone());
+        let detection = Detection::of(args.detect_local_mode, args.cluster_cidr.clone(), bridge, prefix)?;
+        Ok(Self { min_sync_period, sync_period, node_port_addresses, detection })
+    }
+}
+
 fn timeouts(conntrack: Conntrack) -> ebpf::Timeouts {
     let Conntrack {
         conntrack_tcp_timeout_established,
         conntrack_tcp_timeout_close_wait,
         conntrack_udp_timeout,
         conntrack_udp_timeout_stream,
+        // Of the kernel's conntrack alone.
+        conntrack_max_per_core: _,
+        conntrack_min: _,
+        conntrack_tcp_be_liberal: _,
     } = conntrack;
-    let seconds = |timeout: Duration| u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX).max(1);
+    let default = ebpf::Timeouts::default();
+    // "As it is" is the default, for there is nobody else who could have set it.
+    let seconds = |timeout: Option<Duration>, default| match timeout {
+        None | Some(Duration::ZERO) => default,
+        Some(timeout) => u32::try_from(timeout.as_secs()).unwrap_or(u32::MAX).max(1),
+    };
     ebpf::Timeouts {
-        tcp_established: seconds(conntrack_tcp_timeout_established),
-        tcp_close_wait: seconds(conntrack_tcp_timeout_close_wait),
-        udp: seconds(conntrack_udp_timeout),
-        udp_stream: seconds(conntrack_udp_timeout_stream),
+        tcp_established: seconds(conntrack_tcp_timeout_established, default.tcp_established),
+        tcp_close_wait: seconds(conntrack_tcp_timeout_close_wait, default.tcp_close_wait),
+        udp: seconds(conntrack_udp_timeout, default.udp),
+        udp_stream: seconds(conntrack_udp_timeout_stream, default.udp_stream),
     }
 }
 
@@ -330,7 +420,7 @@ fn warn_of_settings(masquerade_ports: Option<(u16, u16)>) {
     }
 }
 
-async fn run(plan: Plan, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
+async fn run(plan: Plan, configuration: follow::Configuration, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
     let Plan { source, node, sync, serve, dataplane: _, reason, notices } = plan;
     let (told, counts) = notices;
     let stop = stop_signal()?;
@@ -358,6 +448,7 @@ async fn run(plan: Plan, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
     tasks.spawn("device watcher", node::run(node, facts_seen, events, devices, tasks.token()));
     let ends = sync::Ends { events: heard, devices: devices_seen, source: source_seen, dataplane, status };
     tasks.spawn("sync", sync::run(sync, ends, tasks.token()));
+    tasks.spawn("configuration file", configuration.follow(tasks.token()));
     tasks.spawn("HTTP server", serve::run(serve, status_seen, tasks.token()));
     tasks.run(stop, tasks::GRACE).await
 }

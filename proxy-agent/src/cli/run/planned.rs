@@ -27,7 +27,7 @@ pub struct Args {
     #[arg(long, value_name = "ADDRESS,…", value_delimiter = ',')]
     addresses: Vec<IpAddr>,
     #[command(flatten)]
-    run: super::Args,
+    run: super::Given,
 }
 
 /// How long a source may take for its first complete list.
@@ -59,7 +59,8 @@ struct Row {
 
 pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let Args { addresses, run } = args;
-    let super::Plan { source, sync: sync::Options { defaults, .. }, .. } = super::plan(run)?;
+    let super::Plan { source, sync: sync::Options { defaults, .. }, .. } =
+        super::plan(super::effective::of(&run)?.args)?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
     let mut index = runtime.block_on(first_list(source))?;
     index.apply(Event::Addresses(addresses.into_iter().collect()), &mut Default::default());

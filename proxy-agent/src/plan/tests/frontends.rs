@@ -80,7 +80,7 @@ fn node_ports_answer_where_they_are_told_to_a52_a53_a54() {
     assert_eq!(claimed(&service, &base), ["10.244.1.1", "127.0.0.1", "192.0.2.1", "192.0.2.99", "[2001:db8::1]"]);
     let without = Defaults { localhost_node_ports: false, ..base.clone() };
     assert_eq!(claimed(&service, &without), ["10.244.1.1", "192.0.2.1", "192.0.2.99", "[2001:db8::1]"]);
-    assert_eq!(claimed(&service, &by(NodePortAddresses::Primary)), ["192.0.2.1"]);
+    assert_eq!(claimed(&service, &by(NodePortAddresses::Primary(None))), ["192.0.2.1"]);
     let cidr = NodePortAddresses::Cidrs(vec!["192.0.2.0/26".parse().unwrap()]);
     assert_eq!(claimed(&service, &by(cidr)), ["192.0.2.1", "[2001:db8::1]"]);
     // Nobody else's ports are refused at the node's own addresses.

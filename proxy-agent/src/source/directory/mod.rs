@@ -35,9 +35,9 @@ use super::{SourceError, convert::Names};
 use crate::model::{EndpointSlice, Event, NodeFacts, Pod, PodKey, Service, ServiceKey, SourceState, Teller};
 
 /// How often the tree is looked at, come a notification or not. Changes are promised within a second.
-const LOOK: Duration = Duration::from_millis(500);
+pub(super) const LOOK: Duration = Duration::from_millis(500);
 /// Two looks this far apart must agree before a change counts.
-const SETTLE: Duration = Duration::from_millis(100);
+pub(super) const SETTLE: Duration = Duration::from_millis(100);
 /// A file that never rests is taken as it is after so long, unless it holds less than before.
 const SETTLE_MOST: Duration = Duration::from_millis(500);
 
@@ -104,7 +104,7 @@ pub(super) async fn run(
     let (wake, mut woken) = mpsc::channel::<()>(1);
     let mut directory = Directory { pods, ..Directory::new(root, node) };
     // Watching starts before the first look, or a change between the two would wait for the next one.
-    let _watcher = watch_tree(root, wake);
+    let _watcher = watch_tree(root, notify::RecursiveMode::Recursive, wake);
     loop {
         let looked = tokio::task::spawn_blocking(move || {
             let outcome = directory.look();
@@ -165,14 +165,19 @@ fn set(state: &watch::Sender<SourceState>, to: SourceState) -> bool {
     })
 }
 
-fn watch_tree(root: &Path, wake: mpsc::Sender<()>) -> Option<impl Watcher + use<>> {
+/// Wakes whoever waits when something below `root` changes.
+pub(super) fn watch_tree(
+    root: &Path,
+    mode: notify::RecursiveMode,
+    wake: mpsc::Sender<()>,
+) -> Option<impl Watcher + use<>> {
     let watcher = notify::recommended_watcher(move |event: notify::Result<notify::Event>| {
         // Reading the files raises access events: those would wake us for ever.
         if !event.is_ok_and(|event| event.kind.is_access()) {
             let _already_awake = wake.try_send(());
         }
     });
-    match watcher.and_then(|mut watcher| watcher.watch(root, notify::RecursiveMode::Recursive).map(|()| watcher)) {
+    match watcher.and_then(|mut watcher| watcher.watch(root, mode).map(|()| watcher)) {
         Ok(watcher) => Some(watcher),
         Err(error) => {
             info!(%error, directory = %root.display(), "no change notifications, looking twice a second instead");

@@ -1,6 +1,4 @@
 //! The values of the configuration: how they are written, their defaults, and what is odd about them.
-//!
-//! Nothing here reads a command line or a file (`cli` does) or acts on a value (everything else does).
 
 use std::{
     fmt,
@@ -25,6 +23,12 @@ pub const METRICS_PORT: u16 = 10249;
 pub enum ConfigError {
     #[error("{0:?} is no mode; the modes are auto, ebpf, nftables, iptables and ipvs")]
     UnknownMode(String),
+    #[error("{0:?} is neither true nor false")]
+    Boolean(String),
+    #[error("{0:?} is no address; write it as 192.0.2.1 or 2001:db8::1")]
+    Address(String),
+    #[error("{0:?} is Windows' mode; the modes here are auto, ebpf, nftables, iptables and ipvs")]
+    WindowsMode(String),
     #[error("{0:?} is no scheduler of IPVS; give the name of its kernel module without ip_vs_, for example rr")]
     Scheduler(String),
     #[error("{0:?} is no range of ports; write it as MIN-MAX, for example 1024-29999")]
@@ -45,8 +49,13 @@ pub enum ConfigError {
     ClusterCidr(String),
     #[error("--detect-local-mode {mode} tells pods by a name: give it with {option}")]
     NoName { mode: &'static str, option: &'static str },
-    #[error("{0:?} is no address to listen on; write it as ADDRESS:PORT, [ADDRESS]:PORT, ADDRESS, or leave it empty")]
+    #[error("{0:?} is no address to listen on; write it as ADDRESS:PORT, [ADDRESS]:PORT, ADDRESS, or off")]
     Bind(String),
+    #[error(
+        "the least time between two syncs ({least:?}, --min-sync-period) is longer than the time between two looks at the kernel \
+         ({period:?}, --sync-period)"
+    )]
+    Periods { least: Duration, period: Duration },
 }
 
 /// Which dataplane.
@@ -66,11 +75,13 @@ impl FromStr for ProxyMode {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         match text {
-            "auto" => Ok(Self::Auto),
+            // kube-proxy's default has no name.
+            "auto" | "" => Ok(Self::Auto),
             "ebpf" => Ok(Self::Ebpf),
             "nftables" => Ok(Self::Nftables),
             "iptables" => Ok(Self::Iptables),
             "ipvs" => Ok(Self::Ipvs),
+            "kernelspace" => Err(ConfigError::WindowsMode(text.to_owned())),
             other => Err(ConfigError::UnknownMode(other.to_owned())),
         }
     }
@@ -162,6 +173,8 @@ pub fn duration(text: &str) -> Result<Duration, ConfigError> {
         let end = unit.find(|c: char| c.is_ascii_digit() || c == '.').unwrap_or(unit.len());
         let (unit, following) = unit.split_at(end);
         let scale = match unit {
+            "ns" => 1e-9,
+            "us" | "µs" | "μs" => 1e-6,
             "ms" => 0.001,
             "s" => 1.0,
             "m" => 60.0,
@@ -174,10 +187,38 @@ pub fn duration(text: &str) -> Result<Duration, ConfigError> {
     if text.is_empty() { Err(error()) } else { Duration::try_from_secs_f64(total).map_err(|_| error()) }
 }
 
+/// A duration that is not nought.
+pub fn period(text: &str) -> Result<Duration, String> {
+    match duration(text) {
+        Ok(Duration::ZERO) => Err("must be more than 0".into()),
+        Ok(period) => Ok(period),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// As Go's `strconv.ParseBool` has it, by which kube-proxy's options are read.
+pub fn boolean(text: &str) -> Result<bool, ConfigError> {
+    match text {
+        "1" | "t" | "T" | "true" | "TRUE" | "True" => Ok(true),
+        "0" | "f" | "F" | "false" | "FALSE" | "False" => Ok(false),
+        other => Err(ConfigError::Boolean(other.to_owned())),
+    }
+}
+
+/// `--bind-address`: the node's own address of a family; one of all zeros says nothing but which family comes first.
+pub fn bind_address(text: &str) -> Result<IpAddr, ConfigError> {
+    text.trim().parse().map_err(|_| ConfigError::Address(text.to_owned()))
+}
+
 /// Whether the kernel has it is seen when it is asked for.
 pub fn ipvs_scheduler(text: &str) -> Result<String, ConfigError> {
     let is_name = (1..16).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_lowercase());
     if is_name { Ok(text.to_owned()) } else { Err(ConfigError::Scheduler(text.to_owned())) }
+}
+
+/// One part of `--nodeport-addresses`; what they are together is [`node_port_addresses`].
+pub fn node_port_address(text: &str) -> Result<String, ConfigError> {
+    node_port_addresses(text).map(|_| text.trim().to_owned())
 }
 
 /// Which of its addresses the node answers NodePorts at, as `--nodeport-addresses` says it (contract A53).
@@ -185,7 +226,7 @@ pub fn node_port_addresses(text: &str) -> Result<NodePortAddresses, ConfigError>
     let parts: Vec<&str> = text.split(',').map(str::trim).filter(|part| !part.is_empty()).collect();
     match parts.as_slice() {
         [] => Ok(NodePortAddresses::All),
-        ["primary"] => Ok(NodePortAddresses::Primary),
+        ["primary"] => Ok(NodePortAddresses::Primary(None)),
         cidrs => {
             let parse = |cidr: &&str| cidr.parse().map_err(|_| ConfigError::NodePortAddresses((*cidr).to_owned()));
             cidrs.iter().map(parse).collect::<Result<_, _>>().map(NodePortAddresses::Cidrs)
@@ -253,7 +294,7 @@ impl FromStr for Bind {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let bare = text.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')).unwrap_or(text);
-        if text.is_empty() {
+        if text.is_empty() || text == "off" {
             Ok(Self::Off)
         } else if let Ok(addr) = bare.parse() {
             Ok(Self::Address(addr))
@@ -297,7 +338,7 @@ mod tests {
     fn addresses_of_node_ports() {
         let cidrs = |cidrs: &[&str]| NodePortAddresses::Cidrs(cidrs.iter().map(|cidr| cidr.parse().unwrap()).collect());
         assert_eq!(node_port_addresses(""), Ok(NodePortAddresses::All));
-        assert_eq!(node_port_addresses("primary"), Ok(NodePortAddresses::Primary));
+        assert_eq!(node_port_addresses("primary"), Ok(NodePortAddresses::Primary(None)));
         assert_eq!(node_port_addresses("10.0.0.0/8"), Ok(cidrs(&["10.0.0.0/8"])));
         assert_eq!(node_port_addresses("10.0.0.0/8, fd00::/8"), Ok(cidrs(&["10.0.0.0/8", "fd00::/8"])));
         for bad in ["10.0.0.1", "eth0", "primary,10.0.0.0/8", "10.0.0.0/33"] {
@@ -324,15 +365,29 @@ mod tests {
         {
             assert_eq!(duration(text), Ok(Duration::from_millis(millis)), "{text}");
         }
+        assert_eq!(duration("15m0s"), duration("900s"));
+        assert_eq!(duration("2000us").map(|it| it.as_millis()), Ok(2));
+        assert!(period("0s").is_err() && period("1ms").is_ok());
         for bad in ["", "30", "s", "1x", "-1s", "1s1", "1e3s", "..s", "99999999999999999999999h"] {
             assert!(duration(bad).is_err(), "{bad}");
         }
     }
 
     #[test]
+    fn booleans_as_go_writes_them() {
+        assert_eq!(
+            ["true", "T", "1", "False", "0"].map(|text| boolean(text).ok()),
+            [Some(true), Some(true), Some(true), Some(false), Some(false)]
+        );
+        for bad in ["", "yes", "on", "maybe"] {
+            assert!(boolean(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
     fn addresses_to_listen_on() {
         let socket = |text: &str| text.parse::<Bind>().map(|bind| bind.socket(10_256).map(|addr| addr.to_string()));
-        assert_eq!(socket(""), Ok(None));
+        assert_eq!([socket(""), socket("off")], [Ok(None), Ok(None)]);
         assert_eq!(socket("0.0.0.0:1"), Ok(Some("0.0.0.0:1".into())));
         assert_eq!(socket("127.0.0.1"), Ok(Some("127.0.0.1:10256".into())));
         assert_eq!(socket("::"), Ok(Some("[::]:10256".into())));

@@ -1,0 +1,368 @@
+use std::collections::BTreeSet;
+
+use clap::Parser;
+
+use super::*;
+use crate::{config::LocalMode, model::address::NodePortAddresses};
+
+#[derive(Parser)]
+#[command(name = "run")]
+struct Program {
+    #[command(flatten)]
+    given: Given,
+}
+
+fn given(options: &[&str]) -> Given {
+    let words = ["run"].into_iter().chain(options.iter().copied());
+    Program::try_parse_from(words).unwrap_or_else(|error| panic!("{options:?}: {error}")).given
+}
+
+const FILE: &str = "/etc/agent.conf";
+
+fn read(options: &[&str], text: &str) -> anyhow::Result<Effective> {
+    with_file(&given(options), Path::new(FILE), text.to_owned())
+}
+
+fn theirs(fields: &str) -> String {
+    format!("apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n{fields}\n")
+}
+
+fn own(fields: &str) -> String {
+    format!("---\napiVersion: proxy-agent/v1alpha1\nkind: ProxyAgentConfiguration\n{fields}\n")
+}
+
+fn value(effective: &Effective, path: &str) -> (String, String) {
+    let one = effective.in_force().into_iter().find(|one| one.field.path == path).unwrap();
+    (one.text, one.from.to_string())
+}
+
+/// kube-proxy's own list of options: a name in it that is neither taken nor refused for a reason is one that somebody's DaemonSet breaks by.
+#[test]
+fn every_option_of_kube_proxys_is_taken_a148() {
+    let names = include_str!("../../../config/kube_proxy_names.txt").split("[options]\n").nth(1).unwrap();
+    let command = given::command();
+    let ours: BTreeSet<_> = command.get_arguments().filter_map(|arg| arg.get_long()).collect();
+    for name in names.lines().filter(|name| *name != "help") {
+        assert!(ours.contains(name), "--{name}");
+    }
+    let fields = Document::ALL.into_iter().flat_map(|document| document.fields()).chain(kube_proxy::OPTIONS);
+    for field in fields.filter(|field| !field.flag.is_empty()) {
+        assert!(ours.contains(field.flag), "{field:?}");
+    }
+    // And each of ours can be said in a file, but for what is about the file itself, and two that kube-proxy itself gives up.
+    let elsewhere = ["config", "write-config-to", "cleanup", "init-only", "version", "healthz-port", "metrics-port"];
+    for long in ours {
+        let has = |field: &Field| field.flag == long;
+        let known = Document::ALL.into_iter().any(|document| document.fields().iter().any(has));
+        assert!(known || kube_proxy::OPTIONS.iter().any(has) || elsewhere.contains(&long), "--{long} has no field");
+    }
+}
+
+/// What is of no effect is said, with the reason; what only repeats kube-proxy's default asks for nothing.
+#[test]
+fn what_has_no_effect_is_said_once_with_the_reason() {
+    for field in kube_proxy::without_effect() {
+        let asked = match field.kind {
+            config::Kind::Bool => "true",
+            config::Kind::Levels | config::Kind::Gates => "proxier=4",
+            config::Kind::List => "10.0.0.0/8",
+            config::Kind::Text => "something",
+            config::Kind::Duration | config::Kind::Period | config::Kind::Nanoseconds => "7m",
+            config::Kind::Int(..) | config::Kind::Number | config::Kind::Quantity => "77",
+        };
+        let option = format!("--{}={asked}", field.flag);
+        let effective = of(&given(&[&option])).unwrap();
+        let Here::Ignored(why) = field.here else { panic!("{field:?}") };
+        let warnings = effective.warnings(false);
+        assert_eq!(warnings.len(), 1, "{option}: {warnings:?}");
+        let words = [field.name().to_string(), asked.to_owned(), format!("(--{})", field.flag), why.to_owned()];
+        assert!(words.iter().all(|word| warnings[0].contains(word)), "{option}: {warnings:?}");
+        let default = format!("--{}={}", field.flag, field.default);
+        if !field.default.is_empty() {
+            assert_eq!(of(&given(&[&default])).unwrap().warnings(false), [""; 0], "{default}");
+        }
+    }
+    let gates =
+        of(&given(&["--feature-gates=AllAlpha=true", "--feature-gates=AllowServiceExternalIPs=false"])).unwrap();
+    assert_eq!((gates.warnings(false).len(), gates.args.feature_gates.len()), (1, 2));
+    assert!(gates.warnings(false)[0].starts_with("featureGates AllAlpha=true (--feature-gates) has no effect"));
+    assert_eq!(of(&given(&[])).unwrap().warnings(false), [""; 0]);
+}
+
+#[test]
+fn what_netfilter_alone_goes_by_is_said_with_ebpf() {
+    let effective = read(&[], &theirs("conntrack: {maxPerCore: 5, tcpBeLiberal: true, udpTimeout: 5s}")).unwrap();
+    assert_eq!(effective.warnings(false).len(), 2, "{:?}", effective.warnings(false));
+    assert_eq!(effective.warnings(true), [""; 0]);
+    // kind's.
+    assert_eq!(read(&[], &theirs("conntrack: {maxPerCore: 0}")).unwrap().warnings(false), [""; 0]);
+}
+
+#[test]
+fn options_are_written_as_kube_proxys() {
+    let args = |options: &[&str]| of(&given(options)).unwrap().args;
+    assert!(args(&["--masquerade-all"]).masquerade_all && args(&["--masquerade-all=T"]).masquerade_all);
+    assert!(!args(&["--masquerade-all=false"]).masquerade_all);
+    assert_eq!(args(&["--oom-score-adj", "-998"]).oom_score_adj, Some(-998));
+    for verbose in [&["-v", "4"][..], &["-v4"], &["-v=4"], &["--v=4"], &["--v", "4"]] {
+        assert_eq!(args(verbose).log.v, 4, "{verbose:?}");
+    }
+    // What is said twice is said last; lists grow.
+    assert_eq!(args(&["-v=1", "--v=2"]).log.v, 2);
+    let lists = args(&["--nodeport-addresses=10.0.0.0/8,fd00::/8", "--nodeport-addresses", "192.0.2.0/24"]);
+    assert_eq!(lists.nodeport_addresses.len(), 3);
+    // Empty is unset.
+    for empty in
+        ["--proxy-mode=", "--kubeconfig=", "--master=", "--nodeport-addresses=", "--cluster-cidr=", "--network-name="]
+    {
+        assert_eq!(of(&given(&[empty])).unwrap().warnings(false), [""; 0], "{empty}");
+    }
+    assert_eq!(args(&["--logging-format=json"]).log.format(), super::super::args::LogFormat::Json);
+    for (options, filter) in [
+        (&["-v2"][..], "info"),
+        (&["-v4"], "info,proxy_agent=debug"),
+        (&["-v=10"], "info,proxy_agent=trace"),
+        (&["-v=10", "--log-level=warn"], "warn"),
+    ] {
+        assert_eq!(args(options).log.filter(), filter, "{options:?}");
+    }
+}
+
+#[test]
+fn what_does_not_exist_or_makes_no_sense_is_refused() {
+    for wrong in [
+        "--no-such-option",
+        "--proxy-mode=kernelspace",
+        "--proxy-mode=userspace",
+        "--iptables-masquerade-bit=32",
+        "--oom-score-adj=1001",
+        "--conntrack-min=-1",
+        "--config-sync-period=0s",
+        "--iptables-sync-period=0s",
+        "--feature-gates=NoSuchGate=true",
+        "--logging-format=xml",
+        "--bind-address=host",
+        "--nodeport-addresses=primary2",
+        "--profiling=perhaps",
+        "--vmodule=a",
+        "-v=-1",
+    ] {
+        assert!(Program::try_parse_from(["run", wrong]).is_err(), "{wrong}");
+    }
+    for (together, word) in [
+        (&["--iptables-min-sync-period=40s"][..], "--sync-period"),
+        (&["--proxy-mode=ipvs", "--ipvs-sync-period=1s", "--ipvs-min-sync-period=2s"], "--sync-period"),
+        (&["--nodeport-addresses=primary,10.0.0.0/8"], "primary alone"),
+        (&["--detect-local-mode=BridgeInterface"], "--pod-bridge-interface"),
+    ] {
+        let error = of(&given(together)).unwrap_err().to_string();
+        assert!(error.contains(word), "{together:?}: {error}");
+    }
+}
+
+#[test]
+fn periods_are_of_the_mode() {
+    let seconds = |options: &[&str]| {
+        let Together { min_sync_period, sync_period, .. } = Together::of(&of(&given(options)).unwrap().args).unwrap();
+        (min_sync_period.as_secs(), sync_period.as_secs())
+    };
+    let both = ["--iptables-sync-period=10s", "--ipvs-sync-period=20s", "--iptables-min-sync-period=1s"];
+    assert_eq!(seconds(&[]), (0, 30));
+    assert_eq!(seconds(&both), (1, 10));
+    assert_eq!(seconds(&[&both[..], &["--proxy-mode=ipvs"]].concat()), (0, 20));
+    assert_eq!(seconds(&[&both[..], &["--sync-period=5s", "--min-sync-period=0"]].concat()), (0, 5));
+}
+
+#[test]
+fn addresses_to_listen_on_go_by_the_own_one_a125() {
+    let binds = |options: &[&str]| {
+        let (healthz, metrics) = of(&given(options)).unwrap().args.binds();
+        [healthz, metrics].map(|bind| bind.map_or_else(String::new, |bind| bind.to_string()))
+    };
+    assert_eq!(binds(&[]), ["0.0.0.0:10256", "127.0.0.1:10249"]);
+    assert_eq!(binds(&["--bind-address=::"]), ["[::]:10256", "[::1]:10249"]);
+    assert_eq!(binds(&["--healthz-port=0", "--metrics-port=1"]), ["", "127.0.0.1:1"]);
+    assert_eq!(
+        binds(&[
+            "--healthz-bind-address=1.2.3.4",
+            "--healthz-port=5",
+            "--metrics-bind-address=1.2.3.4:6",
+            "--metrics-port=7"
+        ]),
+        ["1.2.3.4:5", "1.2.3.4:6"]
+    );
+    let primary = |options: &[&str]| Together::of(&of(&given(options)).unwrap().args).unwrap().node_port_addresses;
+    let named = ["--nodeport-addresses=primary", "--bind-address=192.0.2.9"];
+    assert_eq!(primary(&named), NodePortAddresses::Primary(Some("192.0.2.9".parse().unwrap())));
+    assert_eq!(primary(&["--nodeport-addresses=primary", "--bind-address=0.0.0.0"]), NodePortAddresses::Primary(None));
+}
+
+#[test]
+fn a_file_says_what_options_say() {
+    let effective = read(
+        &[],
+        &(theirs(
+            "mode: nftables\nbindAddress: '::'\nnodePortAddresses: [10.0.0.0/8, fd00::/8]\noomScoreAdj: -5\n\
+             nftables: {masqueradeBit: 3, masqueradeAll: true, syncPeriod: 10s}\niptables: {masqueradeBit: 4, syncPeriod: 11s}\n\
+             detectLocalMode: NodeCIDR\nlogging: {verbosity: 4, format: json}\nhostnameOverride: Node-7\n\
+             clientConnection: {kubeconfig: /k}\nconntrack: {tcpEstablishedTimeout: 1h}",
+        ) + &own("socketLb: node\nmaps: {slots: 99}\ndevices: [eth*, '!eth1']\nexternalIps: false\nsyncPeriod: null")),
+    )
+    .unwrap();
+    let args = &effective.args;
+    assert_eq!(args.proxy_mode, ProxyMode::Nftables);
+    assert_eq!((args.netfilter.iptables_masquerade_bit, args.masquerade_all), (3, true));
+    assert_eq!(Together::of(args).unwrap().sync_period.as_secs(), 10);
+    assert_eq!(args.detect_local_mode, Some(LocalMode::NodeCidr));
+    assert_eq!((args.oom_score_adj, args.hostname_override.as_deref()), (Some(-5), Some("Node-7")));
+    assert_eq!(args.kubeconfig.as_deref(), Some(Path::new("/k")));
+    assert_eq!((args.maps.map_slots, args.external_ips, args.devices.len()), (99, false, 2));
+    assert_eq!(args.log.filter(), "info,proxy_agent=debug");
+    assert_eq!(args.binds().0.unwrap().to_string(), "[::]:10256");
+    assert_eq!(value(&effective, "nftables.masqueradeBit"), ("3".into(), format!("{FILE}:7")));
+    assert_eq!(value(&effective, "maps.slots"), ("99".into(), format!("{FILE}:18")));
+    assert_eq!(value(&effective, "xdp"), ("off".into(), "default".into()));
+    assert_eq!(effective.warnings(true), [""; 0]);
+}
+
+/// A142: kube-proxy's options give way to a file and are named; those that do not are ours, the node's name, and what is about the log.
+#[test]
+fn who_wins() {
+    let file = theirs("mode: ipvs\nhostnameOverride: in-file\nhealthzBindAddress: 1.2.3.4:5")
+        + &own("socketLb: node\nxdp: generic");
+    let options = [
+        "--proxy-mode=ebpf",
+        "--hostname-override=by-option",
+        "--masquerade-all",
+        "--socket-lb=off",
+        "-v=3",
+        "--master=x",
+    ];
+    let effective = read(&options, &file).unwrap();
+    let args = &effective.args;
+    assert_eq!((args.proxy_mode, args.masquerade_all, args.log.v), (ProxyMode::Ipvs, false, 3));
+    assert_eq!((args.hostname_override.as_deref(), args.master.as_deref()), (Some("by-option"), Some("x")));
+    assert_eq!(value(&effective, "socketLb"), ("off".into(), "--socket-lb".into()));
+    assert_eq!(value(&effective, "xdp"), ("generic".into(), format!("{FILE}:10")));
+    let warnings = effective.warnings(true);
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert!(warnings[0].starts_with("--proxy-mode, --masquerade-all: not read beside --config"), "{warnings:?}");
+    // A directory is read in place of the cluster that the file names.
+    let source = read(&["--source=/objects"], &theirs("clientConnection: {kubeconfig: /k}")).unwrap();
+    assert_eq!((source.args.kubeconfig, source.args.source), (None, Some("/objects".into())));
+}
+
+#[test]
+fn our_word_for_the_mode_is_the_last_one() {
+    let both =
+        read(&[], &(theirs("mode: iptables\nnftables: {masqueradeAll: true}") + &own("proxyMode: nftables"))).unwrap();
+    assert_eq!((both.args.proxy_mode, both.args.masquerade_all), (ProxyMode::Nftables, true));
+    let kubeadm = read(&[], include_str!("../../../config/file/kubeadm.yaml")).unwrap();
+    assert_eq!((kubeadm.args.proxy_mode, kubeadm.notice()), (ProxyMode::Auto, None));
+    assert_eq!(kubeadm.warnings(false), [""; 0]);
+    // What kube-proxy's own --write-config-to writes: its defaults, in words.
+    let written = read(&[], include_str!("../../../config/file/kube_proxy.yaml")).unwrap();
+    assert_eq!((written.args.proxy_mode, written.args.oom_score_adj), (ProxyMode::Iptables, Some(-999)));
+    assert_eq!(written.warnings(false), [""; 0]);
+    let kind = read(&[], include_str!("../../../config/file/kind.yaml")).unwrap();
+    assert_eq!(kind.args.proxy_mode, ProxyMode::Iptables);
+    assert!(kind.notice().unwrap().contains("proxyMode: auto"), "{:?}", kind.notice());
+    assert_eq!(kind.warnings(true), [""; 0]);
+}
+
+#[test]
+fn what_is_wrong_in_a_file_is_named_by_file_line_and_field() {
+    for (file, words) in [
+        (theirs("mode: userspace"), &["/etc/agent.conf:3: mode: ", "userspace", "auto, ebpf, nftables"][..]),
+        (theirs("mode: kernelspace"), &[":3: mode: ", "Windows"]),
+        (theirs("\n\nbindAddress: host"), &[":5: bindAddress: ", "no address"]),
+        (theirs("healthzBindAddress: host:80"), &[":3: healthzBindAddress: ", "no address to listen on"]),
+        (theirs("clusterCIDR: 10.0.0.0/8,10.1.0.0/16"), &[":3: clusterCIDR: ", "one of each family"]),
+        (theirs("detectLocalMode: Some"), &[":3: detectLocalMode: ", "InterfaceNamePrefix"]),
+        (theirs("detectLocalMode: BridgeInterface"), &["/etc/agent.conf: ", "--pod-bridge-interface"]),
+        (theirs("iptables: {minSyncPeriod: 31s}"), &["/etc/agent.conf: ", "--min-sync-period"]),
+        (theirs("nodePortAddresses: [primary, 10.0.0.0/8]"), &["/etc/agent.conf: ", "primary alone"]),
+        (theirs("nodePortAddresses: [10.0.0.1]"), &[":3: nodePortAddresses: ", "10.0.0.1"]),
+        (theirs("logging: {format: xml}"), &[":3: logging.format: ", "text, json"]),
+        (theirs("") + &own("socketLb: some"), &[":7: socketLb: ", "all, node, off"]),
+        (theirs("") + &own("socketlb: node"), &[":7: socketlb: ", "is socketLb meant?"]),
+        (theirs("mode: [\n"), &["/etc/agent.conf:"]),
+    ] {
+        let error = read(&[], &file).unwrap_err();
+        let text = format!("{error:#}");
+        assert!(words.iter().all(|word| text.contains(word)) && text.lines().count() == 1, "{file}\n{text}");
+        assert!(error.is::<UsageError>());
+    }
+}
+
+/// What is printed says the same when it is read, whatever it was made of.
+#[test]
+fn what_is_printed_can_be_read_again() {
+    for (options, file) in [
+        (&[][..], None),
+        (
+            &[
+                "--proxy-mode=ipvs",
+                "--ipvs-sync-period=5s",
+                "--masquerade-all",
+                "-v=4",
+                "--devices=a,b",
+                "--healthz-port=0",
+            ],
+            None,
+        ),
+        (
+            &[
+                "--kube-api-qps=50",
+                "--feature-gates=AllAlpha=true",
+                "--vmodule=a=1",
+                "--socket-lb=off",
+                "--sync-period=9s",
+            ],
+            None,
+        ),
+        (&["--metrics-bind-address=", "--external-ips=false", "--bind-address=::1", "--min-sync-period=0"], None),
+        (&["--iptables-localhost-nodeports=false", "--conntrack-udp-timeout=5s", "--conntrack-max-per-core=0"], None),
+        (&["--hostname-override=n"], Some(include_str!("../../../config/file/kubeadm.yaml").to_owned())),
+        (
+            &[],
+            Some(theirs(
+                "mode: nftables\nnftables: {masqueradeAll: true, minSyncPeriod: 2s}\niptables: {masqueradeBit: 5}",
+            )),
+        ),
+    ] {
+        let first = match file {
+            Some(text) => read(options, &text).unwrap(),
+            None => of(&given(options)).unwrap(),
+        };
+        let yaml = first.yaml().unwrap();
+        let again = read(&[], &yaml).unwrap_or_else(|error| panic!("{error:#}\n{yaml}"));
+        assert_eq!(again.yaml().unwrap(), yaml);
+        let shown = |effective: &Effective| {
+            effective.in_force().into_iter().map(|one| (one.field.path, one.text)).collect::<Vec<_>>()
+        };
+        assert_eq!(shown(&again), shown(&first));
+        let said = |effective: &Effective| effective.warnings(false).len();
+        assert_eq!(said(&again), said(&first), "{:?} {:?}", again.warnings(false), first.warnings(false));
+    }
+}
+
+#[test]
+fn the_defaults_as_they_are_printed() {
+    insta::assert_snapshot!(of(&given(&["--hostname-override=node1"])).unwrap().yaml().unwrap());
+}
+
+#[test]
+fn changes_are_named_as_the_file_has_them() {
+    let before = read(&[], &theirs("mode: nftables\nlogging: {verbosity: 1}")).unwrap();
+    let after = read(
+        &[],
+        &(theirs("mode: nftables\nnftables: {masqueradeAll: true}\nlogging: {verbosity: 5}") + &own("xdp: auto")),
+    )
+    .unwrap();
+    let names: Vec<_> = before.changes(&after).iter().map(|long| after.name_of(long)).collect();
+    assert_eq!(names, ["nftables.masqueradeAll", "logging.verbosity", "xdp"]);
+    assert_eq!(before.changes(&before), [""; 0]);
+    let comment = read(&[], &theirs("# the same\nmode: nftables\nlogging: {verbosity: 1}")).unwrap();
+    assert_eq!(before.changes(&comment), [""; 0]);
+}
