@@ -255,6 +255,9 @@ fn lost_hooks_are_noticed_and_put_back() {
     assert_eq!(program_ids(&world).keys().filter(|name| name.starts_with("tcx")).count(), 2);
     // A device that is not there is no failure: it is about to be reported gone.
     assert!(ebpf.set_devices(&device_list(&[(702, "veth-b"), (9999, "ghost")])).is_clean());
+    // Nor has anybody taken anything off it, or off one that goes before anybody says so.
+    sh("ip link del veth-b");
+    assert_eq!(ebpf.observe().unwrap().hooks, Vec::<String>::new());
 }
 
 #[test]

@@ -239,6 +239,10 @@ impl Dataplane for Moving {
         self.dataplane.hooks()
     }
 
+    fn lost_hooks(&self) -> Vec<String> {
+        self.dataplane.lost_hooks()
+    }
+
     fn ahead(&self) -> Vec<Ahead> {
         self.dataplane.ahead()
     }

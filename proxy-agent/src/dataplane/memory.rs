@@ -297,12 +297,11 @@ impl Dataplane for Memory {
     fn observe(&mut self) -> Result<Drift, DataplaneError> {
         let state = self.entered("observe");
         let Changes { set, remove, guard, unguard, local_cidrs, left_pods: _ } = state.desired.diff(&self.believed);
-        let hooks = if state.active { Vec::new() } else { vec![hook().name()] };
         Ok(Drift {
             frontends: set.into_keys().chain(remove).collect(),
             guards: guard.into_iter().chain(unguard).collect(),
             local_cidrs: local_cidrs.is_some(),
-            hooks,
+            hooks: (!state.active).then(|| hook().name()).into_iter().collect(),
             unfinished: state.faults.unfinished,
         })
     }
@@ -333,6 +332,10 @@ impl Dataplane for Memory {
 
     fn hooks(&self) -> Vec<Hook> {
         self.kernel.state().active.then(hook).into_iter().collect()
+    }
+
+    fn lost_hooks(&self) -> Vec<String> {
+        (!self.kernel.state().active).then(|| hook().name()).into_iter().collect()
     }
 }
 

@@ -335,6 +335,11 @@ pub trait Dataplane: Send {
     /// Hooks in force, for `status`.
     fn hooks(&self) -> Vec<Hook>;
 
+    /// Of the hooks that `set_devices` and `activate` put back those that are not in force, by [`Hook::name`].
+    fn lost_hooks(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// Where others' programs see packets before ours do, and may keep them from it.
     fn ahead(&self) -> Vec<Ahead> {
         Vec::new()

@@ -489,10 +489,12 @@ impl Engine {
     fn set_devices(&mut self) {
         self.devices_changed = false;
         let devices = self.devices.borrow().clone();
-        let (report, hooks) = self.dataplane.call(&mut self.table, self.queued, |dataplane| {
+        let (lost, report, hooks) = self.dataplane.call(&mut self.table, self.queued, |dataplane| {
+            let lost = dataplane.lost_hooks();
             let report = dataplane.set_devices(&devices);
-            (report, dataplane.hooks())
+            (lost, report, dataplane.hooks())
         });
+        self.note_lost(&lost);
         let Report { failed, failed_guards: _, failed_devices, without_xdp, failed_local_cidrs: _, writes: _ } = report;
         let now = SystemTime::now();
         for (frontend, failure) in failed {
@@ -525,15 +527,26 @@ impl Engine {
     }
 
     fn activate(&mut self) {
-        let (result, hooks) = self.dataplane.call(&mut self.table, self.queued, |dataplane| {
+        let (lost, result, hooks) = self.dataplane.call(&mut self.table, self.queued, |dataplane| {
+            let lost = dataplane.lost_hooks();
             let result = dataplane.activate();
-            (result, dataplane.hooks())
+            (lost, result, dataplane.hooks())
         });
+        self.note_lost(&lost);
         self.retry.hooks = result.is_err();
         self.active |= result.is_ok();
         self.complain("hooks", result.err().map(|error| error.to_string()));
         self.table.edit().hooks = Arc::new(hooks);
         lost::look_after(&mut self.table);
+    }
+
+    /// Hooks that were found lost before they were put back, if they were.
+    fn note_lost(&mut self, lost: &[String]) {
+        if lost::note(&mut self.table, lost) {
+            tracing::warn!(hooks = ?lost, "hooks were taken off; putting them back");
+            // Not all of them need be what is being done: the rest is put back at once, too.
+            self.observe_at = Instant::now();
+        }
     }
 
     fn complain(&mut self, object: &str, complaint: Option<String>) {

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use proxy_agent::{dataplane::memory::Kernel, serve::health::judge, status::Status, sync::Options};
 
-use crate::world::{World, frontend, full, quick, three, web};
+use crate::world::{World, device, frontend, full, quick, three, web};
 
 /// (livez, healthz) as of now.
 fn health(status: &Status) -> (bool, bool) {
@@ -39,6 +39,31 @@ async fn a_hook_that_was_taken_off_is_counted_and_put_back() {
     kernel.state().faults.activate = false;
     let status = world.wait("put back", |status| status.lost_hooks.is_empty()).await;
     assert_eq!((status.hooks_lost, health(&status)), (2, (true, true)));
+    world.stop().await;
+}
+
+/// What looks after devices finds it before anybody compares with the kernel.
+#[tokio::test]
+async fn a_hook_that_was_taken_off_between_two_looks_is_no_less_lost() {
+    let kernel = Kernel::default();
+    let options = Options { resync_period: Duration::from_secs(3600), ..quick() };
+    let mut world = World::started(kernel.clone(), options, three()).await;
+    {
+        let mut state = kernel.state();
+        state.active = false;
+        state.faults.activate = true;
+    }
+    world.devices.send_replace([(7, device("veth0"))].into());
+    let status = world.wait("lost", |status| !status.lost_hooks.is_empty()).await;
+    assert_eq!((status.hooks_lost, status.hooks.len(), health(&status)), (1, 0, (true, false)));
+    kernel.state().faults.activate = false;
+    let status = world.wait("put back", |status| status.lost_hooks.is_empty()).await;
+    assert_eq!((status.hooks_lost, status.hooks.len(), health(&status)), (1, 1, (true, true)));
+    // Put back by what finds it.
+    kernel.state().active = false;
+    world.devices.send_replace([(8, device("veth0"))].into());
+    let status = world.wait("counted", |status| status.hooks_lost == 2 && status.lost_hooks.is_empty()).await;
+    assert_eq!((status.hooks.len(), health(&status)), (1, (true, true)));
     world.stop().await;
 }
 

@@ -223,7 +223,8 @@ impl Facts {
 }
 
 fn bpf<T>(command: i64, attr: &mut T) -> io::Result<i32> {
-    // SAFETY: every caller's struct has the layout of its command in `union bpf_attr`, and what it points to outlives the call.
+    // SAFETY: every caller's struct has the layout of its command in `union bpf_attr`, with every field that the kernel writes back,
+    // and what it points to outlives the call.
     let done = unsafe { libc::syscall(libc::SYS_bpf, command, ptr::from_mut(attr), size_of::<T>()) };
     i32::try_from(done).ok().filter(|done| *done >= 0).ok_or_else(io::Error::last_os_error)
 }
@@ -260,6 +261,7 @@ struct AttachAttr {
     flags: u32,
 }
 
+/// Whole: some of it is written back even if it is said to be shorter.
 #[derive(Default)]
 #[repr(C)]
 struct QueryAttr {
@@ -270,7 +272,13 @@ struct QueryAttr {
     ids: u64,
     count: u32,
     pad: u32,
+    program_attach_flags: u64,
+    links: u64,
+    link_attach_flags: u64,
+    revision: u64,
 }
+
+const _: () = assert!(size_of::<QueryAttr>() == 64);
 
 #[repr(C)]
 struct ElementAttr {

@@ -576,6 +576,10 @@ impl Dataplane for Ebpf {
         self.hooks.in_force()
     }
 
+    fn lost_hooks(&self) -> Vec<String> {
+        self.hooks.lost()
+    }
+
     fn ahead(&self) -> Vec<Ahead> {
         self.hooks.ahead()
     }

@@ -7,7 +7,7 @@ use std::{
     ffi::CString,
     io,
     marker::PhantomData,
-    mem::{MaybeUninit, size_of},
+    mem::{MaybeUninit, offset_of, size_of},
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd},
         unix::ffi::OsStrExt,
@@ -66,8 +66,9 @@ const BATCH: usize = 4096;
 
 /// Calls `bpf(2)`; `attr` is the prefix of `union bpf_attr` that the command reads.
 fn bpf<T>(command: i64, attr: &mut T) -> io::Result<i32> {
-    // SAFETY: `attr` is live and exactly as long as said; pointers inside it were made by the callers in this module from
-    // buffers that outlive the call and are as long as the kernel takes them to be.
+    // SAFETY: `attr` is live and exactly as long as said, and has every field that the command writes back: some are written wherever
+    // they stand in the union, whatever length was given. Pointers inside it were made by the callers in this module from buffers
+    // that outlive the call and are as long as the kernel takes them to be.
     let result = unsafe { libc::syscall(libc::SYS_bpf, command, ptr::from_mut(attr), size_of::<T>()) };
     i32::try_from(result).ok().filter(|r| *r >= 0).ok_or_else(io::Error::last_os_error)
 }
@@ -250,6 +251,7 @@ pub(crate) fn link_create(program: BorrowedFd<'_>, target: Target<'_>, attach_ty
     bpf_fd(cmd::LINK_CREATE, &mut LinkCreateAttr { program, target, attach_type, flags, ..Default::default() })
 }
 
+/// Whole: where TCX is asked, the kernel writes `revision` back even if `attr` is said to end before it.
 #[repr(C)]
 #[derive(Default)]
 struct QueryAttr {
@@ -260,7 +262,13 @@ struct QueryAttr {
     programs: u64,
     count: u32,
     pad: u32,
+    program_attach_flags: u64,
+    links: u64,
+    link_attach_flags: u64,
+    revision: u64,
 }
+
+const _: () = assert!(offset_of!(QueryAttr, revision) == 56 && size_of::<QueryAttr>() == 64);
 
 /// Ids of the programs at a device's TCX hook, in the order in which they run (6.6, e420bed02507). More than a kernel takes there (64) are
 /// not asked for.

@@ -6,6 +6,8 @@ use std::{
     path::Path,
 };
 
+use rustix::io::Errno;
+
 use super::programs::Program;
 use crate::dataplane::ebpf::{
     clsact::Direction,
@@ -53,9 +55,17 @@ pub(crate) fn parse_tcx_name(name: &str) -> Option<(u32, &str)> {
 
 /// The device's name; where it is not in this network namespace, its index.
 pub(crate) fn interface_name(index: u32) -> String {
-    let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::DGRAM, None);
-    let name = socket.and_then(|socket| rustix::net::netdevice::index_to_name(&socket, index));
-    name.unwrap_or_else(|_| format!("interface {index}"))
+    index_to_name(index).unwrap_or_else(|_| format!("interface {index}"))
+}
+
+/// Whether the kernel says that there is no such device in this network namespace.
+pub(super) fn is_gone(index: u32) -> bool {
+    index_to_name(index) == Err(Errno::NODEV)
+}
+
+fn index_to_name(index: u32) -> Result<String, Errno> {
+    let socket = rustix::net::socket(rustix::net::AddressFamily::UNIX, rustix::net::SocketType::DGRAM, None)?;
+    rustix::net::netdevice::index_to_name(&socket, index)
 }
 
 /// A kernel with TCX finds no such device; one without does not know the attach type (6.6, e420bed02507).

@@ -375,8 +375,8 @@ impl Hooks {
         left
     }
 
-    /// Hooks that should be in force, each with whether it is.
-    fn expected(&self) -> Vec<(Hook, bool)> {
+    /// Hooks that should be in force, each with whether it is; `None` where that cannot be asked, or its device is gone.
+    fn expected(&self) -> Vec<(Hook, Option<bool>)> {
         let mut hooks = vec![];
         if let Some(cgroup) = self.cgroup.as_ref().filter(|_| self.activated) {
             for (name, _) in CGROUP_PROGRAMS {
@@ -395,8 +395,10 @@ impl Hooks {
                     self.holds(&self.layout.links.join(tcx_name(*index, direction)), name, u64::from(*index))
                 } else {
                     let id = self.program(name).map(|p| p.id).ok();
-                    id.is_some() && clsact::program(*index, direction).ok().flatten() == id
+                    clsact::program(*index, direction).ok().map(|held| held.is_some() && held == id)
                 };
+                // What is said of devices lags behind the kernel.
+                let holds = holds.filter(|holds| *holds || !links::is_gone(*index));
                 let kind = if self.tcx { "tcx" } else { "clsact" };
                 let hook = Hook {
                     kind: format!("{kind}/{}", direction.as_str()),
@@ -414,22 +416,26 @@ impl Hooks {
                 program: XDP_PROGRAM.to_owned(),
             };
             let pin = self.layout.links.join(xdp_name(*index, *mode));
-            hooks.push((hook, self.holds(&pin, XDP_PROGRAM, u64::from(*index))));
+            let holds = self.holds(&pin, XDP_PROGRAM, u64::from(*index));
+            hooks.push((hook, holds.filter(|holds| *holds || !links::is_gone(*index))));
         }
         hooks
     }
 
-    fn holds(&self, pin: &Path, program: &str, target: u64) -> bool {
-        let Ok(info) = sys::open(pin).and_then(|link| sys::link_info(link.as_fd())) else { return false };
-        info.target == target && self.program(program).is_ok_and(|p| p.id == info.program_id)
+    fn holds(&self, pin: &Path, program: &str, target: u64) -> Option<bool> {
+        match sys::open(pin).and_then(|link| sys::link_info(link.as_fd())) {
+            Ok(info) => Some(info.target == target && self.program(program).is_ok_and(|p| p.id == info.program_id)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Some(false),
+            Err(_) => None,
+        }
     }
 
     pub(crate) fn in_force(&self) -> Vec<Hook> {
-        self.expected().into_iter().filter(|(_, holds)| *holds).map(|(hook, _)| hook).collect()
+        self.expected().into_iter().filter(|(_, holds)| *holds == Some(true)).map(|(hook, _)| hook).collect()
     }
 
     pub(crate) fn lost(&self) -> Vec<String> {
-        self.expected().into_iter().filter(|(_, holds)| !holds).map(|(hook, _)| hook.name()).collect()
+        self.expected().into_iter().filter(|(_, holds)| *holds == Some(false)).map(|(hook, _)| hook.name()).collect()
     }
 
     /// Programs that run before ours on devices, where the kernel can say so. Of clsact's filters those of a lesser priority do; who puts
