@@ -139,17 +139,15 @@ impl Status {
         waits
     }
 
-    /// Services with frontends that are not in force as they should be, and what their owners need to know of it. `uid_of`: of a Service
-    /// that is there.
+    /// Services with frontends that are not in force as they should be and may yet be, and what their owners need to know of it. What no
+    /// node with this dataplane serves is for the status alone to say. `uid_of`: of a Service that is there.
     pub fn unserved_of(
         frontends: &BTreeMap<Frontend, FrontendStatus>,
         uid_of: impl Fn(&ServiceKey) -> Option<Arc<str>>,
     ) -> BTreeMap<ServiceKey, Unserved> {
         let mut unserved: BTreeMap<ServiceKey, Unserved> = BTreeMap::new();
         for row in frontends.values() {
-            let FrontendState::Degraded(Failure::Retry(reason) | Failure::Unsupported(reason)) = &row.state else {
-                continue;
-            };
+            let FrontendState::Degraded(Failure::Retry(reason)) = &row.state else { continue };
             let key = &row.spec.service.service;
             if let Some(known) = unserved.get_mut(key) {
                 known.frontends += 1;

@@ -4,13 +4,14 @@
 //! business. Who writes them is told through a channel that drops what does not fit.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use tokio::{sync::mpsc, time::sleep};
 use tokio_util::sync::CancellationToken;
+use tracing::warn;
 
 use super::Shared;
 use crate::{
@@ -33,9 +34,16 @@ pub struct Notices {
 impl Notices {
     /// Waits for nobody: what is more than anybody reads is in the log and the status.
     pub(super) fn tell(&self, notice: Notice) {
-        if self.sender.try_send(notice).is_err() {
+        if let Err(error) = self.sender.try_send(notice) {
+            let Notice { about, reason, note, .. } = error.into_inner();
+            warn!(?about, reason, note, "no Event could be written: too many wait");
             self.counts.dropped();
         }
+    }
+
+    /// Whether it was taken. If not, it may be offered again.
+    fn offer(&self, notice: Notice) -> bool {
+        self.sender.try_send(notice).is_ok()
     }
 }
 
@@ -47,9 +55,7 @@ pub(super) async fn run(shared: Arc<Shared>, cancel: CancellationToken) {
             () = cancel.cancelled() => return,
             () = sleep(LOOK) => {}
         }
-        for notice in following.look(&shared.status(), Instant::now()) {
-            shared.options.notices.tell(notice);
-        }
+        following.look(&shared.status(), Instant::now(), |notice| shared.options.notices.offer(notice));
     }
 }
 
@@ -75,9 +81,8 @@ struct Lack {
 }
 
 impl Following {
-    /// What is to be told now.
-    fn look(&mut self, status: &Status, now: Instant) -> Vec<Notice> {
-        let mut notices = Vec::new();
+    /// Offers what is to be told now; what is not taken is offered again by the next look.
+    fn look(&mut self, status: &Status, now: Instant, mut offer: impl FnMut(Notice) -> bool) {
         for (key, unserved) in &*status.unserved {
             let Unserved { uid, frontends, reason } = unserved;
             let lack =
@@ -87,10 +92,9 @@ impl Following {
                 *lack = Lack { uid: Arc::clone(uid), since: now, told: false };
             }
             if !lack.told && now.saturating_duration_since(lack.since) >= PATIENCE {
-                lack.told = true;
                 let many =
                     if *frontends == 1 { "1 frontend is".to_owned() } else { format!("{frontends} frontends are") };
-                notices.push(Notice {
+                lack.told = offer(Notice {
                     about: About::Service { key: key.clone(), uid: Arc::clone(uid) },
                     kind: NoticeKind::Warning,
                     reason: "FrontendDegraded",
@@ -99,21 +103,24 @@ impl Following {
                 });
             }
         }
+        let ended = |key: &ServiceKey, lack: &Lack| lack.told && !status.unserved.contains_key(key);
+        // Nobody hears of a Service that is gone.
+        let there: BTreeSet<&ServiceKey> = if self.0.iter().any(|(key, lack)| ended(key, lack)) {
+            status.frontends.values().map(|row| &row.spec.service.service).collect()
+        } else {
+            BTreeSet::new()
+        };
         self.0.retain(|key, lack| {
-            let lasts = status.unserved.contains_key(key);
-            // Nobody hears of a Service that is gone.
-            if !lasts && lack.told && status.frontends.values().any(|row| row.spec.service.service == *key) {
-                notices.push(Notice {
-                    about: About::Service { key: key.clone(), uid: Arc::clone(&lack.uid) },
-                    kind: NoticeKind::Normal,
-                    reason: "FrontendRecovered",
-                    action: "Program",
-                    note: format!("node {}: all frontends are in force", status.node),
-                });
-            }
-            lasts
+            let recovered = || Notice {
+                about: About::Service { key: key.clone(), uid: Arc::clone(&lack.uid) },
+                kind: NoticeKind::Normal,
+                reason: "FrontendRecovered",
+                action: "Program",
+                note: format!("node {}: all frontends are in force", status.node),
+            };
+            let waits = ended(key, lack) && there.contains(key) && !offer(recovered());
+            waits || status.unserved.contains_key(key)
         });
-        notices
     }
 }
 
@@ -137,24 +144,35 @@ mod tests {
     fn what_lasts_is_told_once_and_so_is_its_end() {
         let full = || FrontendState::Degraded(Failure::Retry("the map is full".into()));
         let held = || FrontendState::Degraded(Failure::Held("cannot be read".into()));
+        // Every node would say so, for as long as there is the Service.
+        let never = || FrontendState::Degraded(Failure::Unsupported("SCTP is not served".into()));
         let good = || FrontendState::Programmed;
         let degraded = status(&[
             ("10.96.0.1", "web", full()),
             ("fd00::1", "web", full()),
             ("10.96.0.2", "shop", full()),
             ("10.96.0.3", "held", held()),
+            ("10.96.0.4", "never", never()),
         ]);
         let mut following = Following::default();
         let start = Instant::now();
-        let at = |seconds| start + Duration::from_secs(seconds);
-        let told = |notices: Vec<Notice>| -> Vec<(String, &'static str, String)> {
-            let about = |about| match about {
-                About::Service { key, uid } => format!("{key} {uid}"),
-                About::Node => String::new(),
-            };
-            notices.into_iter().map(|notice| (about(notice.about), notice.reason, notice.note)).collect()
+        // What is told by a look of which only so many Events are taken.
+        let mut look = |status: &Status, seconds: u64, room: usize| {
+            let mut told: Vec<(String, &'static str, String)> = Vec::new();
+            following.look(status, start + Duration::from_secs(seconds), |notice| {
+                let about = match notice.about {
+                    About::Service { key, uid } => format!("{key} {uid}"),
+                    About::Node => String::new(),
+                };
+                let is_taken = told.len() < room;
+                if is_taken {
+                    told.push((about, notice.reason, notice.note));
+                }
+                is_taken
+            });
+            told
         };
-        assert_eq!(told(following.look(&degraded, at(0))), []);
+        assert_eq!(look(&degraded, 0, 9), []);
         let expected = [
             (
                 "default/shop uid-shop".to_owned(),
@@ -167,17 +185,21 @@ mod tests {
                 "node n1: 2 frontends are not in force: the map is full".to_owned(),
             ),
         ];
-        assert_eq!(told(following.look(&degraded, at(5))), expected);
-        assert_eq!(told(following.look(&degraded, at(60))), []);
+        // What is not taken is told by a later look, and once.
+        assert_eq!(look(&degraded, 5, 1), expected[..1]);
+        assert_eq!(look(&degraded, 7, 0), []);
+        assert_eq!(look(&degraded, 9, 9), expected[1..]);
+        assert_eq!(look(&degraded, 60, 9), []);
         // One is in force again, the other is gone.
         let better = status(&[("10.96.0.1", "web", good()), ("fd00::1", "web", good())]);
         let expected =
             ("default/web uid-web".to_owned(), "FrontendRecovered", "node n1: all frontends are in force".to_owned());
-        assert_eq!(told(following.look(&better, at(61))), [expected]);
-        assert_eq!(told(following.look(&better, at(70))), []);
+        assert_eq!(look(&better, 61, 0), []);
+        assert_eq!(look(&better, 63, 9), [expected]);
+        assert_eq!(look(&better, 70, 9), []);
         // For a moment only.
-        assert_eq!(told(following.look(&degraded, at(80))), []);
-        assert_eq!(told(following.look(&better, at(82))), []);
+        assert_eq!(look(&degraded, 80, 9), []);
+        assert_eq!(look(&better, 82, 9), []);
     }
 
     #[test]

@@ -187,8 +187,9 @@ impl Engine {
         if !node.is_empty() {
             status.node = node;
         }
-        if changed && self.queued.is_none() {
-            self.queued = Some(Instant::now());
+        if changed {
+            self.queued.get_or_insert_with(Instant::now);
+            // kube-proxy's, of the newest one.
             status.last_queued = Some(SystemTime::now());
         }
     }

@@ -41,12 +41,17 @@ pub(super) fn look_after(table: &mut Table) {
 pub(super) fn note_ahead(table: &mut Table, ahead: Vec<Ahead>) {
     if *table.next.ahead != ahead {
         for Ahead { kind, target, programs } in &ahead {
-            tracing::warn!(
-                hook = kind,
-                device = target,
-                ?programs,
-                "others' programs run before ours, and may keep packets from it"
-            );
+            let known = table.next.ahead.iter().find(|known| known.kind == *kind && known.target == *target);
+            let is_new = |id: &&u32| known.is_none_or(|known| !known.programs.contains(id));
+            let programs: Vec<&u32> = programs.iter().filter(is_new).collect();
+            if !programs.is_empty() {
+                tracing::warn!(
+                    hook = kind,
+                    device = target,
+                    ?programs,
+                    "others' programs run before ours, and may keep packets from it"
+                );
+            }
         }
         table.edit().ahead = Arc::new(ahead);
     }

@@ -67,6 +67,21 @@ async fn a_hook_that_was_taken_off_between_two_looks_is_no_less_lost() {
     world.stop().await;
 }
 
+/// As kube-proxy's: whoever compares it with the last sync sees a change that came after it, however long others wait.
+#[tokio::test]
+async fn what_was_queued_last_is_the_newest_change() {
+    let options = Options { min_period: Duration::from_secs(3600), ..quick() };
+    let mut world = World::started(Kernel::default(), options, three()).await;
+    let mut last = world.status.borrow().last_queued;
+    for (address, name) in [("10.96.0.4", "d"), ("10.96.0.5", "e")] {
+        world.send(web(address, name)).await;
+        let status = world.wait("queued", |status| status.last_queued > last).await;
+        assert!(status.last_queued > status.last_sync);
+        last = status.last_queued;
+    }
+    world.stop().await;
+}
+
 #[tokio::test]
 async fn since_when_nothing_is_in_force_is_said() {
     let kernel = Kernel::default();

@@ -18,7 +18,10 @@ use kube::{
     core::Request,
 };
 use serde_json::{Value, json};
-use tokio::{sync::mpsc, time::timeout};
+use tokio::{
+    sync::mpsc,
+    time::{sleep, timeout},
+};
 use tracing::{debug, warn};
 
 use super::connect::Connector;
@@ -37,6 +40,9 @@ const BURST: u32 = 30;
 /// After so long one more may be written.
 const PACE: Duration = Duration::from_secs(1);
 
+/// Seconds before it is tried again where the API server does not answer, or not now: at the start of a node it may come later than we do.
+const AGAIN: [u64; 5] = [1, 2, 4, 8, 16];
+
 /// Writes what comes until nobody sends any more. The API server is not spoken to before there is something to say.
 pub(in crate::source) async fn tell(
     node: &str,
@@ -48,7 +54,7 @@ pub(in crate::source) async fn tell(
     let mut ration = Ration { left: BURST, at: Instant::now() };
     while let Some(notice) = notices.recv().await {
         let outcome = if ration.take(Instant::now()) {
-            recorder.write(&notice).await
+            recorder.insist(&notice).await
         } else {
             Err("too many at once".to_owned())
         };
@@ -100,7 +106,19 @@ struct Recorder<'a> {
 }
 
 impl Recorder<'_> {
-    async fn write(&mut self, notice: &Notice) -> Result<(), String> {
+    /// Several times if need be. What comes meanwhile waits in the channel.
+    async fn insist(&mut self, notice: &Notice) -> Result<(), String> {
+        for pause in AGAIN.map(Duration::from_secs) {
+            match self.write(notice).await {
+                Err(error) if may_pass(&error) => debug!(%error, ?pause, "no Event written; trying again"),
+                done => return done.map_err(|error| error.to_string()),
+            }
+            sleep(pause).await;
+        }
+        self.write(notice).await.map_err(|error| error.to_string())
+    }
+
+    async fn write(&mut self, notice: &Notice) -> Result<(), Error> {
         let now = Timestamp::now();
         self.written.retain(|_, written| written.at.elapsed() < SERIES);
         let path = format!("/apis/events.k8s.io/v1/namespaces/{}/events", namespace(&notice.about));
@@ -108,38 +126,50 @@ impl Recorder<'_> {
             let (name, count) = (name.clone(), count + 1);
             let series = json!({"series": {"count": count, "lastObservedTime": format!("{now:.6}")}});
             let request = Request::new(path.clone()).patch(&name, &PatchParams::default(), &Patch::Merge(series));
-            match self.send(request.map_err(|error| error.to_string())?).await {
+            match self.send(request.map_err(Error::BuildRequest)?).await {
                 Ok(()) => {
                     self.written.insert(notice.clone(), Written { name, count, at: Instant::now() });
                     return Ok(());
                 }
                 // Its time was up there: it is told anew.
                 Err(Error::Api(status)) if status.code == 404 => {}
-                Err(error) => return Err(error.to_string()),
+                Err(error) => return Err(error),
             }
         }
         let body = event(self.node, notice, now);
         let request = Request::new(path).create(&PostParams::default(), body.to_string().into_bytes());
-        self.send(request.map_err(|error| error.to_string())?).await.map_err(|error| error.to_string())?;
+        self.send(request.map_err(Error::BuildRequest)?).await?;
         let name = body.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default().to_owned();
         self.written.insert(notice.clone(), Written { name, count: 1, at: Instant::now() });
         Ok(())
     }
 
+    /// All of it within the time for an answer: a plugin that gives credentials may hang, too.
     async fn send(&mut self, request: axum::http::Request<Vec<u8>>) -> Result<(), Error> {
-        let connector = match &mut self.connector {
-            Some(connector) => {
-                // Tokens age while nothing happens.
-                connector.renew().await;
-                connector
-            }
-            None => {
-                let connector = Connector::new(self.options.clone()).await;
-                self.connector.insert(connector.map_err(|error| Error::Service(error.into()))?)
-            }
-        };
-        let answer = timeout(ANSWER, connector.client().await.request_text(request)).await;
-        answer.map_err(|late| Error::Service(late.into()))?.map(drop)
+        let answer = timeout(ANSWER, async {
+            let connector = match &mut self.connector {
+                Some(connector) => {
+                    // Tokens age while nothing happens.
+                    connector.renew().await;
+                    connector
+                }
+                None => {
+                    let connector = Connector::new(self.options.clone()).await;
+                    self.connector.insert(connector.map_err(|error| Error::Service(error.into()))?)
+                }
+            };
+            connector.client().await.request_text(request).await
+        });
+        answer.await.map_err(|late| Error::Service(late.into()))?.map(drop)
+    }
+}
+
+/// Whether the same may be taken later: there was no answer, or one that says so.
+fn may_pass(error: &Error) -> bool {
+    match error {
+        Error::Api(status) => status.code == 429 || status.code >= 500,
+        Error::BuildRequest(_) => false,
+        _ => true,
     }
 }
 
