@@ -81,6 +81,11 @@ impl Suite {
         self.only.is_empty() || self.only.iter().any(|only| name.contains(only.as_str()))
     }
 
+    /// Whether cases are chosen by a text that has `part` in it.
+    pub fn names(&self, part: &str) -> bool {
+        self.only.iter().any(|only| only.contains(part))
+    }
+
     /// Runs one case; a panic in it is its failure.
     pub fn case(&mut self, name: &str, case: impl FnOnce() -> Result<()>) {
         if !self.wants(name) {

@@ -18,6 +18,8 @@ use crate::{
 /// Seeds that are always asked. These were the first; none was added for what it found. One that finds something, of a day's or by hand, is added
 /// with a word on what that was, in the change that mends it.
 const SEEDS: &[u64] = &[1, 2, 3];
+/// What their names begin with.
+pub const NAME: &str = "seed-";
 /// Services of one seed.
 const SERVICES: u8 = 8;
 /// Number of the first.
@@ -109,7 +111,7 @@ fn line(seed: u64, number: u8, dice: &mut Dice) -> String {
     if dice.once_in(4) && !narrowed {
         what.push("affinity=10800".to_owned());
     }
-    format!("seed-{seed}-{number} | {} | {endpoints}", what.join(" "))
+    format!("{NAME}{seed}-{number} | {} | {endpoints}", what.join(" "))
 }
 
 fn ways(service: &Service) -> Vec<(&'static str, Via)> {

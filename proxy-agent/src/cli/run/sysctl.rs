@@ -10,12 +10,13 @@ use crate::dataplane::netfilter::settings;
 const MOST_ENTRIES: u64 = 1 << 20;
 /// kube-proxy's `--conntrack-max-per-core`, where only the least is given.
 const PER_CORE: u32 = 32_768;
+/// And its `--conntrack-min`, where only that is.
+const LEAST: u32 = 131_072;
 
 /// What could not be set, and why.
 pub(super) fn set(conntrack: &Conntrack, strict_arp: bool) -> Vec<String> {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from) as u64;
     let arp = if strict_arp { &STRICT_ARP[..] } else { &[] };
-    write(&[&wanted(conntrack, cpus), arp].concat(), &settings::directory())
+    write(&[&wanted(conntrack, settings::cpus()), arp].concat(), &settings::directory())
 }
 
 /// No neighbour is told of addresses that are on another device than the one it asks by.
@@ -35,7 +36,7 @@ fn wanted(conntrack: &Conntrack, cpus: u64) -> Vec<(&'static str, u64)> {
     let entries = match u64::from(per_core) * cpus {
         0 => 0,
         scaled if scaled > MOST_ENTRIES => MOST_ENTRIES,
-        scaled => scaled.max(u64::from(conntrack_min.unwrap_or_default())),
+        scaled => scaled.max(u64::from(conntrack_min.unwrap_or(LEAST))),
     };
     let seconds = |timeout: Option<Duration>| timeout.map_or(0, |timeout| timeout.as_secs());
     let all = [
@@ -92,7 +93,9 @@ mod tests {
     #[test]
     fn entries_as_kube_proxy_counts_them_a110() {
         for (per_core, least, cpus, entries) in [
-            (Some(10), None, 4, 40),
+            (Some(8_192), None, 4, 131_072),
+            (Some(40_000), None, 4, 160_000),
+            (Some(10), Some(0), 4, 40),
             (Some(10), Some(100), 4, 100),
             (None, Some(100), 4, 4 * 32_768),
             (Some(1_000_000), Some(5_000_000), 4, 1 << 20),

@@ -122,6 +122,17 @@ mod tests {
         format!("proxy-agent-test-{what}-{}", std::process::id())
     }
 
+    /// A process that another test has just started shares the sockets of this one until it is another program's.
+    fn is_to_be_had(name: &str) -> bool {
+        (0..100).any(|_| {
+            let is_ours = Lock::take_name(name).is_ok_and(|lock| lock._listener.is_some());
+            if !is_ours {
+                std::thread::sleep(std::time::Duration::from_millis(50));
+            }
+            is_ours
+        })
+    }
+
     #[test]
     fn the_second_is_refused_until_the_first_is_gone() {
         let name = name("second");
@@ -130,8 +141,7 @@ mod tests {
         assert!(error.contains(&name) && error.contains("stop it"), "{error}");
         assert!(error.contains(&format!("(pid {})", std::process::id())), "{error}");
         drop(first);
-        let again = Lock::take_name(&name).unwrap();
-        assert!(again._listener.is_some());
+        assert!(is_to_be_had(&name));
     }
 
     #[test]
@@ -162,6 +172,6 @@ mod tests {
         assert!(matches!(holder(&name), Some(Holder::Process { uid: 65_534, .. })));
         assert!(Lock::take_name(&name).unwrap()._listener.is_none());
         drop(taken);
-        assert!(Lock::take_name(&name).unwrap()._listener.is_some());
+        assert!(is_to_be_had(&name));
     }
 }

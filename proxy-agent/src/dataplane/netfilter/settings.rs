@@ -21,6 +21,11 @@ pub(crate) fn directory() -> PathBuf {
     others(&mounts).find(|path| is_writable(path)).unwrap_or_else(|| OWN.into())
 }
 
+/// How many CPUs the node has, however few of them this container may use; 1 if that cannot be told.
+pub(crate) fn cpus() -> u64 {
+    aya::util::online_cpus().map_or(1, |cpus| cpus.len() as u64)
+}
+
 /// Where else it is.
 fn others(mounts: &[Mount]) -> impl Iterator<Item = PathBuf> {
     let of_proc = mounts.iter().filter(|mount| mount.kind == "proc" && mount.path != Path::new("/proc"));
