@@ -5,8 +5,9 @@
 //! Authorization is RBAC as in a real cluster, and the agent's user is kube-proxy's, so that what the agent asks for beyond
 //! `system:node-proxier` is refused here too.
 //!
-//! The programs come from `KUBEBUILDER_ASSETS`; else etcd from PATH, and kube-apiserver built with Go from the module in
-//! `tests/apiserver/` (minutes, once; kept under `target/kube/`).
+//! [`ApiServer::start_whole`] is the one of a whole cluster ([`crate::cluster`]): with controllers, and pods that run.
+//!
+//! The programs come from `KUBEBUILDER_ASSETS`; else etcd from PATH, and kube-apiserver built with Go ([`crate::golang`]).
 
 mod relay;
 
@@ -23,12 +24,12 @@ use std::{
 
 use anyhow::{Context as _, Result, bail};
 use nix::{
-    fcntl::{Flock, FlockArg},
-    sys::signal::{Signal, kill},
+    sys::signal::{SigSet, SigmaskHow, Signal, kill, sigprocmask},
     unistd::Pid,
 };
 
 pub use self::relay::Relay;
+use crate::golang;
 
 /// Cluster IPs are taken from here.
 pub const SERVICE_RANGES: &str = "10.96.0.0/16,fd00:96::/112";
@@ -62,93 +63,13 @@ impl Programs {
         }
         let etcd =
             on_path("etcd").context("there is no `etcd` (Debian: etcd-server) and KUBEBUILDER_ASSETS is not set")?;
-        Ok(Self { etcd, apiserver: build("kube-apiserver")? })
+        Ok(Self { etcd, apiserver: golang::APISERVER.build_with_path()? })
     }
 }
 
-fn on_path(program: &str) -> Option<PathBuf> {
+pub(crate) fn on_path(program: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     std::env::split_paths(&path).map(|dir| dir.join(program)).find(|path| path.is_file())
-}
-
-/// Builds a command (`kube-apiserver`, `kube-proxy`, `helm`) at the release that `tests/apiserver/go.mod` names, or finds it built.
-pub fn build(command: &str) -> Result<PathBuf> {
-    build_with(command, || {
-        on_path("go").context("there is no `go` to build it with; `cargo xtask test api` brings one")
-    })
-}
-
-/// The same with the Go that is only looked for if there is something to build.
-pub fn build_with(command: &str, go: impl FnOnce() -> Result<PathBuf>) -> Result<PathBuf> {
-    let Place { module, dir, package, version } = Place::of(command)?;
-    let built = dir.join(format!("{command}-{version}"));
-    // Whoever finds it need not wait for what else is being built.
-    if built.is_file() {
-        return Ok(built);
-    }
-    fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
-    // Test programs that start together should not build the same thing twice.
-    let lock = File::create(dir.join("lock")).context("make target/kube/lock")?;
-    let _lock = Flock::lock(lock, FlockArg::LockExclusive).map_err(|(_, error)| error).context("lock target/kube")?;
-    if built.is_file() {
-        return Ok(built);
-    }
-    let go = go()?;
-    let part = dir.join(format!(".{command}.part"));
-    eprintln!("building {command} {version} with Go, once: this takes some minutes");
-    let output = Command::new(go)
-        .current_dir(&module)
-        .args(["build", "-trimpath", "-ldflags", "-s -w", "-o"])
-        .arg(&part)
-        .arg(package)
-        .env("CGO_ENABLED", "0")
-        .env("GOTOOLCHAIN", "local")
-        // It would lead this Go to another one's library.
-        .env_remove("GOROOT")
-        .stdin(Stdio::null())
-        .output()
-        .context("start go")?;
-    if !output.status.success() {
-        let text = String::from_utf8_lossy(&output.stderr);
-        bail!("go build of {command} {version} failed: {}", text.lines().last().unwrap_or("no word why"));
-    }
-    fs::rename(&part, &built).with_context(|| format!("rename to {}", built.display()))?;
-    Ok(built)
-}
-
-/// Whether [`build`] has nothing to do for it.
-pub fn is_built(command: &str) -> Result<bool> {
-    let Place { dir, version, .. } = Place::of(command)?;
-    Ok(dir.join(format!("{command}-{version}")).is_file())
-}
-
-/// Where commands are built.
-struct Place {
-    module: PathBuf,
-    /// The command's own.
-    package: String,
-    /// What was built is kept here.
-    dir: PathBuf,
-    version: String,
-}
-
-impl Place {
-    fn of(command: &str) -> Result<Self> {
-        let from = if command == "helm" { "helm.sh/helm/v3" } else { "k8s.io/kubernetes" };
-        let module = Path::new(env!("CARGO_MANIFEST_DIR")).join("apiserver");
-        let manifest = fs::read_to_string(module.join("go.mod")).context("read tests/apiserver/go.mod")?;
-        let required = |line: &str| {
-            let line = line.trim();
-            let (module, version) = line.strip_prefix("require ").unwrap_or(line).split_once(' ')?;
-            (module == from).then(|| version.to_owned())
-        };
-        let version = manifest.lines().find_map(required);
-        let version = version.with_context(|| format!("tests/apiserver/go.mod requires no {from}"))?;
-        let own = std::env::current_exe().context("find the running program")?;
-        let target = own.ancestors().find(|dir| dir.join("CACHEDIR.TAG").is_file());
-        let dir = target.map_or_else(|| module.join("../../target"), Path::to_path_buf).join("kube");
-        Ok(Self { module, dir, package: format!("{from}/cmd/{command}"), version })
-    }
 }
 
 /// Where the servers run.
@@ -212,6 +133,8 @@ pub struct ApiServer {
     dir: PathBuf,
     port: u16,
     etcd_port: u16,
+    /// Of a whole cluster.
+    whole: bool,
     etcd: Option<Child>,
     server: Option<Child>,
 }
@@ -221,10 +144,20 @@ impl ApiServer {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let dir = std::env::temp_dir().join(format!("proxy-apiserver-{}-{number}", std::process::id()));
+        Self::start_in(programs, seat, dir, false, "")
+    }
+
+    /// For a cluster whose pods run: they get tokens of their service accounts, nodes may only what nodes may, and the Service
+    /// `kubernetes` leads here. `users`: further lines for the file of tokens.
+    pub fn start_whole(programs: Programs, seat: Seat, dir: PathBuf, users: &str) -> Result<Self> {
+        Self::start_in(programs, seat, dir, true, users)
+    }
+
+    fn start_in(programs: Programs, seat: Seat, dir: PathBuf, whole: bool, users: &str) -> Result<Self> {
         fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
         let [port, etcd_port, peer_port] = free_ports()?;
-        let mut server = Self { programs, seat, dir, port, etcd_port, etcd: None, server: None };
-        fs::write(server.dir.join("tokens.csv"), TOKENS)?;
+        let mut server = Self { programs, seat, dir, port, etcd_port, whole, etcd: None, server: None };
+        fs::write(server.dir.join("tokens.csv"), format!("{TOKENS}{users}"))?;
         server.start_etcd(peer_port)?;
         server.start_server()?;
         server.wait_ready()?;
@@ -255,8 +188,8 @@ impl ApiServer {
         Ok(())
     }
 
-    /// The key that service account tokens would be signed with, if anybody asked for one.
-    fn key(&self) -> PathBuf {
+    /// The key that service account tokens are signed with.
+    pub(crate) fn key(&self) -> PathBuf {
         self.dir.join("etcd/fixtures/peer/key.pem")
     }
 
@@ -273,8 +206,16 @@ impl ApiServer {
             .arg(format!("--service-cluster-ip-range={SERVICE_RANGES}"))
             .arg(format!("--service-account-key-file={}", key.display()))
             .arg(format!("--service-account-signing-key-file={}", key.display()))
-            .args([
-                "--service-account-issuer=https://kubernetes.default.svc",
+            .arg("--service-account-issuer=https://kubernetes.default.svc");
+        if self.whole {
+            command.args([
+                "--authorization-mode=Node,RBAC",
+                "--enable-admission-plugins=NodeRestriction",
+                "--allow-privileged=true",
+                "--kubelet-preferred-address-types=InternalIP",
+            ]);
+        } else {
+            command.args([
                 "--authorization-mode=RBAC",
                 // Pods are not what this is about.
                 "--disable-admission-plugins=ServiceAccount",
@@ -283,6 +224,7 @@ impl ApiServer {
                 // Loopback addresses are refused as endpoints of the Service `kubernetes`.
                 "--endpoint-reconciler-type=none",
             ]);
+        }
         self.server = Some(spawn(command, &self.dir.join("apiserver.log"))?);
         Ok(())
     }
@@ -314,15 +256,25 @@ impl ApiServer {
         SocketAddr::new(self.seat.address, self.port)
     }
 
+    /// The certificate that the server's is checked with: its own.
+    pub(crate) fn authority(&self) -> PathBuf {
+        self.dir.join("certs/apiserver.crt")
+    }
+
     /// Writes a kubeconfig for `user`; `server` is where it leads, [`Self::address`] or a [`Relay`] to it.
     pub fn kubeconfig(&self, user: User, server: SocketAddr) -> Result<PathBuf> {
-        let path = self.dir.join(format!("{user:?}-{}.kubeconfig", server.port()));
-        let authority = self.dir.join("certs/apiserver.crt");
+        self.kubeconfig_of(&format!("{user:?}-{}", server.port()), user.token(), server)
+    }
+
+    /// The same for whoever has this token; `name` is the file's.
+    pub fn kubeconfig_of(&self, name: &str, token: &str, server: SocketAddr) -> Result<PathBuf> {
+        let path = self.dir.join(format!("{name}.kubeconfig"));
+        let authority = self.authority();
         let config = serde_json::json!({
             "apiVersion": "v1",
             "kind": "Config",
             "clusters": [{"name": "test", "cluster": {"server": format!("https://{server}"), "certificate-authority": authority}}],
-            "users": [{"name": "test", "user": {"token": user.token()}}],
+            "users": [{"name": "test", "user": {"token": token}}],
             "contexts": [{"name": "test", "context": {"cluster": "test", "user": "test"}}],
             "current-context": "test",
         });
@@ -336,7 +288,7 @@ impl ApiServer {
         fs::create_dir_all(&dir).with_context(|| format!("make {}", dir.display()))?;
         fs::write(dir.join("token"), self.kubectl(&["create", "token", name, "--namespace", namespace], "")?.trim())?;
         fs::write(dir.join("namespace"), namespace)?;
-        fs::copy(self.dir.join("certs/apiserver.crt"), dir.join("ca.crt")).context("the server's certificate")?;
+        fs::copy(self.authority(), dir.join("ca.crt")).context("the server's certificate")?;
         Ok(dir)
     }
 
@@ -427,21 +379,30 @@ impl Drop for ApiServer {
                 let _gone = child.wait();
             }
         }
-        if let Err(error) = fs::remove_dir_all(&self.dir) {
+        // That of a whole cluster goes with the rest of it.
+        if !self.whole
+            && let Err(error) = fs::remove_dir_all(&self.dir)
+        {
             eprintln!("cannot remove {}: {error}", self.dir.display());
         }
     }
 }
 
 /// Starts a program that dies with this one, its output appended to a file.
-fn spawn(mut command: Command, log: &Path) -> Result<Child> {
+pub(crate) fn spawn(mut command: Command, log: &Path) -> Result<Child> {
     use std::os::unix::process::CommandExt as _;
     let name = command.get_program().to_string_lossy().into_owned();
     let output =
         File::options().create(true).append(true).open(log).with_context(|| format!("open {}", log.display()))?;
     command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
-    // SAFETY: the closure makes one system call, prctl, which is async-signal-safe, and touches no memory of the parent.
-    unsafe { command.pre_exec(|| nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(Into::into)) };
+    // SAFETY: the closure makes two system calls, which are async-signal-safe, and touches no memory of the parent.
+    unsafe {
+        command.pre_exec(|| {
+            // Who cleans up on signals has them blocked, and a child that inherits that could not be stopped.
+            sigprocmask(SigmaskHow::SIG_SETMASK, Some(&SigSet::empty()), None)?;
+            nix::sys::prctl::set_pdeathsig(Signal::SIGKILL).map_err(Into::into)
+        });
+    }
     command.spawn().with_context(|| format!("start {name}"))
 }
 
@@ -455,7 +416,7 @@ fn free_ports<const N: usize>() -> Result<[u16; N]> {
     Ok(ports)
 }
 
-fn tail(log: &Path) -> String {
+pub(crate) fn tail(log: &Path) -> String {
     let text = fs::read_to_string(log).unwrap_or_default();
     let lines: Vec<&str> = text.lines().collect();
     lines[lines.len().saturating_sub(15)..].join("\n")

@@ -4,6 +4,8 @@
 //! - [`pod`] is what runs inside: a server that says who it is, and clients that say what they saw.
 //! - [`cases`] are the questions, each with the number of the contract that answers it.
 //! - [`apiserver`] is a real etcd and kube-apiserver.
+//! - [`golang`] builds Kubernetes' own programs.
+//! - [`cluster`] is a whole cluster of them, with containers.
 //! - [`conformance`] puts one table of cases to our dataplanes and to kube-proxy.
 //! - [`extent`] is how much the benchmarks measure.
 //! - [`feed`] is a made-up API server for more changes than a real one takes.
@@ -14,9 +16,11 @@
 pub mod ahead;
 pub mod apiserver;
 pub mod cases;
+pub mod cluster;
 pub mod conformance;
 pub mod extent;
 pub mod feed;
+pub mod golang;
 pub mod manifests;
 pub mod pod;
 pub mod podman;

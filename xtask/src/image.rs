@@ -99,6 +99,15 @@ pub fn run(args: &Args) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// The release binary, and the archive of its image, for whoever runs them.
+pub fn built() -> Result<(PathBuf, PathBuf)> {
+    setup::tools(&setup::PODMAN)?;
+    let place = command::target_dir().join("image");
+    let (binary, archive) = (release()?, place.join(Variant::Agent.archive()));
+    make(&place, &binary, Variant::Agent, NAME, &archive)?;
+    Ok((binary, archive))
+}
+
 /// The release binary, static. Only its last step differs from [`crate::build::agent`]'s: all else is shared with that.
 fn release() -> Result<PathBuf> {
     let object = build_ebpf::object()?;

@@ -5,6 +5,7 @@ mod bench;
 mod build;
 mod build_ebpf;
 mod command;
+mod e2e;
 mod image;
 mod lint;
 mod manifests;
@@ -42,6 +43,8 @@ enum Verb {
     Bench(proxy_tests::extent::Extent),
     /// Build a container image of the agent, without a registry
     Image(image::Args),
+    /// Make a whole Kubernetes cluster on this machine and run upstream's specs against the agent in it
+    E2e(e2e::Args),
     /// Render the manifests and the chart, and check them
     Manifests(manifests::Args),
 }
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Verb::Lint => lint::run(),
         Verb::Bench(args) => bench::run(&args),
         Verb::Image(args) => image::run(&args),
+        Verb::E2e(args) => e2e::run(&args),
         Verb::Manifests(args) => manifests::run(&args),
     };
     match outcome {

@@ -13,7 +13,7 @@ use std::{
 };
 
 use anyhow::{Context as _, Result, bail};
-use proxy_tests::apiserver;
+use proxy_tests::golang::{self, Goal};
 
 use crate::command::{self, ask, check, command, find};
 
@@ -65,6 +65,19 @@ pub const PODMAN: [Tool; 2] = [
 
 /// Rules of alerts are checked with this, out of a package that is not installed: that would start a server.
 const PROMTOOL: Tool = Tool { program: "promtool", package: "prometheus", why: "checks the rules of alerts" };
+
+/// For a whole cluster: what its nodes run, and what goes into images.
+pub const CLUSTER: [Tool; 9] = [
+    Tool { program: "containerd", package: "containerd", why: "runs the containers of a cluster's pods" },
+    Tool { program: "runc", package: "runc", why: "starts containers" },
+    Tool { program: "curl", package: "curl", why: "asks from inside pods" },
+    Tool { program: "wget", package: "wget", why: "asks from inside pods" },
+    Tool { program: "nc", package: "netcat-openbsd", why: "asks from inside pods" },
+    Tool { program: "nslookup", package: "bind9-dnsutils", why: "resolves names inside pods" },
+    Tool { program: "bash", package: "bash", why: "a shell inside pods" },
+    Tool { program: "ps", package: "procps", why: "shows processes inside pods" },
+    Tool { program: "ldd", package: "libc-bin", why: "says which libraries go into an image" },
+];
 
 pub const ETCD: Tool = Tool { program: "etcd", package: "etcd-server", why: "storage of the test API server" };
 
@@ -356,7 +369,7 @@ fn cargo_install(program: &str, version: &str, why: &str) -> Result<()> {
 
 /// Kubernetes' own programs that the suites start, as long as they are to be built.
 pub struct Servers {
-    builds: Vec<(&'static str, &'static str)>,
+    builds: Vec<(Goal, &'static str)>,
     go: Option<PathBuf>,
 }
 
@@ -372,14 +385,14 @@ pub fn api_server() -> Result<Servers> {
     let mut builds = Vec::new();
     if !given("KUBEBUILDER_ASSETS") {
         tools(&[ETCD])?;
-        builds.push(("kube-apiserver", "KUBEBUILDER_ASSETS (a directory with etcd and kube-apiserver)"));
+        builds.push((golang::APISERVER, "KUBEBUILDER_ASSETS (a directory with etcd and kube-apiserver)"));
     }
     if !given("KUBE_PROXY_BIN") {
-        builds.push(("kube-proxy", "KUBE_PROXY_BIN (the program)"));
+        builds.push((golang::KUBE_PROXY, "KUBE_PROXY_BIN (the program)"));
     }
     let mut missing = false;
-    for (program, _) in &builds {
-        missing |= !apiserver::is_built(program)?;
+    for (goal, _) in &builds {
+        missing |= !goal.is_built()?;
     }
     let go = if missing { go::program().inspect_err(|error| eprintln!("setup: no Go: {error:#}")).ok() } else { None };
     Ok(Servers { builds, go })
@@ -388,10 +401,13 @@ pub fn api_server() -> Result<Servers> {
 impl Servers {
     /// What cannot be had lets suites skip, which fails in CI: this says why, and ends nothing that could run without it.
     pub fn build(self) {
-        for (program, variable) in self.builds {
+        for (goal, variable) in self.builds {
             let go = || self.go.clone().context("there is no Go to build it with");
-            if let Err(error) = apiserver::build_with(program, go) {
-                eprintln!("setup: no {program} to test with: {error:#}\nsetup: or point {variable} at what you have");
+            if let Err(error) = goal.build(go) {
+                eprintln!(
+                    "setup: no {} to test with: {error:#}\nsetup: or point {variable} at what you have",
+                    goal.name
+                );
             }
         }
     }
@@ -399,11 +415,33 @@ impl Servers {
 
 /// helm: the one on PATH, else built with Go.
 pub fn helm() -> Result<PathBuf> {
-    find("helm").map_or_else(|| apiserver::build_with("helm", go::program), Ok)
+    find("helm").map_or_else(|| golang::HELM.build(go::program), Ok)
+}
+
+/// What a whole cluster takes beside what is built for it.
+pub fn cluster() -> Result<()> {
+    tools(&WORLD)?;
+    tools(&NETNS_SUITES)?;
+    tools(&CLUSTER)?;
+    tools(&[KUBECTL])?;
+    if std::env::var_os("KUBEBUILDER_ASSETS").is_none() {
+        tools(&[ETCD])?;
+    }
+    // Debian keeps these where no PATH leads.
+    if !Path::new("/usr/lib/cni/ptp").is_file() {
+        eprintln!("setup: /usr/lib/cni/ptp is missing, installing containernetworking-plugins (connects pods)");
+        apt_install(&["containernetworking-plugins"])?;
+    }
+    Ok(())
+}
+
+/// A Go that builds Kubernetes.
+pub fn go_program() -> Result<PathBuf> {
+    go::program()
 }
 
 /// The one that `KUBE_PROXY_BIN` names, else built with Go.
 pub fn kube_proxy() -> Result<PathBuf> {
     std::env::var_os("KUBE_PROXY_BIN")
-        .map_or_else(|| apiserver::build_with("kube-proxy", go::program), |given| Ok(PathBuf::from(given)))
+        .map_or_else(|| golang::KUBE_PROXY.build(go::program), |given| Ok(PathBuf::from(given)))
 }

@@ -1,4 +1,4 @@
-//! The cgroup v2 tree: where it is mounted, subtrees made and removed.
+//! cgroups: where they are mounted, subtrees made and removed. A world has them of v2 alone, a whole cluster of every hierarchy.
 
 use std::{
     fs,
@@ -10,7 +10,7 @@ use std::{
 use anyhow::{Context, Result};
 
 /// Where cgroup v2 is mounted: `/sys/fs/cgroup`, or `/sys/fs/cgroup/unified` on a hybrid host.
-pub(super) fn root() -> Result<PathBuf> {
+pub(crate) fn root() -> Result<PathBuf> {
     let mounts = fs::read_to_string("/proc/mounts").context("read /proc/mounts")?;
     mounts
         .lines()
@@ -23,8 +23,44 @@ pub(super) fn root() -> Result<PathBuf> {
         .context("needs cgroup v2: mount -t cgroup2 none /sys/fs/cgroup/unified")
 }
 
+/// A mounted hierarchy of cgroups, of whatever version.
+#[derive(Clone, Debug)]
+pub(crate) struct Hierarchy {
+    pub(crate) at: PathBuf,
+    /// `None`: version 2. Else what `mount -o` calls it.
+    pub(crate) v1: Option<String>,
+}
+
+/// Every hierarchy of this machine.
+pub(crate) fn hierarchies() -> Result<Vec<Hierarchy>> {
+    let mounts = fs::read_to_string("/proc/mounts").context("read /proc/mounts")?;
+    let mut found: Vec<Hierarchy> = Vec::new();
+    for line in mounts.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_, at, kind, options, ..] = words.as_slice() else { continue };
+        let v1 = match *kind {
+            "cgroup2" => None,
+            "cgroup" => Some(which(options)),
+            _ => continue,
+        };
+        // Mounted twice, it is one all the same.
+        if !found.iter().any(|one| one.v1 == v1) {
+            found.push(Hierarchy { at: PathBuf::from(at), v1 });
+        }
+    }
+    Ok(found)
+}
+
+/// Of the options of a mount, those that say which hierarchy it is.
+fn which(options: &str) -> String {
+    let all = options.split(',').filter(|option| !GENERAL.contains(option) && !option.starts_with("release_agent="));
+    all.collect::<Vec<_>>().join(",")
+}
+
+const GENERAL: [&str; 8] = ["rw", "ro", "nosuid", "nodev", "noexec", "relatime", "noatime", "xattr"];
+
 /// Kills all that runs in the subtree, then removes it. One that is not there is removed already.
-pub(super) fn remove(tree: &Path) -> Result<()> {
+pub(crate) fn remove(tree: &Path) -> Result<()> {
     if !tree.exists() {
         return Ok(());
     }

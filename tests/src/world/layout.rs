@@ -141,7 +141,7 @@ fn cgroup_kill(tree: &Path) {
     let _ = fs::write(tree.join("cgroup.kill"), "1");
 }
 
-fn remove_tree(dir: &Path) -> Result<()> {
+pub(crate) fn remove_tree(dir: &Path) -> Result<()> {
     match fs::remove_dir_all(dir) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
             Err(error).with_context(|| format!("remove {}", dir.display()))
@@ -155,7 +155,7 @@ pub(super) fn remove_pins(dir: &Path) -> Result<()> {
     remove_tree(dir)
 }
 
-fn remove_namespaces(prefix: &str) -> Result<()> {
+pub(crate) fn remove_namespaces(prefix: &str) -> Result<()> {
     for entry in fs::read_dir("/run/netns").into_iter().flatten().flatten() {
         if entry.file_name().to_string_lossy().starts_with(prefix) {
             let path = entry.path();

@@ -14,8 +14,8 @@
 //! when it is dropped, on Ctrl-C, and by [`World::sweep`] if its owner was killed.
 
 mod agent;
-mod cgroup;
-mod layout;
+pub(crate) mod cgroup;
+pub(crate) mod layout;
 mod namespace;
 mod place;
 mod topology;

@@ -109,35 +109,9 @@ impl Place {
 
     /// Starts a program that runs until it is told to end.
     pub fn start(&self, program: &Path, args: &[String]) -> Result<Client> {
-        let mut child = self
-            .command(program)?
-            .args(args)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .with_context(|| format!("start {} in {}", program.display(), self.name))?;
-        let stdin = child.stdin.take();
-        let (sender, lines) = mpsc::channel();
-        if let Some(stdout) = child.stdout.take() {
-            std::thread::spawn(move || {
-                for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                    if sender.send(line).is_err() {
-                        return;
-                    }
-                }
-            });
-        }
-        let what = format!("{} in {}", args.join(" "), self.name);
-        // Shown at once: what a server has to say explains failures elsewhere, and a pipe that nobody reads would hold it up.
-        let words = child.stderr.take().map(|stderr| {
-            let what = what.clone();
-            std::thread::spawn(move || {
-                let lines = BufReader::new(stderr).lines().map_while(Result::ok);
-                lines.inspect(|line| eprintln!("{what}: {line}")).collect::<Vec<_>>().join("\n")
-            })
-        });
-        Ok(Client { what, child, stdin, lines, words })
+        let mut command = self.command(program)?;
+        command.args(args);
+        Client::spawn(command, format!("{} in {}", args.join(" "), self.name))
     }
 
     /// Runs `testpod` to its end and parses what it printed.
@@ -219,6 +193,36 @@ pub struct Client {
 }
 
 impl Client {
+    /// Starts `command`; `what` names it where it fails.
+    pub(crate) fn spawn(mut command: Command, what: String) -> Result<Self> {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("start {what}"))?;
+        let stdin = child.stdin.take();
+        let (sender, lines) = mpsc::channel();
+        if let Some(stdout) = child.stdout.take() {
+            std::thread::spawn(move || {
+                for line in BufReader::new(stdout).lines().map_while(Result::ok) {
+                    if sender.send(line).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        // Shown at once: what a server has to say explains failures elsewhere, and a pipe that nobody reads would hold it up.
+        let words = child.stderr.take().map(|stderr| {
+            let what = what.clone();
+            std::thread::spawn(move || {
+                let lines = BufReader::new(stderr).lines().map_while(Result::ok);
+                lines.inspect(|line| eprintln!("{what}: {line}")).collect::<Vec<_>>().join("\n")
+            })
+        });
+        Ok(Self { what, child, stdin, lines, words })
+    }
+
     /// Waits until it prints exactly this.
     pub fn wait_for_line(&mut self, wanted: &str, timeout: Duration) -> Result<()> {
         match self.lines.recv_timeout(timeout) {
