@@ -63,7 +63,7 @@ impl Programs {
         }
         let etcd =
             on_path("etcd").context("there is no `etcd` (Debian: etcd-server) and KUBEBUILDER_ASSETS is not set")?;
-        Ok(Self { etcd, apiserver: golang::APISERVER.build_with_path()? })
+        Ok(Self { etcd, apiserver: golang::APISERVER.quick().build_with_path()? })
     }
 }
 

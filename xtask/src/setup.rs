@@ -385,10 +385,10 @@ pub fn api_server() -> Result<Servers> {
     let mut builds = Vec::new();
     if !given("KUBEBUILDER_ASSETS") {
         tools(&[ETCD])?;
-        builds.push((golang::APISERVER, "KUBEBUILDER_ASSETS (a directory with etcd and kube-apiserver)"));
+        builds.push((golang::APISERVER.quick(), "KUBEBUILDER_ASSETS (a directory with etcd and kube-apiserver)"));
     }
     if !given("KUBE_PROXY_BIN") {
-        builds.push((golang::KUBE_PROXY, "KUBE_PROXY_BIN (the program)"));
+        builds.push((golang::KUBE_PROXY.quick(), "KUBE_PROXY_BIN (the program)"));
     }
     let mut missing = false;
     for (goal, _) in &builds {

@@ -138,7 +138,7 @@ fn bypassed(world: &World) -> Result<u64> {
 
 /// kube-proxy: `KUBE_PROXY_BIN`, or the release that `tests/apiserver/go.mod` names, built with Go.
 pub fn kube_proxy() -> Result<PathBuf> {
-    let Some(path) = std::env::var_os("KUBE_PROXY_BIN") else { return golang::KUBE_PROXY.build_with_path() };
+    let Some(path) = std::env::var_os("KUBE_PROXY_BIN") else { return golang::KUBE_PROXY.quick().build_with_path() };
     let path = PathBuf::from(path);
     if !path.is_file() {
         bail!("KUBE_PROXY_BIN names {}, which is no file", path.display());
