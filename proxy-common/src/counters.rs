@@ -34,6 +34,27 @@ pub struct Confirmed {
     pub answered_v6: u64,
 }
 
+/// Value of `spare` (array; 0 for `established_v4`, 1 for `established_v6`): how much may still come into the table before it evicts what lives.
+/// Written by the agent, which knows what is over; the programs subtract. Aligned words, each read and written by itself.
+///
+/// Not of UDP: a question that was answered holds its place for minutes, and to lose it costs nobody anything.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(C)]
+pub struct Spare {
+    /// Entries. At zero and below no flow is opened for the table.
+    pub entries: i64,
+    /// So many more are there for flows that were opened before that, and are confirmed now.
+    pub reserve: i64,
+    /// Second of the connection table's clock up to which that holds. Later no agent is there to say so, and the table makes room as
+    /// LRU maps do.
+    pub until: u64,
+}
+
+impl Spare {
+    /// Elements of the map.
+    pub const TABLES: usize = 2;
+}
+
 /// Why something was dropped, refused, repaired or left alone: the index into `reasons` (per-CPU array of `u64`).
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u32)]
@@ -74,7 +95,7 @@ pub enum Reason {
     RemapExhausted = 15,
     /// A socket's VIP could not be noted down: the connection works, but shows its backend instead.
     NotRemembered = 16,
-    /// A later fragment for an address of ours whose first one was refused, dropped or not seen; dropped.
+    /// A later fragment for an address of ours whose first one was refused, dropped or not seen; dropped, though the agent may have a copy of it.
     StrayFragment = 17,
     /// Asks for an address of ours from one that asks nothing: of the loopback network, or one of ours; dropped.
     Martian = 18,
@@ -88,10 +109,16 @@ pub enum Reason {
     Bypassed = 22,
     /// The same as [`NotASyn`](Self::NotASyn) where nobody else translates: its connection has lost its entries. Reset.
     LostConnection = 23,
+    /// A new flow for which its table has no room, but by cutting one that is open; dropped.
+    TableFull = 24,
+    /// A fragment that came before its datagram's first one; the agent keeps a copy until that comes.
+    HeldFragment = 25,
+    /// One of those, put back where it came from after its first.
+    ReturnedFragment = 26,
 }
 
 impl Reason {
-    pub const COUNT: usize = 24;
+    pub const COUNT: usize = 27;
 
     pub const ALL: [Self; Self::COUNT] = [
         Self::Rejected,
@@ -118,6 +145,9 @@ impl Reason {
         Self::SourceRange,
         Self::Bypassed,
         Self::LostConnection,
+        Self::TableFull,
+        Self::HeldFragment,
+        Self::ReturnedFragment,
     ];
 
     /// Name in metrics and in the CLI.
@@ -147,6 +177,9 @@ impl Reason {
             Self::SourceRange => "source_range",
             Self::Bypassed => "bypassed",
             Self::LostConnection => "lost_connection",
+            Self::TableFull => "table_full",
+            Self::HeldFragment => "held_fragment",
+            Self::ReturnedFragment => "returned_fragment",
         }
     }
 
@@ -169,13 +202,15 @@ impl Reason {
                 | Self::Unserved
                 | Self::SourceRange
                 | Self::LostConnection
+                | Self::TableFull
         )
     }
 }
 
 const _: () = assert!(size_of::<ServiceCounters>() == 40);
 const _: () = assert!(size_of::<Confirmed>() == 32);
-pod!(ServiceCounters, Confirmed);
+const _: () = assert!(size_of::<Spare>() == 24);
+pod!(ServiceCounters, Confirmed, Spare);
 
 #[cfg(test)]
 mod tests {

@@ -17,6 +17,7 @@ pub mod crc32c;
 pub mod device;
 pub mod frontend;
 pub mod globals;
+pub mod held;
 pub mod local_cidr;
 pub mod maglev;
 pub mod meta;

@@ -5,14 +5,14 @@
 
 use aya_ebpf::{
     bindings::{BPF_F_MMAPABLE, BPF_F_NO_PREALLOC},
-    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, SkStorage},
+    btf_maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, PerCpuHashMap, RingBuf, SkStorage},
     macros::btf_map,
 };
 use proxy_common::{
     Address, Be16, Ipv4Be, Ipv6Be,
     affinity::{AffinityKey, AffinityValue},
     connection::{ConnectionKey, ConnectionValue, FragmentKey, FragmentValue},
-    counters::{Confirmed, Reason, ServiceCounters},
+    counters::{Confirmed, Reason, ServiceCounters, Spare},
     device::{DeviceValue, XdpDevice},
     frontend::{FrontendKey, FrontendValue},
     local_cidr::LocalCidrValue,
@@ -77,6 +77,12 @@ static HALF_OPEN_V6: HalfOpen<Ipv6Be> = HalfOpen::new();
 static FRAGMENTS_V4: Fragments<Ipv4Be> = Fragments::new();
 #[btf_map(name = "fragments_v6")]
 static FRAGMENTS_V6: Fragments<Ipv6Be> = Fragments::new();
+
+/// Copies of fragments that came before their datagram's first one ([`Held`](proxy_common::held::Held)), as many bytes. Writer: programs. Reader:
+/// agent, which brings them back. Full: they are lost.
+#[btf_map(name = "held")]
+pub(crate) static HELD: RingBuf<u8, HELD_BYTES> = RingBuf::new();
+pub(crate) const HELD_BYTES: usize = 1 << 19;
 
 /// Connected socket → VIP it asked for. Lives in the socket, never full.
 #[btf_map(name = "peers_v4")]
@@ -146,6 +152,10 @@ pub(crate) static REASONS: PerCpuArray<u64, { Reason::COUNT }> = PerCpuArray::ne
 /// How many pairs moved on from half-open, by table. Writer: programs. Reader: the agent, which makes room when there were many.
 #[btf_map(name = "confirmed")]
 pub(crate) static CONFIRMED: PerCpuArray<Confirmed, 1> = PerCpuArray::new();
+
+/// By table: how many entries may still come in. Writer: agent, through a mapping, every second; programs subtract.
+#[btf_map(name = "spare")]
+pub(crate) static SPARE: Array<Spare, { Spare::TABLES }, MMAPABLE> = Array::new();
 
 /// Until when the refusals that this CPU sent keep it busy, in nanoseconds of the monotonic clock: those of TCP (0), all others (1), and
 /// from [`refusals::SENDERS`] on those to the senders of one digest. Writer: programs.

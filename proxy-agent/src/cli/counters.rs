@@ -130,13 +130,18 @@ const fn meaning(reason: Reason) -> &'static str {
         Reason::NotRemembered => {
             "a VIP could not be noted down for a socket: the connection works, but shows its backend"
         }
-        Reason::StrayFragment => "a fragment for a VIP whose first part was refused, dropped or not seen",
+        Reason::StrayFragment => {
+            "a fragment for a VIP whose first part was refused, dropped or not seen; of the latter the agent has a copy"
+        }
         Reason::Martian => "to a VIP from a loopback address or from a VIP",
         Reason::Unserved => "to a VIP, by nobody translated, and about to leave the node",
         Reason::RejectLimited => "more refusals than are sent in a second; the packet was dropped silently",
         Reason::SourceRange => "a new flow from outside the ranges that its Service may be asked from",
         Reason::Bypassed => "packets that XDP sent on past the stack",
         Reason::LostConnection => "TCP of a connection to a VIP that has lost its entries; reset",
+        Reason::TableFull => "a new flow, while those that are open fill the table; see --map-connections",
+        Reason::HeldFragment => "a fragment that came before its datagram's first one; kept until that comes",
+        Reason::ReturnedFragment => "one of those, put back after its first",
         Reason::RemapExhausted => "no source port left for a flow whose reply tuple was taken",
     }
 }

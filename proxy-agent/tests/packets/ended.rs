@@ -8,7 +8,7 @@ use proxy_common::{connection::flags, counters::Reason, device::role};
 use super::{
     flows::{masquerade, masqueraded_answer},
     packet::{ACK, FIN, Packet, RST, SYN, Sums, ends, payload_at, sums},
-    world::{BOUNCE, Cast, DROP, Hook, NEXT, Options, Row, TCP, UDP, World, at, casts, hex, world},
+    world::{BOUNCE, Cast, DROP, Hook, NEXT, Options, Row, SCTP, TCP, UDP, World, at, casts, hex, world},
 };
 
 /// A pseudo-random number, the same ones in every run.
@@ -174,6 +174,136 @@ fn a_full_table_cuts_nobody_who_talks() {
         }
         let established = world.rows().iter().filter(|row| row.established).count() as u32;
         assert!((ENTRIES / 2..=ENTRIES).contains(&established), "{established}: the table was full");
+        world.remove(|_| true);
+    }
+}
+
+/// Where there is no room no flow comes in, and none that is open goes. Without an agent that says so it is the table that makes room.
+#[test]
+fn without_room_no_flow_is_opened() {
+    let Some(mut world) = world("without_room_no_flow_is_opened", Options::default()) else { return };
+    for cast in casts() {
+        for proto in [TCP, SCTP] {
+            world.service(1, cast.vip, &[cast.backend]);
+            let client = |n: u16| at(cast.client, 40_000 + n);
+            world.spare(20, 0, u64::MAX);
+            for n in 0..10 {
+                world.establish(proto, client(n), cast.vip);
+            }
+            let full = world.reason(Reason::TableFull);
+            let opening = Packet::opening(proto, client(10), cast.vip);
+            assert_eq!(world.run(Hook::Ingress, &opening.frame()).0, DROP);
+            assert_eq!(world.reason(Reason::TableFull), full + 1);
+            assert_eq!(world.rows().len(), 20);
+            for n in 0..10 {
+                let more = Packet::more(proto, client(n), cast.vip);
+                world.expect(Hook::Ingress, &more, &more.to(cast.backend));
+            }
+            // Datagrams have a table of their own, where what was answered once may go.
+            world.establish(UDP, client(10), cast.vip);
+            // What nobody has said for long holds no more.
+            world.spare(0, 0, 0);
+            world.establish(proto, client(10), cast.vip);
+            assert_eq!(world.reason(Reason::TableFull), full + 1);
+            world.remove(|_| true);
+        }
+    }
+}
+
+/// A connection that was opened while there was room, and answered when there was none, goes on, and comes in once there is some, whatever it acknowledges by
+/// then; with a reserve at once.
+#[test]
+fn what_was_opened_with_room_comes_in_later() {
+    let Some(mut world) = world("what_was_opened_with_room_comes_in_later", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let open = |world: &mut World, client| {
+            world.spare(1, 0, u64::MAX);
+            let opening = Packet::tcp(client, cast.vip, SYN);
+            world.expect(Hook::Ingress, &opening, &opening.to(cast.backend));
+            let answer = Packet::answer(TCP, cast.backend, client);
+            world.expect(Hook::Egress, &answer, &answer.from(cast.vip));
+        };
+        let established = |world: &World| world.rows().iter().filter(|row| row.established).count();
+        let client = at(cast.client, 40_000);
+        let more = Packet::more(TCP, client, cast.vip);
+        let mut far = more.frame();
+        let number = payload_at(&far) + 8;
+        let acknowledged = u32::from_be_bytes(far[number..number + 4].try_into().unwrap());
+        far[number..number + 4].copy_from_slice(&acknowledged.wrapping_add(5 << 20).to_be_bytes());
+        open(&mut world, client);
+        // Nobody says that there is room, but for a second: who acknowledges anything is not confirmed by that.
+        assert_eq!((world.run(Hook::Ingress, &far).0, established(&world)), (NEXT, 0));
+        world.spare(0, 0, u64::MAX);
+        world.expect(Hook::Ingress, &more, &more.to(cast.backend));
+        assert_eq!((world.rows().len(), established(&world)), (2, 0));
+        world.spare(1, 0, u64::MAX);
+        assert_eq!((world.run(Hook::Ingress, &far).0, established(&world)), (NEXT, 2));
+        world.remove(|_| true);
+
+        open(&mut world, client);
+        world.spare(0, 1, u64::MAX);
+        world.expect(Hook::Ingress, &more, &more.to(cast.backend));
+        assert_eq!(established(&world), 2);
+        world.spare(0, 0, 0);
+        world.remove(|_| true);
+    }
+}
+
+/// Contract F24: as many flows as the table holds, and then twice as many that want to come in. Not one of the former loses an entry, though it says
+/// nothing; the others are dropped, until some of the former are over.
+#[test]
+fn a_full_table_cuts_nobody_where_an_agent_looks() {
+    const ENTRIES: u32 = 4_096;
+    let options = Options { established: ENTRIES, ..Options::default() };
+    let Some(mut world) = world("a_full_table_cuts_nobody_where_an_agent_looks", options) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let mut sweep = Sweep::new(Timeouts::default());
+        let full = world.reason(Reason::TableFull);
+        let (mut open, mut dropped) = (Vec::new(), 0);
+        for n in 0..3 * ENTRIES / 2 {
+            // Every second, at some hundred new connections in each.
+            if n % 128 == 0 {
+                let _ = world.sweep(&mut sweep);
+            }
+            let client = at(cast.client, (2_000 + n) as u16);
+            if world.run(Hook::Ingress, &Packet::opening(TCP, client, cast.vip).frame()).0 == DROP {
+                dropped += 1;
+            } else {
+                open.push(client);
+                world.establish(TCP, client, cast.vip);
+            }
+        }
+        assert_eq!(world.reason(Reason::TableFull) - full, dropped);
+        // What the CPUs may keep to themselves is the least that the agent keeps back.
+        let room = (ENTRIES / 2) as usize;
+        assert!((room / 2..=room).contains(&open.len()), "{} open", open.len());
+        assert_eq!(world.rows().len(), 2 * open.len());
+
+        world.service(1, cast.vip, &[cast.backend2]);
+        let (over, rest) = open.split_at(500);
+        for client in over {
+            for (flags, hook) in [(FIN | ACK, Hook::Ingress), (FIN | ACK, Hook::Egress)] {
+                let packet = Packet::tcp(*client, cast.vip, flags);
+                match hook {
+                    Hook::Ingress => world.expect(hook, &packet, &packet.to(cast.backend)),
+                    Hook::Egress => {
+                        let answer = Packet::tcp(cast.backend, *client, flags);
+                        world.expect(hook, &answer, &answer.from(cast.vip));
+                    }
+                }
+            }
+        }
+        let Swept { pairs, .. } = world.sweep(&mut sweep);
+        assert!(pairs > 0, "what is over makes room, though nothing came in");
+        assert_eq!(world.establish(TCP, at(cast.client, 60_000), cast.vip), cast.backend2);
+        for client in rest {
+            let more = Packet::tcp(*client, cast.vip, ACK);
+            world.expect(Hook::Ingress, &more, &more.to(cast.backend));
+        }
+        println!("{} open, {dropped} dropped; {pairs} taken out", open.len());
+        world.spare(0, 0, 0);
         world.remove(|_| true);
     }
 }

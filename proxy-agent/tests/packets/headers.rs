@@ -1,6 +1,11 @@
 //! Fragments (F41), options, extension headers (F42), checksums (F44), tags.
 
-use proxy_common::{counters::Reason, device::role};
+use proxy_common::{
+    Ipv4Be, Ipv6Be,
+    counters::Reason,
+    device::role,
+    held::{FRAME, Held},
+};
 
 use super::{
     broken::{garble, holds},
@@ -114,6 +119,60 @@ fn fragments_of_what_was_refused_are_dropped() {
             world.untouched(Hook::Ingress, &later);
         }
         assert_eq!(world.reason(Reason::StrayFragment), stray);
+        assert_eq!(world.reason(Reason::HeldFragment), world.reason(Reason::UnknownFragment));
+    }
+}
+
+/// What overtakes its first is handed to the agent, as it came; not what the agent could not bring back, and nothing beyond what it has room for.
+#[test]
+fn what_overtakes_the_first_fragment_is_kept() {
+    let name = "what_overtakes_the_first_fragment_is_kept";
+    let Some(mut world) = world(name, Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        world.datapath.guard(cast.vip.ip(), 1);
+        let (headers, version) = if cast.v6 { (14 + 40 + 8, 6) } else { (14 + 20, 4) };
+        let size = if cast.v6 { size_of::<Held<Ipv6Be>>() } else { size_of::<Held<Ipv4Be>>() };
+        let open = Packet::udp(cast.client, cast.vip).with_payload(&[0x5a; 20_000]);
+        let answer = open.between(cast.backend, cast.client);
+        let longest = (FRAME - headers) / 8 * 8;
+        for (hook, packet, verdict) in [(Hook::Ingress, &open, DROP), (Hook::Egress, &answer, NEXT)] {
+            for (length, is_kept) in [(8, true), (1480, true), (longest, true), (longest + 8, false)] {
+                let (held, stray) = (world.reason(Reason::HeldFragment), world.reason(Reason::StrayFragment));
+                let frame = packet.fragment(1480, 1480 + length);
+                assert_eq!(world.run(hook, &frame).0, verdict);
+                let records = world.held();
+                assert_eq!(world.reason(Reason::HeldFragment) - held, u64::from(is_kept), "{length}");
+                let dropped = u64::from(hook == Hook::Ingress);
+                assert_eq!(world.reason(Reason::StrayFragment) - stray, dropped, "{length}");
+                assert_eq!(records.len(), usize::from(is_kept), "{length}");
+                for record in records {
+                    assert_eq!(record.len(), size);
+                    // Which, Ethernet, length; the interface, which is the loopback one here; no mark.
+                    let start =
+                        [&[version, 14][..], &(frame.len() as u16).to_ne_bytes(), &[1, 0, 0, 0, 0, 0, 0, 0]].concat();
+                    assert_eq!(record[..12], start);
+                    let body = &record[size - 4 - FRAME..];
+                    assert_eq!(body[..frame.len()], frame);
+                }
+            }
+        }
+        // Once the first has come nothing is kept any more.
+        assert_eq!(world.run(Hook::Ingress, &open.fragment(0, 1480)).0, NEXT);
+        let later = open.fragment(1480, 2960);
+        world.expect_frame(Hook::Ingress, &later, &open.to(cast.backend).fragment(1480, 2960));
+        assert!(world.held().is_empty());
+        // Nobody takes them out: what there is no room for is lost, and the rest of the node goes on.
+        let (held, stray) = (world.reason(Reason::HeldFragment), world.reason(Reason::StrayFragment));
+        for id in 0..1000 {
+            let mut other = open.clone();
+            other.id = 0x1_0000 + id;
+            assert_eq!(world.run(Hook::Ingress, &other.fragment(1480, 2960)).0, DROP);
+        }
+        let kept = world.held().len() as u64;
+        assert!((100..200).contains(&kept), "{kept}");
+        let counted = (world.reason(Reason::HeldFragment) - held, world.reason(Reason::StrayFragment) - stray);
+        assert_eq!(counted, (kept, 1000));
     }
 }
 

@@ -12,14 +12,14 @@ use std::{
 
 use aya::{
     EbpfLoader,
-    maps::{Array, HashMap, Map, MapData, PerCpuHashMap},
+    maps::{Array, HashMap, Map, MapData, PerCpuHashMap, RingBuf},
     programs::{Program, TestRun as _, TestRunOptions},
 };
 use proxy_agent::dataplane::ebpf::{Sweep, Swept};
 use proxy_common::{
     Address, Be16, Ipv4Be, Ipv6Be,
     connection::{ConnectionKey, ConnectionValue, FragmentKey, FragmentValue, flags, hook, state},
-    counters::{Reason, ServiceCounters},
+    counters::{Reason, ServiceCounters, Spare},
     device::{DeviceValue, role},
     frontend::{origin, verdict},
     globals,
@@ -244,6 +244,14 @@ impl World {
         map.set(0, u32::from(alone), 0).unwrap();
     }
 
+    /// Says of each table how many entries may come in, and how many more for flows that are open, as an agent does, until that second of the monotonic
+    /// clock.
+    pub(crate) fn spare(&mut self, entries: i64, reserve: i64, until: u64) {
+        let mut map: Array<&mut MapData, Spare> =
+            Array::try_from(self.datapath.ebpf.map_mut("spare").unwrap()).unwrap();
+        (0..Spare::TABLES as u32).for_each(|index| map.set(index, Spare { entries, reserve, until }, 0).unwrap());
+    }
+
     /// Makes the device of index `port` a port of the bridge of index `bridge`.
     pub(crate) fn bridge(&mut self, port: u32, bridge: u32) {
         let mut bridges: HashMap<&mut MapData, u32, u32> =
@@ -442,7 +450,7 @@ impl World {
     /// Takes out what is over, if there is too little room, as the agent does every second.
     pub(crate) fn sweep(&self, sweep: &mut Sweep) -> Swept {
         let open = |name: &str| match self.datapath.ebpf.map(name).unwrap() {
-            Map::LruHashMap(map) | Map::PerCpuArray(map) => map.fd().as_fd().try_clone_to_owned(),
+            Map::LruHashMap(map) | Map::PerCpuArray(map) | Map::Array(map) => map.fd().as_fd().try_clone_to_owned(),
             map => panic!("{name}: {map:?}"),
         };
         sweep.look(open).unwrap()
@@ -536,6 +544,16 @@ impl World {
                 *notes.checked = notes.checked.wrapping_sub(seconds);
             }),
         );
+    }
+
+    /// The records of fragments that came before their first one, since they were asked for last.
+    pub(crate) fn held(&mut self) -> Vec<Vec<u8>> {
+        let mut ring: RingBuf<&mut MapData> = RingBuf::try_from(self.datapath.ebpf.map_mut("held").unwrap()).unwrap();
+        let mut records = Vec::new();
+        while let Some(record) = ring.next() {
+            records.push(record.to_vec());
+        }
+        records
     }
 
     /// Makes the first fragments that are remembered older.

@@ -5,6 +5,7 @@
 //! Ethernet header and for those that start with the IP header.
 
 mod direct;
+pub(crate) mod held;
 mod icmp;
 pub(crate) mod packet;
 mod reject;
@@ -189,7 +190,7 @@ fn leave<A: Header>(ctx: &TcContext, packet: &Packet<A>) -> i32 {
 
 /// What is behind this device, a pod or the outside; of a pod's link, one more than the number of its network namespace; its flags.
 #[inline(always)]
-fn device(ctx: &TcContext) -> (usize, u32, u32) {
+pub(crate) fn device(ctx: &TcContext) -> (usize, u32, u32) {
     let skb = ctx.as_ptr().cast::<__sk_buff>();
     // SAFETY: the context is live.
     let ifindex = unsafe { (*skb).ifindex };
@@ -218,7 +219,7 @@ pub(crate) fn origin_of<A: Family>(src: &A, from: usize, flags: u32) -> usize {
 /// top. The stack forwards none of these, and to refuse them is their host's business. On a pod's link and at a bridge's port frames
 /// are for whoever is behind the switch.
 #[inline(always)]
-fn is_overheard(ctx: &TcContext, l3: u32, from: usize) -> bool {
+pub(crate) fn is_overheard(ctx: &TcContext, l3: u32, from: usize) -> bool {
     if l3 == 0 {
         return false;
     }

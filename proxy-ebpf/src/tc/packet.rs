@@ -15,7 +15,7 @@ use proxy_common::{
     proto,
 };
 
-use super::sctp;
+use super::{held, sctp};
 use crate::{
     clock, count,
     maps::{Family, Packet, kind},
@@ -220,7 +220,7 @@ impl Header for Ipv4Be {
         };
         let fragment = header.fragment.to_host();
         if fragment & FRAGMENT_OFFSET != 0 {
-            later_fragment(packet, header.id.0 as u32, hook);
+            later_fragment(ctx, l3, packet, header.id.0 as u32, hook);
             return Ok(());
         }
         transport(ctx, packet, ihl == 20)?;
@@ -302,7 +302,7 @@ impl Header for Ipv6Be {
             }
         }
         if later {
-            later_fragment(packet, id, hook);
+            later_fragment(ctx, l3, packet, id, hook);
             return Ok(());
         }
         if is_extension(packet.proto) {
@@ -407,14 +407,15 @@ fn first_fragment<A: Header>(packet: &mut Packet<A>, told: u8, id: u32, hook: u8
 }
 
 #[inline(always)]
-fn later_fragment<A: Header>(packet: &mut Packet<A>, id: u32, hook: u8) {
+fn later_fragment<A: Header>(ctx: &TcContext, l3: u32, packet: &mut Packet<A>, id: u32, hook: u8) {
     packet.kind = kind::LOST_FRAGMENT;
     // Others are not followed (a ping's), with the first seen or not.
     if !proto::has_ports(packet.proto) && (A::VERSION == 4 || !is_extension(packet.proto)) {
         return;
     }
+    let key = fragment_key(packet, packet.proto, id, hook);
     // SAFETY: copied at once; a recycled element could at worst give another datagram's ports, as a lost one would none.
-    let first = unsafe { A::fragments().get(fragment_key(packet, packet.proto, id, hook)) }.copied();
+    let first = unsafe { A::fragments().get(&key) }.copied();
     match first {
         Some(first) if clock::since(first.seen) <= FRAGMENT_TIME => {
             packet.sport = first.sport;
@@ -422,6 +423,9 @@ fn later_fragment<A: Header>(packet: &mut Packet<A>, id: u32, hook: u8) {
             packet.proto = first.proto;
             packet.kind = kind::LATER_FRAGMENT;
         }
-        _ => count::reason(Reason::UnknownFragment),
+        _ => {
+            count::reason(Reason::UnknownFragment);
+            held::hold(ctx, l3, &key);
+        }
     }
 }

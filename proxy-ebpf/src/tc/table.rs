@@ -72,6 +72,86 @@ impl Room {
     }
 }
 
+/// How much may come into the tables of established TCP and SCTP flows. Where an agent says so nothing that is open is cut for what is new: a flow is
+/// not opened without room for it, and one for which there is none any more by the time it is confirmed stays half-open until there is.
+mod spare {
+    use proxy_common::{Address, counters::Spare, proto};
+
+    use crate::{clock, maps::SPARE};
+
+    /// What a pair takes.
+    const ENTRIES: i64 = 2;
+
+    /// The table's element, if an agent keeps it.
+    #[inline(always)]
+    fn kept<A: Address>(protocol: u8) -> Option<*mut Spare> {
+        if protocol == proto::UDP {
+            return None;
+        }
+        let spare = SPARE.get_ptr_mut(if A::LEN == 4 { 0 } else { 1 })?;
+        // SAFETY: a live element; one aligned word.
+        let until = unsafe { (&raw const (*spare).until).read_volatile() };
+        if clock::now_secs() as u64 <= until { Some(spare) } else { None }
+    }
+
+    /// Whether a flow may be opened that is to come into the table.
+    #[inline(always)]
+    pub(super) fn has<A: Address>(protocol: u8) -> bool {
+        match kept::<A>(protocol) {
+            // SAFETY: a live element; one aligned word.
+            Some(spare) => unsafe { (&raw const (*spare).entries).read_volatile() > 0 },
+            None => true,
+        }
+    }
+
+    /// Takes the room of a pair, of the reserve, too; false: there is none. CPUs that do so at once may all find the last: the agent keeps more
+    /// back than there are CPUs.
+    #[inline(always)]
+    pub(super) fn take<A: Address>(protocol: u8) -> bool {
+        let Some(spare) = kept::<A>(protocol) else { return true };
+        // SAFETY: a live element; two aligned words, of which the latter is always the same.
+        let left = unsafe {
+            (&raw const (*spare).entries).read_volatile().wrapping_add((&raw const (*spare).reserve).read_volatile())
+        };
+        if left <= 0 {
+            return false;
+        }
+        // SAFETY: of a live element, 8-byte aligned.
+        unsafe { subtract(&raw mut (*spare).entries) };
+        true
+    }
+
+    /// The same of one that comes in whatever there is: the other half of a flow that is open.
+    #[inline(always)]
+    pub(super) fn take_anyway<A: Address>(protocol: u8) {
+        if let Some(spare) = kept::<A>(protocol) {
+            // SAFETY: of a live element, 8-byte aligned.
+            unsafe { subtract(&raw mut (*spare).entries) };
+        }
+    }
+
+    /// # Safety
+    ///
+    /// `entries` is of a live map value, aligned, and everybody writes it in one piece.
+    #[inline(always)]
+    unsafe fn subtract(entries: *mut i64) {
+        // SAFETY: by the contract. `BPF_XADD`: what was there before is not asked for.
+        #[cfg(target_arch = "bpf")]
+        unsafe {
+            use core::intrinsics::{AtomicOrdering, atomic_xadd};
+
+            atomic_xadd::<i64, i64, { AtomicOrdering::Relaxed }>(entries, -ENTRIES);
+        }
+        // SAFETY: as above.
+        #[cfg(not(target_arch = "bpf"))]
+        unsafe {
+            use core::sync::atomic::{AtomicI64, Ordering};
+
+            AtomicI64::from_ptr(entries).fetch_sub(ENTRIES, Ordering::Relaxed);
+        }
+    }
+}
+
 /// The established flows of the key's protocol: UDP's have a map of their own.
 mod established {
     use proxy_common::{
@@ -469,6 +549,18 @@ fn confirm<A: Header>(
         reverse.state = found.state & !(state::NUMBERED | state::RENUMBERED);
         reverse.seen = found.seen;
     }
+    if !spare::take::<A>(packet.proto) {
+        // With a later packet there may be room, and that need not acknowledge the same again.
+        if let Some(Hit { live: Some(live), .. }) = find(reverse_key, found) {
+            // SAFETY: as for the other notes.
+            unsafe {
+                if is_still(live, found) {
+                    (&raw mut (*live).state).write_volatile(reverse.state);
+                }
+            }
+        }
+        return VOID;
+    }
     let now = clock::now_secs();
     reverse.checked = now;
     *found = ConnectionValue { seen: now, checked: now, ..*value };
@@ -493,6 +585,7 @@ fn repaired<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> Vo
         other.seen = now;
         other.checked = now;
         if established::insert(other_key, other, BPF_NOEXIST).is_ok() {
+            spare::take_anyway::<A>(key.proto);
             count::reason(Reason::PairRepaired);
         }
     } else if !is_same(found, other) && is_forward(key, value) {
@@ -637,12 +730,15 @@ fn forgotten<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> V
     if value.flags & flags::NEEDS_MASQUERADE != 0 && !keeps {
         *spare_key =
             if key.hook == hook::INGRESS { masquerade_key(key, value) } else { masquerade_key(other_key, other) };
-        if peek(spare_key, found) != 0 {
+        if peek(spare_key, found) != 0 && found.flags & flags::MASQUERADE != 0 {
             void(remove(spare_key));
             if found.flags & flags::PENDING == 0 {
-                void(put_pair_key(spare_key, found, other_key));
-                void(remove(other_key));
-                void(put_pair_key(key, value, other_key));
+                void(put_pair(spare_key, found, other_key, other));
+                // The port may be another flow's by now.
+                if peek(other_key, found) != 0 && is_same(found, other) {
+                    void(remove(other_key));
+                }
+                void(put_pair(key, value, other_key, other));
             }
         }
     }
@@ -660,6 +756,10 @@ fn opened<A: Header>(
     pair_key: &mut ConnectionKey<A>,
     pair_value: &mut ConnectionValue<A>,
 ) -> u32 {
+    if !spare::has::<A>(key.proto) {
+        count::reason(Reason::TableFull);
+        return LOST;
+    }
     void(freshen(key, value));
     void(put_pair(key, value, pair_key, pair_value));
     match A::half_open().insert(&*pair_key, &*pair_value, BPF_NOEXIST.into()) {

@@ -178,7 +178,7 @@ pub fn objects(world: &World) -> Vec<Value> {
     objects::nodes(world).into_iter().chain(Ext::ALL.iter().flat_map(|ext| ext.objects(world))).collect()
 }
 
-const CASES: [Case; 21] = [
+const CASES: [Case; 22] = [
     ("A64 A77: policy Cluster, all endpoints", open),
     ("A66 A67 A77: policy Local, from pod and node all endpoints", local_inside),
     ("A65 A77: policy Local, from outside local endpoints with the true source", local_outside),
@@ -193,6 +193,7 @@ const CASES: [Case; 21] = [
     ("other ports of the node's addresses are the node's own", untouched),
     ("A51 A65: host-network endpoints", host_network),
     ("A62: fragmented datagrams", fragments),
+    ("A62 F41: the first fragment comes last", disorder),
     ("F43: path MTU is found, both ways, from either node", path_mtu),
     (REUSED, reused),
     ("A127 A52: NodePorts follow the node's addresses", addresses_change),
@@ -490,6 +491,23 @@ fn fragments(ground: &Ground<'_>) -> Result<()> {
                     ground.world.ask(from, &ask.clone().timeout(300))?;
                     ground.answered(from, &ask)?;
                 }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// From outside, to backends on either node.
+fn disorder(ground: &Ground<'_>) -> Result<()> {
+    let outside = ground.world.outside();
+    for family in Family::BOTH {
+        for (ext, backend, masqueraded) in [(Ext::Local, "b1", false), (Ext::Remote, "b2", true)] {
+            for to in ext.ways(ground.world, family, Transport::Udp) {
+                packets::disordered(ground.world, outside, to, backend, masqueraded)?;
+                // A load balancer's address may be somebody else's, and so may a fragment of which only that is known: it goes on, too.
+                let leak = format!("{} > {} proto udp", outside.ip(family), to.ip());
+                let leaks = ground.world.leaks()?;
+                ensure!(leaks.iter().all(|found| *found == leak), "{to}: {leaks:?}");
             }
         }
     }

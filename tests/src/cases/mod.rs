@@ -44,7 +44,7 @@ pub struct Ground<'a> {
 type Case = (&'static str, fn(&Ground<'_>) -> Result<()>);
 
 /// What holds on every kind of link and for pods and clients outside, whoever is translated at connect time.
-const EVERYWHERE: [Case; 21] = [
+const EVERYWHERE: [Case; 22] = [
     ("A77: pod to ClusterIP, all endpoints, true source", matrix::pod),
     ("A77: outside to ClusterIP, all endpoints, masqueraded", matrix::outside),
     ("A77: internal policy Local, local endpoints only", matrix::local),
@@ -57,6 +57,7 @@ const EVERYWHERE: [Case; 21] = [
     ("F43: what the backend's own host refuses", refusal::by_the_backend),
     ("A83: internal policy Local without local endpoints, dropped", refusal::local_without_local),
     ("A62: fragmented datagrams", packets::fragments),
+    ("A62 F41: the first fragment comes last", packets::disorder),
     ("F44: bursts of datagrams by one call", packets::bursts),
     ("F44: datagrams without a checksum", packets::no_checksum),
     ("megabytes both ways", packets::bulk),

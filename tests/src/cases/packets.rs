@@ -1,13 +1,16 @@
 //! Packets that are not the ordinary ones: fragments, and ICMP messages about translated flows.
 
-use std::net::SocketAddr;
+use std::{
+    net::SocketAddr,
+    sync::atomic::{AtomicU16, Ordering},
+};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 
 use super::{Ground, services::Svc};
 use crate::{
-    pod::{bulk::Report, frame, socket::Transport},
-    world::{Ask, Family, Namespace, Place, Topology, World, vip},
+    pod::{bulk::Report, frame, pieces, socket::Transport},
+    world::{Ask, Family, Namespace, Place, Topology, World, patience, vip},
 };
 
 /// Datagrams of 8 and 60 KB both ways: only the first fragment carries ports.
@@ -29,6 +32,51 @@ pub fn fragments(ground: &Ground<'_>) -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// F41: fragments of which the first one comes last, both ways: what is asked of a backend, and what it says. Cut by hand, since no kernel
+/// sends them so.
+pub fn disorder(ground: &Ground<'_>) -> Result<()> {
+    let (pod, outside) = (ground.world.pod("a1"), ground.world.outside());
+    for (from, masqueraded) in [(pod, false), (outside, true)] {
+        for family in Family::BOTH {
+            for (svc, backend) in [(Svc::Local, "b1"), (Svc::Remote, "b2")] {
+                let to = svc.at(family, Transport::Udp);
+                disordered(ground.world, from, to, backend, masqueraded)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One such datagram to a Service port with one backend, and, unless the client is masqueraded, one from that to the client.
+pub(super) fn disordered(world: &World, from: &Place, to: SocketAddr, backend: &str, masqueraded: bool) -> Result<()> {
+    const SIZE: usize = 4_000;
+    const SERVED: u16 = 8080;
+    /// No flow of an earlier case has the port, which would be given another one then.
+    static PORT: AtomicU16 = AtomicU16::new(2_700);
+    let family = if to.is_ipv4() { Family::V4 } else { Family::V6 };
+    let (testpod, backend) = (&world.programs().testpod, world.pod(backend));
+    let (own, served) = (from.at(family, PORT.fetch_add(1, Ordering::Relaxed)), backend.at(family, SERVED));
+    let what = || format!("{own} -> {to}");
+    let pieces = |from: SocketAddr, to: SocketAddr, answers: usize| {
+        let timeout = patience(8).as_millis();
+        let args = ["pieces".to_owned(), to.to_string(), format!("--from={from}"), format!("--size={SIZE}")];
+        args.into_iter().chain([format!("--answers={answers}"), format!("--timeout={timeout}")]).collect::<Vec<_>>()
+    };
+    let mut client = from.start(testpod, &pieces(own, to, if masqueraded { 1 } else { 2 }))?;
+    client.wait_for_line("ready", patience(10)).with_context(what)?;
+    if !masqueraded {
+        let _: pieces::Report = backend.testpod(testpod, &pieces(served, own, 0))?;
+    }
+    let report: pieces::Report = client.ends(patience(10)).with_context(what)?;
+    let [asked, told @ ..] = &report.heard[..] else { bail!("{}: {report:?}", what()) };
+    let answer = asked.answer.as_ref().with_context(|| format!("{}: {report:?}", what()))?;
+    ensure!((answer.got, &answer.backend, asked.from) == (SIZE, &backend.name, to), "{}: {report:?}", what());
+    ensure!((answer.peer != own.to_string()) == masqueraded, "{}: {report:?}", what());
+    let told: Vec<_> = told.iter().map(|heard| (heard.from, heard.size)).collect();
+    ensure!(masqueraded || told == [(to, SIZE)], "{}: what its backend said came as {told:?}", what());
     Ok(())
 }
 

@@ -131,7 +131,7 @@ fn ip(from: SocketAddr, to: SocketAddr, flags: u8) -> Result<Vec<u8>> {
     Ok(packet)
 }
 
-fn octets(ip: IpAddr) -> Vec<u8> {
+pub(super) fn octets(ip: IpAddr) -> Vec<u8> {
     match ip {
         IpAddr::V4(ip) => ip.octets().to_vec(),
         IpAddr::V6(ip) => ip.octets().to_vec(),
@@ -139,7 +139,7 @@ fn octets(ip: IpAddr) -> Vec<u8> {
 }
 
 /// Of an even number of bytes.
-fn checksum(bytes: &[u8]) -> [u8; 2] {
+pub(super) fn checksum(bytes: &[u8]) -> [u8; 2] {
     let mut sum: u32 = bytes.as_chunks::<2>().0.iter().map(|pair| u32::from(u16::from_be_bytes(*pair))).sum();
     while sum > 0xffff {
         sum = (sum & 0xffff) + (sum >> 16);

@@ -6,6 +6,7 @@
 pub mod bulk;
 pub mod frame;
 pub mod hold;
+pub mod pieces;
 pub mod ping;
 pub mod probe;
 pub mod sctp;
@@ -35,6 +36,8 @@ enum Command {
     Bulk(bulk::Args),
     /// Send one Ethernet frame with a TCP SYN, with or without a VLAN tag; print what came back
     Frame(frame::Args),
+    /// Send a datagram in fragments, the last one first; print what came back
+    Pieces(pieces::Args),
     /// Connect at a steady rate until stdin closes; print failures and who answered
     Storm(storm::Args),
     /// Talk from one port until stdin closes; print who answered when
@@ -49,6 +52,7 @@ pub fn main() -> ExitCode {
         Command::Hold(args) => hold::run(&args).and_then(|report| print(&report)),
         Command::Bulk(args) => bulk::run(&args).and_then(|report| print(&report)),
         Command::Frame(args) => frame::run(&args).and_then(|report| print(&report)),
+        Command::Pieces(args) => pieces::run(&args).and_then(|report| print(&report)),
         Command::Storm(args) => storm::run(&args).and_then(|report| print(&report)),
         Command::Talk(args) => talk::run(&args).and_then(|report| print(&report)),
     };

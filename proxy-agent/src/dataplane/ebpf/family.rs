@@ -7,7 +7,7 @@ use proxy_common::{
     source_range::{SourceRangeKey, SourceRangeValue},
 };
 
-use super::{layout::MapName, maps::SlotArray, sys::Map};
+use super::{layout::MapName, maps::MappedArray, sys::Map};
 
 pub(crate) trait Family: Address + aya::Pod + std::hash::Hash + Send + Sync {
     type Slot: Slot<Addr = Self> + aya::Pod + Send + Sync;
@@ -21,7 +21,7 @@ pub(crate) trait Family: Address + aya::Pod + std::hash::Hash + Send + Sync {
 
     /// This family's of a pair of maps.
     fn frontends<'a>(v4: &'a FrontendMap<Ipv4Be>, v6: &'a FrontendMap<Ipv6Be>) -> &'a Map<Self::Key, FrontendValue>;
-    fn slots<'a>(v4: &'a SlotArray<SlotV4>, v6: &'a SlotArray<SlotV6>) -> &'a SlotArray<Self::Slot>;
+    fn slots<'a>(v4: &'a MappedArray<SlotV4>, v6: &'a MappedArray<SlotV6>) -> &'a MappedArray<Self::Slot>;
     fn sources<'a>(v4: &'a SourceMap<Ipv4Be>, v6: &'a SourceMap<Ipv6Be>) -> &'a Map<Self::SourceKey, SourceRangeValue>;
 }
 
@@ -41,7 +41,7 @@ impl Family for Ipv4Be {
         v4
     }
 
-    fn slots<'a>(v4: &'a SlotArray<SlotV4>, _: &'a SlotArray<SlotV6>) -> &'a SlotArray<Self::Slot> {
+    fn slots<'a>(v4: &'a MappedArray<SlotV4>, _: &'a MappedArray<SlotV6>) -> &'a MappedArray<Self::Slot> {
         v4
     }
 
@@ -63,7 +63,7 @@ impl Family for Ipv6Be {
         v6
     }
 
-    fn slots<'a>(_: &'a SlotArray<SlotV4>, v6: &'a SlotArray<SlotV6>) -> &'a SlotArray<Self::Slot> {
+    fn slots<'a>(_: &'a MappedArray<SlotV4>, v6: &'a MappedArray<SlotV6>) -> &'a MappedArray<Self::Slot> {
         v6
     }
 

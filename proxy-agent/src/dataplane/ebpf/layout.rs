@@ -9,7 +9,7 @@ use proxy_common::{
     Ipv4Be, Ipv6Be,
     affinity::{AffinityKey, AffinityValue},
     connection::{ConnectionKey, ConnectionValue, FragmentKey, FragmentValue},
-    counters::{Confirmed, Reason, ServiceCounters},
+    counters::{Confirmed, Reason, ServiceCounters, Spare},
     device::{DeviceValue, XdpDevice},
     frontend::{FrontendKey, FrontendValue},
     local_cidr::{LocalCidrKey, LocalCidrValue},
@@ -74,6 +74,7 @@ maps! {
     HalfOpenV6 = "half_open_v6": LRU_HASH<ConnectionKey<Ipv6Be>, ConnectionValue<Ipv6Be>>, 0, |s: &Sizes| s.half_open, "--map-half-open";
     FragmentsV4 = "fragments_v4": LRU_HASH<FragmentKey<Ipv4Be>, FragmentValue>, 0, |_: &Sizes| 8_192, "";
     FragmentsV6 = "fragments_v6": LRU_HASH<FragmentKey<Ipv6Be>, FragmentValue>, 0, |_: &Sizes| 8_192, "";
+    Held = "held": RINGBUF<(), ()>, 0, |_: &Sizes| 1 << 19, "";
     PeersV4 = "peers_v4": SK_STORAGE<u32, PeerRecord<Ipv4Be>>, map_flag::NO_PREALLOC, |_: &Sizes| 0, "";
     PeersV6 = "peers_v6": SK_STORAGE<u32, PeerRecord<Ipv6Be>>, map_flag::NO_PREALLOC, |_: &Sizes| 0, "";
     DatagramsV4 = "datagrams_v4": LRU_HASH<DatagramKey<Ipv4Be>, DatagramValue<Ipv4Be>>, 0, |s: &Sizes| s.datagrams, "--map-datagrams";
@@ -92,6 +93,7 @@ maps! {
     ServiceCounters = "service_counters": PERCPU_HASH<u32, ServiceCounters>, map_flag::NO_PREALLOC, |s: &Sizes| s.services, "--map-services";
     Reasons = "reasons": PERCPU_ARRAY<u32, u64>, 0, |_: &Sizes| Reason::COUNT as u32, "";
     Confirmed = "confirmed": PERCPU_ARRAY<u32, Confirmed>, 0, |_: &Sizes| 1, "";
+    Spare = "spare": ARRAY<u32, Spare>, map_flag::MMAPABLE, |_: &Sizes| Spare::TABLES as u32, "";
     Names = "names": HASH<u32, ServiceName>, map_flag::NO_PREALLOC, |s: &Sizes| s.services, "--map-services";
     Meta = "meta": ARRAY<u32, Meta>, 0, |_: &Sizes| 1, "";
 }
@@ -114,6 +116,8 @@ impl MapName {
                 | Self::XdpDevices
                 | Self::LeftPods
                 | Self::Alone
+                | Self::Spare
+                | Self::Held
                 | Self::Names
                 | Self::Meta
         )

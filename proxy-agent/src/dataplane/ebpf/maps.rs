@@ -30,21 +30,21 @@ use super::{
     sys::{self, Map},
 };
 
-/// A slots map in our address space. A store here is seen by programs at once, without a system call.
+/// An array map in our address space, of elements that are words. A store here is seen by programs at once, without a system call.
 #[derive(Debug)]
-pub(crate) struct SlotArray<T> {
+pub(crate) struct MappedArray<T> {
     words: *mut AtomicU64,
     bytes: usize,
     len: u32,
-    slot: std::marker::PhantomData<T>,
+    element: std::marker::PhantomData<T>,
 }
 
 // SAFETY: the pointer is to a shared mapping that this value owns; every access to it is atomic.
-unsafe impl<T> Send for SlotArray<T> {}
+unsafe impl<T> Send for MappedArray<T> {}
 // SAFETY: as above.
-unsafe impl<T> Sync for SlotArray<T> {}
+unsafe impl<T> Sync for MappedArray<T> {}
 
-impl<T: Slot + aya::Pod> SlotArray<T> {
+impl<T: aya::Pod + Default> MappedArray<T> {
     const WORDS: usize = size_of::<T>() / 8;
 
     /// Maps the array; `writable` needs a descriptor that was opened for writing.
@@ -53,13 +53,13 @@ impl<T: Slot + aya::Pod> SlotArray<T> {
         const { assert!(size_of::<T>().is_multiple_of(8) && align_of::<T>() == 8) };
         let info = sys::map_info(fd)?;
         if info.value as usize != size_of::<T>() || info.kind != sys::map_type::ARRAY {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "not a slots map"));
+            return Err(io::Error::new(io::ErrorKind::InvalidData, "not an array of such elements"));
         }
         let bytes = info.max_entries as usize * size_of::<T>();
         let protection = if writable { ProtFlags::READ | ProtFlags::WRITE } else { ProtFlags::READ };
         // SAFETY: a fresh mapping at an address of the kernel's choice; nothing else is touched.
         let start = unsafe { rustix::mm::mmap(ptr::null_mut(), bytes, protection, MapFlags::SHARED, fd, 0) }?;
-        Ok(Self { words: start.cast(), bytes, len: info.max_entries, slot: std::marker::PhantomData })
+        Ok(Self { words: start.cast(), bytes, len: info.max_entries, element: std::marker::PhantomData })
     }
 
     pub(crate) const fn len(&self) -> u32 {
@@ -69,27 +69,27 @@ impl<T: Slot + aya::Pod> SlotArray<T> {
     fn word(&self, index: u32, word: usize) -> Option<&AtomicU64> {
         let at = (index < self.len && word < Self::WORDS).then(|| index as usize * Self::WORDS + word)?;
         // SAFETY: `index` is below the number of elements, so the word lies in the mapping, which lives as long as `self` and
-        // is page-aligned, so the word is 8-byte aligned. Programs only read it; other processes write it atomically.
+        // is page-aligned, so the word is 8-byte aligned. Others write it in whole words, too.
         Some(unsafe { &*self.words.add(at) })
     }
 
-    /// A slot as it stands; the default where there is none such.
+    /// An element as it stands; the default where there is none such.
     pub(crate) fn read(&self, index: u32) -> T {
-        let mut slot = T::default();
-        let to = ptr::from_mut(&mut slot).cast::<u64>();
+        let mut element = T::default();
+        let to = ptr::from_mut(&mut element).cast::<u64>();
         for word in 0..Self::WORDS {
             if let Some(from) = self.word(index, word) {
                 // SAFETY: `T` is `WORDS` aligned words of plain data (asserted in `new`).
                 unsafe { to.add(word).write(from.load(Ordering::Acquire)) };
             }
         }
-        slot
+        element
     }
 
-    /// Each word in one aligned store, the last with release order: it carries the generation (and, for IPv6, the proof), so
+    /// Each word in one aligned store, the last with release order: a slot's carries the generation (and, for IPv6, the proof), so
     /// a reader that sees it sees the others.
-    pub(crate) fn write(&self, index: u32, slot: &T) {
-        let from = ptr::from_ref(slot).cast::<u64>();
+    pub(crate) fn write(&self, index: u32, element: &T) {
+        let from = ptr::from_ref(element).cast::<u64>();
         for word in 0..Self::WORDS {
             if let Some(to) = self.word(index, word) {
                 // SAFETY: `T` is `WORDS` aligned words of plain data (asserted in `new`).
@@ -98,7 +98,9 @@ impl<T: Slot + aya::Pod> SlotArray<T> {
             }
         }
     }
+}
 
+impl<T: Slot + aya::Pod> MappedArray<T> {
     /// Copies what fits of another array; for a change of size.
     pub(crate) fn copy_from(&self, other: &Self) {
         for index in 0..self.len.min(other.len) {
@@ -110,7 +112,7 @@ impl<T: Slot + aya::Pod> SlotArray<T> {
     }
 }
 
-impl<T> Drop for SlotArray<T> {
+impl<T> Drop for MappedArray<T> {
     fn drop(&mut self) {
         // SAFETY: the mapping made in `new`, of that length; no reference into it outlives `self`.
         let _ = unsafe { rustix::mm::munmap(self.words.cast(), self.bytes) };
@@ -122,8 +124,8 @@ impl<T> Drop for SlotArray<T> {
 pub(crate) struct Maps {
     frontends_v4: FrontendMap<Ipv4Be>,
     frontends_v6: FrontendMap<Ipv6Be>,
-    slots_v4: SlotArray<SlotV4>,
-    slots_v6: SlotArray<SlotV6>,
+    slots_v4: MappedArray<SlotV4>,
+    slots_v6: MappedArray<SlotV6>,
     sources_v4: SourceMap<Ipv4Be>,
     sources_v6: SourceMap<Ipv6Be>,
     local_cidrs_v4: Map<LocalCidrKey<Ipv4Be>, LocalCidrValue>,
@@ -146,8 +148,8 @@ impl Maps {
         fn typed<K: aya::Pod, V: aya::Pod>(map: MapName, fd: OwnedFd) -> Result<Map<K, V>> {
             Map::new(fd).map_err(|source| StoreError::Io { map, source })
         }
-        fn slots<T: Slot + aya::Pod>(map: MapName, fd: OwnedFd) -> Result<SlotArray<T>> {
-            SlotArray::new(fd.as_fd(), true).map_err(|source| StoreError::Io { map, source })
+        fn slots<T: Slot + aya::Pod>(map: MapName, fd: OwnedFd) -> Result<MappedArray<T>> {
+            MappedArray::new(fd.as_fd(), true).map_err(|source| StoreError::Io { map, source })
         }
         Ok(Self {
             frontends_v4: typed(MapName::FrontendsV4, fd(MapName::FrontendsV4)?)?,

@@ -42,6 +42,7 @@ mod devices;
 mod diag;
 mod family;
 mod former;
+mod held;
 mod hooks;
 mod hygiene;
 mod layout;
@@ -72,6 +73,7 @@ pub use pins::PinError;
 pub use xdp::Xdp;
 
 use alone::Alone;
+use held::Keeper;
 use hooks::Hooks;
 use layout::MapName;
 use left::Left;
@@ -203,6 +205,7 @@ pub struct Ebpf {
     lagging: Vec<String>,
     steps: Steps,
     hygiene: Hygiene,
+    _keeper: Keeper,
     left: Left,
     alone: Alone,
     /// The first full state is in force: before that there may be no frontend that others' connections could be told by.
@@ -265,8 +268,11 @@ impl Ebpf {
         let pods = hygiene::reaches_sockets(Protocol::Udp).or_else(|why| tcp.map_err(|_| why));
         let hygiene = Hygiene::start(layout.clone(), pods, options.timeouts, Arc::clone(&options.ended))
             .map_err(kernel("start the thread that ends stale flows"))?;
+        let keeper = Keeper::start(layout.clone())
+            .map_err(kernel("start the thread that keeps fragments for their first one"))?;
         let mut ebpf = Self {
             hygiene,
+            _keeper: keeper,
             left: Left::new(&pinned.layout, hooks.cgroup_root().map(PathBuf::from)),
             alone: Alone::new(&pinned.layout),
             serving: false,

@@ -27,7 +27,7 @@ use super::{
     family::Family,
     hooks::{self, CGROUP_PROGRAMS},
     layout::{MapName, Sizes},
-    maps::{self, SlotArray},
+    maps::{self, MappedArray},
     noted,
     pins::{self, Layout},
     render, sys,
@@ -220,7 +220,7 @@ impl Pins {
         let map = self.map::<A::Key, FrontendValue>(A::FRONTENDS)?;
         // The kernel shares the pages of a map only through a descriptor that may write; the mapping itself is read-only.
         let slots = sys::open(&self.layout.map(A::SLOTS))
-            .and_then(|fd| SlotArray::<A::Slot>::new(fd.as_fd(), false))
+            .and_then(|fd| MappedArray::<A::Slot>::new(fd.as_fd(), false))
             .map_err(self.failed(A::SLOTS))?;
         let mut rows = vec![];
         for (key, value) in map.entries().map_err(self.failed(A::FRONTENDS))? {
@@ -361,7 +361,13 @@ impl Pins {
                 MapName::SlotsV4 => self.slots_used::<Ipv4Be>()?,
                 MapName::SlotsV6 => self.slots_used::<Ipv6Be>()?,
                 // Socket storage has no size, the others are always full.
-                MapName::PeersV4 | MapName::PeersV6 | MapName::Reasons | MapName::Confirmed | MapName::Meta => continue,
+                MapName::PeersV4
+                | MapName::PeersV6
+                | MapName::Reasons
+                | MapName::Confirmed
+                | MapName::Spare
+                | MapName::Held
+                | MapName::Meta => continue,
                 _ => {
                     let info = map.info(&Sizes::default());
                     let value = maps::value_size(map).map_err(self.failed(map))?;
@@ -449,7 +455,7 @@ fn words<const N: usize>(bytes: &[u8]) -> [u64; N] {
 fn frontend_row<A: Family>(
     key: FrontendKey<A>,
     value: &FrontendValue,
-    slots: &SlotArray<A::Slot>,
+    slots: &MappedArray<A::Slot>,
     names: &BTreeMap<u32, String>,
 ) -> FrontendRow {
     let mut torn = !value.is_sealed_for(&key);

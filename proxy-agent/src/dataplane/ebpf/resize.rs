@@ -162,7 +162,7 @@ pub(super) fn check(layout: &Layout, sizes: &Sizes, moving: bool) -> Result<Vec<
 fn used_entries(map: MapName, fd: std::os::fd::BorrowedFd<'_>) -> io::Result<u64> {
     use proxy_common::slot::{Slot, SlotV4, SlotV6};
     fn last<T: Slot + aya::Pod>(fd: std::os::fd::BorrowedFd<'_>) -> io::Result<u64> {
-        let slots = maps::SlotArray::<T>::new(fd, false)?;
+        let slots = maps::MappedArray::<T>::new(fd, false)?;
         let last = (0..slots.len()).rev().find(|index| !slots.read(*index).is_virgin());
         Ok(last.map_or(0, |index| u64::from(index) + 1))
     }
@@ -208,8 +208,8 @@ pub(super) fn copy(
 fn copy_one(layout: &Layout, map: MapName, from: &Path, to: &Path, flags: u64) -> Result<(), DataplaneError> {
     use proxy_common::slot::{SlotV4, SlotV6};
     fn slots<T: proxy_common::slot::Slot + aya::Pod>(from: &Path, to: &Path) -> io::Result<()> {
-        let from = maps::SlotArray::<T>::new(sys::open(from)?.as_fd(), false)?;
-        maps::SlotArray::<T>::new(sys::open(to)?.as_fd(), true)?.copy_from(&from);
+        let from = maps::MappedArray::<T>::new(sys::open(from)?.as_fd(), false)?;
+        maps::MappedArray::<T>::new(sys::open(to)?.as_fd(), true)?.copy_from(&from);
         Ok(())
     }
     let copied = match map {

@@ -51,7 +51,7 @@ mod refusal;
 pub(crate) use globals::{Globals, netns_cookie};
 pub(crate) use links::{has_tcx, interface_name, list, parse_tcx_name, parse_xdp_name};
 use links::{tcx_name, tcx_type, xdp_name};
-pub(crate) use programs::CGROUP_PROGRAMS;
+pub(crate) use programs::{CGROUP_PROGRAMS, RETURN_PROGRAM};
 use programs::{Loaded, Program, XDP_PROGRAM, tc_program};
 pub(crate) use refusal::{in_a_line, refused, remedy};
 

@@ -40,8 +40,10 @@ pub(crate) const CGROUP_PROGRAMS: [(&str, u32); 8] = [
     ("getpeername6", 30),
 ];
 
-/// Per-packet programs.
-const TC_PROGRAMS: [&str; 4] = ["tc_ingress_ether", "tc_egress_ether", "tc_ingress_l3", "tc_egress_l3"];
+/// Per-packet programs, and what brings fragments back to them.
+const TC_PROGRAMS: [&str; 5] = ["tc_ingress_ether", "tc_egress_ether", "tc_ingress_l3", "tc_egress_l3", RETURN_PROGRAM];
+/// Attached nowhere: the agent runs it.
+pub(crate) const RETURN_PROGRAM: &str = "tc_return";
 
 pub(super) const fn tc_program(direction: Direction, ethernet: bool) -> &'static str {
     match (direction, ethernet) {

@@ -12,6 +12,9 @@
 //! The programs count the flows that come into each table, and the count is all that is looked at until a quarter of what was left has come
 //! in. So an idle node's tables are not walked over, and a flood of SYNs, which never gets there, causes no walk.
 //!
+//! Where those of TCP and SCTP that live leave nothing, it is what is new that has to wait: with each look the programs are told how much may still
+//! come in (map `spare`), count that down, and open no flow without. That holds for some seconds: where no agent says so they do as LRU maps do.
+//!
 //! Nothing locks the tables against the programs. An entry is taken and read in one step (`LOOKUP_AND_DELETE`), and one that has been used
 //! since it was looked at is put back at once: its port was used again in the microsecond between. For as long as that takes its packets find no
 //! entry, as if it had been evicted.
@@ -30,7 +33,7 @@ use std::{
 use proxy_common::{
     Address, Ipv4Be, Ipv6Be,
     connection::{ConnectionKey, ConnectionValue, flags, hook, masquerade_key, pair, state},
-    counters::Confirmed,
+    counters::{Confirmed, Spare},
 };
 
 use super::flows::{Clock, is_still, other_half};
@@ -39,7 +42,7 @@ use crate::dataplane::{
     ebpf::{
         Timeouts,
         layout::{MapName, Sizes},
-        maps,
+        maps::{self, MappedArray},
         pins::Layout,
         sys::{self, Map},
     },
@@ -50,21 +53,28 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// Walks that find nothing to take out, or fail, take at most one part in so many of the time.
 const SHARE: u32 = 4;
 
+/// Seconds for which the programs hold to what they were told, beside what a look takes: who is gone says no more that there is room again.
+const HOLDS: u32 = 3;
+/// Free entries of an LRU map that a CPU may keep to itself, twice over (LOCAL_FREE_TARGET in kernel/bpf/bpf_lru_list.c): others evict although
+/// those are there.
+const KEPT_BY_CPU: u32 = 256;
+/// One part in so many of a table is for flows that were opened while there was room, and are confirmed when there is none.
+const RESERVE: u32 = 64;
+
 /// What the tables must have taken in for a walk to be worth its while, even if they are full of flows that live: one part in so many of
 /// their size.
 const LEAST: u32 = 64;
 
 /// Looks once a second, until the other end of `end` is gone.
 pub(super) fn run(layout: &Layout, timeouts: Timeouts, ended: &Ended, end: &Receiver<Infallible>) {
-    let (mut sweep, mut pause) = (Sweep::new(timeouts), PERIOD);
-    let mut said: Option<String> = None;
-    while let Err(RecvTimeoutError::Timeout) = end.recv_timeout(pause) {
+    let mut sweep = Sweep::new(timeouts);
+    let (mut said, mut walks_from): (Option<String>, _) = (None, Instant::now());
+    while let Err(RecvTimeoutError::Timeout) = end.recv_timeout(PERIOD) {
         let start = Instant::now();
-        let swept = sweep.look(|name| sys::open(&layout.maps.join(name)));
-        pause = match swept {
-            Ok(Swept { pairs: 1.., .. }) => PERIOD,
-            _ => PERIOD.max(start.elapsed() * SHARE),
-        };
+        let swept = sweep.look_or_walk(start >= walks_from, |name| sys::open(&layout.maps.join(name)));
+        if !matches!(swept, Ok(Swept { pairs: 1.., .. })) {
+            walks_from = walks_from.max(start + start.elapsed() * SHARE);
+        }
         let complaint = match swept {
             Ok(Swept { pairs, walks, crowded }) => {
                 ended.over.fetch_add(pairs, Ordering::Relaxed);
@@ -72,8 +82,7 @@ pub(super) fn run(layout: &Layout, timeouts: Timeouts, ended: &Ended, end: &Rece
                     tracing::debug!(pairs, walks, took = ?start.elapsed(), "took out entries of flows that are over");
                 }
                 (crowded > 0).then(|| {
-                    "connections that live nearly fill a table: beyond that who was silent for longest loses its place, and breaks; raise \
-                     --map-connections"
+                    "connections that live nearly fill a table: beyond that new ones are dropped (table_full); raise --map-connections"
                         .to_owned()
                 })
             }
@@ -86,6 +95,7 @@ pub(super) fn run(layout: &Layout, timeouts: Timeouts, ended: &Ended, end: &Rece
         }
         said = complaint;
     }
+    sweep.let_go();
 }
 
 /// What was done.
@@ -104,23 +114,52 @@ pub struct Swept {
 pub struct Sweep {
     timeouts: Timeouts,
     confirmed: Option<Confirmations>,
+    spare: Option<MappedArray<Spare>>,
     tables: [Table; 4],
+    /// What looks take, the last ones.
+    took: Duration,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 struct Table {
     name: MapName,
-    /// How many flows had ever come in when it was walked over last, and how many entries may come in until the next time.
+    /// How many flows had ever come in when it was looked at last, and when it was walked over last.
+    flows: u64,
     at: u64,
-    due: u64,
-    crowded: bool,
+    /// What that walk found.
+    found: Option<Walk>,
+}
+
+impl Table {
+    /// Entries that came in since the walk: two for each flow.
+    fn came(&self) -> i64 {
+        i64::try_from(self.flows.wrapping_sub(self.at)).unwrap_or(i64::MAX).saturating_mul(2)
+    }
+
+    /// Entries that may come in without the kernel evicting one; not known before the first walk.
+    fn spare(&self) -> Option<i64> {
+        self.found.map(|Walk { free, .. }| free.saturating_sub(self.came()))
+    }
+
+    /// Where there is next to no room nothing comes in, and what has ended meanwhile is found in no other way.
+    fn is_due(&self) -> bool {
+        match self.found {
+            Some(Walk { due, few, free, .. }) => self.came() >= due || self.is_gated() && free - self.came() <= few,
+            None => self.came() > 0,
+        }
+    }
+
+    /// Whether the programs ask for room there.
+    const fn is_gated(&self) -> bool {
+        matches!(self.name, MapName::EstablishedV4 | MapName::EstablishedV6)
+    }
 }
 
 impl Sweep {
     pub const fn new(timeouts: Timeouts) -> Self {
         // What came in before this agent did, counts: an earlier one may not have been there for long.
         const fn table(name: MapName) -> Table {
-            Table { name, at: 0, due: 1, crowded: false }
+            Table { name, flows: 0, at: 0, found: None }
         }
         let tables = [
             table(MapName::EstablishedV4),
@@ -128,12 +167,25 @@ impl Sweep {
             table(MapName::AnsweredV4),
             table(MapName::AnsweredV6),
         ];
-        Self { timeouts, confirmed: None, tables }
+        Self { timeouts, confirmed: None, spare: None, tables, took: Duration::ZERO }
     }
 
-    /// Walks over the tables that so much has come into that there might be too little room. `open` opens a map by its name.
+    /// Walks over the tables that so much has come into that there might be too little room, and says how much may come in. `open` opens a map by its name.
     pub fn look(&mut self, open: impl Fn(&str) -> io::Result<OwnedFd>) -> io::Result<Swept> {
-        let Self { timeouts, confirmed, tables } = self;
+        self.look_or_walk(true, open)
+    }
+
+    /// The programs do as LRU maps do from now on.
+    fn let_go(&self) {
+        if let Some(spare) = &self.spare {
+            (0..spare.len()).for_each(|index| spare.write(index, &Spare::default()));
+        }
+    }
+
+    /// Without walks only what was found before is said again, less what has come in since.
+    fn look_or_walk(&mut self, walks: bool, open: impl Fn(&str) -> io::Result<OwnedFd>) -> io::Result<Swept> {
+        let start = Instant::now();
+        let Self { timeouts, confirmed, spare, tables, took } = self;
         let confirmations = match confirmed {
             Some(confirmations) => confirmations,
             None => match open(MapName::Confirmed.as_str()) {
@@ -143,21 +195,46 @@ impl Sweep {
                 Err(error) => return Err(error),
             },
         };
-        let mut swept = Swept::default();
-        for (Table { name, at, due, crowded }, flows) in tables.iter_mut().zip(confirmations.read()?) {
-            if flows.wrapping_sub(*at).saturating_mul(2) >= *due {
-                let (fd, clock) = (open(name.as_str())?, Clock::new(*timeouts));
-                let walk = match name {
-                    MapName::EstablishedV4 | MapName::AnsweredV4 => sweep::<Ipv4Be>(fd, &clock)?,
-                    _ => sweep::<Ipv6Be>(fd, &clock)?,
-                };
-                (*at, *due, *crowded) = (flows, walk.due, walk.crowded);
-                swept.pairs += walk.pairs;
-                swept.walks += 1;
+        let spare = match spare {
+            Some(spare) => spare,
+            None => spare.insert(MappedArray::new(open(MapName::Spare.as_str())?.as_fd(), true)?),
+        };
+        let (mut swept, mut failed) = (Swept::default(), Ok(()));
+        let count = |tables: &mut [Table], flows: [u64; 4]| {
+            tables.iter_mut().zip(flows).for_each(|(table, flows)| table.flows = flows);
+        };
+        count(tables, confirmations.read()?);
+        for table in &mut *tables {
+            if walks && table.is_due() {
+                let clock = Clock::new(*timeouts);
+                let walk = open(table.name.as_str()).and_then(|fd| match table.name {
+                    MapName::EstablishedV4 | MapName::AnsweredV4 => sweep::<Ipv4Be>(fd, &clock),
+                    _ => sweep::<Ipv6Be>(fd, &clock),
+                });
+                match walk {
+                    Ok(walk) => {
+                        swept.pairs += walk.pairs;
+                        swept.walks += 1;
+                        *table = Table { at: table.flows, found: Some(walk), ..*table };
+                    }
+                    Err(error) => failed = failed.and(Err(error)),
+                }
             }
-            swept.crowded += u32::from(*crowded);
+            swept.crowded += u32::from(table.found.is_some_and(|walk| walk.crowded));
         }
-        Ok(swept)
+        if swept.walks > 0 {
+            // What came in meanwhile counts, whether a walk saw it or not.
+            count(tables, confirmations.read()?);
+        }
+        *took = start.elapsed().max(*took / 2);
+        let holds = HOLDS.saturating_add(2 * took.as_secs() as u32);
+        for (index, table) in (0..spare.len()).zip(tables.iter()) {
+            if let (Some(entries), Some(Walk { reserve, .. })) = (table.spare(), table.found) {
+                let until = u64::from(Clock::new(*timeouts).now.saturating_add(holds));
+                spare.write(index, &Spare { entries, reserve, until });
+            }
+        }
+        failed.map(|()| swept)
     }
 }
 
@@ -190,10 +267,15 @@ impl Confirmations {
     }
 }
 
+#[derive(Clone, Copy, Debug)]
 struct Walk {
     pairs: u64,
     /// Entries that may come in until the next walk.
-    due: u64,
+    due: i64,
+    /// And without the kernel evicting one; how few are a reason for another walk; how many are kept back beside.
+    free: i64,
+    few: i64,
+    reserve: i64,
     crowded: bool,
 }
 
@@ -238,17 +320,33 @@ where
     let mut waiting: u32 = over.iter().map(|over| over.entries).sum();
     let live = entries.saturating_sub(waiting);
     let spare = capacity.saturating_sub(live);
+    // What is over may keep half of what can be used at all.
+    let (kept, reserve) = (kept_by_cpus(capacity), capacity / RESERVE);
+    let usable = spare.saturating_sub(kept + reserve);
     over.sort_unstable_by_key(|over| std::cmp::Reverse(over.silent));
     let mut pairs = 0;
     for Over { key, silent: _, entries } in over {
-        if waiting <= spare / 2 {
+        if waiting <= usable / 2 {
             break;
         }
         pairs += remove(&map, clock, &key)?;
         waiting = waiting.saturating_sub(entries);
     }
-    let due = u64::from((spare / 4).max(capacity / LEAST).max(1));
-    Ok(Walk { pairs, due, crowded: live > capacity - capacity / 8 })
+    let few = (capacity / LEAST).max(1);
+    Ok(Walk {
+        pairs,
+        due: i64::from((usable / 4).max(few)),
+        free: i64::from(spare) - i64::from(waiting) - i64::from(kept + reserve),
+        few: i64::from(few),
+        reserve: i64::from(reserve),
+        crowded: usable < capacity / 8,
+    })
+}
+
+/// Entries that may be free where no other CPU finds them. One that is not there has none.
+fn kept_by_cpus(capacity: u32) -> u32 {
+    let cpus = aya::util::online_cpus().map_or(1, |cpus| cpus.len());
+    u32::try_from(cpus).unwrap_or(u32::MAX).saturating_mul(KEPT_BY_CPU).min(capacity / 4)
 }
 
 /// The pair that the entry belongs to, if it is over. Where both entries tell, the one on the way in counts.
@@ -449,16 +547,18 @@ mod tests {
         let live: Vec<_> = (1..=500).map(|n| flow(proto::TCP, n, 80_000, OPEN)).collect();
         let over: Vec<_> = (1..=1000).map(|n| flow(proto::TCP, 1000 + n, u32::from(n), CLOSED)).collect();
         live.iter().chain(&over).for_each(|flow| put(&map, flow));
-        // 4096 - 1000 entries are left, half of that is 774 flows.
-        let Walk { pairs, due, crowded } = sweep_of(&map);
-        assert_eq!((pairs, due, crowded), (226, 774, false));
+        // What is left of 4096 - 1000 entries, and half of that in flows.
+        let usable = 3096 - kept_by_cpus(CAPACITY) - CAPACITY / RESERVE;
+        let stay = usable / 4;
+        let Walk { pairs, due, crowded, .. } = sweep_of(&map);
+        assert_eq!((pairs, due, crowded), (u64::from(1000 - stay), i64::from(usable / 4), false));
         assert!(live.iter().all(|flow| there(&map, flow) == [true; 2]));
         for (n, flow) in over.iter().enumerate() {
-            assert_eq!(there(&map, flow), [n < 774; 2], "{n}");
+            assert_eq!(there(&map, flow), [n < stay as usize; 2], "{n}");
         }
         // There is room now.
         assert_eq!(sweep_of(&map).pairs, 0);
-        assert_eq!(map.entries().unwrap().len(), 2 * (500 + 774));
+        assert_eq!(map.entries().unwrap().len(), 2 * (500 + stay as usize));
     }
 
     /// Whatever the reason why a flow is over; and who is not, by either half, stays.
@@ -602,7 +702,10 @@ mod tests {
             println!("SKIP flows that are over: not root");
             return;
         }
-        for (what, states, expected) in [("live", OPEN, 0), ("over", CLOSED, 64_464)] {
+        let size = MapName::EstablishedV4.info(&Sizes::default()).max_entries;
+        let usable = size - kept_by_cpus(size) - size / RESERVE;
+        let over = u64::from(130_000 - usable / 4);
+        for (what, states, expected) in [("live", OPEN, 0), ("over", CLOSED, over)] {
             let map: Map<ConnectionKey<A>, ConnectionValue<A>> =
                 sys::create("established_v4", MapName::EstablishedV4.info(&Sizes::default()))
                     .and_then(Map::new)
@@ -636,8 +739,10 @@ mod tests {
         let Some(map) = table(MapName::AnsweredV4) else { return };
         // Some room is left, or the kernel evicts.
         (0..1900).for_each(|n| put(&map, &flow(proto::UDP, n, 100, OPEN)));
-        let Walk { pairs, due, crowded } = sweep_of(&map);
+        let Walk { pairs, due, crowded, free, .. } = sweep_of(&map);
         assert_eq!((pairs, crowded), (0, true));
+        // Of 296 that are left each CPU may have some, so that the kernel evicts for another; and some are a reserve.
+        assert!(free <= 0, "{free}");
         assert!((64..100).contains(&due), "{due}");
     }
 
@@ -650,8 +755,10 @@ mod tests {
 
         let info = MapName::Confirmed.info(&Sizes::default());
         let confirmed = sys::create("confirmed", info).unwrap();
+        let spare = sys::create("spare", MapName::Spare.info(&Sizes::default())).unwrap();
         let open = |name: &str| match name {
             "confirmed" => confirmed.try_clone(),
+            "spare" => spare.try_clone(),
             "established_v4" => map.fd().try_clone_to_owned(),
             name => Err(io::Error::other(format!("{name} was opened"))),
         };
@@ -665,7 +772,17 @@ mod tests {
             sys::put_bytes(confirmed.as_fd(), &0_u32.to_ne_bytes(), &bytes, sys::ANY).unwrap();
             sweep.look(open).unwrap().walks
         };
-        // A quarter of an empty table is 1024 entries, which is 512 flows.
-        assert_eq!([1, 1, 400, 520, 521, 1020, 1040].map(&mut walks), [1, 0, 0, 1, 0, 0, 1]);
+        // A quarter of an empty table, less what is kept back, is some 400 to 500 flows.
+        assert_eq!([1, 1, 350, 520, 521, 880, 1040].map(&mut walks), [1, 0, 0, 1, 0, 0, 1]);
+
+        // What the programs are told: of the table that was walked over how much may come in, of the others nothing.
+        let told = MappedArray::<Spare>::new(spare.as_fd(), false).unwrap();
+        let [Spare { entries, until, .. }, other] = [0, 1].map(|index| told.read(index));
+        let now = Clock::new(Timeouts::default()).now;
+        assert!(
+            (3000..=4096 - i64::from(KEPT_BY_CPU + CAPACITY / RESERVE)).contains(&entries) && until > u64::from(now),
+            "{entries} {until}"
+        );
+        assert_eq!(other, Spare::default());
     }
 }
