@@ -6,6 +6,8 @@ use crate::{Ipv4Be, Ipv6Be, connection::FragmentKey};
 
 /// The longest frame of which a copy is kept. What the kernel takes back in one piece (`BPF_PROG_TEST_RUN`: a page of 4 KB, less room of its own).
 pub const FRAME: usize = 3584;
+/// Room for it: a power of two, by which a verifier is shown that a length fits.
+pub const ROOM: usize = 4096;
 
 /// What `version` may be.
 pub const V4: u8 = 4;
@@ -27,10 +29,10 @@ pub struct Held<A> {
     pub mark: u32,
     /// Which datagram it is of, and at which hook.
     pub key: FragmentKey<A>,
-    pub frame: [u8; FRAME],
+    pub frame: [u8; ROOM],
     pub pad: u32,
 }
 
-const _: () = assert!(size_of::<Held<Ipv4Be>>() == 12 + 16 + FRAME + 4);
-const _: () = assert!(size_of::<Held<Ipv6Be>>() == 12 + 40 + FRAME + 4);
+const _: () = assert!(size_of::<Held<Ipv4Be>>() == 12 + 16 + ROOM + 4);
+const _: () = assert!(size_of::<Held<Ipv6Be>>() == 12 + 40 + ROOM + 4);
 crate::pod!(Held<Ipv4Be>, Held<Ipv6Be>);

@@ -16,7 +16,7 @@ use proxy_tests::{
     suite::Suite,
     world::{
         AgentOptions, Ask, Client, Family, Place, Programs, SocketLb, Spec, Topology, World, external, objects, trace,
-        vip,
+        vip, within,
     },
 };
 use serde_json::Value;
@@ -67,6 +67,7 @@ fn lost(suite: &mut Suite, group: &str, world: &mut World) {
         );
     }
     suite.case(&format!("{group}/F24: silent connections outlive thousands that come and go"), || outlives(world));
+    suite.case(&format!("{group}/F24: a table full of open connections cuts none of them"), || full(world));
     suite.case(&format!("{group}/an idle agent looks at one number a second"), || idles(world));
 }
 
@@ -445,6 +446,62 @@ fn outlives(world: &mut World) -> Result<()> {
     ensure!(swept()? > before, "nothing was taken out: the tables were not full");
     let (resets, again) = (resets(world)? - resets_before, count(world, "pair_repaired")? - repaired);
     ensure!(resets == 0 && again == 0, "{resets} connections were reset, {again} halves were put back");
+    Ok(())
+}
+
+/// As many silent connections as nearly fill a table, and more that want to come in: they are dropped until somebody closes.
+fn full(world: &mut World) -> Result<()> {
+    const ENTRIES: u32 = 2048;
+    /// Half of the entries, less what is kept back on a node of few CPUs.
+    const CONNECTIONS: usize = 300;
+    world.kill_agent(1)?;
+    let extra = ["--map-connections", &ENTRIES.to_string()].map(str::to_owned).to_vec();
+    world.start_agent(1, &AgentOptions { extra, ..AgentOptions::new(SocketLb::Node) })?;
+    world.node(1).wait_ready(PATIENCE)?;
+    world.wait_until_alone(1)?;
+    let (pod, testpod) = (world.pod("a1"), &world.programs().testpod);
+    let (resets_before, full_before) = (resets(world)?, count(world, "table_full")?);
+    for family in Family::BOTH {
+        let to = SocketAddr::new(vip(family, 1), PORT);
+        let hold = |extra: &[&str]| {
+            let args =
+                ["hold", &to.to_string(), &format!("--connections={CONNECTIONS}"), "--expect=b2"].map(str::to_owned);
+            let extra = extra.iter().map(|&arg| arg.to_owned());
+            pod.start(testpod, &args.into_iter().chain(extra).collect::<Vec<_>>())
+        };
+        let silence = Duration::from_secs(12);
+        let mut silent = hold(&[&format!("--interval={}", silence.as_millis()), "--timeout=6000"])?;
+        silent.wait_for_line("ready", PATIENCE)?;
+        // The thread looks once a second.
+        thread::sleep(Duration::from_secs(2));
+        let mut others = Vec::new();
+        let dropped = loop {
+            ensure!(others.len() < 8, "{to}: {} connections came in", CONNECTIONS * (1 + others.len()));
+            let mut more = hold(&["--interval=60000", "--timeout=1500"])?;
+            let came = more.wait_for_line("ready", PATIENCE);
+            thread::sleep(Duration::from_secs(2));
+            match came {
+                Ok(()) => others.push(more),
+                Err(error) => break error,
+            }
+        };
+        ensure!(format!("{dropped:#}").contains("timed out"), "{to}: {dropped:#}");
+        ensure!(!others.is_empty(), "{to}: there was no room at all");
+        let report: hold::Report = silent.finish(silence + PATIENCE)?;
+        let whole = report.broken.is_empty() && report.wrong.is_empty();
+        ensure!(whole && report.answers > 0, "{to}: {report:?}");
+        // Who closes makes room.
+        drop(others);
+        within(PATIENCE, || {
+            let mut fresh = hold(&["--interval=100", "--timeout=1500"])?;
+            fresh.wait_for_line("ready", PATIENCE)?;
+            let report: hold::Report = fresh.finish(PATIENCE)?;
+            ensure!(report.broken.is_empty(), "{to}: {report:?}");
+            Ok(())
+        })?;
+    }
+    let (resets, full) = (resets(world)? - resets_before, count(world, "table_full")? - full_before);
+    ensure!(resets == 0 && full > 0, "{resets} connections were reset, {full} were dropped");
     Ok(())
 }
 

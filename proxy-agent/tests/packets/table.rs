@@ -689,6 +689,28 @@ fn what_masquerades_goes_with_a_flow_whose_client_went_elsewhere() {
     }
 }
 
+/// The port that a flow was masqueraded with went to another one after its half was evicted. When the first flow is over, the other one keeps it.
+#[test]
+fn a_port_that_went_to_another_flow_stays_with_that() {
+    let Some(mut world) = world("a_port_that_went_to_another_flow_stays_with_that", Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let (client, other) = (at(cast.client, 22_222), at(cast.backend2, 22_222));
+        let seen = masquerade(&mut world, TCP, client, cast.vip, cast.node);
+        assert_eq!(world.remove(|row| row.part() == (true, Hook::Ingress)), 1);
+        assert_eq!(masquerade(&mut world, TCP, other, cast.vip, cast.node), seen);
+        // The first one is over, and its client opens its next connection from the same port.
+        for flags in [RST, SYN] {
+            let packet = Packet::tcp(client, cast.vip, flags);
+            world.expect(Hook::Ingress, &packet, &packet.to(cast.backend));
+        }
+        let half = |row: &Row| row.part() == (true, Hook::Ingress) && row.to == other;
+        assert_eq!(world.rows().iter().filter(|row| half(row)).count(), 1, "{:#?}", world.rows());
+        masqueraded_answer(&mut world, &Packet::tcp(cast.backend, seen, ACK), other, cast.vip);
+        world.remove(|_| true);
+    }
+}
+
 /// The way back of a flow that is gone is no sign of life of the one that takes its place.
 #[test]
 fn a_left_over_answer_entry_establishes_nothing() {

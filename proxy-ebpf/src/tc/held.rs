@@ -11,7 +11,7 @@ use aya_ebpf::{
 use proxy_common::{
     connection::{FragmentKey, hook},
     counters::Reason,
-    held::{FRAME, Held},
+    held::{FRAME, Held, ROOM},
 };
 
 use super::{device, is_overheard, packet::Header};
@@ -27,7 +27,7 @@ pub(crate) fn hold<A: Header>(ctx: &TcContext, l3: u32, key: &FragmentKey<A>) {
     let Some(mut record) = HELD.reserve_untyped::<Held<A>>(0) else { return };
     let (skb, to) = (ctx.as_ptr().cast::<__sk_buff>(), record.as_mut_ptr());
     // SAFETY: the context is live; `to` is a record of its own until it is submitted, each field is written in place, and the helper writes
-    // no more than `len` bytes of a field that has as many.
+    // no more bytes than the field has.
     let is_read = unsafe {
         (&raw mut (*to).version).write(A::VERSION);
         (&raw mut (*to).l3).write(l3 as u8);
@@ -35,6 +35,8 @@ pub(crate) fn hold<A: Header>(ctx: &TcContext, l3: u32, key: &FragmentKey<A>) {
         (&raw mut (*to).ifindex).write((*skb).ifindex);
         (&raw mut (*to).mark).write((*skb).mark);
         (&raw mut (*to).key).write(*key);
+        // Read once more: from the comparisons above 6.1 does not see that it fits, and the compiler leaves out what it knows.
+        let len = ((&raw const (*skb).len).read_volatile().wrapping_sub(1) & (ROOM as u32 - 1)) + 1;
         bpf_skb_load_bytes(skb.cast(), 0, (&raw mut (*to).frame).cast(), len) == 0
     };
     if is_read {

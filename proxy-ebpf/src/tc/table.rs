@@ -551,7 +551,7 @@ fn confirm<A: Header>(
     }
     if !spare::take::<A>(packet.proto) {
         // With a later packet there may be room, and that need not acknowledge the same again.
-        if let Some(Hit { live: Some(live), .. }) = find(reverse_key, found) {
+        if let Some(live) = A::half_open().get_ptr_mut(&*reverse_key) {
             // SAFETY: as for the other notes.
             unsafe {
                 if is_still(live, found) {
@@ -738,12 +738,12 @@ fn forgotten<A: Header>(key: &ConnectionKey<A>, value: &ConnectionValue<A>) -> V
                 if peek(other_key, found) != 0 && is_same(found, other) {
                     void(remove(other_key));
                 }
-                void(put_pair(key, value, other_key, other));
             }
         }
     }
     void(remove(key));
     if !is_anothers {
+        void(put_pair_key(key, value, other_key));
         void(remove(other_key));
     }
     VOID

@@ -305,12 +305,12 @@ fn give_back(layout: &Layout, frame: &Frame) -> Result<(), aya::programs::Progra
 
 #[cfg(test)]
 mod tests {
-    use proxy_common::held::FRAME;
+    use proxy_common::held::{FRAME, ROOM};
 
     use super::*;
 
     fn record<A: Address>(l3: u8, len: usize, key: FragmentKey<A>) -> Vec<u8> {
-        let mut frame = [0xee; FRAME];
+        let mut frame = [0xee; ROOM];
         frame[..len].fill(7);
         let held = Held { version: A::VERSION, l3, len: len as u16, ifindex: 3, mark: 9, key, frame, pad: 0 };
         // SAFETY: plain old data without padding.
