@@ -95,7 +95,6 @@ pub(super) fn run(layout: &Layout, timeouts: Timeouts, ended: &Ended, end: &Rece
         }
         said = complaint;
     }
-    sweep.let_go();
 }
 
 /// What was done.
@@ -173,13 +172,6 @@ impl Sweep {
     /// Walks over the tables that so much has come into that there might be too little room, and says how much may come in. `open` opens a map by its name.
     pub fn look(&mut self, open: impl Fn(&str) -> io::Result<OwnedFd>) -> io::Result<Swept> {
         self.look_or_walk(true, open)
-    }
-
-    /// The programs do as LRU maps do from now on.
-    fn let_go(&self) {
-        if let Some(spare) = &self.spare {
-            (0..spare.len()).for_each(|index| spare.write(index, &Spare::default()));
-        }
     }
 
     /// Without walks only what was found before is said again, less what has come in since.
