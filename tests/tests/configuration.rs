@@ -156,10 +156,10 @@ fn live(world: &World, file: &File, mode: &str) -> Result<()> {
 }
 
 fn ends(world: &World, file: &File, mode: &str) -> Result<()> {
-    file.write(&format!("{THEIRS}conntrack: {{udpTimeout: 77s}}\n{OWN}proxyMode: {mode}\nxdp: generic\n"))?;
+    file.write(&format!("{THEIRS}conntrack: {{udpTimeout: 77s}}\n{OWN}proxyMode: {mode}\nalgorithm: round-robin\n"))?;
     within(patience(30), || {
         let ended = world.node(1).agent_ended().context("it still runs")?;
-        ensure!(ended.contains("config.conf changed (") && ended.contains("xdp"), "{ended}");
+        ensure!(ended.contains("config.conf changed (") && ended.contains("algorithm"), "{ended}");
         Ok(())
     })?;
     answers(world)

@@ -71,12 +71,15 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
 }
 
 fn setting(one: effective::InForce) -> Setting {
-    let effective::InForce { document, field, tree: _, text, from, beside } = one;
-    let meaning = match field.here {
-        _ if beside => "of another mode".to_owned(),
-        Here::Honoured => String::new(),
-        Here::Netfilter(why) => format!("without eBPF alone: {why}"),
-        Here::Ignored(why) => format!("no effect: {why}"),
+    let effective::InForce { document, field, tree: _, text, from, elsewhere } = one;
+    let meaning = match (elsewhere, field.here) {
+        (Some(why), _) => format!("no effect: {why}"),
+        (None, Here::Honoured) => String::new(),
+        (None, Here::In(modes, why)) => {
+            let modes: Vec<_> = modes.iter().map(ToString::to_string).collect();
+            format!("mode {} alone: {why}", modes.join(", "))
+        }
+        (None, Here::Ignored(why)) => format!("no effect: {why}"),
     };
     Setting { document: Document::kind(document), field: field.path, value: text, from: from.to_string(), meaning }
 }

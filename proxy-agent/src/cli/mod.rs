@@ -236,7 +236,7 @@ mod tests {
             assert_eq!(documented, real);
             for field in document.fields() {
                 let row = section.lines().find(|line| line.starts_with(&format!("| `{}` |", field.path))).unwrap();
-                if let crate::config::Here::Ignored(why) | crate::config::Here::Netfilter(why) = field.here {
+                if let crate::config::Here::Ignored(why) | crate::config::Here::In(_, why) = field.here {
                     assert!(row.contains("**no effect**") && row.contains(why), "{row}");
                 } else {
                     assert!(!row.contains("**no effect**"), "{row}");

@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-use super::{duration, gates, period};
+use super::{ProxyMode, duration, gates, period};
 
 /// One of the documents of a configuration file.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -57,8 +57,8 @@ pub struct Field {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Here {
     Honoured,
-    /// By the modes that are made of netfilter, where it is said; why not by eBPF.
-    Netfilter(&'static str),
+    /// By these modes alone, and why not by the others.
+    In(&'static [ProxyMode], &'static str),
     /// By nothing, and why not.
     Ignored(&'static str),
 }
@@ -80,18 +80,20 @@ impl Field {
         Self { here: Here::Ignored(why), ..self }
     }
 
-    pub(super) const fn netfilter(self, why: &'static str) -> Self {
-        Self { here: Here::Netfilter(why), ..self }
+    pub(super) const fn only_in(self, modes: &'static [ProxyMode], why: &'static str) -> Self {
+        Self { here: Here::In(modes, why), ..self }
     }
 
-    /// Whether `text` asks for anything: what is said and is the default, kube-proxy's or ours, or nought, does not.
+    /// Whether `text` asks for anything: what is said and is the default, kube-proxy's or ours, does not; nor does nought, but where it
+    /// stands in place of a default.
     pub fn asks(&self, text: &str) -> bool {
-        let same = match self.kind {
-            Kind::Duration | Kind::Period | Kind::Nanoseconds => duration(text) == duration(self.default),
-            Kind::Number => text.parse::<f64>().ok() == self.default.parse::<f64>().ok(),
-            _ => text == self.default || text == self.theirs,
+        let is = |default: &str| match self.kind {
+            Kind::Duration | Kind::Period | Kind::Nanoseconds => duration(text) == duration(default),
+            Kind::Number => text.parse::<f64>().ok() == default.parse::<f64>().ok(),
+            _ => text == default,
         };
-        !same && !self.kind.is_zero(text)
+        let leaves_it = self.kind.is_zero(text) && (!self.zero_counts || self.default.is_empty());
+        !is(self.default) && !is(self.theirs) && !leaves_it
     }
 
     /// What it is called: by its place, or by its option.
@@ -259,6 +261,13 @@ mod tests {
         assert_eq!(["5.0", "0", "50"].map(|text| number.asks(text)), [false, false, true]);
         let list = Field::new("a", "a", Kind::List, "");
         assert_eq!(["", "10.0.0.0/8"].map(|text| list.asks(text)), [false, true]);
+        // kube-proxy's default asks for nothing, and nought for something where it is a value like others.
+        let theirs = Field::new("a", "a", Kind::Duration, "0s").theirs("1s");
+        assert_eq!(["1s", "1000ms", "0s", "2s"].map(|text| theirs.asks(text)), [false, false, false, true]);
+        let bit = Field::new("a", "a", Kind::Int(0, 31), "14").zero_counts();
+        assert_eq!(["0", "14", "3"].map(|text| bit.asks(text)), [true, false, true]);
+        let entries = Field::new("a", "a", Kind::Int(0, 31), "").zero_counts();
+        assert_eq!(["0", "3"].map(|text| entries.asks(text)), [false, true]);
     }
 
     #[test]

@@ -15,6 +15,11 @@ const STREAMS: &str = "the log is one stream without a buffer, to stderr";
 const OWN_TABLE: &str = "connections are in a table of eBPF's own (--map-connections), and the kernel's is left alone";
 const CLIENT: &str = "the API server is only watched, a handful of requests in all";
 
+/// Those that are made of netfilter.
+const NETFILTER: &[ProxyMode] = &[ProxyMode::Nftables, ProxyMode::Iptables, ProxyMode::Ipvs];
+const IPVS: &[ProxyMode] = &[ProxyMode::Ipvs];
+const OF_IPVS: &str = "it is of IPVS";
+
 /// In the order of kube-proxy's own type.
 pub const FIELDS: &[Field] = &[
     Field::new("featureGates", "feature-gates", Gates, ""),
@@ -43,17 +48,19 @@ pub const FIELDS: &[Field] = &[
     Field::new("showHiddenMetricsForVersion", "show-hidden-metrics-for-version", Text, "")
         .ignored("no metric is hidden"),
     Field::new("mode", "proxy-mode", Text, ""),
-    Field::new("iptables.masqueradeBit", "iptables-masquerade-bit", Int(0, 31), "14").zero_counts(),
+    Field::new("iptables.masqueradeBit", "iptables-masquerade-bit", Int(0, 31), "14")
+        .zero_counts()
+        .only_in(NETFILTER, "no packet is marked"),
     Field::new("iptables.masqueradeAll", "masquerade-all", Bool, "false"),
     Field::new("iptables.localhostNodePorts", "iptables-localhost-nodeports", Bool, "").zero_counts(),
     Field::new("iptables.syncPeriod", "iptables-sync-period", Period, "30s"),
-    Field::new("iptables.minSyncPeriod", "iptables-min-sync-period", Duration, "0s"),
+    Field::new("iptables.minSyncPeriod", "iptables-min-sync-period", Duration, "0s").theirs("1s"),
     Field::new("ipvs.syncPeriod", "ipvs-sync-period", Period, "30s"),
     Field::new("ipvs.minSyncPeriod", "ipvs-min-sync-period", Duration, "0s"),
-    Field::new("ipvs.scheduler", "ipvs-scheduler", Text, "rr"),
+    Field::new("ipvs.scheduler", "ipvs-scheduler", Text, "rr").only_in(IPVS, OF_IPVS),
     Field::new("ipvs.excludeCIDRs", "ipvs-exclude-cidrs", List, "")
         .ignored("virtual servers of others are left alone, wherever they are"),
-    Field::new("ipvs.strictARP", "ipvs-strict-arp", Bool, "false"),
+    Field::new("ipvs.strictARP", "ipvs-strict-arp", Bool, "false").only_in(IPVS, OF_IPVS),
     Field::new("ipvs.tcpTimeout", "ipvs-tcp-timeout", Duration, "0s").ignored(IPVS_TIMES),
     Field::new("ipvs.tcpFinTimeout", "ipvs-tcpfin-timeout", Duration, "0s").ignored(IPVS_TIMES),
     Field::new("ipvs.udpTimeout", "ipvs-udp-timeout", Duration, "0s").ignored(IPVS_TIMES),
@@ -61,7 +68,7 @@ pub const FIELDS: &[Field] = &[
     Field::new("nftables.masqueradeBit", "", Int(0, 31), "14").zero_counts(),
     Field::new("nftables.masqueradeAll", "", Bool, "false"),
     Field::new("nftables.syncPeriod", "", Period, "30s"),
-    Field::new("nftables.minSyncPeriod", "", Duration, "0s"),
+    Field::new("nftables.minSyncPeriod", "", Duration, "0s").theirs("1s"),
     Field::new("winkernel.networkName", "network-name", Text, "").ignored(WINDOWS),
     Field::new("winkernel.sourceVip", "source-vip", Text, "").ignored(WINDOWS),
     Field::new("winkernel.enableDSR", "enable-dsr", Bool, "false").ignored(WINDOWS),
@@ -76,12 +83,15 @@ pub const FIELDS: &[Field] = &[
     Field::new("conntrack.maxPerCore", "conntrack-max-per-core", Int(0, INT32), "")
         .theirs("32768")
         .zero_counts()
-        .netfilter(OWN_TABLE),
-    Field::new("conntrack.min", "conntrack-min", Int(0, INT32), "").theirs("131072").zero_counts().netfilter(OWN_TABLE),
+        .only_in(NETFILTER, OWN_TABLE),
+    Field::new("conntrack.min", "conntrack-min", Int(0, INT32), "")
+        .theirs("131072")
+        .zero_counts()
+        .only_in(NETFILTER, OWN_TABLE),
     Field::new("conntrack.tcpEstablishedTimeout", "conntrack-tcp-timeout-established", Duration, "").zero_counts(),
     Field::new("conntrack.tcpCloseWaitTimeout", "conntrack-tcp-timeout-close-wait", Duration, "").zero_counts(),
     Field::new("conntrack.tcpBeLiberal", "conntrack-tcp-be-liberal", Bool, "false")
-        .netfilter("its table keeps no windows, so no packet is out of one"),
+        .only_in(NETFILTER, "its table keeps no windows, so no packet is out of one"),
     Field::new("conntrack.udpTimeout", "conntrack-udp-timeout", Duration, ""),
     Field::new("conntrack.udpStreamTimeout", "conntrack-udp-timeout-stream", Duration, ""),
     Field::new("configSyncPeriod", "config-sync-period", Period, "15m")
@@ -126,6 +136,23 @@ pub fn option_of(field: &'static Field, mode: ProxyMode) -> &'static str {
     }
 }
 
+/// Why a field is not read where this mode is asked for: it is of a section that is another mode's, or such a section has it instead.
+pub fn elsewhere(field: &Field, asked: ProxyMode) -> Option<String> {
+    let (section, rest) = field.path.split_once('.')?;
+    let of_section = |section: &str| FIELDS.iter().any(|other| other.path.split_once('.') == Some((section, rest)));
+    let is_period = ["syncPeriod", "minSyncPeriod"].contains(&rest);
+    match (section, asked) {
+        ("nftables", ProxyMode::Nftables) | ("ipvs", ProxyMode::Ipvs) => None,
+        ("nftables", _) => Some("it counts where mode nftables is asked for".to_owned()),
+        ("ipvs", _) if is_period => Some("it counts where mode ipvs is asked for".to_owned()),
+        ("iptables", ProxyMode::Nftables) if of_section("nftables") => {
+            Some(format!("where mode nftables is asked for, nftables.{rest} counts"))
+        }
+        ("iptables", ProxyMode::Ipvs) if is_period => Some(format!("where mode ipvs is asked for, ipvs.{rest} counts")),
+        _ => None,
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
@@ -146,7 +173,7 @@ mod tests {
         let ours: BTreeSet<_> = FIELDS.iter().map(|field| field.path).collect();
         assert_eq!(ours, upstream("fields"));
         for field in FIELDS {
-            if let Here::Ignored(why) | Here::Netfilter(why) = field.here {
+            if let Here::Ignored(why) | Here::In(_, why) = field.here {
                 assert!(why.len() > 10, "{field:?}");
             }
         }
@@ -167,6 +194,29 @@ mod tests {
             ("bindAddress", ProxyMode::Nftables, "bind-address"),
         ] {
             assert_eq!(option_of(field(path), mode), option, "{path} {mode}");
+        }
+        // And whoever says it in another section hears of it.
+        for (path, mode, why) in [
+            ("nftables.masqueradeAll", ProxyMode::Auto, "where mode nftables is asked for"),
+            ("nftables.syncPeriod", ProxyMode::Ipvs, "where mode nftables is asked for"),
+            ("iptables.masqueradeBit", ProxyMode::Nftables, "nftables.masqueradeBit counts"),
+            ("iptables.syncPeriod", ProxyMode::Nftables, "nftables.syncPeriod counts"),
+            ("iptables.minSyncPeriod", ProxyMode::Ipvs, "ipvs.minSyncPeriod counts"),
+            ("ipvs.syncPeriod", ProxyMode::Ebpf, "where mode ipvs is asked for"),
+        ] {
+            let said = elsewhere(field(path), mode).unwrap_or_default();
+            assert!(said.contains(why), "{path} {mode}: {said:?}");
+        }
+        for (path, mode) in [
+            ("nftables.masqueradeAll", ProxyMode::Nftables),
+            ("iptables.masqueradeAll", ProxyMode::Ipvs),
+            ("iptables.syncPeriod", ProxyMode::Auto),
+            ("iptables.localhostNodePorts", ProxyMode::Nftables),
+            ("ipvs.syncPeriod", ProxyMode::Ipvs),
+            ("ipvs.scheduler", ProxyMode::Auto),
+            ("bindAddress", ProxyMode::Nftables),
+        ] {
+            assert_eq!(elsewhere(field(path), mode), None, "{path} {mode}");
         }
     }
 

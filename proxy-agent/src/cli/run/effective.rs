@@ -200,8 +200,8 @@ pub struct InForce {
     /// As the option has it; empty: nothing.
     pub text: String,
     pub from: Origin,
-    /// Another section counts in this mode.
-    pub beside: bool,
+    /// Why it is not read in the mode that is asked for.
+    pub elsewhere: Option<String>,
 }
 
 impl Effective {
@@ -231,9 +231,8 @@ impl Effective {
         let default = || Some(field.default.to_owned()).filter(|default| !default.is_empty());
         let text = text.filter(|text| !text.is_empty()).or_else(default);
         let tree = text.as_deref().map_or_else(|| unsaid(field), |text| value(field.kind, text));
-        let beside =
-            option.is_empty() && ["iptables", "nftables"].contains(&field.path.split('.').next().unwrap_or_default());
-        InForce { document, field, tree, text: text.unwrap_or_default(), from, beside }
+        let elsewhere = kube_proxy::elsewhere(field, self.args.proxy_mode);
+        InForce { document, field, tree, text: text.unwrap_or_default(), from, elsewhere }
     }
 
     /// The two documents of a file that says the same.
@@ -256,8 +255,8 @@ impl Effective {
         Ok(texts.context("writing YAML")?.join("---\n"))
     }
 
-    /// What is asked for and will not be had, one line for each, and why. `netfilter`: in a mode that is made of it.
-    pub fn warnings(&self, netfilter: bool) -> Vec<String> {
+    /// What is asked for and will not be had in the mode that runs, one line for each, and why.
+    pub fn warnings(&self, running: ProxyMode) -> Vec<String> {
         let mut warnings = Vec::new();
         if let (Some(file), false) = (&self.file, self.passed_over.is_empty()) {
             let options: Vec<_> = self.passed_over.iter().map(|long| format!("--{long}")).collect();
@@ -275,16 +274,35 @@ impl Effective {
         }
         let options = kube_proxy::OPTIONS.iter().map(|field| self.field(Document::KubeProxy, field));
         for InForce { field, text, from, .. } in self.in_force().into_iter().chain(options) {
-            let why = match field.here {
-                Here::Ignored(why) => why,
-                Here::Netfilter(why) if !netfilter => why,
-                _ => continue,
-            };
-            if from != Origin::Default && field.asks(&text) {
-                warnings.push(format!("{} {text} ({from}) has no effect: {why}", field.name()));
+            if let Some(why) = self.idle(field, running)
+                && from != Origin::Default
+                && field.asks(&text)
+            {
+                warnings.push(format!("{} {text} ({from}) has no effect{why}", field.name()));
             }
         }
         warnings
+    }
+
+    /// Why nothing goes by a field in the mode that runs.
+    fn idle(&self, field: &Field, running: ProxyMode) -> Option<String> {
+        if let Some(why) = kube_proxy::elsewhere(field, self.args.proxy_mode) {
+            return Some(format!(": {why}"));
+        }
+        match field.here {
+            Here::Ignored(why) => Some(format!(": {why}")),
+            Here::In(modes, why) if !modes.contains(&running) => Some(format!(" in mode {running}: {why}")),
+            Here::In(..) | Here::Honoured => None,
+        }
+    }
+
+    /// Whether anything goes by an option in the mode that runs.
+    pub fn counts(&self, long: &str, running: ProxyMode) -> bool {
+        let all = Document::ALL.into_iter().flat_map(|document| document.fields()).chain(kube_proxy::OPTIONS);
+        let mut fields = all
+            .filter(|field| field.flag == long || kube_proxy::option_of(field, self.args.proxy_mode) == long)
+            .peekable();
+        fields.peek().is_none() || fields.any(|field| self.idle(field, running).is_none())
     }
 
     /// What an operator who comes from kube-proxy should hear, once.

@@ -11,7 +11,7 @@ use super::{
     given::Given,
     logging::Reload,
 };
-use crate::{config::kube_proxy, source};
+use crate::{config::ProxyMode, source};
 
 /// Options that take effect at once.
 const LIVE: [&str; 2] = ["log-level", "v"];
@@ -21,8 +21,8 @@ pub(super) struct Configuration {
     pub(super) given: Given,
     pub(super) current: Effective,
     pub(super) log: Reload,
-    /// The mode is made of it.
-    pub(super) netfilter: bool,
+    /// That runs.
+    pub(super) mode: ProxyMode,
 }
 
 impl Configuration {
@@ -46,8 +46,7 @@ impl Configuration {
     fn take(&mut self, next: Effective) -> anyhow::Result<()> {
         let path = &self.given.args.file.config.clone().unwrap_or_default();
         let changes = self.current.changes(&next);
-        let of_effect = |long: &&String| !kube_proxy::without_effect().any(|field| field.flag == **long);
-        let wants_start = |long: &&String| of_effect(long) && !LIVE.contains(&long.as_str());
+        let wants_start = |long: &&String| next.counts(long, self.mode) && !LIVE.contains(&long.as_str());
         let named: Vec<_> = changes.iter().filter(wants_start).map(|long| next.name_of(long)).collect();
         if !named.is_empty() {
             return Err(anyhow!(
@@ -56,8 +55,8 @@ impl Configuration {
                 named.join(", ")
             ));
         }
-        let known = self.current.warnings(self.netfilter);
-        for warning in next.warnings(self.netfilter).iter().filter(|warning| !known.contains(warning)) {
+        let known = self.current.warnings(self.mode);
+        for warning in next.warnings(self.mode).iter().filter(|warning| !known.contains(warning)) {
             warn!("{warning}");
         }
         let filter = next.args.log.filter();

@@ -97,14 +97,12 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let (conntrack, strict_arp, oom_score_adj) = (args.conntrack, args.ipvs_strict_arp, args.oom_score_adj);
     let plan = plan(args)?;
     let mode = plan.dataplane.mode;
-    for warning in effective.warnings(!mode.has_pins()) {
+    let running = named(mode);
+    for warning in effective.warnings(running) {
         warn!("{warning}");
     }
     if let Some(notice) = effective.notice() {
         info!("{notice}");
-    }
-    if plan.source.pods && !mode.has_pins() {
-        warn!("--pod-annotations: the {} mode translates no sockets, so there are none to leave alone", mode.name());
     }
     warn_of_settings(mode.has_pins().then_some(plan.dataplane.ebpf.masquerade_ports));
     let allowed = privileges::check(mode.has_pins().then_some(&plan.dataplane.ebpf.bpffs));
@@ -137,7 +135,7 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
         let opened = opened.with_context(|| format!("the {name} dataplane cannot be had on this node"));
         opened.map_err(|error| with_advice(error, &plan.dataplane))?
     };
-    let configuration = follow::Configuration { given, current: effective, log, netfilter: !mode.has_pins() };
+    let configuration = follow::Configuration { given, current: effective, log, mode: running };
     let outcome = runtime.block_on(run(plan, configuration, dataplane));
     drop(alone);
     // A blocking read of the kernel for a scrape may still be under way; nobody waits for it.
@@ -295,6 +293,16 @@ fn chosen(asked: ProxyMode, options: &select::Options) -> anyhow::Result<Choice>
         ProxyMode::Ipvs => Mode::Ipvs,
     };
     Ok(Choice { mode, reason: "asked for".into() })
+}
+
+/// As it is asked for.
+const fn named(mode: Mode) -> ProxyMode {
+    match mode {
+        Mode::Ebpf => ProxyMode::Ebpf,
+        Mode::Nftables => ProxyMode::Nftables,
+        Mode::Iptables => ProxyMode::Iptables,
+        Mode::Ipvs => ProxyMode::Ipvs,
+    }
 }
 
 /// How pods of this node are told (contract A72), for each who has a part in it.

@@ -46,7 +46,7 @@ impl Args for Unused {
 
 fn reason(here: Here) -> &'static str {
     match here {
-        Here::Ignored(why) | Here::Netfilter(why) => why,
+        Here::Ignored(why) | Here::In(_, why) => why,
         Here::Honoured => "",
     }
 }

@@ -73,29 +73,31 @@ fn what_has_no_effect_is_said_once_with_the_reason() {
         let option = format!("--{}={asked}", field.flag);
         let effective = of(&given(&[&option])).unwrap();
         let Here::Ignored(why) = field.here else { panic!("{field:?}") };
-        let warnings = effective.warnings(false);
+        let warnings = effective.warnings(ProxyMode::Ebpf);
         assert_eq!(warnings.len(), 1, "{option}: {warnings:?}");
         let words = [field.name().to_string(), asked.to_owned(), format!("(--{})", field.flag), why.to_owned()];
         assert!(words.iter().all(|word| warnings[0].contains(word)), "{option}: {warnings:?}");
         let default = format!("--{}={}", field.flag, field.default);
         if !field.default.is_empty() {
-            assert_eq!(of(&given(&[&default])).unwrap().warnings(false), [""; 0], "{default}");
+            assert_eq!(of(&given(&[&default])).unwrap().warnings(ProxyMode::Ebpf), [""; 0], "{default}");
         }
     }
     let gates =
         of(&given(&["--feature-gates=AllAlpha=true", "--feature-gates=AllowServiceExternalIPs=false"])).unwrap();
-    assert_eq!((gates.warnings(false).len(), gates.args.feature_gates.len()), (1, 2));
-    assert!(gates.warnings(false)[0].starts_with("featureGates AllAlpha=true (--feature-gates) has no effect"));
-    assert_eq!(of(&given(&[])).unwrap().warnings(false), [""; 0]);
+    assert_eq!((gates.warnings(ProxyMode::Ebpf).len(), gates.args.feature_gates.len()), (1, 2));
+    assert!(
+        gates.warnings(ProxyMode::Ebpf)[0].starts_with("featureGates AllAlpha=true (--feature-gates) has no effect")
+    );
+    assert_eq!(of(&given(&[])).unwrap().warnings(ProxyMode::Ebpf), [""; 0]);
 }
 
 #[test]
 fn what_netfilter_alone_goes_by_is_said_with_ebpf() {
     let effective = read(&[], &theirs("conntrack: {maxPerCore: 5, tcpBeLiberal: true, udpTimeout: 5s}")).unwrap();
-    assert_eq!(effective.warnings(false).len(), 2, "{:?}", effective.warnings(false));
-    assert_eq!(effective.warnings(true), [""; 0]);
+    assert_eq!(effective.warnings(ProxyMode::Ebpf).len(), 2, "{:?}", effective.warnings(ProxyMode::Ebpf));
+    assert_eq!(effective.warnings(ProxyMode::Iptables), [""; 0]);
     // kind's.
-    assert_eq!(read(&[], &theirs("conntrack: {maxPerCore: 0}")).unwrap().warnings(false), [""; 0]);
+    assert_eq!(read(&[], &theirs("conntrack: {maxPerCore: 0}")).unwrap().warnings(ProxyMode::Ebpf), [""; 0]);
 }
 
 #[test]
@@ -115,7 +117,7 @@ fn options_are_written_as_kube_proxys() {
     for empty in
         ["--proxy-mode=", "--kubeconfig=", "--master=", "--nodeport-addresses=", "--cluster-cidr=", "--network-name="]
     {
-        assert_eq!(of(&given(&[empty])).unwrap().warnings(false), [""; 0], "{empty}");
+        assert_eq!(of(&given(&[empty])).unwrap().warnings(ProxyMode::Ebpf), [""; 0], "{empty}");
     }
     assert_eq!(args(&["--logging-format=json"]).log.format(), super::super::args::LogFormat::Json);
     for (options, filter) in [
@@ -222,7 +224,74 @@ fn a_file_says_what_options_say() {
     assert_eq!(value(&effective, "nftables.masqueradeBit"), ("3".into(), format!("{FILE}:7")));
     assert_eq!(value(&effective, "maps.slots"), ("99".into(), format!("{FILE}:18")));
     assert_eq!(value(&effective, "xdp"), ("off".into(), "default".into()));
-    assert_eq!(effective.warnings(true), [""; 0]);
+}
+
+/// Each mode has its section: what is said in another's is not read, or means nothing, and is named.
+#[test]
+fn what_is_of_another_mode_is_named() {
+    let named = |effective: &Effective, running| -> Vec<String> {
+        let warnings = effective.warnings(running);
+        assert!(warnings.iter().all(|warning| warning.contains(" has no effect")), "{warnings:?}");
+        warnings.into_iter().map(|warning| warning.split(' ').next().unwrap_or_default().to_owned()).collect()
+    };
+    let sections = "nftables: {masqueradeBit: 0, masqueradeAll: true, syncPeriod: 10s, minSyncPeriod: 2s}\n\
+                    iptables: {masqueradeBit: 4, masqueradeAll: true, syncPeriod: 11s, minSyncPeriod: 3s}\n\
+                    ipvs: {scheduler: lc, strictARP: true, syncPeriod: 12s, minSyncPeriod: 4s}";
+    let of_ipvs = ["ipvs.syncPeriod", "ipvs.minSyncPeriod", "ipvs.scheduler", "ipvs.strictARP"];
+    let of_nftables =
+        ["nftables.masqueradeBit", "nftables.masqueradeAll", "nftables.syncPeriod", "nftables.minSyncPeriod"];
+    let beside_nftables =
+        ["iptables.masqueradeBit", "iptables.masqueradeAll", "iptables.syncPeriod", "iptables.minSyncPeriod"];
+    for (mode, running, lost) in [
+        ("nftables", ProxyMode::Nftables, [&beside_nftables[..], &of_ipvs].concat()),
+        ("iptables", ProxyMode::Iptables, [&of_ipvs[..], &of_nftables].concat()),
+        ("ipvs", ProxyMode::Ipvs, [&["iptables.syncPeriod", "iptables.minSyncPeriod"][..], &of_nftables].concat()),
+        ("ebpf", ProxyMode::Ebpf, [&["iptables.masqueradeBit"][..], &of_ipvs, &of_nftables].concat()),
+        // Chosen by itself, and nobody asked for it by name.
+        ("auto", ProxyMode::Nftables, [&of_ipvs[..], &of_nftables].concat()),
+        ("auto", ProxyMode::Ipvs, [&of_ipvs[..2], &of_nftables].concat()),
+    ] {
+        let effective = read(&[], &(theirs(sections) + &own(&format!("proxyMode: {mode}")))).unwrap();
+        assert_eq!(named(&effective, running), lost, "{mode}, {running} runs");
+    }
+    // With the place, and what to do.
+    let both = read(&[], &(theirs("nftables: {masqueradeAll: true}") + &own("proxyMode: iptables"))).unwrap();
+    let text = both.warnings(ProxyMode::Iptables).join("\n");
+    let wanted =
+        format!("nftables.masqueradeAll true ({FILE}:3) has no effect: it counts where mode nftables is asked for");
+    assert_eq!(text, wanted);
+
+    let ours = "socketLb: node\npodAnnotations: true\nxdp: auto\niptablesFlavour: nft\nmaps: {slots: 9, affinity: 9}\n\
+                log: {ebpfLevel: info}";
+    let effective = read(&[], &own(ours)).unwrap();
+    assert_eq!(named(&effective, ProxyMode::Ebpf), ["iptablesFlavour"]);
+    let of_ebpf = ["socketLb", "podAnnotations", "xdp", "maps.slots", "log.ebpfLevel"];
+    assert_eq!(named(&effective, ProxyMode::Iptables), of_ebpf);
+    assert!(effective.warnings(ProxyMode::Iptables)[0].contains("has no effect in mode iptables: sockets"));
+    // What is given by option is told apart likewise.
+    let options = of(&given(&["--ipvs-scheduler=lc", "--ipvs-sync-period=5s", "--map-slots=7"])).unwrap();
+    assert_eq!(named(&options, ProxyMode::Ebpf), ["ipvs.syncPeriod", "ipvs.scheduler"]);
+}
+
+/// Only what something goes by is a reason to start anew.
+#[test]
+fn what_counts_in_the_mode_that_runs() {
+    let effective = read(&[], &theirs("mode: ipvs")).unwrap();
+    for (long, running, counts) in [
+        ("ipvs-scheduler", ProxyMode::Ipvs, true),
+        ("ipvs-sync-period", ProxyMode::Ipvs, true),
+        ("iptables-sync-period", ProxyMode::Ipvs, false),
+        ("socket-lb", ProxyMode::Ipvs, false),
+        ("socket-lb", ProxyMode::Ebpf, true),
+        ("kube-api-qps", ProxyMode::Ipvs, false),
+        ("proxy-mode", ProxyMode::Ipvs, true),
+        ("map-affinity", ProxyMode::Ipvs, true),
+        ("healthz-port", ProxyMode::Ipvs, true),
+    ] {
+        assert_eq!(effective.counts(long, running), counts, "{long} {running}");
+    }
+    let effective = read(&[], &theirs("mode: nftables")).unwrap();
+    assert!(effective.counts("iptables-sync-period", ProxyMode::Nftables), "by the name of its own section");
 }
 
 /// A142: kube-proxy's options give way to a file and are named; those that do not are ours, the node's name, and what is about the log.
@@ -244,8 +313,9 @@ fn who_wins() {
     assert_eq!((args.hostname_override.as_deref(), args.master.as_deref()), (Some("by-option"), Some("x")));
     assert_eq!(value(&effective, "socketLb"), ("off".into(), "--socket-lb".into()));
     assert_eq!(value(&effective, "xdp"), ("generic".into(), format!("{FILE}:10")));
-    let warnings = effective.warnings(true);
-    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    let warnings = effective.warnings(ProxyMode::Ipvs);
+    // The other two are of eBPF.
+    assert_eq!(warnings.len(), 3, "{warnings:?}");
     assert!(warnings[0].starts_with("--proxy-mode, --masquerade-all: not read beside --config"), "{warnings:?}");
     // A directory is read in place of the cluster that the file names.
     let source = read(&["--source=/objects"], &theirs("clientConnection: {kubeconfig: /k}")).unwrap();
@@ -259,15 +329,15 @@ fn our_word_for_the_mode_is_the_last_one() {
     assert_eq!((both.args.proxy_mode, both.args.masquerade_all), (ProxyMode::Nftables, true));
     let kubeadm = read(&[], include_str!("../../../config/file/kubeadm.yaml")).unwrap();
     assert_eq!((kubeadm.args.proxy_mode, kubeadm.notice()), (ProxyMode::Auto, None));
-    assert_eq!(kubeadm.warnings(false), [""; 0]);
+    assert_eq!(kubeadm.warnings(ProxyMode::Ebpf), [""; 0]);
     // What kube-proxy's own --write-config-to writes: its defaults, in words.
     let written = read(&[], include_str!("../../../config/file/kube_proxy.yaml")).unwrap();
     assert_eq!((written.args.proxy_mode, written.args.oom_score_adj), (ProxyMode::Iptables, Some(-999)));
-    assert_eq!(written.warnings(false), [""; 0]);
+    assert_eq!(written.warnings(ProxyMode::Ebpf), [""; 0]);
     let kind = read(&[], include_str!("../../../config/file/kind.yaml")).unwrap();
     assert_eq!(kind.args.proxy_mode, ProxyMode::Iptables);
     assert!(kind.notice().unwrap().contains("proxyMode: auto"), "{:?}", kind.notice());
-    assert_eq!(kind.warnings(true), [""; 0]);
+    assert_eq!(kind.warnings(ProxyMode::Iptables), [""; 0]);
 }
 
 #[test]
@@ -342,8 +412,14 @@ fn what_is_printed_can_be_read_again() {
             effective.in_force().into_iter().map(|one| (one.field.path, one.text)).collect::<Vec<_>>()
         };
         assert_eq!(shown(&again), shown(&first));
-        let said = |effective: &Effective| effective.warnings(false).len();
-        assert_eq!(said(&again), said(&first), "{:?} {:?}", again.warnings(false), first.warnings(false));
+        let said = |effective: &Effective| effective.warnings(ProxyMode::Ebpf).len();
+        assert_eq!(
+            said(&again),
+            said(&first),
+            "{:?} {:?}",
+            again.warnings(ProxyMode::Ebpf),
+            first.warnings(ProxyMode::Ebpf)
+        );
     }
 }
 
