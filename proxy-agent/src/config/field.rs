@@ -35,6 +35,14 @@ impl Document {
             Self::Own => super::own::FIELDS,
         }
     }
+
+    /// Fields that were given up: read, and nothing else.
+    pub const fn given_up(self) -> &'static [Field] {
+        match self {
+            Self::KubeProxy => super::kube_proxy::GIVEN_UP,
+            Self::Own => &[],
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Debug)]

@@ -1,6 +1,7 @@
 //! A configuration file: what its documents say, field by field, or all that is wrong with them. And the other way round.
 //!
-//! kube-proxy takes an unknown field for a warning and goes on without; here it is an error, for whoever misspells a name means it.
+//! kube-proxy takes an unknown field for a warning and goes on without; here it is an error, for whoever misspells a name means it. What
+//! kube-proxy once had and gave up is read, so that there is something to warn of.
 
 use std::{collections::BTreeSet, fmt};
 
@@ -101,7 +102,7 @@ impl Reader<'_> {
             let path = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
             let fields = self.document.fields();
             let below = |field: &Field| field.path.strip_prefix(&path).is_some_and(|rest| rest.starts_with('.'));
-            if let Some(field) = fields.iter().find(|field| field.path == path) {
+            if let Some(field) = fields.iter().chain(self.document.given_up()).find(|field| field.path == path) {
                 self.field(field, *line, value);
             } else if !fields.iter().any(below) {
                 let hint = hint(nearest(key, siblings(fields, prefix).into_iter()));

@@ -102,6 +102,19 @@ pub const FIELDS: &[Field] = &[
 
 const IPVS_TIMES: &str = "the kernel's times stand; `ipvsadm --set` changes them";
 
+const USERSPACE: &str = "kube-proxy gave it up with its userspace mode (1.26)";
+
+/// Fields of the same version that kube-proxy once had, and gave up: it warns of them as of any that it does not know, and goes on; old
+/// ConfigMaps have them.
+pub const GIVEN_UP: &[Field] = &[
+    Field::new("conntrack.max", "", Int(0, INT32), "")
+        .ignored("kube-proxy gave it up (1.15); conntrack.maxPerCore and conntrack.min are what is left of it"),
+    Field::new("resourceContainer", "", Text, "").ignored("kube-proxy gave it up (1.16)"),
+    Field::new("udpIdleTimeout", "", Duration, "").ignored(USERSPACE),
+    // What the former was called at first.
+    Field::new("udpTimeoutMilliseconds", "", Duration, "").ignored(USERSPACE),
+];
+
 /// Options of kube-proxy's that no field has.
 pub const OPTIONS: &[Field] = &[
     Field::new("", "boot-id-file", Text, "").ignored("the machine's name is asked of no file"),
@@ -172,7 +185,7 @@ mod tests {
     fn every_field_of_kube_proxys_is_known_and_no_other_a149() {
         let ours: BTreeSet<_> = FIELDS.iter().map(|field| field.path).collect();
         assert_eq!(ours, upstream("fields"));
-        for field in FIELDS {
+        for field in FIELDS.iter().chain(GIVEN_UP) {
             if let Here::Ignored(why) | Here::In(_, why) = field.here {
                 assert!(why.len() > 10, "{field:?}");
             }

@@ -272,8 +272,9 @@ impl Effective {
                 warnings.push(format!("featureGates {gates} ({from}) has no effect: it is of kube-proxy's own code"));
             }
         }
-        let options = kube_proxy::OPTIONS.iter().map(|field| self.field(Document::KubeProxy, field));
-        for InForce { field, text, from, .. } in self.in_force().into_iter().chain(options) {
+        let others = kube_proxy::GIVEN_UP.iter().chain(kube_proxy::OPTIONS);
+        let others = others.map(|field| self.field(Document::KubeProxy, field));
+        for InForce { field, text, from, .. } in self.in_force().into_iter().chain(others) {
             if let Some(why) = self.idle(field, running)
                 && from != Origin::Default
                 && field.asks(&text)

@@ -273,6 +273,42 @@ fn what_is_of_another_mode_is_named() {
     assert_eq!(named(&options, ProxyMode::Ebpf), ["ipvs.syncPeriod", "ipvs.scheduler"]);
 }
 
+/// A ConfigMap of an old kubeadm, or of EKS: what kube-proxy gave up is named, once each, and all else is in force.
+#[test]
+fn what_kube_proxy_gave_up_is_named_and_passed_over() {
+    let old = theirs(
+        "mode: ipvs\nudpIdleTimeout: 250ms\nudpTimeoutMilliseconds: 250ms\nresourceContainer: /kube-proxy\n\
+         portRange: \"\"\nconntrack: {max: 65536, udpTimeout: 5s}",
+    );
+    let effective = read(&[], &old).unwrap();
+    assert_eq!(effective.args.conntrack.conntrack_udp_timeout.map(|it| it.as_secs()), Some(5));
+    let warnings = effective.warnings(ProxyMode::Ipvs);
+    for (name, warning) in [
+        ("conntrack.max 65536 (/etc/agent.conf:8) has no effect: kube-proxy gave it up", &warnings[0]),
+        ("resourceContainer /kube-proxy (/etc/agent.conf:6) has no effect: ", &warnings[1]),
+        ("udpIdleTimeout 250ms (/etc/agent.conf:4) has no effect: ", &warnings[2]),
+        ("udpTimeoutMilliseconds 250ms (/etc/agent.conf:5) has no effect: ", &warnings[3]),
+    ] {
+        assert!(warning.starts_with(name), "{warning}");
+    }
+    assert_eq!(warnings.len(), 4, "{warnings:?}");
+    // As kubeadm wrote what nobody had set.
+    let unset = theirs("udpIdleTimeout: 0s\nresourceContainer: \"\"\nconntrack: {max: null}");
+    assert_eq!(read(&[], &unset).unwrap().warnings(ProxyMode::Ebpf), [""; 0]);
+    // kube-proxy has no such fields any more, so it shall not read them here.
+    let yaml = effective.yaml().unwrap();
+    assert!(["udpIdle", "udpTimeoutM", "resourceC", "  max:"].iter().all(|gone| !yaml.contains(gone)), "{yaml}");
+    // What never was one is an error, as before; so is a value that no kube-proxy would have taken.
+    for (fields, words) in [
+        ("conntrack: {maximum: 5}", ":3: conntrack.maximum: KubeProxyConfiguration has no such field"),
+        ("udpIdleTimeouts: 250ms", ":3: udpIdleTimeouts: KubeProxyConfiguration has no such field"),
+        ("resourceContainer: {}", ":3: resourceContainer: must be a text"),
+    ] {
+        let error = read(&[], &theirs(fields)).unwrap_err().to_string();
+        assert!(error.contains(words), "{error}");
+    }
+}
+
 /// Only what something goes by is a reason to start anew.
 #[test]
 fn what_counts_in_the_mode_that_runs() {
