@@ -146,6 +146,11 @@ fn live(world: &World, file: &File, mode: &str) -> Result<()> {
         "{THEIRS}conntrack: {{udpTimeout: 77s}}\nlogging: {{verbosity: 4}}\n{OWN}proxyMode: {mode}\n"
     ))?;
     logged(world, &["INFO", "changed: what is logged", "debug"])?;
+    within(patience(30), || {
+        let (code, shown) = world.node(1).http(10249, "/configz")?;
+        ensure!(code == 200 && shown.contains("\"verbosity\":4"), "/configz: {code} {shown}");
+        Ok(())
+    })?;
     // What means nothing here is no reason to end, and is said.
     let theirs = THEIRS.replace("qps: 50", "qps: 60");
     file.write(&format!(

@@ -29,6 +29,10 @@ impl Document {
         }
     }
 
+    pub fn api_group(self) -> &'static str {
+        self.api_version().split('/').next().unwrap_or_default()
+    }
+
     pub const fn fields(self) -> &'static [Field] {
         match self {
             Self::KubeProxy => super::kube_proxy::FIELDS,

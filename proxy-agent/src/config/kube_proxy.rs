@@ -44,7 +44,7 @@ pub const FIELDS: &[Field] = &[
     Field::new("healthzBindAddress", "healthz-bind-address", Text, "0.0.0.0:10256"),
     Field::new("metricsBindAddress", "metrics-bind-address", Text, "127.0.0.1:10249"),
     Field::new("bindAddressHardFail", "bind-address-hard-fail", Bool, "false"),
-    Field::new("enableProfiling", "profiling", Bool, "false").ignored("/debug/pprof is of Go; use perf"),
+    Field::new("enableProfiling", "profiling", Bool, "false"),
     Field::new("showHiddenMetricsForVersion", "show-hidden-metrics-for-version", Text, "")
         .ignored("no metric is hidden"),
     Field::new("mode", "proxy-mode", Text, ""),

@@ -1,10 +1,11 @@
 //! What the agent answers over HTTP: health for load balancers and kubelets, metrics, and the status report that the CLI reads.
 //!
-//! It reads the status and never writes anything; a client, however slow, costs one bounded connection.
+//! It reads the status, and changes nothing but how much is logged; a client, however slow, costs one bounded connection.
 //!
 //! ```text
 //! healthz address   /healthz  /livez
-//! metrics address   /metrics  /metrics/slis  /status  /frontends  /proxyMode  /healthz  /livez
+//! metrics address   /metrics  /metrics/slis  /status  /frontends  /proxyMode  /configz  /healthz  /livez
+//!                   /debug/flags/v, if asked for
 //! node ports        whatever is asked: a Service's endpoints here (those that ask for it)
 //! ```
 
@@ -20,7 +21,7 @@ use axum::{
     extract::State,
     http::{StatusCode, header},
     response::{IntoResponse, Response},
-    routing::get,
+    routing::{any, get},
 };
 use tokio::{
     sync::watch,
@@ -37,9 +38,11 @@ pub mod metrics;
 mod notices;
 mod process;
 mod upstream;
+mod zpages;
 
 pub use metrics::{Event, Probe, Readings};
 pub use notices::Notices;
+pub use zpages::SetVerbosity;
 
 use crate::status::{Status, report, requests::Requests};
 
@@ -62,6 +65,10 @@ pub struct Options {
     pub requests: Arc<Requests>,
     /// What users of the cluster should hear.
     pub notices: Notices,
+    /// What is in force, as JSON.
+    pub configuration: watch::Receiver<Arc<str>>,
+    /// `None`: nobody is to set it by HTTP.
+    pub verbosity: Option<SetVerbosity>,
 }
 
 #[derive(Debug, thiserror::Error)]
@@ -153,14 +160,21 @@ fn health_routes(shared: Arc<Shared>) -> Router {
 }
 
 fn metrics_routes(shared: Arc<Shared>) -> Router {
+    let debug = match shared.options.verbosity.clone() {
+        Some(set) => Router::new()
+            .route("/debug/flags/v", any(move |method, body| zpages::verbosity(Arc::clone(&set), method, body))),
+        None => Router::new(),
+    };
     Router::new()
         .route("/metrics", get(scrape))
         .route("/metrics/slis", get(slis))
         .route("/status", get(report))
         .route("/frontends", get(frontends))
         .route("/proxyMode", get(proxy_mode))
+        .route("/configz", get(zpages::configz))
         .with_state(Arc::clone(&shared))
         .merge(health_routes(shared))
+        .merge(debug)
 }
 
 async fn healthz(State(shared): State<Arc<Shared>>) -> Response {

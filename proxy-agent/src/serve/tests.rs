@@ -30,6 +30,8 @@ async fn options() -> Options {
         probe: Arc::new(|| Ok(Readings::default())),
         requests: Arc::default(),
         notices: Notices { sender: mpsc::channel(8).0, counts: Arc::default() },
+        configuration: watch::channel(Arc::from("{}")).1,
+        verbosity: None,
     }
 }
 
@@ -93,6 +95,54 @@ async fn answers_on_both_addresses() {
 
     cancel.cancel();
     server.await.unwrap().unwrap();
+}
+
+/// A120: as kube-proxy has them, the one always, the other if it is asked for.
+#[tokio::test]
+async fn what_is_in_force_is_shown_and_how_much_is_logged_is_set() {
+    let (shown, configuration) = watch::channel(Arc::from("{\"kubeproxy.config.k8s.io\":{}}"));
+    let set = Arc::new(Mutex::new(Vec::new()));
+    let verbosity: SetVerbosity = {
+        let set = Arc::clone(&set);
+        Arc::new(move |number| {
+            set.lock().unwrap().push(number);
+            if number == 99 { Err("no such filter".to_owned()) } else { Ok(()) }
+        })
+    };
+    let with = Options { healthz: None, configuration, verbosity: Some(verbosity), ..options().await };
+    let without = Options { healthz: None, ..options().await };
+    let cancel = CancellationToken::new();
+    let (_status, watched) = watch::channel(Arc::new(Status::starting("ebpf", "n1".into())));
+    for options in [&with, &without] {
+        tokio::spawn(run(options.clone(), watched.clone(), cancel.clone()));
+    }
+    assert_eq!(get(with.metrics, "/configz").await.1, "{\"kubeproxy.config.k8s.io\":{}}");
+    let head = exchange(with.metrics.unwrap(), "/configz").await.unwrap();
+    for header in ["Content-Type: application/json\r\n", "X-Content-Type-Options: nosniff\r\n"] {
+        assert!(head.contains(header), "{head}");
+    }
+    shown.send_replace(Arc::from("{}"));
+    assert_eq!(get(with.metrics, "/configz").await.1, "{}", "what changes is shown");
+
+    let ask = async |to: &Options, method: &str, body: &str| {
+        let length = body.len();
+        let request = format!("{method} /debug/flags/v HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{body}");
+        let answer = send(to.metrics.unwrap(), &request).await.unwrap();
+        let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+        (head.split(' ').nth(1).unwrap().to_owned(), body.to_owned())
+    };
+    let (code, body) = ask(&with, "PUT", "4").await;
+    assert_eq!((code.as_str(), body.as_str()), ("200", "successfully set klog.logging.verbosity to 4\n"));
+    assert_eq!(ask(&with, "PUT", "10\n").await.0, "200");
+    for wrong in ["", "-1", "debug", "4294967296"] {
+        assert_eq!(ask(&with, "PUT", wrong).await.0, "400", "{wrong}");
+    }
+    assert_eq!(ask(&with, "PUT", "99").await, ("400".to_owned(), "no such filter\n".to_owned()));
+    assert_eq!(ask(&with, "GET", "").await.0, "406");
+    assert_eq!(*set.lock().unwrap(), [4, 10, 99]);
+    assert_eq!(get(without.metrics, "/configz").await.0, "HTTP/1.1 200 OK");
+    assert_eq!(ask(&without, "PUT", "4").await.0, "404");
+    cancel.cancel();
 }
 
 fn checks(ports: &[(&str, u16, usize)]) -> Arc<HealthChecks> {

@@ -125,7 +125,7 @@ pub struct Args {
     /// Where /healthz and /livez answer; empty or off: nowhere [default: 0.0.0.0:10256]
     #[arg(long, value_name = "ADDRESS", env = "PROXY_AGENT_HEALTHZ_BIND_ADDRESS", help_heading = "Serving")]
     pub healthz_bind_address: Option<Bind>,
-    /// Where /metrics, /status and /proxyMode answer; empty or off: nowhere [default: 127.0.0.1:10249]
+    /// Where /metrics, /status, /configz and /proxyMode answer; empty or off: nowhere [default: 127.0.0.1:10249]
     #[arg(long, value_name = "ADDRESS", env = "PROXY_AGENT_METRICS_BIND_ADDRESS", help_heading = "Serving")]
     pub metrics_bind_address: Option<Bind>,
     /// Port of --healthz-bind-address where that names none; 0: nowhere (deprecated)
@@ -137,6 +137,9 @@ pub struct Args {
     /// End if an address cannot be had, instead of trying again
     #[arg(long, help_heading = "Serving")]
     pub bind_address_hard_fail: bool,
+    /// Answer PUT /debug/flags/v, too, where /metrics is: how much is logged, as -v has it. kube-proxy's /debug/pprof is of Go, and not here
+    #[arg(long, help_heading = "Serving")]
+    pub profiling: bool,
 
     #[command(flatten)]
     pub conntrack: Conntrack,
@@ -267,11 +270,15 @@ impl Log {
     }
 
     pub fn filter(&self) -> &str {
-        match (&self.log_level, self.v) {
-            (Some(filter), _) => filter,
-            (None, 0..=3) => "info",
-            (None, 4..=5) => "info,proxy_agent=debug",
-            (None, _) => "info,proxy_agent=trace",
+        self.log_level.as_deref().unwrap_or(Self::filter_of(self.v))
+    }
+
+    /// What kube-proxy's verbosity comes to.
+    pub const fn filter_of(v: u32) -> &'static str {
+        match v {
+            0..=3 => "info",
+            4..=5 => "info,proxy_agent=debug",
+            _ => "info,proxy_agent=trace",
         }
     }
 }

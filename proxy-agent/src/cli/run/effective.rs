@@ -249,6 +249,13 @@ impl Effective {
         })
     }
 
+    /// Those by API group, as `/configz` has them.
+    pub fn configz(&self) -> anyhow::Result<String> {
+        let groups = Document::ALL.into_iter().zip(self.documents());
+        let groups = groups.map(|(document, tree)| (document.api_group().to_owned(), 0, tree)).collect();
+        serde_json::to_string(&Tree::Map(groups)).context("writing JSON")
+    }
+
     /// Those as YAML.
     pub fn yaml(&self) -> anyhow::Result<String> {
         let texts = self.documents().iter().map(serde_saphyr::to_string).collect::<Result<Vec<_>, _>>();
@@ -271,6 +278,11 @@ impl Effective {
             if !gates.is_empty() {
                 warnings.push(format!("featureGates {gates} ({from}) has no effect: it is of kube-proxy's own code"));
             }
+        }
+        if let Some(Value { from, .. }) = self.values.get("profiling").filter(|_| self.args.profiling) {
+            warnings.push(format!(
+                "enableProfiling true ({from}): /debug/flags/v is served; /debug/pprof is of Go, and is not: use perf"
+            ));
         }
         let others = kube_proxy::GIVEN_UP.iter().chain(kube_proxy::OPTIONS);
         let others = others.map(|field| self.field(Document::KubeProxy, field));

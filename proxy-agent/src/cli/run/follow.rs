@@ -2,7 +2,10 @@
 //! it starts it anew (contract A141). The datapath serves meanwhile. A file that cannot be read or does not hold together is said, and
 //! changes nothing.
 
+use std::sync::Arc;
+
 use anyhow::anyhow;
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
@@ -23,11 +26,14 @@ pub(super) struct Configuration {
     pub(super) log: Reload,
     /// That runs.
     pub(super) mode: ProxyMode,
+    /// For whoever asks what is in force.
+    pub(super) shown: watch::Sender<Arc<str>>,
 }
 
 impl Configuration {
     /// Until cancelled, or until what changed wants a new start.
     pub(super) async fn follow(mut self, cancel: CancellationToken) -> anyhow::Result<()> {
+        self.shown.send_replace(self.current.configz()?.into());
         let Some(read) = &self.current.file else {
             cancel.cancelled().await;
             return Ok(());
@@ -71,6 +77,7 @@ impl Configuration {
         } else {
             info!(file = %path.display(), "changed, and nothing of effect");
         }
+        self.shown.send_replace(next.configz()?.into());
         self.current = next;
         Ok(())
     }

@@ -1,6 +1,9 @@
 //! Logs go to stderr, as text or JSON; colours only to a terminal that wants them (`NO_COLOR`). What is logged can change while the agent runs.
 
-use std::io::{self, IsTerminal};
+use std::{
+    io::{self, IsTerminal},
+    sync::Arc,
+};
 
 use anyhow::Context;
 use tracing_subscriber::{EnvFilter, filter::LevelFilter, fmt};
@@ -9,7 +12,7 @@ use super::args::LogFormat;
 use crate::cli::exit::UsageError;
 
 /// Puts another filter in place of the one in force.
-pub(super) type Reload = Box<dyn Fn(&str) -> anyhow::Result<()> + Send + Sync>;
+pub(super) type Reload = Arc<dyn Fn(&str) -> anyhow::Result<()> + Send + Sync>;
 
 pub(super) fn start(format: LogFormat, filter: &str) -> anyhow::Result<Reload> {
     let filter = parse(filter)?;
@@ -20,12 +23,12 @@ pub(super) fn start(format: LogFormat, filter: &str) -> anyhow::Result<Reload> {
         LogFormat::Text => {
             let builder = builder.with_filter_reloading();
             let handle = builder.reload_handle();
-            (builder.try_init(), Box::new(move |filter| Ok(handle.reload(parse(filter)?)?)))
+            (builder.try_init(), Arc::new(move |filter| Ok(handle.reload(parse(filter)?)?)))
         }
         LogFormat::Json => {
             let builder = builder.json().flatten_event(true).with_filter_reloading();
             let handle = builder.reload_handle();
-            (builder.try_init(), Box::new(move |filter| Ok(handle.reload(parse(filter)?)?)))
+            (builder.try_init(), Arc::new(move |filter| Ok(handle.reload(parse(filter)?)?)))
         }
     };
     started.map_err(anyhow::Error::from_boxed).context("starting the log")?;

@@ -75,6 +75,8 @@ struct Plan {
     reason: Arc<str>,
     /// For whoever can tell users of the cluster.
     notices: (mpsc::Receiver<Notice>, Arc<EventCounts>),
+    /// Where the configuration in force is shown.
+    shown: watch::Sender<Arc<str>>,
 }
 
 pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
@@ -95,7 +97,9 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let log = logging::start(args.log.format(), args.log.filter())?;
     let init_only = args.file.init_only;
     let (conntrack, strict_arp, oom_score_adj) = (args.conntrack, args.ipvs_strict_arp, args.oom_score_adj);
-    let plan = plan(args)?;
+    let profiling = args.profiling;
+    let mut plan = plan(args)?;
+    plan.serve.verbosity = profiling.then(|| set_verbosity(Arc::clone(&log)));
     let mode = plan.dataplane.mode;
     let running = named(mode);
     for warning in effective.warnings(running) {
@@ -135,7 +139,8 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
         let opened = opened.with_context(|| format!("the {name} dataplane cannot be had on this node"));
         opened.map_err(|error| with_advice(error, &plan.dataplane))?
     };
-    let configuration = follow::Configuration { given, current: effective, log, mode: running };
+    let configuration =
+        follow::Configuration { given, current: effective, log, mode: running, shown: plan.shown.clone() };
     let outcome = runtime.block_on(run(plan, configuration, dataplane));
     drop(alone);
     // A blocking read of the kernel for a scrape may still be under way; nobody waits for it.
@@ -188,6 +193,8 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         healthz_port: _,
         metrics_port: _,
         bind_address_hard_fail,
+        // What logs is set up first, and by who starts all.
+        profiling: _,
         conntrack,
         maps,
         log: _,
@@ -213,6 +220,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
     let localhost_node_ports = netfilter.iptables_localhost_nodeports.unwrap_or(true);
     let (sender, told) = mpsc::channel(NOTICES);
     let counts = Arc::<EventCounts>::default();
+    let (shown, configuration) = watch::channel(Arc::from("{}"));
     let mut dataplane = select::Options {
         mode: Mode::Ebpf,
         netfilter: netfilter::Options {
@@ -276,10 +284,23 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             },
             requests,
             notices: serve::Notices { sender, counts: Arc::clone(&counts) },
+            configuration,
+            verbosity: None,
         },
         dataplane,
         reason: reason.into(),
         notices: (told, counts),
+        shown,
+    })
+}
+
+/// By HTTP, in kube-proxy's numbers; it takes the place of whatever filter is in force.
+fn set_verbosity(log: logging::Reload) -> serve::SetVerbosity {
+    Arc::new(move |v| {
+        let filter = args::Log::filter_of(v);
+        log(filter).map_err(|error| format!("{error:#}"))?;
+        info!(verbosity = v, filter, "set by HTTP: what is logged");
+        Ok(())
     })
 }
 
@@ -429,7 +450,7 @@ fn warn_of_settings(masquerade_ports: Option<(u16, u16)>) {
 }
 
 async fn run(plan: Plan, configuration: follow::Configuration, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
-    let Plan { source, node, sync, serve, dataplane: _, reason, notices } = plan;
+    let Plan { source, node, sync, serve, dataplane: _, reason, notices, shown: _ } = plan;
     let (told, counts) = notices;
     let stop = stop_signal()?;
     info!(

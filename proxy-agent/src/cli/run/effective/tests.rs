@@ -464,6 +464,40 @@ fn the_defaults_as_they_are_printed() {
     insta::assert_snapshot!(of(&given(&["--hostname-override=node1"])).unwrap().yaml().unwrap());
 }
 
+/// A120: by API group, as component-base has it, with nothing but what kube-proxy's own would have in its group.
+#[test]
+fn what_is_in_force_is_shown_by_api_group() {
+    let file = theirs("mode: nftables\nclusterCIDR: 10.244.0.0/16\nudpIdleTimeout: 250ms") + &own("socketLb: node");
+    let effective = read(&["--hostname-override=n7"], &file).unwrap();
+    let shown: serde_json::Value = serde_json::from_str(&effective.configz().unwrap()).unwrap();
+    let groups: Vec<_> = shown.as_object().unwrap().keys().collect();
+    assert_eq!(groups, ["kubeproxy.config.k8s.io", "proxy-agent"]);
+    let theirs = &shown["kubeproxy.config.k8s.io"];
+    for (path, value) in [
+        ("/kind", serde_json::json!("KubeProxyConfiguration")),
+        ("/apiVersion", serde_json::json!("kubeproxy.config.k8s.io/v1alpha1")),
+        ("/mode", serde_json::json!("nftables")),
+        ("/clusterCIDR", serde_json::json!("10.244.0.0/16")),
+        ("/hostnameOverride", serde_json::json!("n7")),
+        ("/iptables/masqueradeBit", serde_json::json!(14)),
+        ("/featureGates", serde_json::json!({})),
+        ("/conntrack/maxPerCore", serde_json::Value::Null),
+        ("/healthzBindAddress", serde_json::json!("0.0.0.0:10256")),
+    ] {
+        assert_eq!(theirs.pointer(path), Some(&value), "{path} of {theirs:#}");
+    }
+    assert_eq!(theirs.get("udpIdleTimeout"), None);
+    assert_eq!(shown["proxy-agent"]["socketLb"], "node");
+}
+
+#[test]
+fn profiling_is_half_of_what_it_was() {
+    let warnings = of(&given(&["--profiling"])).unwrap().warnings(ProxyMode::Ebpf);
+    assert!(warnings.len() == 1 && warnings[0].contains("(--profiling): /debug/flags/v is served"), "{warnings:?}");
+    assert!(read(&[], &theirs("enableProfiling: true")).unwrap().args.profiling);
+    assert_eq!(of(&given(&["--profiling=false"])).unwrap().warnings(ProxyMode::Ebpf), [""; 0]);
+}
+
 #[test]
 fn changes_are_named_as_the_file_has_them() {
     let before = read(&[], &theirs("mode: nftables\nlogging: {verbosity: 1}")).unwrap();
