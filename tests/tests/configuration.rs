@@ -134,6 +134,8 @@ fn still_runs(world: &World) -> Result<()> {
 fn breaks(world: &World, file: &File) -> Result<()> {
     file.write(&format!("{THEIRS}masqueradeAll: true\n"))?;
     logged(world, &["WARN", "config.conf:6", "masqueradeAll", "from before stays in force"])?;
+    file.write(&format!("{THEIRS}{OWN}log: {{level: proxy_agent=loud}}\nalgorithm: maglev\n"))?;
+    logged(world, &["WARN", "config.conf:9: log.level", "proxy_agent=loud", "from before stays in force"])?;
     file.write(&format!("{THEIRS}bindAddress: [\n"))?;
     logged(world, &["WARN", "config.conf", "from before stays in force"])?;
     fs::remove_file(file.path())?;

@@ -58,6 +58,25 @@ pub enum ConfigError {
     Periods { least: Duration, period: Duration },
 }
 
+impl ConfigError {
+    /// The options that it is about, where it is about several: whoever said one of the first of them is to be told.
+    pub const fn options(&self) -> &'static [&'static str] {
+        match self {
+            Self::Periods { .. } => &[
+                "min-sync-period",
+                "iptables-min-sync-period",
+                "ipvs-min-sync-period",
+                "sync-period",
+                "iptables-sync-period",
+                "ipvs-sync-period",
+            ],
+            Self::NodePortAddresses(_) => &["nodeport-addresses"],
+            Self::NoName { .. } => &["detect-local-mode"],
+            _ => &[],
+        }
+    }
+}
+
 /// Which dataplane.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum ProxyMode {

@@ -96,6 +96,17 @@ pub fn node_name(hostname_override: Option<&str>) -> Result<String, SourceError>
     if name.is_empty() { Err(SourceError::NodeName("the host has none".into())) } else { Ok(name) }
 }
 
+/// Whether a source could start, as far as that can be told without asking anybody.
+pub async fn check(input: &Input) -> Result<(), SourceError> {
+    match input {
+        Input::Directory(root) => match std::fs::read_dir(root) {
+            Ok(_) => Ok(()),
+            Err(error) => Err(SourceError::Directory { path: root.clone(), cause: error.to_string() }),
+        },
+        Input::Kubernetes(options) => kubernetes::check(options).await,
+    }
+}
+
 /// Runs until cancelled, or until nobody listens to `events` any more. Events come in an order that is safe to apply one by
 /// one; the state turns `Synced` only after every event of the first complete lists was handed over.
 pub async fn run(

@@ -9,7 +9,7 @@ use std::{
 
 use clap::{Arg, ArgAction, Args as ClapArgs, ValueEnum, value_parser};
 
-use super::unused::Unused;
+use super::{logging, unused::Unused};
 use crate::{
     cli::shapes::{SocketLb, Xdp},
     config::{self, BPFFS, Bind, ClusterCidr, HEALTHZ_PORT, LocalMode, METRICS_PORT, PortRange, ProxyMode},
@@ -254,7 +254,7 @@ pub struct Log {
     #[arg(long, value_enum, env = "PROXY_AGENT_LOG_FORMAT")]
     pub log_format: Option<LogFormat>,
     /// What the agent logs: a level, or target=level,… [default: as -v says]
-    #[arg(long, value_name = "FILTER", env = "RUST_LOG")]
+    #[arg(long, value_name = "FILTER", value_parser = logging::checked, env = "RUST_LOG")]
     pub log_level: Option<String>,
     /// kube-proxy's --log-format
     #[arg(long, value_enum, default_value_t)]

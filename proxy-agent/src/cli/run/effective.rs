@@ -18,7 +18,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use anyhow::Context;
+use anyhow::{Context, anyhow};
 use clap::{ArgMatches, FromArgMatches, parser::ValueSource};
 
 use super::{
@@ -149,7 +149,20 @@ pub(super) fn with_file(given: &Given, path: &Path, text: String) -> anyhow::Res
         });
         UsageError(blamed.unwrap_or_else(|| wrong(0, &reason(&error))))
     })?;
-    Together::of(&args).map_err(|error| UsageError(wrong(0, &error)))?;
+    Together::of(&args).map_err(|error| {
+        // The first of them that is said here; another may come by option or environment.
+        let said = error.options().iter().find_map(|option| {
+            let line = *lines.get(option)?;
+            let is_it = |said: &&Said| {
+                said.line == line
+                    && kube_proxy::option_of(said.field, mode) == *option
+                    && kube_proxy::elsewhere(said.field, mode).is_none()
+            };
+            let said = said.iter().find(is_it)?;
+            Some(wrong(line, &format!("{}: {error}", said.field.path)))
+        });
+        UsageError(said.unwrap_or_else(|| wrong(0, &error)))
+    })?;
     let values = values(&matches, &lines, path);
     let passed_over = passed_over.into_iter().map(|(long, _)| long).collect();
     Ok(Effective { args, values, file: Some(Read { path: path.to_owned(), text, said }), passed_over })
@@ -331,6 +344,14 @@ impl Effective {
         })
     }
 
+    /// What is wrong with what an option names, with the place in the file where that is said.
+    pub(super) fn blame(&self, long: &str, error: impl fmt::Display) -> anyhow::Error {
+        match self.values.get(long).map(|value| &value.from) {
+            Some(from @ Origin::File(..)) => anyhow!("{from}: {}: {error}", self.name_of(long)),
+            _ => anyhow!("{error}"),
+        }
+    }
+
     /// Options whose values differ.
     pub fn changes(&self, other: &Self) -> Vec<String> {
         let differs =
@@ -353,4 +374,4 @@ fn bound(address: Option<std::net::SocketAddr>) -> String {
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -42,19 +42,24 @@ impl Configuration {
         let mut file = source::File::new(&path, read.text.clone());
         while let Some(text) = cancel.run_until_cancelled(file.changed()).await {
             match effective::with_file(&self.given, &path, text) {
-                Ok(next) => self.take(next)?,
+                Ok(next) => self.take(next).await?,
                 Err(error) => warn!("{error:#}; the configuration from before stays in force"),
             }
         }
         Ok(())
     }
 
-    fn take(&mut self, next: Effective) -> anyhow::Result<()> {
+    async fn take(&mut self, next: Effective) -> anyhow::Result<()> {
         let path = &self.given.args.file.config.clone().unwrap_or_default();
         let changes = self.current.changes(&next);
         let wants_start = |long: &&String| next.counts(long, self.mode) && !LIVE.contains(&long.as_str());
         let named: Vec<_> = changes.iter().filter(wants_start).map(|long| next.name_of(long)).collect();
         if !named.is_empty() {
+            // Whoever ended for what nothing can start with would be started over and over, and fail.
+            if let Err(error) = super::could_start(&next, self.mode).await {
+                warn!("{error:#}; the configuration from before stays in force");
+                return Ok(());
+            }
             return Err(anyhow!(
                 "{} changed ({}): ending, to be started with it; what is in the kernel goes on serving",
                 path.display(),
@@ -80,5 +85,74 @@ impl Configuration {
         self.shown.send_replace(next.configz()?.into());
         self.current = next;
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{path::Path, sync::Mutex};
+
+    use super::{
+        super::effective::tests::{given, own, read, theirs},
+        *,
+    };
+
+    /// What runs in eBPF mode by a file that says this, and the filters that it is told.
+    fn running(text: &str) -> (Configuration, Arc<Mutex<Vec<String>>>) {
+        let filters = Arc::<Mutex<Vec<String>>>::default();
+        let told = Arc::clone(&filters);
+        let log: Reload = Arc::new(move |filter| {
+            told.lock().unwrap().push(filter.to_owned());
+            Ok(())
+        });
+        let shown = watch::channel(Arc::from("")).0;
+        let current = read(&[], text).unwrap();
+        (Configuration { given: given(&[]), current, log, mode: ProxyMode::Ebpf, shown }, filters)
+    }
+
+    #[tokio::test]
+    async fn what_nothing_could_start_with_is_no_reason_to_end() {
+        let source = tempfile::tempdir().unwrap();
+        let path = |path: &Path| path.display().to_string();
+        let fields =
+            |source: &str, more: &str| own(&format!("source: {source}\nsocketLb: off\nproxyMode: nftables\n{more}"));
+        let good = path(source.path());
+        let before = fields(&good, "");
+        for (text, words) in [
+            (
+                fields("/nonexistent/objects", ""),
+                "/etc/agent.conf:4: source: cannot read the directory /nonexistent/objects",
+            ),
+            (theirs("clientConnection: {kubeconfig: /nonexistent/kubeconfig}"), ":3: clientConnection.kubeconfig: "),
+            (
+                own(&format!("source: {good}\nsocketLb: off\nbpffs: /proc/pins")),
+                ":6: bpffs: /proc/pins is not on a bpf",
+            ),
+        ] {
+            let (mut configuration, _) = running(&before);
+            let next = read(&[], &text).unwrap();
+            let error = super::super::could_start(&next, ProxyMode::Ebpf).await.unwrap_err().to_string();
+            assert!(error.contains(words), "{error}");
+            configuration.take(next).await.unwrap();
+            assert_eq!(configuration.current.file.unwrap().text, before, "{text}");
+        }
+        let (mut configuration, _) = running(&before);
+        let error = configuration.take(read(&[], &fields(&good, "algorithm: maglev")).unwrap()).await.unwrap_err();
+        assert!(error.to_string().contains("(algorithm): ending"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn what_has_no_effect_or_is_logged_is_taken_in() {
+        let (mut configuration, filters) = running(&theirs("mode: ''"));
+        for text in [
+            theirs("mode: ''\nipvs: {scheduler: lc}\nnftables: {masqueradeAll: true}"),
+            theirs("mode: ''\nudpIdleTimeout: 250ms\nlogging: {verbosity: 4}"),
+            theirs("mode: ''\nlogging: {verbosity: 4}\nenableProfiling: false") + &own("log: {level: warn}"),
+        ] {
+            configuration.take(read(&[], &text).unwrap()).await.unwrap();
+            assert_eq!(configuration.current.file.as_ref().unwrap().text, text);
+            assert_eq!(configuration.shown.borrow().to_string(), configuration.current.configz().unwrap());
+        }
+        assert_eq!(*filters.lock().unwrap(), ["info,proxy_agent=debug", "warn"]);
     }
 }

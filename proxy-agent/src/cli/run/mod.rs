@@ -8,7 +8,8 @@
 use std::{
     fs,
     io::Write,
-    path::Path,
+    iter,
+    path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError},
     time::{Duration, Instant},
 };
@@ -55,6 +56,7 @@ mod unused;
 
 pub use args::Args;
 use args::{Conntrack, Maps};
+use effective::Effective;
 pub use given::Given;
 use tasks::Tasks;
 
@@ -129,6 +131,7 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
         warn!("--oom-score-adj {score} cannot be set: {error}; lowering it takes CAP_SYS_RESOURCE");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
+    runtime.block_on(check_source(&effective))?;
     // The modes of netfilter take it themselves.
     let alone = mode.has_pins().then(Lock::take).transpose()?;
     let dataplane = {
@@ -207,16 +210,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
     let restore_failures = Arc::<ByFamily>::default();
     let requests = Arc::<Requests>::default();
     let node = source::node_name(hostname_override.as_deref())?;
-    let input = match directory {
-        Some(directory) => source::Input::Directory(directory),
-        None => {
-            let requests = Arc::clone(&requests);
-            // Empty is unset, as for kube-proxy.
-            let kubeconfig = kubeconfig.filter(|path| !path.as_os_str().is_empty());
-            let server = master.filter(|server| !server.is_empty());
-            source::Input::Kubernetes(source::KubernetesOptions { kubeconfig, server, requests, ..Default::default() })
-        }
-    };
+    let input = input(directory, kubeconfig, master, Arc::clone(&requests));
     let localhost_node_ports = netfilter.iptables_localhost_nodeports.unwrap_or(true);
     let (sender, told) = mpsc::channel(NOTICES);
     let counts = Arc::<EventCounts>::default();
@@ -292,6 +286,51 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         notices: (told, counts),
         shown,
     })
+}
+
+fn input(
+    directory: Option<PathBuf>,
+    kubeconfig: Option<PathBuf>,
+    master: Option<String>,
+    requests: Arc<Requests>,
+) -> source::Input {
+    match directory {
+        Some(directory) => source::Input::Directory(directory),
+        None => {
+            // Empty is unset, as for kube-proxy.
+            let kubeconfig = kubeconfig.filter(|path| !path.as_os_str().is_empty());
+            let server = master.filter(|server| !server.is_empty());
+            source::Input::Kubernetes(source::KubernetesOptions { kubeconfig, server, requests, ..Default::default() })
+        }
+    }
+}
+
+/// Whether there is a source to start with.
+async fn check_source(effective: &Effective) -> anyhow::Result<()> {
+    let Args { source: directory, kubeconfig, master, .. } = &effective.args;
+    let named = if directory.is_some() { "source" } else { "kubeconfig" };
+    let input = input(directory.clone(), kubeconfig.clone(), master.clone(), Arc::default());
+    source::check(&input).await.map_err(|error| effective.blame(named, error))
+}
+
+/// Whether an agent that starts with this would find what it names, as far as that can be told without starting one.
+async fn could_start(effective: &Effective, running: ProxyMode) -> anyhow::Result<()> {
+    check_source(effective).await?;
+    let Args { proxy_mode, socket_lb, bpffs, cgroup_root, .. } = &effective.args;
+    let mode = if *proxy_mode == ProxyMode::Auto { running } else { *proxy_mode };
+    if mode != ProxyMode::Ebpf {
+        return Ok(());
+    }
+    let pins = ("bpffs", ebpf::probe::bpffs(bpffs));
+    let cgroup = (ebpf::SocketLb::from(*socket_lb) != ebpf::SocketLb::Off)
+        .then(|| ("cgroup-root", ebpf::probe::cgroup(cgroup_root.as_deref())));
+    for (long, check) in iter::once(pins).chain(cgroup) {
+        let ebpf::probe::Check { name: _, ok, optional, detail, remedy } = check;
+        if !ok && !optional {
+            return Err(effective.blame(long, format!("{detail}; {remedy}")));
+        }
+    }
+    Ok(())
 }
 
 /// By HTTP, in kube-proxy's numbers; it takes the place of whatever filter is in force.

@@ -169,7 +169,8 @@ fn btf() -> Check {
     )
 }
 
-fn bpffs(path: &Path) -> Check {
+/// Whether pins can be there.
+pub fn bpffs(path: &Path) -> Check {
     match pins::is_on_bpffs(path) {
         Ok(true) => match not_its_own(path) {
             None => Check::good("bpffs", path.display().to_string()),
@@ -222,7 +223,8 @@ fn owner(bpffs: &Path) -> Option<u32> {
     })?
 }
 
-fn cgroup(root: Option<&Path>) -> Check {
+/// Whether connect-time programs can be attached there; `None`: where it is mounted.
+pub fn cgroup(root: Option<&Path>) -> Check {
     cgroup_of(root, || cgroups::mounted().ok().flatten())
 }
 

@@ -33,6 +33,11 @@ use self::{
 use super::{KubernetesOptions, SourceError};
 use crate::model::{Event, SourceState};
 
+/// Whether there is a configuration by which a client can be made.
+pub(super) async fn check(options: &KubernetesOptions) -> Result<(), SourceError> {
+    Connector::new(options.clone()).await.map(drop)
+}
+
 pub(super) async fn run(
     node: &str,
     pods: bool,

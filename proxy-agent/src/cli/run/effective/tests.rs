@@ -12,22 +12,22 @@ struct Program {
     given: Given,
 }
 
-fn given(options: &[&str]) -> Given {
+pub(in crate::cli::run) fn given(options: &[&str]) -> Given {
     let words = ["run"].into_iter().chain(options.iter().copied());
     Program::try_parse_from(words).unwrap_or_else(|error| panic!("{options:?}: {error}")).given
 }
 
 const FILE: &str = "/etc/agent.conf";
 
-fn read(options: &[&str], text: &str) -> anyhow::Result<Effective> {
+pub(in crate::cli::run) fn read(options: &[&str], text: &str) -> anyhow::Result<Effective> {
     with_file(&given(options), Path::new(FILE), text.to_owned())
 }
 
-fn theirs(fields: &str) -> String {
+pub(in crate::cli::run) fn theirs(fields: &str) -> String {
     format!("apiVersion: kubeproxy.config.k8s.io/v1alpha1\nkind: KubeProxyConfiguration\n{fields}\n")
 }
 
-fn own(fields: &str) -> String {
+pub(in crate::cli::run) fn own(fields: &str) -> String {
     format!("---\napiVersion: proxy-agent/v1alpha1\nkind: ProxyAgentConfiguration\n{fields}\n")
 }
 
@@ -134,6 +134,7 @@ fn options_are_written_as_kube_proxys() {
 fn what_does_not_exist_or_makes_no_sense_is_refused() {
     for wrong in [
         "--no-such-option",
+        "--log-level=proxy_agent=loud",
         "--proxy-mode=kernelspace",
         "--proxy-mode=userspace",
         "--iptables-masquerade-bit=32",
@@ -385,9 +386,16 @@ fn what_is_wrong_in_a_file_is_named_by_file_line_and_field() {
         (theirs("healthzBindAddress: host:80"), &[":3: healthzBindAddress: ", "no address to listen on"]),
         (theirs("clusterCIDR: 10.0.0.0/8,10.1.0.0/16"), &[":3: clusterCIDR: ", "one of each family"]),
         (theirs("detectLocalMode: Some"), &[":3: detectLocalMode: ", "InterfaceNamePrefix"]),
-        (theirs("detectLocalMode: BridgeInterface"), &["/etc/agent.conf: ", "--pod-bridge-interface"]),
-        (theirs("iptables: {minSyncPeriod: 31s}"), &["/etc/agent.conf: ", "--min-sync-period"]),
-        (theirs("nodePortAddresses: [primary, 10.0.0.0/8]"), &["/etc/agent.conf: ", "primary alone"]),
+        (theirs("\ndetectLocalMode: BridgeInterface"), &[":4: detectLocalMode: ", "--pod-bridge-interface"]),
+        (theirs("iptables: {minSyncPeriod: 31s}"), &[":3: iptables.minSyncPeriod: ", "--min-sync-period"]),
+        (
+            theirs("mode: nftables\nnftables:\n  syncPeriod: 5s\n  minSyncPeriod: 6s\nmetricsBindAddress: '::'"),
+            &[":6: nftables.minSyncPeriod: ", "(6s, --min-sync-period)"],
+        ),
+        (theirs("ipvs: {minSyncPeriod: 31s}\nmode: ipvs") + &own("syncPeriod: 9s"), &[":3: ipvs.minSyncPeriod: "]),
+        (theirs("iptables: {minSyncPeriod: 1s}") + &own("\nminSyncPeriod: 40s"), &[":8: minSyncPeriod: ", "(40s"]),
+        (theirs("nodePortAddresses: [primary, 10.0.0.0/8]"), &[":3: nodePortAddresses: ", "primary alone"]),
+        (theirs("") + &own("log:\n  level: proxy_agent=loud"), &[":8: log.level: ", "proxy_agent=loud"]),
         (theirs("nodePortAddresses: [10.0.0.1]"), &[":3: nodePortAddresses: ", "10.0.0.1"]),
         (theirs("logging: {format: xml}"), &[":3: logging.format: ", "text, json"]),
         (theirs("") + &own("socketLb: some"), &[":7: socketLb: ", "all, node, off"]),
