@@ -208,6 +208,9 @@ fn as_kube_proxy(world: &mut World, file: &File, mode: &str) -> Result<()> {
     })?;
     let told = node.http(10249, "/proxyMode")?;
     ensure!(told == (200, mode.to_owned()), "/proxyMode: {told:?}");
+    // As an init container beside a Pod that still runs.
+    let done = command(&["--init-only"])?.output()?;
+    ensure!(done.status.success(), "--init-only beside an agent: {}", String::from_utf8_lossy(&done.stderr));
     answers(world)?;
     drop(running);
     answers(world)?;

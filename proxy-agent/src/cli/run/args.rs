@@ -194,7 +194,7 @@ pub struct File {
     /// Remove everything of ours from the kernel, and what kube-proxy left, and end
     #[arg(long)]
     pub cleanup: bool,
-    /// Do what takes more rights than to run (mount bpffs, make the directory of the pins, set the kernel's conntrack), and end
+    /// Do what takes more rights than to run (mount bpffs, set the kernel's conntrack and what IPVS needs), and end
     #[arg(long)]
     pub init_only: bool,
     /// Print the version, and end

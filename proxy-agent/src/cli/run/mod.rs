@@ -30,6 +30,7 @@ use crate::{
         self, Dataplane, Ended, Fill,
         choose::{self, Choice},
         ebpf,
+        ipvs::Ipvs,
         netfilter::{self, ByFamily, lock::Lock},
         select::{self, Mode},
     },
@@ -113,18 +114,25 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
     warn_of_settings(mode.has_pins().then_some(plan.dataplane.ebpf.masquerade_ports));
     let allowed = privileges::check(mode.has_pins().then_some(&plan.dataplane.ebpf.bpffs));
     allowed.map_err(|error| with_advice(error, &plan.dataplane))?;
-    if !mode.has_pins() {
-        for problem in sysctl::set(&conntrack, strict_arp && mode == Mode::Ipvs) {
-            warn!("{problem}");
-        }
-    }
+    let set_sysctls = || {
+        let problems =
+            if mode.has_pins() { Vec::new() } else { sysctl::set(&conntrack, strict_arp && mode == Mode::Ipvs) };
+        problems.iter().for_each(|problem| warn!("{problem}"));
+    };
     if init_only {
-        if mode.has_pins() {
-            ebpf::Ebpf::prepare(&plan.dataplane.ebpf.bpffs)?;
+        // Beside an agent at work, for it is done again whenever a Pod starts: nothing here takes its lock.
+        match mode {
+            Mode::Ebpf => {
+                ebpf::mount_bpffs(&plan.dataplane.ebpf.bpffs)?;
+            }
+            Mode::Ipvs => Ipvs::initialise()?,
+            Mode::Nftables | Mode::Iptables => {}
         }
+        set_sysctls();
         info!(mode = mode.name(), "done what takes more rights than to run (--init-only)");
         return Ok(Exit::Done);
     }
+    set_sysctls();
     if let Some(score) = oom_score_adj
         && let Err(error) = fs::write("/proc/self/oom_score_adj", score.to_string())
     {

@@ -298,11 +298,6 @@ impl Ebpf {
         Ok(ebpf)
     }
 
-    /// Makes the directory of the pins, and mounts bpffs where it is missing: what takes more rights than to run.
-    pub fn prepare(bpffs: &std::path::Path) -> Result<(), DataplaneError> {
-        Pinned::open(bpffs).map(drop).map_err(|error| DataplaneError::Unavailable(error.to_string()))
-    }
-
     /// Removes what a directory of pins holds, with no agent running on it.
     pub fn remove(bpffs: &std::path::Path) -> Result<(), DataplaneError> {
         if !bpffs.exists() {

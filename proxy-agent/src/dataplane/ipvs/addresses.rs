@@ -7,48 +7,73 @@ use std::{
     sync::Arc,
 };
 
-use super::{Claim, Ipvs, around, codec::Virtual, device, sysctl::Settings};
+use super::{
+    Claim, Ipvs, around,
+    codec::Virtual,
+    device::{self, Device},
+    sysctl::Settings,
+    system::System,
+};
 use crate::{
     dataplane::Report,
     desired::{Action, Frontend, FrontendKind, FrontendSpec, Verdicts},
     model::Family,
 };
 
+/// The device, with what was set before us written on it, and the settings as they have to be. `alias` is what was set before, as far as it is
+/// known: of a device that is gone meanwhile, for by now we have set it.
+pub(super) fn ready(system: &mut dyn System, alias: &mut Option<String>, writes: &mut u64) -> Result<Device, String> {
+    let of_device = |error: io::Error| format!("device {}: {error}", device::NAME);
+    let device = match system.device().map_err(of_device)? {
+        Some(device) if !device.is_dummy => {
+            return Err(format!(
+                "device {} is there and is no dummy, so it is somebody else's; rename it, or remove it",
+                device::NAME
+            ));
+        }
+        Some(device) => {
+            if Settings::is_note(&device.alias) {
+                *alias = Some(device.alias.clone());
+            } else {
+                // An agent was killed over it.
+                let note = noted(system, alias)?;
+                system.label(device.index, &note).map_err(of_device)?;
+                *writes += 1;
+            }
+            if !device.up {
+                system.raise(device.index).map_err(of_device)?;
+                *writes += 1;
+            }
+            device
+        }
+        None => {
+            let note = noted(system, alias)?;
+            *writes += 1;
+            system.create(&note).map_err(|error| {
+                format!("device {} cannot be made: {error}; `modprobe dummy`, and CAP_NET_ADMIN", device::NAME)
+            })?
+        }
+    };
+    *writes += system.set().map_err(|unset| unset.to_string())?;
+    Ok(device)
+}
+
+fn noted(system: &mut dyn System, alias: &mut Option<String>) -> Result<String, String> {
+    match alias {
+        Some(note) => Ok(note.clone()),
+        None => {
+            let note = system
+                .note()
+                .map_err(|error| format!("net/ipv4/vs: {error}; is /proc/sys/net that of this network namespace?"))?;
+            Ok(alias.insert(note).clone())
+        }
+    }
+}
+
 impl Ipvs {
     /// Settings and device.
     pub(super) fn prepare(&mut self, report: &mut Report) -> Result<(), String> {
-        let of_device = |error: io::Error| format!("device {}: {error}", device::NAME);
-        let device = match self.system.device().map_err(of_device)? {
-            Some(device) if !device.is_dummy => {
-                return Err(format!(
-                    "device {} is there and is no dummy, so it is somebody else's; rename it, or remove it",
-                    device::NAME
-                ));
-            }
-            Some(device) => {
-                if Settings::is_note(&device.alias) {
-                    self.alias = Some(device.alias.clone());
-                } else {
-                    // An agent was killed over it.
-                    let alias = self.alias()?;
-                    self.system.label(device.index, &alias).map_err(of_device)?;
-                    report.writes += 1;
-                }
-                if !device.up {
-                    self.system.raise(device.index).map_err(of_device)?;
-                    report.writes += 1;
-                }
-                device
-            }
-            None => {
-                let alias = self.alias()?;
-                report.writes += 1;
-                self.system.create(&alias).map_err(|error| {
-                    format!("device {} cannot be made: {error}; `modprobe dummy`, and CAP_NET_ADMIN", device::NAME)
-                })?
-            }
-        };
-        report.writes += self.system.set().map_err(|unset| unset.to_string())?;
+        let device = ready(&mut *self.system, &mut self.alias, &mut report.writes)?;
         self.bound = self
             .system
             .addresses(device.index)
@@ -56,18 +81,6 @@ impl Ipvs {
         self.look_around()?;
         self.device = Some(device);
         Ok(())
-    }
-
-    /// What was set before us: what a device that is gone meanwhile said, for by now we have set it.
-    pub(super) fn alias(&mut self) -> Result<String, String> {
-        if self.alias.is_none() {
-            let note = self
-                .system
-                .note()
-                .map_err(|error| format!("net/ipv4/vs: {error}; is /proc/sys/net that of this network namespace?"))?;
-            self.alias = Some(note);
-        }
-        Ok(self.alias.clone().unwrap_or_default())
     }
 
     /// Whose addresses are, anew.

@@ -296,6 +296,24 @@ fn with(spec: &FrontendSpec, action: Action) -> Arc<FrontendSpec> {
 const CLUSTER_IP: FrontendKind = FrontendKind::ClusterIp;
 const LOAD_BALANCER: FrontendKind = FrontendKind::LoadBalancer;
 
+/// As `--init-only` does it, beside whoever is at work: settings and the device, with what was set before on it, and nothing else.
+#[test]
+fn what_takes_more_rights_can_be_done_before() {
+    let state = State { settings: "conntrack=0", ..State::default() };
+    let mut kernel = Fake { state: Arc::new(Mutex::new(state)), dir: PathBuf::new() };
+    for _ in 0..2 {
+        addresses::ready(&mut kernel, &mut None, &mut 0).unwrap();
+        let state = kernel.state();
+        assert_eq!((state.settings, state.bound.len(), state.servers.len()), ("conntrack=1", 0, 0));
+        // The second time it is known by the device alone.
+        assert_eq!(state.device.as_ref().unwrap().alias, "before: conntrack=0");
+    }
+    // An agent that comes later knows by it what to put back.
+    let mut alias = None;
+    addresses::ready(&mut kernel, &mut alias, &mut 0).unwrap();
+    assert_eq!(alias.as_deref(), Some("before: conntrack=0"));
+}
+
 #[test]
 fn nobody_is_served_before_the_table_is_there() {
     let mut world = World::new();
