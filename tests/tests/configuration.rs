@@ -211,6 +211,15 @@ fn as_kube_proxy(world: &mut World, file: &File, mode: &str) -> Result<()> {
     // As an init container beside a Pod that still runs.
     let done = command(&["--init-only"])?.output()?;
     ensure!(done.status.success(), "--init-only beside an agent: {}", String::from_utf8_lossy(&done.stderr));
+    // A second agent is refused, and has set nothing.
+    let before = setting(world, "nf_conntrack_udp_timeout")?;
+    let second = file.root.join("second.conf");
+    fs::write(&second, format!("{THEIRS}conntrack: {{udpTimeout: 55s}}\n{OWN}proxyMode: {mode}\n"))?;
+    let refused = command(&[&format!("--config={}", second.display())])?.output()?;
+    let why = String::from_utf8_lossy(&refused.stderr).into_owned();
+    ensure!(refused.status.code() == Some(3) && why.contains("another proxy-agent"), "{why}");
+    let after = setting(world, "nf_conntrack_udp_timeout")?;
+    ensure!(after == before, "nf_conntrack_udp_timeout: {before}, then {after}");
     answers(world)?;
     drop(running);
     answers(world)?;

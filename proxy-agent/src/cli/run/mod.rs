@@ -132,7 +132,6 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
         info!(mode = mode.name(), "done what takes more rights than to run (--init-only)");
         return Ok(Exit::Done);
     }
-    set_sysctls();
     if let Some(score) = oom_score_adj
         && let Err(error) = fs::write("/proc/self/oom_score_adj", score.to_string())
     {
@@ -150,6 +149,8 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
         let opened = opened.with_context(|| format!("the {name} dataplane cannot be had on this node"));
         opened.map_err(|error| with_advice(error, &plan.dataplane))?
     };
+    // Whoever is the second here has changed nothing.
+    set_sysctls();
     let configuration =
         follow::Configuration { given, current: effective, log, mode: running, shown: plan.shown.clone() };
     let outcome = runtime.block_on(run(plan, configuration, dataplane));
