@@ -9,6 +9,8 @@ pub(crate) struct Mount {
     /// What of the filesystem is to be seen there.
     pub(crate) root: PathBuf,
     pub(crate) path: PathBuf,
+    /// What is mounted on it shows in other places that have it, too.
+    pub(crate) shared: bool,
 }
 
 /// In the order in which they were mounted.
@@ -28,6 +30,8 @@ fn mount(line: &str) -> Option<Mount> {
         kind: filesystem.split(' ').next()?.to_owned(),
         root: unescaped(place.next()?),
         path: unescaped(place.next()?),
+        // Behind the options.
+        shared: place.skip(1).any(|field| field.starts_with("shared:")),
     })
 }
 
@@ -46,11 +50,15 @@ mod tests {
     #[test]
     fn mounts_are_read() {
         let text = "22 1 0:20 / /proc rw,nosuid shared:5 - proc proc rw\n\
-                    41 31 0:38 /a\\040b /host/c\\134d rw,relatime shared:9 master:2 - cgroup2 cgroup2 rw\n\
+                    41 31 0:38 /a\\040b /host/c\\134d rw,relatime master:2 - cgroup2 cgroup2 rw\n\
                     short\n";
-        let mount =
-            |kind: &str, root: &str, path: &str| Mount { kind: kind.into(), root: root.into(), path: path.into() };
-        assert_eq!(parse(text), [mount("proc", "/", "/proc"), mount("cgroup2", "/a b", r"/host/c\d")]);
+        let mount = |kind: &str, root: &str, path: &str, shared| Mount {
+            kind: kind.into(),
+            root: root.into(),
+            path: path.into(),
+            shared,
+        };
+        assert_eq!(parse(text), [mount("proc", "/", "/proc", true), mount("cgroup2", "/a b", r"/host/c\d", false)]);
         assert!(all().unwrap().iter().any(|mount| mount.kind == "proc"), "there is no /proc");
     }
 }

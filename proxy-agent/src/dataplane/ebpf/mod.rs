@@ -45,6 +45,7 @@ mod former;
 mod held;
 mod hooks;
 mod hygiene;
+mod lasting;
 mod layout;
 mod left;
 pub mod linkage;
@@ -241,6 +242,13 @@ impl Ebpf {
 
     fn open_counting(options: &Options, mut steps: Steps) -> Result<Self, DataplaneError> {
         let pinned = Pinned::open(&options.bpffs).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
+        if lasting::ends_with_container(&options.bpffs, pinned.mounted) {
+            tracing::warn!(
+                bpffs = %options.bpffs.display(),
+                "the bpf filesystem is not the node's: what is in force ends with this container, so that a restart is a gap; mount the node's \
+                 /sys/fs/bpf into it"
+            );
+        }
         // Said before anything is pinned.
         options.object()?;
         let layout = &pinned.layout;

@@ -21,7 +21,7 @@ use rustix::fs::{FlockOperation, Mode, OFlags};
 use super::layout::MapName;
 
 /// Where bpffs is mounted by convention.
-const BPFFS: &str = "/sys/fs/bpf";
+pub(super) const BPFFS: &str = "/sys/fs/bpf";
 const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 
 #[derive(Debug, thiserror::Error)]
@@ -94,6 +94,8 @@ impl Layout {
 #[derive(Debug)]
 pub(crate) struct Pinned {
     pub(crate) layout: Layout,
+    /// There was no bpf filesystem before.
+    pub(super) mounted: bool,
     /// Holds the lock while it is open.
     _lock: OwnedFd,
 }
@@ -104,14 +106,14 @@ impl Pinned {
         if !root.is_absolute() {
             return Err(PinError::Relative(root.to_owned()));
         }
-        ensure_bpffs(root)?;
+        let mounted = ensure_bpffs(root)?;
         let layout = Layout::of(root);
         make(&layout.root)?;
         let lock = lock(&layout.root)?;
         for path in [&layout.version, &layout.maps, &layout.links, &layout.programs] {
             make(path)?;
         }
-        Ok(Self { layout, _lock: lock })
+        Ok(Self { layout, mounted, _lock: lock })
     }
 }
 

@@ -15,7 +15,7 @@ use aya::{
 use rustix::thread::CapabilitySet;
 use serde::Serialize;
 
-use super::{Options, SocketLb, Xdp, cgroup as cgroups, hooks, hygiene, linkage, pins};
+use super::{Options, SocketLb, Xdp, cgroup as cgroups, hooks, hygiene, lasting, linkage, pins};
 use crate::model::Protocol;
 
 pub const PROC_SYS: &str = "/proc/sys";
@@ -173,12 +173,24 @@ fn btf() -> Check {
 pub fn bpffs(path: &Path) -> Check {
     match pins::is_on_bpffs(path) {
         Ok(true) => match not_its_own(path) {
+            None if lasting::ends_with_container(path, false) => Check::bad(
+                "bpffs",
+                format!("{} is not on the node's: what is in force ends with this container", path.display()),
+                NODES_BPFFS,
+            )
+            .optional(),
             None => Check::good("bpffs", path.display().to_string()),
             Some(uid) => {
                 Check::bad("bpffs", format!("uid 0 missing (it is {uid}, and the bpffs is root's)"), "run as root")
             }
         },
-        Ok(false) if path.starts_with("/sys/fs/bpf") && Path::new("/sys/fs/bpf").is_dir() && may_mount() => Check::bad(
+        Ok(false) if may_be_mounted(path) && lasting::would_end_with_container() => Check::bad(
+            "bpffs",
+            "nothing is mounted at /sys/fs/bpf, and what the agent mounts there ends with this container",
+            NODES_BPFFS,
+        )
+        .optional(),
+        Ok(false) if may_be_mounted(path) => Check::bad(
             "bpffs",
             "nothing is mounted at /sys/fs/bpf",
             "mount -t bpf bpf /sys/fs/bpf (the agent does it if it may)",
@@ -196,6 +208,12 @@ pub fn bpffs(path: &Path) -> Check {
         ),
         Err(error) => Check::bad("bpffs", format!("{}: {error}", path.display()), "give --bpffs a path that exists"),
     }
+}
+
+const NODES_BPFFS: &str = "mount the node's /sys/fs/bpf into the container, as the manifests do";
+
+fn may_be_mounted(path: &Path) -> bool {
+    path.starts_with("/sys/fs/bpf") && Path::new("/sys/fs/bpf").is_dir() && may_mount()
 }
 
 fn may_mount() -> bool {

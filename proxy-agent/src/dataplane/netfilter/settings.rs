@@ -29,7 +29,7 @@ pub(crate) fn cpus() -> u64 {
 /// Where else it is.
 fn others(mounts: &[Mount]) -> impl Iterator<Item = PathBuf> {
     let of_proc = mounts.iter().filter(|mount| mount.kind == "proc" && mount.path != Path::new("/proc"));
-    of_proc.filter_map(|Mount { kind: _, root, path }| Some(path.join(Path::new("/sys/net").strip_prefix(root).ok()?)))
+    of_proc.filter_map(|Mount { root, path, .. }| Some(path.join(Path::new("/sys/net").strip_prefix(root).ok()?)))
 }
 
 #[cfg(test)]
