@@ -3,6 +3,8 @@
 
 use std::fmt;
 
+use ipnet::IpNet;
+
 use super::{ProxyMode, duration, gates, period};
 
 /// One of the documents of a configuration file.
@@ -140,6 +142,10 @@ pub enum Kind {
     Nanoseconds,
     /// Texts; as an option with commas between.
     List,
+    /// A list of ranges of addresses.
+    Cidrs,
+    /// `1.35`
+    MinorVersion,
     /// Feature gates by name; as an option `A=true,B=false`.
     Gates,
     /// Verbosity by pattern of file names; as an option `a=1,b=2`.
@@ -165,6 +171,8 @@ impl Kind {
             Self::Gates => gates::check(text),
             Self::Levels => levels(text),
             Self::Quantity => quantity(text),
+            Self::Cidrs => cidrs(text),
+            Self::MinorVersion => minor_version(text),
             Self::Text | Self::List => Ok(()),
         }
     }
@@ -175,7 +183,7 @@ impl Kind {
             Self::Bool => super::boolean(text) == Ok(false),
             Self::Int(..) | Self::Number | Self::Quantity => text.parse::<f64>() == Ok(0.0),
             Self::Duration | Self::Period | Self::Nanoseconds => duration(text).is_ok_and(|it| it.is_zero()),
-            Self::Text | Self::List | Self::Gates | Self::Levels => text.is_empty(),
+            Self::Text | Self::List | Self::Cidrs | Self::MinorVersion | Self::Gates | Self::Levels => text.is_empty(),
         }
     }
 
@@ -188,7 +196,8 @@ impl Kind {
             Self::Text => "a text (in quotes, if it looks like something else)",
             Self::Duration | Self::Period => "a duration such as 30s",
             Self::Nanoseconds => "a duration such as 5s, or a number of nanoseconds",
-            Self::List => "a list of texts",
+            Self::List | Self::Cidrs => "a list of texts",
+            Self::MinorVersion => "a version in quotes, such as \"1.35\"",
             Self::Gates => "a map of names to true or false",
             Self::Levels => "a list of filePattern and verbosity",
             Self::Quantity => "a number of bytes such as 512 or 2Mi",
@@ -206,6 +215,21 @@ fn levels(text: &str) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+fn cidrs(text: &str) -> Result<(), String> {
+    for cidr in text.split(',').filter(|cidr| !cidr.is_empty()) {
+        if cidr.parse::<IpNet>().is_err() {
+            return Err(format!("{cidr:?} is no range of addresses; write it as 10.0.0.0/8"));
+        }
+    }
+    Ok(())
+}
+
+fn minor_version(text: &str) -> Result<(), String> {
+    let is_number = |part: &str| part.parse::<u32>().is_ok();
+    let known = text.split_once('.').is_some_and(|(major, minor)| is_number(major) && is_number(minor));
+    if known { Ok(()) } else { Err(format!("{text:?} is no minor version of Kubernetes; write it as 1.35")) }
 }
 
 fn quantity(text: &str) -> Result<(), String> {
@@ -296,13 +320,24 @@ mod tests {
             (Kind::Levels, "=1"),
             (Kind::Levels, "a=-1"),
             (Kind::Quantity, "1X"),
+            (Kind::Cidrs, "10.0.0.0/8,10.0.0.1"),
+            (Kind::Cidrs, "10.0.0.0/33"),
+            (Kind::MinorVersion, "1"),
+            (Kind::MinorVersion, "v1.35"),
+            (Kind::MinorVersion, "1.35.2"),
             (Kind::Quantity, "-1"),
         ];
         for (kind, text) in bad {
             assert!(kind.check(text).is_err(), "{kind:?} {text}");
         }
-        let good =
-            [(Kind::Int(0, 31), "31"), (Kind::Quantity, "2Mi"), (Kind::Levels, "a=1,b*=2"), (Kind::Nanoseconds, "5s")];
+        let good = [
+            (Kind::Cidrs, "10.0.0.0/8,fd00::/8"),
+            (Kind::MinorVersion, "1.35"),
+            (Kind::Int(0, 31), "31"),
+            (Kind::Quantity, "2Mi"),
+            (Kind::Levels, "a=1,b*=2"),
+            (Kind::Nanoseconds, "5s"),
+        ];
         for (kind, text) in good {
             assert_eq!(kind.check(text), Ok(()), "{kind:?} {text}");
         }

@@ -150,10 +150,11 @@ fn text(kind: Kind, value: &Tree) -> Result<String, String> {
         (Kind::Int(..) | Kind::Number | Kind::Quantity, Tree::Int(value)) => Ok(value.to_string()),
         (Kind::Number, Tree::Number(value)) => Ok(value.to_string()),
         (Kind::Nanoseconds, Tree::Int(value)) => Ok(format!("{value}ns")),
-        (Kind::Text | Kind::Duration | Kind::Period | Kind::Nanoseconds | Kind::Quantity, Tree::Text(value)) => {
-            Ok(value.clone())
-        }
-        (Kind::List, Tree::List(items)) => joined(items.iter().map(item).collect()),
+        (
+            Kind::Text | Kind::Duration | Kind::Period | Kind::Nanoseconds | Kind::Quantity | Kind::MinorVersion,
+            Tree::Text(value),
+        ) => Ok(value.clone()),
+        (Kind::List | Kind::Cidrs, Tree::List(items)) => joined(items.iter().map(item).collect()),
         (Kind::Gates, Tree::Map(gates)) => joined(gates.iter().map(gate).collect()),
         (Kind::Levels, Tree::List(items)) => joined(items.iter().map(level).collect()),
         _ => Err(wanted()),
@@ -190,8 +191,10 @@ pub fn value(kind: Kind, text: &str) -> Tree {
         Kind::Bool => Tree::Bool(super::boolean(text).unwrap_or_default()),
         Kind::Int(..) => text.parse().map_or(Tree::Null, Tree::Int),
         Kind::Number => text.parse().map_or(Tree::Null, Tree::Number),
-        Kind::Text | Kind::Duration | Kind::Period | Kind::Nanoseconds | Kind::Quantity => Tree::Text(text.to_owned()),
-        Kind::List => Tree::List(parts().map(|part| Tree::Text(part.to_owned())).collect()),
+        Kind::Text | Kind::Duration | Kind::Period | Kind::Nanoseconds | Kind::Quantity | Kind::MinorVersion => {
+            Tree::Text(text.to_owned())
+        }
+        Kind::List | Kind::Cidrs => Tree::List(parts().map(|part| Tree::Text(part.to_owned())).collect()),
         Kind::Gates => {
             let gates = parts().filter_map(|part| part.split_once('='));
             Tree::Map(gates.map(|(gate, on)| (gate.trim().to_owned(), 0, value(Kind::Bool, on.trim()))).collect())

@@ -3,7 +3,9 @@
 
 use super::{
     Field,
-    Kind::{Bool, Duration, Gates, Int, Levels, List, Nanoseconds, Number, Period, Quantity, Text},
+    Kind::{
+        Bool, Cidrs, Duration, Gates, Int, Levels, List, MinorVersion, Nanoseconds, Number, Period, Quantity, Text,
+    },
     ProxyMode,
 };
 
@@ -45,7 +47,7 @@ pub const FIELDS: &[Field] = &[
     Field::new("metricsBindAddress", "metrics-bind-address", Text, "127.0.0.1:10249"),
     Field::new("bindAddressHardFail", "bind-address-hard-fail", Bool, "false"),
     Field::new("enableProfiling", "profiling", Bool, "false"),
-    Field::new("showHiddenMetricsForVersion", "show-hidden-metrics-for-version", Text, "")
+    Field::new("showHiddenMetricsForVersion", "show-hidden-metrics-for-version", MinorVersion, "")
         .ignored("no metric is hidden"),
     Field::new("mode", "proxy-mode", Text, ""),
     Field::new("iptables.masqueradeBit", "iptables-masquerade-bit", Int(0, 31), "14")
@@ -58,7 +60,7 @@ pub const FIELDS: &[Field] = &[
     Field::new("ipvs.syncPeriod", "ipvs-sync-period", Period, "30s"),
     Field::new("ipvs.minSyncPeriod", "ipvs-min-sync-period", Duration, "0s"),
     Field::new("ipvs.scheduler", "ipvs-scheduler", Text, "rr").only_in(IPVS, OF_IPVS),
-    Field::new("ipvs.excludeCIDRs", "ipvs-exclude-cidrs", List, "")
+    Field::new("ipvs.excludeCIDRs", "ipvs-exclude-cidrs", Cidrs, "")
         .ignored("virtual servers of others are left alone, wherever they are"),
     Field::new("ipvs.strictARP", "ipvs-strict-arp", Bool, "false").only_in(IPVS, OF_IPVS),
     Field::new("ipvs.tcpTimeout", "ipvs-tcp-timeout", Duration, "0s").ignored(IPVS_TIMES),

@@ -49,8 +49,12 @@ pub enum ConfigError {
     ClusterCidr(String),
     #[error("--detect-local-mode {mode} tells pods by a name: give it with {option}")]
     NoName { mode: &'static str, option: &'static str },
-    #[error("{0:?} is no address to listen on; write it as ADDRESS:PORT, [ADDRESS]:PORT, ADDRESS, or off")]
+    #[error(
+        "{0:?} is no address to listen on; write it as ADDRESS:PORT, [ADDRESS]:PORT, ADDRESS, or off; a port is 1 or more"
+    )]
     Bind(String),
+    #[error("{0:?} is no name of a node; leave it out for the host's own")]
+    NodeName(String),
     #[error(
         "the least time between two syncs ({least:?}, --min-sync-period) is longer than the time between two looks at the kernel \
          ({period:?}, --sync-period)"
@@ -229,6 +233,12 @@ pub fn bind_address(text: &str) -> Result<IpAddr, ConfigError> {
     text.trim().parse().map_err(|_| ConfigError::Address(text.to_owned()))
 }
 
+/// `--hostname-override`: empty is the host's own name.
+pub fn node_name(text: &str) -> Result<String, ConfigError> {
+    let is_blank = text.trim().is_empty() && !text.is_empty();
+    if is_blank { Err(ConfigError::NodeName(text.to_owned())) } else { Ok(text.to_owned()) }
+}
+
 /// Whether the kernel has it is seen when it is asked for.
 pub fn ipvs_scheduler(text: &str) -> Result<String, ConfigError> {
     let is_name = (1..16).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_lowercase());
@@ -318,7 +328,8 @@ impl FromStr for Bind {
         } else if let Ok(addr) = bare.parse() {
             Ok(Self::Address(addr))
         } else {
-            text.parse().map(Self::Socket).map_err(|_| ConfigError::Bind(text.to_owned()))
+            let socket = text.parse().ok().filter(|socket: &SocketAddr| socket.port() != 0);
+            socket.map(Self::Socket).ok_or_else(|| ConfigError::Bind(text.to_owned()))
         }
     }
 }

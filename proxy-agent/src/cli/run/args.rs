@@ -40,7 +40,13 @@ pub struct Args {
     )]
     pub source: Option<PathBuf>,
     /// This node's name [default: the host's name]
-    #[arg(long, value_name = "NAME", env = "PROXY_AGENT_HOSTNAME_OVERRIDE", help_heading = "Source")]
+    #[arg(
+        long,
+        value_name = "NAME",
+        value_parser = config::node_name,
+        env = "PROXY_AGENT_HOSTNAME_OVERRIDE",
+        help_heading = "Source"
+    )]
     pub hostname_override: Option<String>,
 
     /// Which dataplane: ebpf, nftables, iptables, ipvs, or auto, the first of these that this node can run

@@ -108,13 +108,17 @@ pub(super) fn with_file(given: &Given, path: &Path, text: String) -> anyhow::Res
         UsageError(texts.join("; "))
     })?;
     let command = given::command();
+    // An empty name is in nobody's way, as with kube-proxy.
+    const NAME: &str = "hostname-override";
     let from_environment: BTreeSet<&str> = command
         .get_arguments()
-        .filter(|arg| arg.get_env().is_some_and(|name| std::env::var_os(name).is_some()))
-        .filter_map(|arg| arg.get_long())
+        .filter_map(|arg| Some((arg.get_long()?, std::env::var_os(arg.get_env()?)?)))
+        .filter(|(long, value)| *long != NAME || !value.is_empty())
+        .map(|(long, _)| long)
         .collect();
-    let (passed_over, stay): (Vec<_>, Vec<_>) =
-        given.words.iter().cloned().partition(|(long, _)| kube_proxy::gives_way(long));
+    let unnamed = given::word(NAME, "");
+    let words_of_options = given.words.iter().filter(|(_, word)| *word != unnamed).cloned();
+    let (passed_over, stay): (Vec<_>, Vec<_>) = words_of_options.partition(|(long, _)| kube_proxy::gives_way(long));
     let (mut words, mut lines): (Vec<OsString>, BTreeMap<&str, u64>) = (Vec::new(), BTreeMap::new());
     let decided: BTreeSet<&str> =
         stay.iter().map(|(long, _)| long.as_str()).chain(from_environment.iter().copied()).collect();

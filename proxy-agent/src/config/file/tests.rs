@@ -113,6 +113,9 @@ fn values_are_of_their_kind() {
         ("featureGates: {AllAlpha: 1}", "a map of names to true or false"),
         ("logging: {vmodule: [{filePattern: a}]}", "a list of filePattern and verbosity"),
         ("logging: {flushFrequency: soon}", "is no duration"),
+        ("ipvs: {excludeCIDRs: [10.0.0.0/8, 10.0.0.1]}", "ipvs.excludeCIDRs: \"10.0.0.1\" is no range of addresses"),
+        ("showHiddenMetricsForVersion: 1.35", "showHiddenMetricsForVersion: must be a version in quotes"),
+        ("showHiddenMetricsForVersion: latest", "is no minor version"),
     ] {
         let error = wrong(&with(&format!("{fields}\n")));
         assert!(error.starts_with("line 3: ") && error.contains(words), "{fields}\n{error}");
@@ -139,6 +142,8 @@ fn every_kind_is_read_as_it_is_written() {
         (Kind::Nanoseconds, "5s"),
         (Kind::List, "a,b"),
         (Kind::List, ""),
+        (Kind::Cidrs, "10.0.0.0/8,fd00::/8"),
+        (Kind::MinorVersion, "1.35"),
         (Kind::Gates, "A=true,B=false"),
         (Kind::Levels, "a=1,b*=2"),
         (Kind::Quantity, "2Mi"),

@@ -65,7 +65,8 @@ fn what_has_no_effect_is_said_once_with_the_reason() {
         let asked = match field.kind {
             config::Kind::Bool => "true",
             config::Kind::Levels | config::Kind::Gates => "proxier=4",
-            config::Kind::List => "10.0.0.0/8",
+            config::Kind::List | config::Kind::Cidrs => "10.0.0.0/8",
+            config::Kind::MinorVersion => "1.35",
             config::Kind::Text => "something",
             config::Kind::Duration | config::Kind::Period | config::Kind::Nanoseconds => "7m",
             config::Kind::Int(..) | config::Kind::Number | config::Kind::Quantity => "77",
@@ -134,6 +135,12 @@ fn options_are_written_as_kube_proxys() {
 fn what_does_not_exist_or_makes_no_sense_is_refused() {
     for wrong in [
         "--no-such-option",
+        "--healthz-bind-address=0.0.0.0:0",
+        "--metrics-bind-address=[::1]:0",
+        "--healthz-port=65536",
+        "--ipvs-exclude-cidrs=10.0.0.1",
+        "--show-hidden-metrics-for-version=latest",
+        "--hostname-override= ",
         "--log-level=proxy_agent=loud",
         "--proxy-mode=kernelspace",
         "--proxy-mode=userspace",
@@ -354,6 +361,10 @@ fn who_wins() {
     // The other two are of eBPF.
     assert_eq!(warnings.len(), 3, "{warnings:?}");
     assert!(warnings[0].starts_with("--proxy-mode, --masquerade-all: not read beside --config"), "{warnings:?}");
+    // A name that is none is in nobody's way (kubeadm's `--hostname-override=$(NODE_NAME)` where the variable is empty).
+    let unnamed = read(&["--hostname-override="], &file).unwrap();
+    assert_eq!(value(&unnamed, "hostnameOverride"), ("in-file".into(), format!("{FILE}:4")));
+    assert_eq!(of(&given(&["--hostname-override="])).unwrap().args.hostname_override.as_deref(), Some(""));
     // A directory is read in place of the cluster that the file names.
     let source = read(&["--source=/objects"], &theirs("clientConnection: {kubeconfig: /k}")).unwrap();
     assert_eq!((source.args.kubeconfig, source.args.source), (None, Some("/objects".into())));
@@ -386,6 +397,8 @@ fn what_is_wrong_in_a_file_is_named_by_file_line_and_field() {
         (theirs("healthzBindAddress: host:80"), &[":3: healthzBindAddress: ", "no address to listen on"]),
         (theirs("clusterCIDR: 10.0.0.0/8,10.1.0.0/16"), &[":3: clusterCIDR: ", "one of each family"]),
         (theirs("detectLocalMode: Some"), &[":3: detectLocalMode: ", "InterfaceNamePrefix"]),
+        (theirs("hostnameOverride: ' '"), &[":3: hostnameOverride: ", "no name of a node"]),
+        (theirs("metricsBindAddress: 127.0.0.1:0"), &[":3: metricsBindAddress: ", "a port is 1 or more"]),
         (theirs("\ndetectLocalMode: BridgeInterface"), &[":4: detectLocalMode: ", "--pod-bridge-interface"]),
         (theirs("iptables: {minSyncPeriod: 31s}"), &[":3: iptables.minSyncPeriod: ", "--min-sync-period"]),
         (
