@@ -4,8 +4,8 @@
 //!
 //! ```text
 //! healthz address   /healthz  /livez
-//! metrics address   /metrics  /metrics/slis  /status  /frontends  /proxyMode  /configz  /healthz  /livez
-//!                   /debug/flags/v, if asked for
+//! metrics address   /metrics  /metrics/slis  /status  /frontends  /proxyMode  /healthz  /livez
+//!                   /configz  /flagz  /statusz  and /debug/flags/v, if asked for
 //! node ports        whatever is asked: a Service's endpoints here (those that ask for it)
 //! ```
 
@@ -42,7 +42,7 @@ mod zpages;
 
 pub use metrics::{Event, Probe, Readings};
 pub use notices::Notices;
-pub use zpages::SetVerbosity;
+pub use zpages::{SetVerbosity, Shown};
 
 use crate::status::{Status, report, requests::Requests};
 
@@ -65,8 +65,8 @@ pub struct Options {
     pub requests: Arc<Requests>,
     /// What users of the cluster should hear.
     pub notices: Notices,
-    /// What is in force, as JSON.
-    pub configuration: watch::Receiver<Arc<str>>,
+    /// What is in force.
+    pub configuration: watch::Receiver<Arc<Shown>>,
     /// `None`: nobody is to set it by HTTP.
     pub verbosity: Option<SetVerbosity>,
 }
@@ -172,6 +172,8 @@ fn metrics_routes(shared: Arc<Shared>) -> Router {
         .route("/frontends", get(frontends))
         .route("/proxyMode", get(proxy_mode))
         .route("/configz", get(zpages::configz))
+        .route("/flagz", get(zpages::flagz))
+        .route("/statusz", get(zpages::statusz))
         .with_state(Arc::clone(&shared))
         .merge(health_routes(shared))
         .merge(debug)

@@ -30,7 +30,7 @@ async fn options() -> Options {
         probe: Arc::new(|| Ok(Readings::default())),
         requests: Arc::default(),
         notices: Notices { sender: mpsc::channel(8).0, counts: Arc::default() },
-        configuration: watch::channel(Arc::from("{}")).1,
+        configuration: watch::channel(Arc::default()).1,
         verbosity: None,
     }
 }
@@ -100,7 +100,9 @@ async fn answers_on_both_addresses() {
 /// A120: as kube-proxy has them, the one always, the other if it is asked for.
 #[tokio::test]
 async fn what_is_in_force_is_shown_and_how_much_is_logged_is_set() {
-    let (shown, configuration) = watch::channel(Arc::from("{\"kubeproxy.config.k8s.io\":{}}"));
+    let flags = [("proxy-mode".to_owned(), "auto".to_owned()), ("v".to_owned(), "2".to_owned())].into();
+    let configz = "{\"kubeproxy.config.k8s.io\":{}}".to_owned();
+    let (shown, configuration) = watch::channel(Arc::new(Shown { configz, flags }));
     let set = Arc::new(Mutex::new(Vec::new()));
     let verbosity: SetVerbosity = {
         let set = Arc::clone(&set);
@@ -121,7 +123,26 @@ async fn what_is_in_force_is_shown_and_how_much_is_logged_is_set() {
     for header in ["Content-Type: application/json\r\n", "X-Content-Type-Options: nosniff\r\n"] {
         assert!(head.contains(header), "{head}");
     }
-    shown.send_replace(Arc::from("{}"));
+    let (_, flagz) = get(with.metrics, "/flagz").await;
+    assert!(flagz.contains("\nproxy-agent flagz\nWarning: ") && flagz.ends_with("\nproxy-mode=auto\nv=2\n"), "{flagz}");
+    let (_, statusz) = get(with.metrics, "/statusz").await;
+    assert!(statusz.contains("\nUp: 0 hr 00 min ") && statusz.contains("\nPaths: /configz /flagz "), "{statusz}");
+    for (page, kind, path, value) in [
+        ("/flagz", "Flagz", "/flags/proxy-mode", "auto"),
+        ("/statusz", "Statusz", "/binaryVersion", env!("CARGO_PKG_VERSION")),
+        ("/statusz", "Statusz", "/metadata/name", "proxy-agent"),
+    ] {
+        let accept = format!("application/json;v=v1beta1;g=config.k8s.io;as={kind}");
+        let request = format!("GET {page} HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\n\r\n");
+        let answer = send(with.metrics.unwrap(), &request).await.unwrap();
+        let object: serde_json::Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+        assert_eq!((&object["kind"], &object["apiVersion"]), (&kind.into(), &"config.k8s.io/v1beta1".into()));
+        assert_eq!(object.pointer(path), Some(&value.into()), "{object}");
+    }
+    for page in zpages::PATHS {
+        assert_ne!(get(with.metrics, page).await.0, "HTTP/1.1 404 Not Found", "{page}");
+    }
+    shown.send_replace(Arc::new(Shown { configz: "{}".to_owned(), ..Shown::default() }));
     assert_eq!(get(with.metrics, "/configz").await.1, "{}", "what changes is shown");
 
     let ask = async |to: &Options, method: &str, body: &str| {

@@ -33,6 +33,7 @@ use crate::{
         kube_proxy,
         tree::Tree,
     },
+    serve,
 };
 
 #[derive(Clone, Debug)]
@@ -266,11 +267,13 @@ impl Effective {
         })
     }
 
-    /// Those by API group, as `/configz` has them.
-    pub fn configz(&self) -> anyhow::Result<String> {
+    /// Those by API group, as `/configz` has them, and all options.
+    pub fn shown(&self) -> anyhow::Result<serve::Shown> {
         let groups = Document::ALL.into_iter().zip(self.documents());
         let groups = groups.map(|(document, tree)| (document.api_group().to_owned(), 0, tree)).collect();
-        serde_json::to_string(&Tree::Map(groups)).context("writing JSON")
+        let configz = serde_json::to_string(&Tree::Map(groups)).context("writing JSON")?;
+        let flag = |(long, value): (&String, &Value)| (long.clone(), value.text.clone().unwrap_or_default());
+        Ok(serve::Shown { configz, flags: self.values.iter().map(flag).collect() })
     }
 
     /// Those as YAML.

@@ -14,7 +14,7 @@ use super::{
     given::Given,
     logging::Reload,
 };
-use crate::{config::ProxyMode, source};
+use crate::{config::ProxyMode, serve, source};
 
 /// Options that take effect at once.
 const LIVE: [&str; 2] = ["log-level", "v"];
@@ -27,13 +27,13 @@ pub(super) struct Configuration {
     /// That runs.
     pub(super) mode: ProxyMode,
     /// For whoever asks what is in force.
-    pub(super) shown: watch::Sender<Arc<str>>,
+    pub(super) shown: watch::Sender<Arc<serve::Shown>>,
 }
 
 impl Configuration {
     /// Until cancelled, or until what changed wants a new start.
     pub(super) async fn follow(mut self, cancel: CancellationToken) -> anyhow::Result<()> {
-        self.shown.send_replace(self.current.configz()?.into());
+        self.shown.send_replace(self.current.shown()?.into());
         let Some(read) = &self.current.file else {
             cancel.cancelled().await;
             return Ok(());
@@ -82,7 +82,7 @@ impl Configuration {
         } else {
             info!(file = %path.display(), "changed, and nothing of effect");
         }
-        self.shown.send_replace(next.configz()?.into());
+        self.shown.send_replace(next.shown()?.into());
         self.current = next;
         Ok(())
     }
@@ -105,7 +105,7 @@ mod tests {
             told.lock().unwrap().push(filter.to_owned());
             Ok(())
         });
-        let shown = watch::channel(Arc::from("")).0;
+        let shown = watch::channel(Arc::default()).0;
         let current = read(&[], text).unwrap();
         (Configuration { given: given(&[]), current, log, mode: ProxyMode::Ebpf, shown }, filters)
     }
@@ -151,7 +151,7 @@ mod tests {
         ] {
             configuration.take(read(&[], &text).unwrap()).await.unwrap();
             assert_eq!(configuration.current.file.as_ref().unwrap().text, text);
-            assert_eq!(configuration.shown.borrow().to_string(), configuration.current.configz().unwrap());
+            assert_eq!(**configuration.shown.borrow(), configuration.current.shown().unwrap());
         }
         assert_eq!(*filters.lock().unwrap(), ["info,proxy_agent=debug", "warn"]);
     }

@@ -79,7 +79,7 @@ struct Plan {
     /// For whoever can tell users of the cluster.
     notices: (mpsc::Receiver<Notice>, Arc<EventCounts>),
     /// Where the configuration in force is shown.
-    shown: watch::Sender<Arc<str>>,
+    shown: watch::Sender<Arc<serve::Shown>>,
 }
 
 pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
@@ -223,7 +223,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
     let localhost_node_ports = netfilter.iptables_localhost_nodeports.unwrap_or(true);
     let (sender, told) = mpsc::channel(NOTICES);
     let counts = Arc::<EventCounts>::default();
-    let (shown, configuration) = watch::channel(Arc::from("{}"));
+    let (shown, configuration) = watch::channel(Arc::default());
     let mut dataplane = select::Options {
         mode: Mode::Ebpf,
         netfilter: netfilter::Options {

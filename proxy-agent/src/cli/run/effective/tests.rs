@@ -490,7 +490,7 @@ fn the_defaults_as_they_are_printed() {
 fn what_is_in_force_is_shown_by_api_group() {
     let file = theirs("mode: nftables\nclusterCIDR: 10.244.0.0/16\nudpIdleTimeout: 250ms") + &own("socketLb: node");
     let effective = read(&["--hostname-override=n7"], &file).unwrap();
-    let shown: serde_json::Value = serde_json::from_str(&effective.configz().unwrap()).unwrap();
+    let shown: serde_json::Value = serde_json::from_str(&effective.shown().unwrap().configz).unwrap();
     let groups: Vec<_> = shown.as_object().unwrap().keys().collect();
     assert_eq!(groups, ["kubeproxy.config.k8s.io", "proxy-agent"]);
     let theirs = &shown["kubeproxy.config.k8s.io"];
@@ -509,6 +509,12 @@ fn what_is_in_force_is_shown_by_api_group() {
     }
     assert_eq!(theirs.get("udpIdleTimeout"), None);
     assert_eq!(shown["proxy-agent"]["socketLb"], "node");
+    let flags = effective.shown().unwrap().flags;
+    for (flag, value) in
+        [("proxy-mode", "nftables"), ("socket-lb", "node"), ("kubeconfig", ""), ("map-slots", "1048576")]
+    {
+        assert_eq!(flags.get(flag).map(String::as_str), Some(value), "{flag}");
+    }
 }
 
 #[test]
