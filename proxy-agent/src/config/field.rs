@@ -3,8 +3,6 @@
 
 use std::fmt;
 
-use ipnet::IpNet;
-
 use super::{ProxyMode, duration, gates, period};
 
 /// One of the documents of a configuration file.
@@ -142,8 +140,6 @@ pub enum Kind {
     Nanoseconds,
     /// Texts; as an option with commas between.
     List,
-    /// A list of ranges of addresses.
-    Cidrs,
     /// `1.35`
     MinorVersion,
     /// Feature gates by name; as an option `A=true,B=false`.
@@ -171,7 +167,6 @@ impl Kind {
             Self::Gates => gates::check(text),
             Self::Levels => levels(text),
             Self::Quantity => quantity(text),
-            Self::Cidrs => cidrs(text),
             Self::MinorVersion => minor_version(text),
             Self::Text | Self::List => Ok(()),
         }
@@ -183,7 +178,7 @@ impl Kind {
             Self::Bool => super::boolean(text) == Ok(false),
             Self::Int(..) | Self::Number | Self::Quantity => text.parse::<f64>() == Ok(0.0),
             Self::Duration | Self::Period | Self::Nanoseconds => duration(text).is_ok_and(|it| it.is_zero()),
-            Self::Text | Self::List | Self::Cidrs | Self::MinorVersion | Self::Gates | Self::Levels => text.is_empty(),
+            Self::Text | Self::List | Self::MinorVersion | Self::Gates | Self::Levels => text.is_empty(),
         }
     }
 
@@ -196,7 +191,7 @@ impl Kind {
             Self::Text => "a text (in quotes, if it looks like something else)",
             Self::Duration | Self::Period => "a duration such as 30s",
             Self::Nanoseconds => "a duration such as 5s, or a number of nanoseconds",
-            Self::List | Self::Cidrs => "a list of texts",
+            Self::List => "a list of texts",
             Self::MinorVersion => "a version in quotes, such as \"1.35\"",
             Self::Gates => "a map of names to true or false",
             Self::Levels => "a list of filePattern and verbosity",
@@ -212,15 +207,6 @@ fn levels(text: &str) -> Result<(), String> {
             .is_none_or(|(_, level)| level.parse::<i32>().is_ok_and(|level| level < 0) || level.parse::<i32>().is_err())
         {
             return Err(format!("{one:?} is no pattern with a verbosity; write it as PATTERN=N"));
-        }
-    }
-    Ok(())
-}
-
-fn cidrs(text: &str) -> Result<(), String> {
-    for cidr in text.split(',').filter(|cidr| !cidr.is_empty()) {
-        if cidr.parse::<IpNet>().is_err() {
-            return Err(format!("{cidr:?} is no range of addresses; write it as 10.0.0.0/8"));
         }
     }
     Ok(())
@@ -320,8 +306,6 @@ mod tests {
             (Kind::Levels, "=1"),
             (Kind::Levels, "a=-1"),
             (Kind::Quantity, "1X"),
-            (Kind::Cidrs, "10.0.0.0/8,10.0.0.1"),
-            (Kind::Cidrs, "10.0.0.0/33"),
             (Kind::MinorVersion, "1"),
             (Kind::MinorVersion, "v1.35"),
             (Kind::MinorVersion, "1.35.2"),
@@ -331,7 +315,6 @@ mod tests {
             assert!(kind.check(text).is_err(), "{kind:?} {text}");
         }
         let good = [
-            (Kind::Cidrs, "10.0.0.0/8,fd00::/8"),
             (Kind::MinorVersion, "1.35"),
             (Kind::Int(0, 31), "31"),
             (Kind::Quantity, "2Mi"),

@@ -154,7 +154,7 @@ fn text(kind: Kind, value: &Tree) -> Result<String, String> {
             Kind::Text | Kind::Duration | Kind::Period | Kind::Nanoseconds | Kind::Quantity | Kind::MinorVersion,
             Tree::Text(value),
         ) => Ok(value.clone()),
-        (Kind::List | Kind::Cidrs, Tree::List(items)) => joined(items.iter().map(item).collect()),
+        (Kind::List, Tree::List(items)) => joined(items.iter().map(item).collect()),
         (Kind::Gates, Tree::Map(gates)) => joined(gates.iter().map(gate).collect()),
         (Kind::Levels, Tree::List(items)) => joined(items.iter().map(level).collect()),
         _ => Err(wanted()),
@@ -194,7 +194,7 @@ pub fn value(kind: Kind, text: &str) -> Tree {
         Kind::Text | Kind::Duration | Kind::Period | Kind::Nanoseconds | Kind::Quantity | Kind::MinorVersion => {
             Tree::Text(text.to_owned())
         }
-        Kind::List | Kind::Cidrs => Tree::List(parts().map(|part| Tree::Text(part.to_owned())).collect()),
+        Kind::List => Tree::List(parts().map(|part| Tree::Text(part.to_owned())).collect()),
         Kind::Gates => {
             let gates = parts().filter_map(|part| part.split_once('='));
             Tree::Map(gates.map(|(gate, on)| (gate.trim().to_owned(), 0, value(Kind::Bool, on.trim()))).collect())

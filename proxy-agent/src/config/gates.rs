@@ -1,7 +1,13 @@
-//! The names of kube-proxy's feature gates: all of them are accepted, one of them counts here.
+//! The names of kube-proxy's feature gates: all of them are accepted, a few of them count here.
 
 /// Without it no external IP is served (contract A158).
 const EXTERNAL_IPS: &str = "AllowServiceExternalIPs";
+
+/// Without these there are no such pages (contract A120): both are beta, on by default.
+pub const FLAGZ: &str = "ComponentFlagz";
+pub const STATUSZ: &str = "ComponentStatusz";
+/// What a beta gate that is not named has.
+const ALL_BETA: &str = "AllBeta";
 
 /// Whether kube-proxy knows it.
 pub(super) fn is_known(gate: &str) -> bool {
@@ -26,9 +32,15 @@ pub fn allow_external_ips(text: &str) -> bool {
     said.and_then(|(_, value)| value).is_none_or(|value| super::boolean(value) != Ok(false))
 }
 
+/// Whether a beta gate that is on by default is on.
+pub fn is_on(text: &str, beta: &str) -> bool {
+    let said = |wanted| parts(text).filter(|(gate, _)| *gate == wanted).last().and_then(|(_, value)| value);
+    said(beta).or_else(|| said(ALL_BETA)).is_none_or(|value| super::boolean(value) != Ok(false))
+}
+
 /// Those that change nothing here.
 pub fn without_effect(text: &str) -> String {
-    let others = parts(text).filter(|(gate, _)| *gate != EXTERNAL_IPS);
+    let others = parts(text).filter(|(gate, _)| ![EXTERNAL_IPS, FLAGZ, STATUSZ, ALL_BETA].contains(gate));
     others.map(|(gate, value)| format!("{gate}={}", value.unwrap_or_default())).collect::<Vec<_>>().join(",")
 }
 
@@ -61,10 +73,24 @@ mod tests {
         for (text, allowed, others) in [
             ("", true, ""),
             ("AllowServiceExternalIPs=false", false, ""),
-            ("AllAlpha=true, AllowServiceExternalIPs = false,AllBeta=false", false, "AllAlpha=true,AllBeta=false"),
+            ("AllAlpha=true, AllowServiceExternalIPs = false,AllBeta=false", false, "AllAlpha=true"),
             ("AllowServiceExternalIPs=false,AllowServiceExternalIPs=true", true, ""),
         ] {
             assert_eq!((allow_external_ips(text), without_effect(text).as_str()), (allowed, others), "{text}");
+        }
+    }
+
+    #[test]
+    fn pages_are_there_by_their_gates_a120() {
+        for (text, flagz, statusz) in [
+            ("", true, true),
+            ("ComponentFlagz=false", false, true),
+            ("AllBeta=false", false, false),
+            ("ComponentStatusz=true,AllBeta=false", false, true),
+            ("ComponentFlagz=false,ComponentFlagz=true", true, true),
+        ] {
+            assert_eq!((is_on(text, FLAGZ), is_on(text, STATUSZ)), (flagz, statusz), "{text}");
+            assert_eq!(without_effect(text), "");
         }
     }
 

@@ -3,9 +3,7 @@
 
 use super::{
     Field,
-    Kind::{
-        Bool, Cidrs, Duration, Gates, Int, Levels, List, MinorVersion, Nanoseconds, Number, Period, Quantity, Text,
-    },
+    Kind::{Bool, Duration, Gates, Int, Levels, List, MinorVersion, Nanoseconds, Number, Period, Quantity, Text},
     ProxyMode,
 };
 
@@ -60,7 +58,7 @@ pub const FIELDS: &[Field] = &[
     Field::new("ipvs.syncPeriod", "ipvs-sync-period", Period, "30s"),
     Field::new("ipvs.minSyncPeriod", "ipvs-min-sync-period", Duration, "0s"),
     Field::new("ipvs.scheduler", "ipvs-scheduler", Text, "rr").only_in(IPVS, OF_IPVS),
-    Field::new("ipvs.excludeCIDRs", "ipvs-exclude-cidrs", Cidrs, "")
+    Field::new("ipvs.excludeCIDRs", "ipvs-exclude-cidrs", List, "")
         .ignored("virtual servers of others are left alone, wherever they are"),
     Field::new("ipvs.strictARP", "ipvs-strict-arp", Bool, "false").only_in(IPVS, OF_IPVS),
     Field::new("ipvs.tcpTimeout", "ipvs-tcp-timeout", Duration, "0s").ignored(IPVS_TIMES),

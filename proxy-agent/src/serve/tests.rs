@@ -102,7 +102,7 @@ async fn answers_on_both_addresses() {
 async fn what_is_in_force_is_shown_and_how_much_is_logged_is_set() {
     let flags = [("proxy-mode".to_owned(), "auto".to_owned()), ("v".to_owned(), "2".to_owned())].into();
     let configz = "{\"kubeproxy.config.k8s.io\":{}}".to_owned();
-    let (shown, configuration) = watch::channel(Arc::new(Shown { configz, flags }));
+    let (shown, configuration) = watch::channel(Arc::new(Shown { configz, flags, flagz: true, statusz: true }));
     let set = Arc::new(Mutex::new(Vec::new()));
     let verbosity: SetVerbosity = {
         let set = Arc::clone(&set);
@@ -111,7 +111,7 @@ async fn what_is_in_force_is_shown_and_how_much_is_logged_is_set() {
             if number == 99 { Err("no such filter".to_owned()) } else { Ok(()) }
         })
     };
-    let with = Options { healthz: None, configuration, verbosity: Some(verbosity), ..options().await };
+    let with = Options { configuration, verbosity: Some(verbosity), ..options().await };
     let without = Options { healthz: None, ..options().await };
     let cancel = CancellationToken::new();
     let (_status, watched) = watch::channel(Arc::new(Status::starting("ebpf", "n1".into())));
@@ -144,6 +144,12 @@ async fn what_is_in_force_is_shown_and_how_much_is_logged_is_set() {
     }
     shown.send_replace(Arc::new(Shown { configz: "{}".to_owned(), ..Shown::default() }));
     assert_eq!(get(with.metrics, "/configz").await.1, "{}", "what changes is shown");
+    for page in ["/flagz", "/statusz"] {
+        assert_eq!(get(with.metrics, page).await.0, "HTTP/1.1 404 Not Found", "{page} without its gate");
+    }
+    for page in ["/configz", "/flagz", "/statusz", "/debug/flags/v"] {
+        assert_eq!(get(with.healthz, page).await.0, "HTTP/1.1 404 Not Found", "{page} where health is served");
+    }
 
     let ask = async |to: &Options, method: &str, body: &str| {
         let length = body.len();
@@ -154,8 +160,8 @@ async fn what_is_in_force_is_shown_and_how_much_is_logged_is_set() {
     };
     let (code, body) = ask(&with, "PUT", "4").await;
     assert_eq!((code.as_str(), body.as_str()), ("200", "successfully set klog.logging.verbosity to 4\n"));
-    assert_eq!(ask(&with, "PUT", "10\n").await.0, "200");
-    for wrong in ["", "-1", "debug", "4294967296"] {
+    assert_eq!(ask(&with, "PUT", "10").await.0, "200");
+    for wrong in ["", "-1", "+1", "1\n", "debug", "4294967295", "4294967296"] {
         assert_eq!(ask(&with, "PUT", wrong).await.0, "400", "{wrong}");
     }
     assert_eq!(ask(&with, "PUT", "99").await, ("400".to_owned(), "no such filter\n".to_owned()));

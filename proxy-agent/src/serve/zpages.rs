@@ -26,6 +26,9 @@ pub struct Shown {
     pub configz: String,
     /// By option.
     pub flags: BTreeMap<String, String>,
+    /// Whether there are these pages.
+    pub flagz: bool,
+    pub statusz: bool,
 }
 
 /// Other pages that say something of the agent, as `/statusz` names them.
@@ -45,7 +48,10 @@ pub(super) async fn configz(State(shared): State<Arc<Shared>>) -> Response {
 }
 
 pub(super) async fn flagz(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
-    let flags = shared.options.configuration.borrow().flags.clone();
+    let Shown { flags, flagz, .. } = Shown::clone(&shared.options.configuration.borrow());
+    if !flagz {
+        return StatusCode::NOT_FOUND.into_response();
+    }
     page("Flagz", &headers, json!({ "flags": flags }), || {
         flags.iter().fold(String::new(), |mut text, (flag, value)| {
             let _ = writeln!(text, "{flag}={value}");
@@ -55,6 +61,9 @@ pub(super) async fn flagz(State(shared): State<Arc<Shared>>, headers: HeaderMap)
 }
 
 pub(super) async fn statusz(State(shared): State<Arc<Shared>>, headers: HeaderMap) -> Response {
+    if !shared.options.configuration.borrow().statusz {
+        return StatusCode::NOT_FOUND.into_response();
+    }
     let started = shared.status().started;
     let up = SystemTime::now().duration_since(started).unwrap_or(Duration::ZERO).as_secs();
     let (started, version) = (rfc3339(started), env!("CARGO_PKG_VERSION"));
@@ -127,7 +136,9 @@ pub(super) async fn verbosity(set: SetVerbosity, method: Method, body: String) -
     if method != Method::PUT {
         return plain(StatusCode::NOT_ACCEPTABLE, "unsupported http method");
     }
-    let Ok(number) = body.trim().parse::<u32>() else {
+    // As Go reads it: digits alone, and no more than an int32.
+    let digits = Some(&body).filter(|body| body.bytes().all(|byte| byte.is_ascii_digit()));
+    let Some(number) = digits.and_then(|body| body.parse().ok()).filter(|number| i32::try_from(*number).is_ok()) else {
         return plain(StatusCode::BAD_REQUEST, &format!("{body:?} is no verbosity; send a whole number, 0 or more"));
     };
     match set(number) {

@@ -273,7 +273,13 @@ impl Effective {
         let groups = groups.map(|(document, tree)| (document.api_group().to_owned(), 0, tree)).collect();
         let configz = serde_json::to_string(&Tree::Map(groups)).context("writing JSON")?;
         let flag = |(long, value): (&String, &Value)| (long.clone(), value.text.clone().unwrap_or_default());
-        Ok(serve::Shown { configz, flags: self.values.iter().map(flag).collect() })
+        let gates = self.values.get("feature-gates").and_then(|value| value.text.as_deref()).unwrap_or_default();
+        Ok(serve::Shown {
+            configz,
+            flags: self.values.iter().map(flag).collect(),
+            flagz: config::gates::is_on(gates, config::gates::FLAGZ),
+            statusz: config::gates::is_on(gates, config::gates::STATUSZ),
+        })
     }
 
     /// Those as YAML.

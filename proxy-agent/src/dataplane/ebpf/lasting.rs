@@ -32,7 +32,6 @@ impl Seen {
     fn ends_with_container(&self, mounted: bool) -> bool {
         match &self.at_first {
             Ok(device) if *device != self.device => true,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => true,
             _ => mounted && self.contained && !self.shared,
         }
     }
@@ -88,9 +87,9 @@ mod tests {
             (unknown(), true, true, true, false),
             // On the node itself.
             (Ok(7), false, false, true, false),
-            // With the node's PIDs: what the first process sees is another one, or none.
+            // With the node's PIDs: what the first process sees is another one. Where it has nothing the node's may be elsewhere.
             (Ok(8), false, false, false, true),
-            (absent(), false, true, false, true),
+            (absent(), false, true, false, false),
         ] {
             let what = format!("{at_first:?}, contained {contained}, shared {shared}, mounted {mounted}");
             let seen = Seen { device: 7, at_first, contained, shared };

@@ -54,7 +54,16 @@ impl Connector {
 }
 
 async fn connect(options: &KubernetesOptions) -> Result<Client, SourceError> {
-    let KubernetesOptions { kubeconfig, server, watch_timeout: _, requests } = options;
+    let config = config(options).await?;
+    let host = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
+    let builder = ClientBuilder::try_from(config)
+        .map_err(|error: kube::Error| wrong("a client for the API server".to_owned(), &error))?;
+    Ok(builder.with_layer(&Meter { requests: options.requests.clone(), host }).build())
+}
+
+/// What the client is made of. To make one may start a program that brings credentials, and wait for it; this only reads.
+pub(super) async fn config(options: &KubernetesOptions) -> Result<Config, SourceError> {
+    let KubernetesOptions { kubeconfig, server, watch_timeout: _, requests: _ } = options;
     let mut config = match kubeconfig {
         Some(path) => {
             let what = || format!("the kubeconfig {}", path.display());
@@ -72,10 +81,7 @@ async fn connect(options: &KubernetesOptions) -> Result<Client, SourceError> {
     config.connect_timeout = Some(Duration::from_secs(10));
     // Trying again is the followers' business: they say so in the state meanwhile.
     config.default_retry = false;
-    let host = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
-    let builder = ClientBuilder::try_from(config)
-        .map_err(|error: kube::Error| wrong("a client for the API server".to_owned(), &error))?;
-    Ok(builder.with_layer(&Meter { requests: requests.clone(), host }).build())
+    Ok(config)
 }
 
 fn wrong(what: String, error: &(dyn Error + 'static)) -> SourceError {

@@ -35,7 +35,7 @@ use crate::model::{Event, SourceState};
 
 /// Whether there is a configuration by which a client can be made.
 pub(super) async fn check(options: &KubernetesOptions) -> Result<(), SourceError> {
-    Connector::new(options.clone()).await.map(drop)
+    connect::config(options).await.map(drop)
 }
 
 pub(super) async fn run(

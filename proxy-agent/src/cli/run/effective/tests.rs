@@ -65,7 +65,7 @@ fn what_has_no_effect_is_said_once_with_the_reason() {
         let asked = match field.kind {
             config::Kind::Bool => "true",
             config::Kind::Levels | config::Kind::Gates => "proxier=4",
-            config::Kind::List | config::Kind::Cidrs => "10.0.0.0/8",
+            config::Kind::List => "10.0.0.0/8",
             config::Kind::MinorVersion => "1.35",
             config::Kind::Text => "something",
             config::Kind::Duration | config::Kind::Period | config::Kind::Nanoseconds => "7m",
@@ -138,7 +138,6 @@ fn what_does_not_exist_or_makes_no_sense_is_refused() {
         "--healthz-bind-address=0.0.0.0:0",
         "--metrics-bind-address=[::1]:0",
         "--healthz-port=65536",
-        "--ipvs-exclude-cidrs=10.0.0.1",
         "--show-hidden-metrics-for-version=latest",
         "--hostname-override= ",
         "--log-level=proxy_agent=loud",
