@@ -18,7 +18,7 @@ use std::{
 
 use super::{
     Ahead, Capabilities, Dataplane, DataplaneError, Drift, Fill, Hook, Report, Retiring, ebpf, iptables, ipvs,
-    netfilter::translated::Translated,
+    netfilter::{nat::Kept, translated::Translated},
     nftables,
     select::{Mode, Options},
 };
@@ -32,6 +32,8 @@ use crate::{
 const SOON: Duration = Duration::from_secs(1);
 /// Between two looks at flows that last.
 const LATER: Duration = Duration::from_secs(30);
+/// Between two looks for what may come.
+const AT_TIMES: Duration = Duration::from_secs(10);
 /// Between two tries at what fails.
 const LONGEST: Duration = Duration::from_secs(300);
 /// Looking takes at most one part in so many of the time.
@@ -39,7 +41,13 @@ const SHARE: u32 = 20;
 
 /// What one mode left. Another dataplane joins in by an implementation, and a line in [`find`].
 pub(crate) trait Former: Send {
-    fn mode(&self) -> Mode;
+    /// The mode's, or whoever else it is of.
+    fn name(&self) -> &'static str;
+
+    /// Whether there may be something at any time, and again. What agents left is there when one starts, or not at all.
+    fn recurs(&self) -> bool {
+        false
+    }
 
     /// Whether there is anything. Asked once the mode that takes over is in force.
     fn is_there(&mut self) -> Result<bool, DataplaneError>;
@@ -86,6 +94,7 @@ fn find(options: &Options) -> Result<Found, DataplaneError> {
     if *mode != Mode::Ipvs {
         found.formers.push(Box::new(ipvs::Former));
     }
+    found.formers.push(Box::new(Kept));
     found.known = known;
     Ok(found)
 }
@@ -210,9 +219,9 @@ impl Dataplane for Moving {
             // Nobody is left who counts by it.
             self.known = None;
         }
-        // Whoever drives this asks what is left each time.
-        let look = told.busy.then_some(SOON);
-        [next, look].into_iter().flatten().min()
+        // Whoever drives this asks what is left each time; something may come by itself.
+        let look = if told.busy { SOON } else { AT_TIMES };
+        Some(next.map_or(look, |next| next.min(look)))
     }
 
     fn unplaced(&self) -> Option<String> {
@@ -285,7 +294,7 @@ impl Worker {
         };
         let worker = Self { mode, tasks: formers.into_iter().map(task).collect(), shared };
         // Pins are looked for to find their owner, and there from the beginning.
-        worker.tell(|task| task.former.mode() == Mode::Ebpf);
+        worker.tell(|task| task.former.name() == Mode::Ebpf.name());
         worker
     }
 
@@ -311,11 +320,16 @@ impl Worker {
 
     fn tell(&self, of: impl Fn(&Task) -> bool) {
         let retiring = self.tasks.iter().filter(|task| of(task)).map(Task::state).collect();
-        *lock(&self.shared) = Told { retiring, busy: !self.tasks.is_empty() };
+        *lock(&self.shared) = Told { retiring, busy: self.tasks.iter().any(|task| !task.waits()) };
     }
 }
 
 impl Task {
+    /// For something that may come.
+    fn waits(&self) -> bool {
+        self.stage == Stage::Unasked && self.former.recurs()
+    }
+
     /// Whether it is over.
     fn turn(&mut self, to: Mode, now: Instant) -> bool {
         let start = Instant::now();
@@ -326,7 +340,7 @@ impl Task {
             Ok(_) => self.trouble = None,
             Err(error) => {
                 let trouble = error.to_string();
-                let mode = self.former.mode().name();
+                let mode = self.former.name();
                 if self.trouble.as_ref() != Some(&trouble) {
                     let retired = self.stage == Stage::Retired;
                     tracing::warn!(mode, retired, %error, "what an earlier run left cannot be done away with");
@@ -336,12 +350,15 @@ impl Task {
                 self.pause = (self.pause * 2).min(LONGEST);
             }
         }
+        if over && self.former.recurs() {
+            (self.stage, self.flows, self.pause) = (Stage::Unasked, None, AT_TIMES);
+        }
         self.due = now + self.pause.max(took * SHARE);
-        over
+        over && !self.former.recurs()
     }
 
     fn step(&mut self, to: Mode) -> Result<bool, DataplaneError> {
-        let mode = self.former.mode().name();
+        let mode = self.former.name();
         if self.stage == Stage::Unasked {
             if !self.former.is_there()? {
                 return Ok(true);
@@ -372,7 +389,7 @@ impl Task {
 
     fn state(&self) -> Retiring {
         Retiring {
-            mode: self.former.mode().name(),
+            mode: self.former.name(),
             retired: self.stage == Stage::Retired,
             flows: self.flows,
             trouble: self.trouble.clone(),
@@ -386,14 +403,19 @@ mod tests {
 
     /// What was asked of it, and how many flows it has each time.
     struct Fake {
+        recurs: bool,
         there: bool,
         flows: Vec<Result<u64, ()>>,
         log: Arc<Mutex<Vec<&'static str>>>,
     }
 
     impl Former for Fake {
-        fn mode(&self) -> Mode {
-            Mode::Nftables
+        fn name(&self) -> &'static str {
+            "nftables"
+        }
+
+        fn recurs(&self) -> bool {
+            self.recurs
         }
 
         fn is_there(&mut self) -> Result<bool, DataplaneError> {
@@ -420,8 +442,12 @@ mod tests {
     type Log = Arc<Mutex<Vec<&'static str>>>;
 
     fn worker(there: bool, flows: &[Result<u64, ()>]) -> (Worker, Log) {
+        worker_for(false, there, flows)
+    }
+
+    fn worker_for(recurs: bool, there: bool, flows: &[Result<u64, ()>]) -> (Worker, Log) {
         let log = Log::default();
-        let fake = Fake { there, flows: flows.to_vec(), log: Arc::clone(&log) };
+        let fake = Fake { recurs, there, flows: flows.to_vec(), log: Arc::clone(&log) };
         (Worker::new(Mode::Ebpf, vec![Box::new(fake)], Shared::default()), log)
     }
 
@@ -466,6 +492,22 @@ mod tests {
         let (mut worker, log) = worker(false, &[]);
         assert_eq!(turn(&mut worker), []);
         assert_eq!(*lock(&log), ["is there"]);
+    }
+
+    #[test]
+    fn what_may_come_again_is_looked_for_again() {
+        let (mut worker, log) = worker_for(true, true, &[Ok(1), Ok(0), Ok(0), Ok(5)]);
+        let waits = |worker: &Worker| (worker.tasks[0].waits(), lock(&worker.shared).busy);
+        let seen: Vec<_> = (0..4).map(|_| turn(&mut worker)).collect();
+        assert_eq!(seen, [vec![(None, false)], vec![(Some(1), false)], vec![(Some(0), false)], vec![]]);
+        assert_eq!((waits(&worker), worker.tasks[0].pause), ((true, false), AT_TIMES));
+        assert_eq!(lock(&log).last(), Some(&"remove"));
+        assert_eq!((turn(&mut worker), waits(&worker)), (vec![(None, false)], (false, true)));
+        assert_eq!(turn(&mut worker), [(Some(5), false)]);
+
+        let (mut worker, log) = worker_for(true, false, &[]);
+        assert_eq!([turn(&mut worker), turn(&mut worker)], [[], []]);
+        assert_eq!((log.lock().unwrap().len(), waits(&worker)), (2, (true, false)));
     }
 
     /// The thread waits for the word, and ends with its owner.

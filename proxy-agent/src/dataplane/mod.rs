@@ -359,6 +359,7 @@ pub struct Ahead {
 /// What an agent in another mode left in force. It stays until this mode is in force, then takes no new flows, and goes with its last one.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 pub struct Retiring {
+    /// Or `kube-proxy`: its rules are gone, and what it translated goes on.
     pub mode: &'static str,
     /// It takes no new flow.
     pub retired: bool,

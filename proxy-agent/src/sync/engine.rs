@@ -688,6 +688,9 @@ impl Engine {
             let text = retiring.iter().find(|one| one.mode == mode).and_then(trouble);
             self.complain(&format!("mode {mode}"), text);
         }
+        let kept = retiring.iter().find(|one| Mode::ALL.iter().all(|mode| mode.name() != one.mode));
+        let why = kept.and_then(|one| one.trouble.clone());
+        self.complain("connections that kube-proxy translated", why.map(|why| format!("NAT stays on for them: {why}")));
         if *self.table.next.retiring != retiring {
             self.table.edit().retiring = Arc::new(retiring);
         }

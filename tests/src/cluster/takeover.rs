@@ -303,12 +303,7 @@ impl Cluster {
             Some(Proxy::Agent) => {
                 self.remove(Proxy::KubeProxy)?;
                 self.install(Proxy::Agent)?;
-                // Else the kernel does no NAT any more: docs/install.md.
-                let keep =
-                    "add table ip keep-nat; add chain ip keep-nat all { type nat hook postrouting priority 100 ; }";
-                self.on_every_node(Path::new("nft"), &[keep])?;
-                // Nothing of the agent's is pinned there: of what it programmed nothing is to go.
-                self.on_every_node(agent, &["cleanup", "--kube-proxy", "--bpffs=/sys/fs/bpf/nothing"])
+                self.on_every_node(agent, &["cleanup", "--kube-proxy"])
             }
             Some(Proxy::KubeProxy) => {
                 self.remove(Proxy::Agent)?;

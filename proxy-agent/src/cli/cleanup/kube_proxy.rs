@@ -12,7 +12,7 @@ use crate::{
             codec::Virtual,
             kube_proxy::{self as ipvs, NodePorts},
         },
-        netfilter::{conntrack::Socket, ipset::Sets, tool::Tool},
+        netfilter::{conntrack::Socket, ip, ipset::Sets, tool::Tool},
     },
     model::{Family, Protocol},
 };
@@ -137,6 +137,7 @@ pub(super) struct Remains {
 enum How {
     Servers(Vec<Virtual>),
     Device(u32),
+    Table(Family),
     Rules { program: &'static str, args: &'static [&'static str], input: String },
     Sets(Vec<String>),
 }
@@ -147,6 +148,9 @@ impl Remains {
         let done = match how {
             How::Servers(servers) => ipvs::remove_servers(servers).map_err(Into::into),
             How::Device(index) => ipvs::remove_device(*index).map_err(Into::into),
+            How::Table(family) => {
+                Socket::open().and_then(|socket| socket.remove_table(*family, TABLE)).map_err(Into::into)
+            }
             How::Rules { program, args, input } => tool(program).run(args, input).map(drop).map_err(Into::into),
             How::Sets(names) => destroy(names),
         };
@@ -234,11 +238,8 @@ fn rules() -> anyhow::Result<Vec<Remains>> {
     let tables = tables()?;
     let mut found = Vec::new();
     for (family, name) in tables.iter().filter(|(_, name)| name == TABLE) {
-        let ip = ip(*family);
-        found.push(Remains {
-            what: format!("table {ip} {name} (nftables)"),
-            how: How::Rules { program: "nft", args: &["-f", "-"], input: format!("delete table {ip} {name}\n") },
-        });
+        let what = format!("table {} {name} (nftables)", ip(*family));
+        found.push(Remains { what, how: How::Table(*family) });
     }
     for flavour in &FLAVOURS {
         let Flavour { save, restore, family, listed } = flavour;
@@ -275,13 +276,6 @@ fn tables() -> anyhow::Result<BTreeSet<(Family, String)>> {
         }
     }
     Ok(found)
-}
-
-const fn ip(family: Family) -> &'static str {
-    match family {
-        Family::V4 => "ip",
-        Family::V6 => "ip6",
-    }
 }
 
 fn names(file: &str) -> BTreeSet<String> {

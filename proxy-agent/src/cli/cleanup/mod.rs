@@ -1,4 +1,6 @@
 //! `cleanup`: removes everything of ours from the kernel, whichever dataplane made it, and on request what kube-proxy left. Idempotent.
+//!
+//! Beside an agent that runs it removes what kube-proxy left and nothing else.
 
 use std::{
     fs, io,
@@ -16,8 +18,10 @@ use crate::{
         ebpf::{Ebpf, read::Pins},
         iptables::Iptables,
         ipvs::Ipvs,
+        netfilter::{ip, lock::Lock, nat},
         nftables::Nftables,
     },
+    model::Family,
 };
 
 pub(super) mod kube_proxy;
@@ -28,7 +32,7 @@ pub struct Args {
     #[arg(long, value_name = "DIR", default_value = BPFFS, env = "PROXY_AGENT_BPFFS")]
     bpffs: PathBuf,
     /// Also remove what kube-proxy left: its tables of nftables, its chains in those of iptables, virtual servers, device and sets of its
-    /// IPVS mode
+    /// IPVS mode; while an agent runs, nothing but that
     #[arg(long)]
     kube_proxy: bool,
     /// Say what would be removed, and remove nothing
@@ -45,17 +49,21 @@ impl Args {
 
 pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let Args { bpffs, kube_proxy, dry_run } = args;
-    if let Ok(pins) = Pins::open(&bpffs)
-        && pins.agent_running()
-    {
+    if let Some(agent) = agent_on(&bpffs) {
+        if kube_proxy {
+            return beside(&agent, &bpffs, dry_run, out);
+        }
         // It would put back at once what is removed under it.
-        let pid = pins.agent_pid().map(|pid| format!(" (pid {pid})")).unwrap_or_default();
-        bail!("an agent runs on {}{pid}: stop it first", bpffs.display());
+        bail!("{agent}: stop it first");
+    }
+    if kube_proxy && Lock::take().is_err() {
+        return beside("an agent runs in this network namespace", &bpffs, dry_run, out);
     }
     let done = if dry_run { "would remove" } else { "removed" };
     let reading = || format!("reading {}", bpffs.display());
     let found = pinned(&bpffs).with_context(reading)?;
     let (tables, (chains, unknown), servers) = (Nftables::remains()?, Iptables::remains(), Ipvs::remains()?);
+    let kept = nat::remains()?;
     // First of all, since it is refused where an agent is at work on them.
     if !tables.is_empty() && !dry_run {
         Nftables::remove()?;
@@ -70,7 +78,10 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     if !servers.is_empty() && !dry_run {
         Ipvs::remove()?;
     }
-    for rules in tables.iter().chain(&chains).chain(&servers) {
+    if !kept.is_empty() && !dry_run {
+        nat::remove()?;
+    }
+    for rules in tables.iter().chain(&chains).chain(&servers).chain(&kept) {
         writeln!(out, "{done} {rules}")?;
     }
     if !dry_run {
@@ -87,7 +98,7 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
         bail!("{} of {} pins are still there, {} among them", left.len(), found.len(), path.display());
     }
     if kube_proxy {
-        of_kube_proxy(dry_run, done, out)?;
+        of_kube_proxy(&kube_proxy::find()?, dry_run, out)?;
     }
     match unknown {
         Some(unknown) => bail!(unknown),
@@ -95,13 +106,78 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     }
 }
 
-/// One that runs puts back what is taken from it; that shows at the end.
-fn of_kube_proxy(dry_run: bool, done: &str, out: &mut dyn Write) -> anyhow::Result<()> {
+/// The agent that holds these pins, if one does.
+fn agent_on(bpffs: &Path) -> Option<String> {
+    let pins = Pins::open(bpffs).ok().filter(Pins::agent_running)?;
+    let pid = pins.agent_pid().map(|pid| format!(" (pid {pid})")).unwrap_or_default();
+    Some(format!("an agent runs on {}{pid}", bpffs.display()))
+}
+
+/// What kube-proxy left, and nothing that the agent is at work on.
+fn beside(agent: &str, bpffs: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Result<Exit> {
+    if !is_in_force(bpffs)? {
+        bail!(
+            "{agent}, but has nothing in force yet: without kube-proxy's rules nobody would serve; wait until it is ready (`proxy-agent status`)"
+        );
+    }
+    writeln!(out, "{agent}: what is its own stays")?;
     let found = kube_proxy::find()?;
+    if !found.is_empty() {
+        keep_nat(dry_run, out)?;
+    }
+    of_kube_proxy(&found, dry_run, out)?;
+    Ok(Exit::Done)
+}
+
+/// Whether something of ours serves here, in whichever mode.
+fn is_in_force(bpffs: &Path) -> anyhow::Result<bool> {
+    let by_programs = match Pins::open(bpffs) {
+        Ok(pins) => !pins.is_retired() && !pins.frontends()?.is_empty(),
+        Err(_) => false,
+    };
+    Ok(by_programs
+        || !Nftables::remains()?.is_empty()
+        || !Iptables::remains().0.is_empty()
+        || !Ipvs::remains()?.is_empty())
+}
+
+/// Before kube-proxy's rules go, which may be the last that have translation switched on. The agent removes it when nobody needs it.
+fn keep_nat(dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+    for family in Family::BOTH {
+        // Where they cannot be counted there may be some.
+        let count = match nat::translated(family) {
+            Ok(0) => continue,
+            Ok(count) => count.to_string(),
+            Err(_) => "all".to_owned(),
+        };
+        let ip = ip(family);
+        if dry_run {
+            writeln!(out, "would keep NAT on for connections that are translated ({count}, {ip})")?;
+            continue;
+        }
+        match nat::keep(family) {
+            Ok(table) => writeln!(
+                out,
+                "made {table}: it keeps NAT on for connections that are translated ({count}), and the agent removes it when they have ended"
+            )?,
+            Err(error) => {
+                writeln!(
+                    out,
+                    "connections that are translated ({count}, {ip}) may end: nothing keeps NAT on for them: {error}"
+                )?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// One that runs puts back what is taken from it; that shows at the end.
+fn of_kube_proxy(found: &[kube_proxy::Remains], dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+    let done = if dry_run { "would remove" } else { "removed" };
     if found.is_empty() {
         writeln!(out, "no rules of kube-proxy")?;
     }
-    for remains in &found {
+    for remains in found {
         if !dry_run {
             remains.remove()?;
         }

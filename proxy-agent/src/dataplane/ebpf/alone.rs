@@ -12,7 +12,6 @@ use std::{
     convert::Infallible,
     io,
     net::IpAddr,
-    path::Path,
     sync::mpsc::{self, Receiver, RecvTimeoutError, Sender},
     time::{Duration, Instant},
 };
@@ -29,7 +28,7 @@ use super::{
     sys::{self, Map},
 };
 use crate::{
-    dataplane::netfilter::conntrack::{Entry, Socket},
+    dataplane::netfilter::conntrack::{self, Entry, Socket},
     model::{Family, Protocol},
 };
 
@@ -41,8 +40,6 @@ const LONGEST: Duration = Duration::from_secs(300);
 /// Long looks take at most one part in so many of the time.
 const SHARE: u32 = 100;
 const LONG: Duration = Duration::from_secs(1);
-/// Only there where the kernel tracks connections. Asked of this and not by listing, which would load the module.
-const TRACKED: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
 
 /// The thread's other end. It ends with this.
 #[derive(Debug)]
@@ -125,7 +122,7 @@ fn run(layout: &Layout, end: &Receiver<Infallible>) {
 /// TCP connections to frontends of ours that somebody else translates.
 fn others(layout: &Layout) -> io::Result<usize> {
     // Without connection tracking there is no translation by rules.
-    if !Path::new(TRACKED).exists() {
+    if !conntrack::is_tracking() {
         return Ok(0);
     }
     let socket = Socket::open()?;

@@ -70,8 +70,8 @@ impl Former {
 }
 
 impl former::Former for Former {
-    fn mode(&self) -> Mode {
-        Mode::Ebpf
+    fn name(&self) -> &'static str {
+        Mode::Ebpf.name()
     }
 
     fn is_there(&mut self) -> Result<bool, DataplaneError> {

@@ -15,8 +15,8 @@ use crate::dataplane::{DataplaneError, former, netfilter::translated::Translated
 pub(crate) struct Former(pub(crate) Translated);
 
 impl former::Former for Former {
-    fn mode(&self) -> Mode {
-        Mode::Iptables
+    fn name(&self) -> &'static str {
+        Mode::Iptables.name()
     }
 
     fn is_there(&mut self) -> Result<bool, DataplaneError> {

@@ -13,8 +13,8 @@ use crate::dataplane::{DataplaneError, former, netfilter::Options, select::Mode}
 pub(crate) struct Former;
 
 impl former::Former for Former {
-    fn mode(&self) -> Mode {
-        Mode::Ipvs
+    fn name(&self) -> &'static str {
+        Mode::Ipvs.name()
     }
 
     fn is_there(&mut self) -> Result<bool, DataplaneError> {

@@ -6,6 +6,7 @@ use std::{
     io,
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     os::fd::OwnedFd,
+    path::Path,
 };
 
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType, netlink};
@@ -18,10 +19,15 @@ use crate::{
     model::{Family, Port, Protocol},
 };
 
-const NFTABLES: u16 = 10 << 8;
-const NEW_TABLE: u16 = NFTABLES;
+pub(super) const NFTABLES: u16 = 10 << 8;
+pub(super) const NEW_TABLE: u16 = NFTABLES;
 const GET_TABLE: u16 = NFTABLES | 1;
-const TABLE_NAME: u16 = 1;
+const DELETE_TABLE: u16 = NFTABLES | 2;
+pub(super) const TABLE_NAME: u16 = 1;
+/// Around what is done as a whole or not at all; the resource of the first says of what.
+const BATCH_BEGIN: u16 = 16;
+const BATCH_END: u16 = 17;
+const RESOURCE: [u8; 2] = (NFTABLES >> 8).to_be_bytes();
 const NEW_GENERATION: u16 = NFTABLES | 15;
 const GET_GENERATION: u16 = NFTABLES | 16;
 const GENERATION_ID: u16 = 1;
@@ -30,12 +36,12 @@ const GET_RULE: u16 = NFTABLES | 7;
 const GET_SET: u16 = NFTABLES | 10;
 const GET_ELEMENTS: u16 = NFTABLES | 13;
 /// Of chains, rules and sets alike.
-const TABLE: u16 = 1;
-const CHAIN_NAME: u16 = 3;
+pub(super) const TABLE: u16 = 1;
+pub(super) const CHAIN_NAME: u16 = 3;
 /// Where a chain is hooked, what becomes of what it leaves alone, and its type.
-const CHAIN_HOOK: [u16; 3] = [4, 5, 7];
-const RULE_CHAIN: u16 = 2;
-const RULE_EXPRESSIONS: u16 = 4;
+pub(super) const CHAIN_HOOK: [u16; 3] = [4, 5, 7];
+pub(super) const RULE_CHAIN: u16 = 2;
+pub(super) const RULE_EXPRESSIONS: u16 = 4;
 const SET_NAME: u16 = 2;
 /// Of `GET_ELEMENTS`: the name of the set, and its elements.
 const ELEMENTS_SET: u16 = 2;
@@ -55,7 +61,7 @@ const STATUS: u16 = 3;
 const PROTOCOL_INFO: u16 = 4;
 const ID: u16 = 12;
 const ZONE: u16 = 18;
-const NESTED: u16 = 0x8000;
+pub(super) const NESTED: u16 = 0x8000;
 
 /// `CTA_PROTOINFO_TCP`, `CTA_PROTOINFO_TCP_STATE`, and the first of the states of a connection that is over (`TIME_WAIT`, `CLOSE`).
 const OF_TCP: u16 = 1;
@@ -64,6 +70,14 @@ const TIME_WAIT: u8 = 7;
 
 /// `IPS_DST_NAT`.
 const DST_NAT: u32 = 1 << 5;
+
+/// Only there where the kernel tracks connections.
+const TRACKED: &str = "/proc/sys/net/netfilter/nf_conntrack_count";
+
+/// Asked of this and not by listing, which would load the module.
+pub(crate) fn is_tracking() -> bool {
+    Path::new(TRACKED).exists()
+}
 
 /// One end of a tuple.
 pub(crate) type End = (IpAddr, Port);
@@ -134,6 +148,29 @@ pub(crate) struct Structure {
     pub(crate) sets: BTreeSet<String>,
 }
 
+/// One change of a transaction of nftables.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Step {
+    pub(crate) kind: u16,
+    pub(crate) flags: u16,
+    pub(crate) attributes: Vec<u8>,
+}
+
+pub(crate) fn remove_table(table: &str) -> Step {
+    Step { kind: DELETE_TABLE, flags: 0, attributes: string(TABLE_NAME, table) }
+}
+
+/// An attribute that is a name.
+pub(crate) fn string(kind: u16, text: &str) -> Vec<u8> {
+    attribute(kind, &[text.as_bytes(), &[0]].concat())
+}
+
+/// Whether it is for want of nftables, or of leave to ask, that a question after tables fails.
+pub(crate) fn is_refusal(error: &io::Error) -> bool {
+    [Some(libc::EINVAL), Some(libc::EOPNOTSUPP), Some(libc::EPROTONOSUPPORT), Some(libc::EPERM)]
+        .contains(&error.raw_os_error())
+}
+
 /// Netfilter's netlink, of the network namespace that it was opened in.
 #[derive(Debug)]
 pub(crate) struct Socket(OwnedFd);
@@ -172,6 +209,40 @@ impl Socket {
             false
         })?;
         Ok(names)
+    }
+
+    /// Which families have a table of nftables of this name, anybody's. A kernel that is not ours to ask, or has no nftables, has none.
+    pub(crate) fn families_with(table: &str) -> io::Result<Vec<Family>> {
+        let mut found = Vec::new();
+        for family in Family::BOTH {
+            match Self::open().and_then(|socket| socket.tables(family)) {
+                Ok(names) => found.extend(names.iter().any(|name| name == table).then_some(family)),
+                Err(error) if is_refusal(&error) => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(found)
+    }
+
+    /// A table of nftables, with all that is in it.
+    pub(crate) fn remove_table(&self, family: Family, table: &str) -> io::Result<()> {
+        self.transact(family, &[remove_table(table)])
+    }
+
+    /// Changes rules of nftables, by all of these steps or by none.
+    pub(crate) fn transact(&self, family: Family, steps: &[Step]) -> io::Result<()> {
+        let around = |kind| message(kind, NLM_F_REQUEST, &[&[libc::AF_UNSPEC as u8, 0], &RESOURCE[..]].concat());
+        let mut batch = around(BATCH_BEGIN);
+        for (nth, Step { kind, flags, attributes }) in steps.iter().enumerate() {
+            // The kernel answers once it has carried out all of them, with what it refuses first: one answer tells.
+            let answered = if nth + 1 == steps.len() { NLM_F_ACK } else { 0 };
+            let body = [&[number(family), 0, 0, 0], &attributes[..]].concat();
+            batch.extend(message(*kind, NLM_F_REQUEST | flags | answered, &body));
+            batch.resize(batch.len().next_multiple_of(4), 0);
+        }
+        batch.extend(around(BATCH_END));
+        rustix::net::send(&self.0, &batch, SendFlags::empty())?;
+        self.receive(|_, _| false)
     }
 
     /// Of nftables' table of this name; empty where there is none.

@@ -11,6 +11,7 @@
 //! sift       finds out what is wrong with a change that is refused
 //! flows      ends UDP flows of backends that are gone, in the kernel's conntrack
 //! translated counts the connections that it translates, where another mode takes over
+//! nat        keeps translation on for those of kube-proxy
 //! ```
 
 use std::{
@@ -24,7 +25,7 @@ use std::{
     },
 };
 
-use super::{DetectLocal, alive::Ended, iptables::Flavour};
+use super::{DataplaneError, DetectLocal, alive::Ended, iptables::Flavour};
 use crate::{
     desired::{Algorithm, Devices},
     model::{Family, Protocol, ServicePortName},
@@ -36,6 +37,7 @@ pub(crate) mod flows;
 pub(crate) mod ipset;
 pub mod lock;
 pub(crate) mod names;
+pub mod nat;
 pub(crate) mod ration;
 #[cfg(test)]
 pub(crate) mod refused;
@@ -66,6 +68,21 @@ pub struct Options {
     pub masquerade_ports: (u16, u16),
     /// Of IPVS, where a Service does not say how a backend is chosen.
     pub ipvs_scheduler: String,
+}
+
+/// Tables of nftables of this name, as they are told to users.
+pub(crate) fn named(table: &str) -> Result<Vec<String>, DataplaneError> {
+    let found = conntrack::Socket::families_with(table);
+    let found = found.map_err(|source| DataplaneError::Kernel { what: "the tables of nftables".into(), source })?;
+    Ok(found.into_iter().map(|family| format!("table {} {table} (nftables)", ip(family))).collect())
+}
+
+/// As nft calls a family.
+pub(crate) const fn ip(family: Family) -> &'static str {
+    match family {
+        Family::V4 => "ip",
+        Family::V6 => "ip6",
+    }
 }
 
 /// A counter for each address family.

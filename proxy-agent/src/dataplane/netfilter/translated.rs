@@ -3,9 +3,9 @@
 //! The rules are for the first packet of a flow alone; what follows is translated by its entry, as long as somebody has conntrack and
 //! translation switched on in this network namespace. So what is retired keeps that, and nothing else.
 
-use std::{collections::BTreeSet, io, sync::PoisonError};
+use std::{io, sync::PoisonError};
 
-use super::conntrack::{Entry, Socket};
+use super::conntrack::{self, Entry, Socket};
 use crate::{
     dataplane::{DataplaneError, former::Known},
     desired::Frontend,
@@ -38,21 +38,29 @@ impl Translated {
     pub(crate) fn flows(&self) -> Result<u64, DataplaneError> {
         let Some(known) = &self.known else { return Ok(0) };
         let known = known.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        count(&known).map_err(|source| DataplaneError::Kernel {
-            what: "count the connections that conntrack translates (is nf_conntrack_netlink there?)".into(),
-            source,
-        })
+        let of = |family| of(family, |frontend| known.contains(&frontend));
+        Family::BOTH.into_iter().map(of).sum::<io::Result<u64>>().map_err(failed)
     }
 }
 
-fn count(known: &BTreeSet<Frontend>) -> io::Result<u64> {
-    let socket = Socket::open()?;
+/// Open connections whose destination is translated, and was one of these.
+pub(super) fn of(family: Family, is_meant: impl Fn(Frontend) -> bool) -> io::Result<u64> {
     let mut flows = 0;
-    for family in Family::BOTH {
-        socket.all_entries(family, |Entry { protocol, asked: (addr, port), translated, zoned, over, .. }| {
-            let counts = translated && !zoned && !over && known.contains(&Frontend { addr, port, protocol });
-            flows += u64::from(counts);
-        })?;
+    if !conntrack::is_tracking() {
+        return Ok(flows);
     }
+    Socket::open()?.all_entries(
+        family,
+        |Entry { protocol, asked: (addr, port), translated, zoned, over, .. }| {
+            flows += u64::from(translated && !zoned && !over && is_meant(Frontend { addr, port, protocol }));
+        },
+    )?;
     Ok(flows)
+}
+
+pub(super) fn failed(source: io::Error) -> DataplaneError {
+    DataplaneError::Kernel {
+        what: "count the connections that conntrack translates (is nf_conntrack_netlink there?)".into(),
+        source,
+    }
 }

@@ -26,8 +26,8 @@ const RETIRED: &str = "retired";
 pub(crate) struct Former(pub(crate) Translated);
 
 impl former::Former for Former {
-    fn mode(&self) -> Mode {
-        Mode::Nftables
+    fn name(&self) -> &'static str {
+        Mode::Nftables.name()
     }
 
     fn is_there(&mut self) -> Result<bool, DataplaneError> {

@@ -236,19 +236,7 @@ impl Nftables {
     }
 
     pub(crate) fn remains_of(role: Role) -> Result<Vec<String>, DataplaneError> {
-        let table = role.table();
-        let refused = [Some(libc::EINVAL), Some(libc::EOPNOTSUPP), Some(libc::EPROTONOSUPPORT), Some(libc::EPERM)];
-        let mut found = Vec::new();
-        for (family, ip) in Family::BOTH.into_iter().zip(["ip", "ip6"]) {
-            match Socket::open().and_then(|socket| socket.tables(family)) {
-                Ok(names) => found.extend(
-                    names.iter().filter(|name| *name == table).map(|_| format!("table {ip} {table} (nftables)")),
-                ),
-                Err(error) if refused.contains(&error.raw_os_error()) => {}
-                Err(source) => return Err(DataplaneError::Kernel { what: "the tables of nftables".into(), source }),
-            }
-        }
-        Ok(found)
+        netfilter::named(role.table())
     }
 
     /// Notes which virtual servers of a family are ours; with whatever is next brought about, if nothing of this family is in force yet.
