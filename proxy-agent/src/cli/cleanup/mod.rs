@@ -6,6 +6,8 @@ use std::{
     fs, io,
     io::Write,
     path::{Path, PathBuf},
+    thread,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, bail};
@@ -13,9 +15,9 @@ use clap::Args as ClapArgs;
 
 use super::Exit;
 use crate::{
-    config::BPFFS,
+    config::{self, BPFFS},
     dataplane::{
-        ebpf::{Ebpf, read::Pins},
+        ebpf::{Drain, Ebpf, read::Pins},
         iptables::Iptables,
         ipvs::Ipvs,
         netfilter::{ip, lock::Lock, nat},
@@ -26,6 +28,11 @@ use crate::{
 
 pub(super) mod kube_proxy;
 
+/// Between two looks at connections that are waited for.
+const LOOK: Duration = Duration::from_secs(1);
+/// Between two words about them.
+const SAY: Duration = Duration::from_secs(10);
+
 #[derive(Clone, Debug, ClapArgs)]
 pub struct Args {
     /// Directory of the pinned maps and programs
@@ -35,6 +42,9 @@ pub struct Args {
     /// IPVS mode; while an agent runs, nothing but that
     #[arg(long)]
     kube_proxy: bool,
+    /// Of eBPF mode: let open connections end first, for so long at most (30m). New ones are left to whoever else serves here at once
+    #[arg(long, value_name = "DURATION", value_parser = config::period, conflicts_with = "kube_proxy")]
+    drain: Option<Duration>,
     /// Say what would be removed, and remove nothing
     #[arg(long)]
     dry_run: bool,
@@ -43,12 +53,12 @@ pub struct Args {
 impl Args {
     /// What kube-proxy's `--cleanup` is expected to do: ours, and kube-proxy's.
     pub fn everything(bpffs: PathBuf) -> Self {
-        Self { bpffs, kube_proxy: true, dry_run: false }
+        Self { bpffs, kube_proxy: true, drain: None, dry_run: false }
     }
 }
 
 pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
-    let Args { bpffs, kube_proxy, dry_run } = args;
+    let Args { bpffs, kube_proxy, drain, dry_run } = args;
     if let Some(agent) = agent_on(&bpffs) {
         if kube_proxy {
             return beside(&agent, &bpffs, dry_run, out);
@@ -85,7 +95,10 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
         writeln!(out, "{done} {rules}")?;
     }
     if !dry_run {
-        Ebpf::remove(&bpffs)?;
+        match drain {
+            Some(patience) => drained(&bpffs, patience, out)?,
+            None => Ebpf::remove(&bpffs)?,
+        }
     }
     if found.is_empty() {
         writeln!(out, "{}: nothing is pinned here", bpffs.display())?;
@@ -187,6 +200,37 @@ fn of_kube_proxy(found: &[kube_proxy::Remains], dry_run: bool, out: &mut dyn Wri
         bail!("{} is there again: does kube-proxy still run here?", again.what);
     }
     Ok(())
+}
+
+/// Removes what is pinned once its connections have ended, by two looks: one may have begun just before new ones were left to others. Who
+/// ends this before leaves them as they are, and may begin again.
+fn drained(bpffs: &Path, patience: Duration, out: &mut dyn Write) -> anyhow::Result<()> {
+    let Some(mut drain) = Drain::begin(bpffs)? else { return Ok(()) };
+    writeln!(out, "new connections are left to others from now on")?;
+    out.flush()?;
+    let end = Instant::now() + patience;
+    let mut said: Option<Instant> = None;
+    let mut quiet = false;
+    loop {
+        let flows = drain.flows()?;
+        let left = end.saturating_duration_since(Instant::now());
+        if quiet && flows == 0 {
+            writeln!(out, "all connections have ended")?;
+            break;
+        }
+        if left.is_zero() {
+            writeln!(out, "{flows} connections are open still, and end now")?;
+            break;
+        }
+        quiet = flows == 0;
+        if !quiet && said.is_none_or(|at| at.elapsed() >= SAY) {
+            writeln!(out, "{flows} connections are open; {} s are left to them", left.as_secs())?;
+            out.flush()?;
+            said = Some(Instant::now());
+        }
+        thread::sleep(LOOK.min(left));
+    }
+    Ok(drain.remove()?)
 }
 
 /// Everything pinned below `dir`, sorted; nothing where there is no such directory.

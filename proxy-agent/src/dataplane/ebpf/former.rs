@@ -6,6 +6,7 @@
 
 use std::{
     io,
+    path::Path,
     sync::Arc,
     time::{Duration, SystemTime},
 };
@@ -17,7 +18,7 @@ use proxy_common::{
 };
 
 use super::{
-    Options,
+    Options, Timeouts,
     family::Family,
     hygiene::{self, Census, Hygiene},
     layout::MapName,
@@ -48,24 +49,52 @@ impl Former {
     /// the programs come before netfilter, so they would go on choosing backends by what was true when they were left, and nobody would hear of
     /// the new mode.
     pub(crate) fn find(options: &Options) -> Result<Option<(Self, Hygiene)>, DataplaneError> {
-        let there = Layout::of(&options.bpffs).version.try_exists();
+        let Some(former) = Self::open(&options.bpffs, options.timeouts)? else { return Ok(None) };
+        let tcp = hygiene::reaches_sockets(Protocol::Tcp);
+        let pods = hygiene::reaches_sockets(Protocol::Udp).or_else(|why| tcp.map_err(|_| why));
+        let Self { pinned, census, retired: _ } = &former;
+        let hygiene = Hygiene::start(pinned.layout.clone(), pods, census.timeouts(), Arc::clone(&options.ended))
+            .map_err(super::kernel("start the thread that ends stale flows"))?;
+        Ok(Some((former, hygiene)))
+    }
+
+    fn open(bpffs: &Path, otherwise: Timeouts) -> Result<Option<Self>, DataplaneError> {
+        let there = Layout::of(bpffs).version.try_exists();
         if !there.map_err(super::kernel("look for what an agent in mode ebpf left (--bpffs)"))? {
             return Ok(None);
         }
-        let pinned = match Pinned::open(&options.bpffs) {
+        let pinned = match Pinned::open(bpffs) {
             Ok(pinned) => pinned,
             // Whatever that is, no program hangs on it.
             Err(PinError::NotBpffs { .. }) => return Ok(None),
             Err(error) => return Err(in_the_way(&error)),
         };
         may_be_emptied(&pinned.layout).map_err(|error| in_the_way(&error))?;
-        let tcp = hygiene::reaches_sockets(Protocol::Tcp);
-        let pods = hygiene::reaches_sockets(Protocol::Udp).or_else(|why| tcp.map_err(|_| why));
         // What this agent was told may be something else, and is of a mode that it does not run in.
-        let timeouts = noted::timeouts(&pinned.layout, options.timeouts);
-        let hygiene = Hygiene::start(pinned.layout.clone(), pods, timeouts, Arc::clone(&options.ended))
-            .map_err(super::kernel("start the thread that ends stale flows"))?;
-        Ok(Some((Self { pinned, census: Census::new(timeouts), retired: None }, hygiene)))
+        let timeouts = noted::timeouts(&pinned.layout, otherwise);
+        Ok(Some(Self { pinned, census: Census::new(timeouts), retired: None }))
+    }
+}
+
+/// What an agent left, held as if one ran on it while its connections end: new ones are left to whoever is behind.
+#[derive(Debug)]
+pub struct Drain(Former);
+
+impl Drain {
+    /// `None` where nothing is pinned.
+    pub fn begin(bpffs: &Path) -> Result<Option<Self>, DataplaneError> {
+        let Some(mut former) = Former::open(bpffs, Timeouts::default())? else { return Ok(None) };
+        former::Former::retire(&mut former)?;
+        Ok(Some(Self(former)))
+    }
+
+    /// Flows that the programs translate packet by packet. Sockets that were pointed at a backend go on without them.
+    pub fn flows(&mut self) -> Result<u64, DataplaneError> {
+        self.0.count(false)
+    }
+
+    pub fn remove(mut self) -> Result<(), DataplaneError> {
+        former::Former::remove(&mut self.0)
     }
 }
 
@@ -88,12 +117,18 @@ impl former::Former for Former {
     fn flows(&mut self) -> Result<u64, DataplaneError> {
         // A clock that was set back says nothing.
         let sockets = self.retired.is_none_or(|retired| retired.elapsed().unwrap_or_default() < SOCKETS_COUNT_FOR);
-        unless_broken_off(self.census.count(&self.pinned.layout, sockets))
-            .map_err(super::kernel("count the flows of eBPF"))
+        self.count(sockets)
     }
 
     fn remove(&mut self) -> Result<(), DataplaneError> {
         remove_all(&self.pinned.layout)
+    }
+}
+
+impl Former {
+    fn count(&mut self, sockets: bool) -> Result<u64, DataplaneError> {
+        unless_broken_off(self.census.count(&self.pinned.layout, sockets))
+            .map_err(super::kernel("count the flows of eBPF"))
     }
 }
 

@@ -64,6 +64,7 @@ mod sys;
 mod table;
 pub mod xdp;
 
+pub use former::Drain;
 pub(crate) use former::Former;
 pub(crate) use hygiene::Hygiene;
 /// For tests and benchmarks, with maps that are pinned nowhere.

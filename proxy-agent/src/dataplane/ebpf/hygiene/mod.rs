@@ -144,6 +144,10 @@ impl Census {
         Self { timeouts, notes: None }
     }
 
+    pub(crate) const fn timeouts(&self) -> Timeouts {
+        self.timeouts
+    }
+
     /// Flows that are not over, and where it is asked for, sockets that are pointed at a backend.
     pub(crate) fn count(&mut self, layout: &Layout, sockets: bool) -> io::Result<u64> {
         let clock = Clock::new(self.timeouts);
