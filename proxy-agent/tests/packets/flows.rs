@@ -123,6 +123,26 @@ fn a_masquerade_that_was_left_alone_is_made_anew() {
     assert_eq!(world.reasons(), []);
 }
 
+/// The port that it answers to may be another's by then: of a connection of the node's own, or of one that another proxy masquerades.
+#[test]
+fn a_datagram_after_the_time_out_answers_no_masqueraded_flow() {
+    let name = "a_datagram_after_the_time_out_answers_no_masqueraded_flow";
+    let Some(mut world) = world(name, Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let seen = masquerade(&mut world, UDP, cast.client, cast.vip, cast.node);
+        let answer = Packet::answer(UDP, cast.backend, seen);
+        masqueraded_answer(&mut world, &answer, cast.client, cast.vip);
+        world.age(100);
+        masqueraded_answer(&mut world, &answer, cast.client, cast.vip);
+        world.age(200);
+        world.untouched(Hook::Ingress, &answer.frame());
+        assert!(!world.rows().iter().any(|row| row.is(flags::MASQUERADE)), "{:#?}", world.rows());
+        world.remove(|_| true);
+    }
+    assert_eq!(world.reasons(), []);
+}
+
 /// Nor does one that is not masqueraded (policy Local, say) get the node's address from it: it gets another port.
 #[test]
 fn a_masquerade_that_was_left_alone_is_for_nobody_else() {
@@ -531,7 +551,8 @@ fn a_direct_connection_beside_one_through_the_vip() {
                 world.age(121);
             }
             world.untouched(Hook::Ingress, &direct.frame());
-            assert_eq!(world.rows(), []);
+            assert!(!world.rows().iter().any(|row| row.is(flags::MASQUERADE)), "{:#?}", world.rows());
+            world.remove(|_| true);
             world.untouched(Hook::Egress, &Packet::answer(proto, cast.backend, cast.client).frame());
 
             // And once more through the VIP.

@@ -457,9 +457,10 @@ pub(crate) fn reopens<A: Header>(
     table::is_over(key, value, u32::from(established)) != 0
 }
 
-/// Whether the flow of the entry is over and the packet is none of it: it [`reopens`], or it is an answer that begins a connection, to a port
-/// that the flow was masqueraded with. That answers none of ours: the kernel gave the port to a connection of the node's own, where that would
-/// have shared its answers with one that conntrack remembers. 1: it is so. A function of its own: 6.1 has no stack left in its caller's frame.
+/// Whether the flow of the entry is over and the packet is none of it: it [`reopens`], or it is an answer that begins a connection, or a datagram
+/// after a time-out, to a port that the flow was masqueraded with. That answers none of ours: the kernel gave the port to a connection of the
+/// node's own, where that would have shared its answers with one that conntrack remembers; or to one that another proxy masquerades, as
+/// kube-proxy does with any port. 1: it is so. A function of its own: 6.1 has no stack left in its caller's frame.
 #[inline(never)]
 fn is_anothers<A: Header>(
     key: &ConnectionKey<A>,
@@ -468,7 +469,7 @@ fn is_anothers<A: Header>(
     established: u32,
 ) -> u32 {
     let begins = if value.flags & flags::MASQUERADE != 0 {
-        packet.is_syn_ack()
+        packet.is_syn_ack() || key.proto == proto::UDP && table::may_be_idle(key, value)
     } else {
         let may_open = packet.kind == kind::WHOLE && packet.may_open();
         may_open && (packet.is_syn() || table::may_be_idle(key, value))
