@@ -10,6 +10,7 @@
 //! - [`extent`] is how much the benchmarks measure.
 //! - [`feed`] is a made-up API server for more changes than a real one takes.
 //! - [`manifests`] is what a cluster would be given, and [`podman`] runs it in a container.
+//! - [`observed`] is what came of connections while one proxy took another's place.
 //! - [`ahead`] goes first on a busy machine.
 //! - [`suite`] runs cases and counts what passed, failed and was skipped.
 
@@ -22,6 +23,7 @@ pub mod extent;
 pub mod feed;
 pub mod golang;
 pub mod manifests;
+pub mod observed;
 pub mod pod;
 pub mod podman;
 pub mod suite;

@@ -3,13 +3,21 @@
 //! As an operator does it: kube-proxy's DaemonSet is deleted (its rules go on), the agent's is applied, what kube-proxy left is removed;
 //! and the reverse. Between the two steps Deployments are scaled and rolled and a node is drained.
 
-use std::{fmt, net::SocketAddr, path::Path, process::Command, thread::sleep, time::Duration};
+use std::{
+    fmt,
+    net::SocketAddr,
+    path::Path,
+    process::{Child, Command, Stdio},
+    thread::sleep,
+    time::Duration,
+};
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::{Cluster, Proxy, images, kubeconfig, network};
+use super::{Cluster, Proxy, images, kubeconfig, network, node::Node};
 use crate::{
-    pod::{hold, storm},
+    observed::{Observed, Phases},
+    pod::socket::Transport,
     world::Client,
 };
 
@@ -120,64 +128,6 @@ const WAYS: [(Origin, Option<u8>); 5] = [
     (Origin::Outside, Some(1)),
 ];
 
-/// What came of new connections in one phase.
-struct Cell {
-    phase: &'static str,
-    way: String,
-    report: storm::Report,
-}
-
-/// What came of it all.
-pub struct Report {
-    cells: Vec<Cell>,
-    held: Vec<Held>,
-}
-
-/// What came of connections that were opened in one phase and in use until the end of another.
-struct Held {
-    since: &'static str,
-    until: &'static str,
-    way: String,
-    report: hold::Report,
-}
-
-impl Held {
-    fn is_whole(&self) -> bool {
-        self.report.broken.is_empty() && self.report.wrong.is_empty() && self.report.answers > 0
-    }
-}
-
-impl Report {
-    /// Whether no connection was refused, or broke, or led to somebody else.
-    pub fn is_clean(&self) -> bool {
-        self.cells.iter().all(|cell| cell.report.failures.is_empty() && cell.report.tries > 0)
-            && self.held.iter().all(Held::is_whole)
-    }
-}
-
-impl fmt::Display for Report {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{:<16} {:<38} {:>9} {:>9} {:>9}", "phase", "new connections", "tried", "answered", "failed")?;
-        for Cell { phase, way, report } in &self.cells {
-            let failed: u64 = report.failures.values().sum();
-            writeln!(f, "{phase:<16} {way:<38} {:>9} {:>9} {failed:>9}", report.tries, report.answered)?;
-            for (how, count) in &report.failures {
-                writeln!(f, "{:<16}   {count} times {how}", "")?;
-            }
-        }
-        writeln!(f, "{:<32} {:<30} {:>9} {:>9} {:>9}", "from … to", "long connections", "held", "answers", "broken")?;
-        for Held { since, until, way, report } in &self.held {
-            let broken = report.broken.len() + report.wrong.len();
-            let phases = format!("{since} … {until}");
-            writeln!(f, "{phases:<32} {way:<30} {:>9} {:>9} {broken:>9}", report.connections, report.answers)?;
-            for words in report.broken.iter().chain(&report.wrong) {
-                writeln!(f, "{:<32}   {words}", "")?;
-            }
-        }
-        Ok(())
-    }
-}
-
 #[derive(Clone, Copy)]
 struct Phase {
     name: &'static str,
@@ -212,11 +162,11 @@ const PHASES: [Phase; 5] = [
 /// How long an answer may take: no claim about speed on a machine that runs a whole cluster.
 const TIMEOUT: &str = "--timeout=8000";
 
-struct Storms(Vec<(String, Client)>);
+struct Storms(Vec<(String, Transport, Client)>);
 
 impl Cluster {
     /// On a cluster in which kube-proxy serves. `agent`, `testpod`: as they are on this machine.
-    pub fn take_over(&self, agent: &Path, testpod: &Path) -> Result<Report> {
+    pub fn take_over(&self, agent: &Path, testpod: &Path) -> Result<Observed> {
         for target in [STEADY, MOVING] {
             self.plane.server.apply(&target.objects())?;
         }
@@ -225,7 +175,7 @@ impl Cluster {
             self.kubectl_for(&["rollout", "status", what, "--timeout=120s"], "180s")?;
         }
         self.kubectl_for(&["wait", "--for=condition=Ready", "pod/client", "--timeout=120s"], "180s")?;
-        let (mut cells, mut held) = (Vec::new(), Vec::new());
+        let (mut observed, mut drains) = (Observed::default(), Vec::new());
         let mut open: Vec<(&str, Vec<(String, Client)>)> = Vec::new();
         for phase in PHASES {
             eprintln!("e2e: phase: {phase}");
@@ -233,18 +183,22 @@ impl Cluster {
                 open.push((phase.name, self.hold(testpod)?));
             }
             let storms = self.storms(testpod)?;
-            self.act(phase, agent)?;
-            cells.extend(storms.end(phase.name)?);
+            drains.extend(self.act(phase, agent)?);
+            storms.end(phase.name, &mut observed)?;
             // Those of the phase before the last step have seen it whole.
             while phase.is_settled() && open.len() > 1 {
                 let (since, clients) = open.remove(0);
                 for (way, client) in clients {
                     let report = client.finish(Duration::from_secs(60))?;
-                    held.push(Held { since, until: phase.name, way, report });
+                    observed.held(Phases { since, until: phase.name }, way, report);
                 }
             }
         }
-        Ok(Report { cells, held })
+        for mut drain in drains {
+            let ended = drain.wait().context("wait for cleanup")?;
+            ensure!(ended.success(), "cleanup --drain: {ended}");
+        }
+        Ok(observed)
     }
 
     /// Long connections, in use until they are told to end.
@@ -287,31 +241,42 @@ impl Cluster {
                 if udp {
                     command.arg("--udp");
                 }
-                let what = format!("{what} {}", if udp { "UDP" } else { "TCP" });
-                storms.push((what.clone(), Client::spawn(command, what)?));
+                let transport = if udp { Transport::Udp } else { Transport::Tcp };
+                storms.push((what.clone(), transport, Client::spawn(command, what)?));
             }
         }
-        for (_, client) in &mut storms {
+        for (_, _, client) in &mut storms {
             client.wait_for_line("ready", Duration::from_secs(60))?;
         }
         Ok(Storms(storms))
     }
 
-    /// What is done in a phase.
-    fn act(&self, phase: Phase, agent: &Path) -> Result<()> {
+    /// What is done in a phase, and what goes on after it.
+    fn act(&self, phase: Phase, agent: &Path) -> Result<Vec<Child>> {
         match phase.to {
             Some(Proxy::Agent) => {
                 self.remove(Proxy::KubeProxy)?;
                 self.install(Proxy::Agent)?;
-                self.on_every_node(agent, &["cleanup", "--kube-proxy"])
+                self.on_every_node(agent, &["cleanup", "--kube-proxy"])?;
             }
             Some(Proxy::KubeProxy) => {
                 self.remove(Proxy::Agent)?;
                 self.install(Proxy::KubeProxy)?;
-                self.on_every_node(agent, &["cleanup"])
+                return self.drain(agent);
             }
-            None => self.change(),
+            None => self.change()?,
         }
+        Ok(Vec::new())
+    }
+
+    /// Begins on every node; it goes on until the connections have ended that go by the agent's programs.
+    fn drain(&self, agent: &Path) -> Result<Vec<Child>> {
+        let begin = |node: &Node| {
+            let mut command = node.command(agent)?;
+            command.args(["cleanup", "--drain=5m"]).stdin(Stdio::null()).stdout(Stdio::null());
+            command.spawn().with_context(|| format!("start cleanup on {}", node.name))
+        };
+        self.nodes.iter().map(begin).collect()
     }
 
     /// Deletes its DaemonSet; what it programmed goes on serving.
@@ -352,11 +317,10 @@ impl Cluster {
 }
 
 impl Storms {
-    fn end(self, phase: &'static str) -> Result<Vec<Cell>> {
-        let mut cells = Vec::new();
-        for (way, client) in self.0 {
-            cells.push(Cell { phase, way, report: client.finish(Duration::from_secs(60))? });
+    fn end(self, phase: &'static str, observed: &mut Observed) -> Result<()> {
+        for (way, transport, client) in self.0 {
+            observed.begun(phase, way, transport, client.finish(Duration::from_secs(60))?);
         }
-        Ok(cells)
+        Ok(())
     }
 }

@@ -159,7 +159,8 @@ impl Lab {
         self.launch(subject)
     }
 
-    fn launch(&mut self, subject: Subject) -> Result<()> {
+    /// Starts the subject on every node beside whoever serves there, and waits until somebody has in force what was written so far.
+    pub fn launch(&mut self, subject: Subject) -> Result<()> {
         let (configuration, node_port_addresses) = (self.configuration, self.node_port_addresses);
         let kubeconfig = self.objects.kubeconfig()?;
         match subject {

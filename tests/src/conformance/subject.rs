@@ -174,7 +174,7 @@ impl KubeProxy {
         };
         let masquerade_all = configuration.masquerade_all;
         let kubeconfig = kubeconfig.display();
-        // Limits of connection tracking belong to the machine, not to a namespace.
+        // Limits of connection tracking belong to the machine, not to a namespace. An agent that runs beside it has the usual ports.
         let text = format!(
             "apiVersion: kubeproxy.config.k8s.io/v1alpha1\n\
              kind: KubeProxyConfiguration\n\
@@ -182,8 +182,8 @@ impl KubeProxy {
              hostnameOverride: {name}\n\
              clientConnection: {{kubeconfig: {kubeconfig}}}\n\
              {detector}\n\
-             healthzBindAddress: 127.0.0.1:10256\n\
-             metricsBindAddress: 127.0.0.1:10249\n\
+             healthzBindAddress: 127.0.0.1:28256\n\
+             metricsBindAddress: 127.0.0.1:28249\n\
              iptables: {{masqueradeAll: {masquerade_all}, minSyncPeriod: 20ms, syncPeriod: 30s}}\n\
              nftables: {{masqueradeAll: {masquerade_all}, minSyncPeriod: 20ms, syncPeriod: 30s}}\n\
              conntrack: {{maxPerCore: 0, min: 0, tcpEstablishedTimeout: 0s, tcpCloseWaitTimeout: 0s}}\n\
