@@ -125,13 +125,14 @@ impl Suite {
 const PURE: [&str; 9] = ["cli", "config", "desired", "floors", "model", "plan", "serve", "source", "sync"];
 
 /// These take minutes, the first one longest: they begin before the others, so that in the end no lane has to wait for them.
-const LONGEST: [&str; 7] = [
+const LONGEST: [&str; 8] = [
     "tests/conformance",
     "tests/hygiene",
     "tests/cluster_ip",
     "tests/moving",
-    "proxy-agent/packets",
     "tests/lost",
+    "tests/api_takeover",
+    "proxy-agent/packets",
     "tests/affinity",
 ];
 
