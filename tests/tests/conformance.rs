@@ -221,4 +221,18 @@ fn counters(subject: Subject, world: &World) {
             Err(error) => eprintln!("counters of {}: {error:#}", node.place.name),
         }
     }
+    if subject.is_ebpf() {
+        return;
+    }
+    // Who has sent resets, and whether conntrack took packets for invalid: those are translated by nobody, and reset by the node.
+    for place in world.nodes.iter().map(|node| &node.place).chain(world.pods()) {
+        let says = |program: &str, args: &[&str], wanted: &str| {
+            let said = place.namespace.output(program, args).unwrap_or_else(|error| format!("{error:#}"));
+            let lines = said.lines().filter(|line| line.contains(wanted));
+            lines.map(|line| format!("\n  {line}")).collect::<String>()
+        };
+        let resets = says("grep", &["-h", "^Tcp:", "/proc/net/snmp"], "Tcp:");
+        let invalid = if place.is_node() { says("conntrack", &["-S"], "invalid=") } else { String::new() };
+        eprintln!("{}:{resets}{invalid}", place.name);
+    }
 }

@@ -94,7 +94,7 @@ fn find(options: &Options) -> Result<Found, DataplaneError> {
     if *mode != Mode::Ipvs {
         found.formers.push(Box::new(ipvs::Former));
     }
-    found.formers.push(Box::new(Kept));
+    found.formers.push(Box::new(Kept { waits: *mode == Mode::Ebpf }));
     found.known = known;
     Ok(found)
 }

@@ -203,8 +203,14 @@ fn of_kube_proxy(found: &[kube_proxy::Remains], dry_run: bool, out: &mut dyn Wri
 }
 
 /// Removes what is pinned once its connections have ended, by two looks: one may have begun just before new ones were left to others. Who
-/// ends this before leaves them as they are, and may begin again.
+/// ends this before leaves them as they are, and may begin again. Refused where nobody would take the new ones.
 fn drained(bpffs: &Path, patience: Duration, out: &mut dyn Write) -> anyhow::Result<()> {
+    if kube_proxy::find()?.is_empty() {
+        bail!(
+            "there are no rules of kube-proxy here, so nobody would take new connections; start it, wait until \
+             `curl http://127.0.0.1:10256/healthz` answers, and run this again, or end all connections by `proxy-agent cleanup` without --drain"
+        );
+    }
     let Some(mut drain) = Drain::begin(bpffs)? else { return Ok(()) };
     writeln!(out, "new connections are left to others from now on")?;
     out.flush()?;

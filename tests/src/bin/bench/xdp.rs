@@ -4,20 +4,25 @@
 //! Either way the next run finds the frame that the one before left behind, with another address, and a hop less each time. So a program of a few
 //! instructions goes before: it writes the headers anew, with one of 1024 source ports, and calls ours by a tail call. The same before a program that
 //! sends back whatever comes is what there is to compare with.
+//!
+//! Beside that what the stack makes of it with the tc programs: as many frames as a packet socket sends are translated on the way in, routed,
+//! masqueraded on the way out, and counted by the other end.
 
 use std::{
     collections::BTreeSet,
     fs,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
-    os::fd::{AsFd as _, AsRawFd as _, OwnedFd},
+    os::fd::{AsFd as _, AsRawFd as _, FromRawFd as _, OwnedFd},
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
 use aya::{
     TestRunOptions,
     maps::{HashMap, PerCpuArray, PerCpuValues},
-    programs::{TestRun as _, Xdp, xdp::XdpMode},
+    programs::{SchedClassifier, TcAttachType, TestRun as _, Xdp, xdp::XdpMode},
 };
+use nix::libc;
 use proxy_common::{
     Ipv4Be, Ipv6Be,
     connection::{ConnectionKey, ConnectionValue},
@@ -220,17 +225,7 @@ impl Bench {
         // Only then has the device what a frame can come in by.
         program.attach_to_if_index(IN, XdpMode::Driver)?;
 
-        let [v4, v6] = families();
-        let (IpAddr::V4(source4), IpAddr::V6(source6)) = (v4.vip.ip(), v6.vip.ip()) else { bail!("families") };
-        let value = DeviceValue {
-            source4: Ipv4Be::from_octets(source4.octets()),
-            source6: Ipv6Be::from_octets(source6.octets()),
-            role: role::OUTWARD,
-            ..Default::default()
-        };
-        let mut devices: HashMap<_, u32, DeviceValue> =
-            datapath.ebpf.map_mut("devices").context("no devices map")?.try_into()?;
-        devices.insert(IN, value, 0)?;
+        outward(&mut datapath)?;
         let [a, b, c, d, e, f] = OWN;
         let mac = [[a, b], [c, d], [e, f]].map(u16::from_ne_bytes);
         let mut xdp_devices: HashMap<_, u32, XdpDevice> =
@@ -242,13 +237,6 @@ impl Bench {
         let cpus = aya::util::nr_cpus().map_err(|(what, error)| anyhow::anyhow!("{what}: {error}"))?;
         for slot in 0..neighbours.len() {
             neighbours.set(slot, PerCpuValues::try_from(vec![u32::MAX / 2; cpus])?, 0)?;
-        }
-        let mut verdicts = [verdict::PICK_ALL; origin::COUNT];
-        verdicts[origin::EXTERNAL] |= verdict::MASQUERADE;
-        for Family { vip, backend, .. } in families() {
-            for proto in [TCP, UDP] {
-                datapath.frontend(vip, proto, &Spec { verdicts, ..Spec::pick_all(1, &[backend]) });
-            }
         }
         Ok(Some(Self { datapath, _sink: [sink, link] }))
     }
@@ -301,6 +289,125 @@ impl Bench {
     }
 }
 
+/// Makes the device one that leads to the outside, with frontends that masquerade who comes by it.
+fn outward(datapath: &mut Datapath) -> Result<()> {
+    let [v4, v6] = families();
+    let (IpAddr::V4(source4), IpAddr::V6(source6)) = (v4.vip.ip(), v6.vip.ip()) else { bail!("families") };
+    let value = DeviceValue {
+        source4: Ipv4Be::from_octets(source4.octets()),
+        source6: Ipv6Be::from_octets(source6.octets()),
+        role: role::OUTWARD,
+        ..Default::default()
+    };
+    let mut devices: HashMap<_, u32, DeviceValue> =
+        datapath.ebpf.map_mut("devices").context("no devices map")?.try_into()?;
+    devices.insert(IN, value, 0)?;
+    let mut verdicts = [verdict::PICK_ALL; origin::COUNT];
+    verdicts[origin::EXTERNAL] |= verdict::MASQUERADE;
+    for Family { vip, backend, .. } in [v4, v6] {
+        for proto in [TCP, UDP] {
+            datapath.frontend(vip, proto, &Spec { verdicts, ..Spec::pick_all(1, &[backend]) });
+        }
+    }
+    Ok(())
+}
+
+/// Sends by the other end.
+struct Sender(OwnedFd);
+
+impl Sender {
+    fn open() -> Result<Self> {
+        // SAFETY: no pointers.
+        let fd = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW | libc::SOCK_CLOEXEC, 0) };
+        ensure!(fd >= 0, "a packet socket: {}", std::io::Error::last_os_error());
+        // SAFETY: just made, for us alone.
+        let socket = unsafe { OwnedFd::from_raw_fd(fd) };
+        // SAFETY: plain old data; all zeroes is a value of it.
+        let mut at: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+        at.sll_family = libc::AF_PACKET as u16;
+        at.sll_ifindex = SINK as i32;
+        let length = size_of_val(&at) as libc::socklen_t;
+        // SAFETY: `at` is a whole sockaddr_ll.
+        let bound = unsafe { libc::bind(socket.as_raw_fd(), (&raw const at).cast(), length) };
+        ensure!(bound == 0, "bind a packet socket: {}", std::io::Error::last_os_error());
+        Ok(Self(socket))
+    }
+
+    /// Some frames by one call. How many were taken.
+    fn send(&self, frames: &[Vec<u8>]) -> Result<usize> {
+        let part = |frame: &Vec<u8>| libc::iovec { iov_base: frame.as_ptr().cast_mut().cast(), iov_len: frame.len() };
+        let mut parts: Vec<_> = frames.iter().map(part).collect();
+        let message = |part: &mut libc::iovec| {
+            // SAFETY: plain old data; all zeroes is a value of it.
+            let mut message: libc::mmsghdr = unsafe { std::mem::zeroed() };
+            (message.msg_hdr.msg_iov, message.msg_hdr.msg_iovlen) = (part, 1);
+            message
+        };
+        let mut messages: Vec<_> = parts.iter_mut().map(message).collect();
+        // SAFETY: as many headers as are told, each with one part, all of which live until the call returns; the frames are only read.
+        let sent = unsafe { libc::sendmmsg(self.0.as_raw_fd(), messages.as_mut_ptr(), messages.len() as u32, 0) };
+        usize::try_from(sent).with_context(|| format!("sendmmsg: {}", std::io::Error::last_os_error()))
+    }
+}
+
+/// The tc programs and the stack, as fast as a socket sends.
+fn by_tc(report: &mut Report) -> Result<()> {
+    let globals = Globals { socket_lb: socket_lb::ALL, node_netns_cookie: u64::MAX, connected_udp: 1 };
+    let mut datapath = Datapath::load_sized(&globals, 1_024, 1_024, &[]);
+    outward(&mut datapath)?;
+    let sink = load(&says(1))?;
+    let _link = bpf(28, &[sink.as_raw_fd() as u32, SINK, 37, 1 << 2])?;
+    for (name, way) in [("tc_ingress_ether", TcAttachType::Ingress), ("tc_egress_ether", TcAttachType::Egress)] {
+        let program: &mut SchedClassifier = datapath.ebpf.program_mut(name).context(name)?.try_into()?;
+        program.load()?;
+        program.attach("in", way)?;
+    }
+    let sender = Sender::open()?;
+    for Family { name, client, vip, backend } in families() {
+        for (proto, proto_name) in [(TCP, "TCP"), (UDP, "UDP")] {
+            let what = format!("{name} {proto_name}");
+            // Of the range that masquerading takes ports from, so that each keeps its own.
+            let each = |frame: &dyn Fn(SocketAddr, SocketAddr) -> Vec<u8>| -> Vec<_> {
+                let ports = (0..FLOWS).map(|n| 10_000 + n);
+                ports.map(|port| frame(SocketAddr::new(client, port), SocketAddr::new(vip.ip(), port))).collect()
+            };
+            let openings = each(&|client, _| arriving(client, vip, proto, SYN));
+            let answers = each(&|_, seen| arriving(backend, seen, proto, SYN | ACK));
+            let frames = each(&|client, _| arriving(client, vip, proto, ACK));
+            for (step, told) in [("openings", &openings), ("answers", &answers), ("others", &frames)] {
+                let before = received()?;
+                for some in told.chunks(BATCH as usize) {
+                    ensure!(sender.send(some)? == some.len(), "not all frames were taken");
+                }
+                std::thread::sleep(Duration::from_millis(100));
+                let got = received()? - before;
+                ensure!(got >= u64::from(FLOWS), "{what}: of {FLOWS} {step} {got} arrived");
+            }
+            let mut rates = vec![];
+            for _ in 0..BEST_OF {
+                let (before, start) = (received()?, Instant::now());
+                for some in frames.chunks(BATCH as usize).cycle() {
+                    sender.send(some)?;
+                    if start.elapsed() > Duration::from_millis(300) {
+                        break;
+                    }
+                }
+                let took = start.elapsed();
+                // What the stack had no room for is lost, and not counted.
+                std::thread::sleep(Duration::from_millis(50));
+                rates.push((received()? - before) as f64 / took.as_secs_f64() / 1e6);
+            }
+            report.row(
+                "D7",
+                format!("{what} the same by tc and the stack, as fast as a socket sends"),
+                "Mpps",
+                Figure::of(&rates),
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Best and worst of some, in nanoseconds for each packet.
 fn repeated(program: &OwnedFd, frame: &[u8], repeat: u32, live: bool) -> Result<Figure> {
     let mut ns = vec![];
@@ -343,7 +450,12 @@ pub fn measure(scale: &Scale, report: &mut Report) -> Result<()> {
         let mut report = report.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
         fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")?;
-        inside(scale, &mut report)
+        // The way to the backend leads out where it came in.
+        for device in ["all", "in"] {
+            fs::write(format!("/proc/sys/net/ipv4/conf/{device}/send_redirects"), "0")?;
+        }
+        inside(scale, &mut report)?;
+        by_tc(&mut report)
     })
 }
 

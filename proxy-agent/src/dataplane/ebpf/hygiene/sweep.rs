@@ -353,19 +353,19 @@ where
     ConnectionValue<A>: aya::Pod,
 {
     let alone = |value: &ConnectionValue<A>| ConnectionValue { seen: value.seen, ..Default::default() };
-    // Spares most entries the look at the other one: by itself each tells of a reset and of a silence that is too long.
-    let tells = |key: &ConnectionKey<A>, value: &ConnectionValue<A>| {
-        key.hook == hook::INGRESS && value.state & state::FIN != 0
-            || clock.is_over(key.proto, true, value, &alone(value))
+    // Spares most entries the look at the other one: by itself each tells of a side that closes, of a reset and of a silence that is too long.
+    let tells = |value: &ConnectionValue<A>| {
+        value.state & state::FIN != 0 || clock.is_over(key.proto, true, value, &alone(value))
     };
-    if !value.is_sealed_for(key) || !tells(key, value) {
+    if !value.is_sealed_for(key) || !tells(value) {
         return Ok(None);
     }
     let (other_key, other) = other_half(map, key, value)?;
-    if key.hook != hook::INGRESS && other.is_some_and(|other| tells(&other_key, &other)) {
+    if key.hook != hook::INGRESS && other.is_some_and(|other| tells(&other)) {
         return Ok(None);
     }
-    let notes = other.unwrap_or_else(|| alone(value));
+    // Of a half that is alone the other one is not known to go on: who speaks there would have put it back.
+    let notes = other.unwrap_or_else(|| ConnectionValue { state: value.state & state::FIN, ..alone(value) });
     let silent = clock.silence(value.seen.max(notes.seen));
     let pair = Pair { silent, other: other.map(|other| (other_key, other)) };
     Ok(clock.is_over(key.proto, true, value, &notes).then_some(pair))
@@ -582,6 +582,10 @@ mod tests {
         over.iter().chain(&live).chain([&heard, &shared]).for_each(|flow| put(&map, flow));
         let half = flow(proto::TCP, 16, tcp_established + 1, [open, open]);
         put(&map, &half[1..]);
+        // What is left of connections that were closed, where the table became smaller.
+        let halves = [flow(proto::TCP, 17, 1, [fin, fin]), flow(proto::TCP, 18, 1, [fin, fin])];
+        put(&map, &halves[0][..1]);
+        put(&map, &halves[1][1..]);
         // As many as it takes for there to be no room for any of these, which are silent for longer.
         let before = map.entries().unwrap().len() as u32;
         let others: Vec<_> = (0..1100).map(|n| flow(proto::TCP, 1000 + n, 0, [fin, fin])).collect();
@@ -592,6 +596,7 @@ mod tests {
             assert_eq!(there(&map, flow), [false; 2], "{flow:?}");
         }
         assert_eq!(there(&map, &half[1..]), [false]);
+        assert_eq!((there(&map, &halves[0]), there(&map, &halves[1])), (vec![false; 2], vec![false; 2]));
         assert_eq!(there(&map, &shared), [false, true]);
         for flow in live.iter().chain([&heard]) {
             assert_eq!(there(&map, flow), [true; 2], "{flow:?}");
