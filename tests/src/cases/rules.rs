@@ -109,7 +109,7 @@ pub fn second(world: &World, mode: &str) -> Result<()> {
     let done = node
         .place
         .command(&world.programs().agent)?
-        .args(["run", "--metrics-bind-address=", "--healthz-bind-address=", "--source=/nowhere"])
+        .args(["run", "--metrics-bind-address=", "--healthz-bind-address=", "--source=/"])
         .arg(format!("--proxy-mode={mode}"))
         .arg(format!("--bpffs={}", absent.display()))
         .output()?;
