@@ -26,5 +26,6 @@ pub mod manifests;
 pub mod observed;
 pub mod pod;
 pub mod podman;
+pub mod signals;
 pub mod suite;
 pub mod world;

@@ -19,7 +19,6 @@ use anyhow::{Context, Result, bail};
 use nix::{
     fcntl::{Flock, FlockArg},
     mount::{MntFlags, MsFlags, mount, umount2},
-    sys::signal::{SigSet, Signal},
 };
 
 use crate::world::{
@@ -157,17 +156,10 @@ fn unmount(at: &Path) -> Result<()> {
 
 /// From here on SIGINT, SIGTERM and SIGHUP take the cluster down and end the process. Call it before any thread is started.
 pub fn cleanup_on_signals() -> Result<()> {
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        signals.add(signal);
-    }
-    signals.thread_block().context("block signals")?;
-    std::thread::spawn(move || {
-        let Ok(_) = signals.wait() else { return };
+    crate::signals::before_they_end_us(|| {
         if let Err(error) = remove() {
             eprintln!("the cluster is not removed whole: {error:#}");
         }
-        std::process::exit(130);
-    });
-    Ok(())
+        130
+    })
 }

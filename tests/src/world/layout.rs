@@ -20,7 +20,6 @@ use anyhow::{Context, Result};
 use nix::{
     fcntl::{Flock, FlockArg},
     mount::{MntFlags, MsFlags, mount, umount2},
-    sys::signal::{SigSet, Signal},
 };
 
 use super::cgroup;
@@ -204,16 +203,9 @@ fn mount_bpffs() -> Result<()> {
         .with_context(|| format!("mount the bpffs at {BPFFS}"))
 }
 
-/// From here on SIGINT, SIGTERM and SIGHUP remove this process's worlds and end it. Call it before any thread is started:
-/// threads inherit that the signals are blocked, a thread of its own takes them.
+/// From here on SIGINT, SIGTERM and SIGHUP remove this process's worlds and end it. Call it before any thread is started.
 pub fn cleanup_on_signals() -> Result<()> {
-    let mut signals = SigSet::empty();
-    for signal in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGHUP] {
-        signals.add(signal);
-    }
-    signals.thread_block().context("block signals")?;
-    std::thread::spawn(move || {
-        let Ok(_) = signals.wait() else { return };
+    crate::signals::before_they_end_us(|| {
         ENDING.store(true, Ordering::SeqCst);
         let live = LIVE.lock().map(|live| live.clone()).unwrap_or_default();
         for id in live {
@@ -221,9 +213,8 @@ pub fn cleanup_on_signals() -> Result<()> {
                 eprintln!("world {id}: not removed whole: {error:#}");
             }
         }
-        std::process::exit(EXIT_STATUS.load(Ordering::Relaxed));
-    });
-    Ok(())
+        EXIT_STATUS.load(Ordering::Relaxed)
+    })
 }
 
 /// Blocks for good if a signal is taking the worlds down: what fails from then on is no failure, and the process is about to end.
