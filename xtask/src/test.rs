@@ -125,15 +125,21 @@ impl Suite {
 const PURE: [&str; 9] = ["cli", "config", "desired", "floors", "model", "plan", "serve", "source", "sync"];
 
 /// These take minutes, the first one longest: they begin before the others, so that in the end no lane has to wait for them.
-const LONGEST: [&str; 8] = [
+const LONGEST: [&str; 14] = [
     "tests/conformance",
     "tests/hygiene",
     "tests/cluster_ip",
     "tests/moving",
     "tests/lost",
-    "tests/api_takeover",
-    "proxy-agent/packets",
     "tests/affinity",
+    "proxy-agent/packets",
+    "tests/api_agent",
+    "tests/iptables",
+    "tests/xdp",
+    "tests/churn",
+    "tests/api_takeover",
+    "tests/external",
+    "proxy-agent/ebpf_dataplane",
 ];
 
 /// A test program that cargo built.
