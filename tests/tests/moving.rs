@@ -153,8 +153,21 @@ fn make_tables(world: &World) -> Result<()> {
 }
 
 fn start(world: &mut World, mode: Mode) -> Result<()> {
-    world.start_agent(1, &mode.options())?;
+    start_with(world, &mode.options())
+}
+
+fn start_with(world: &mut World, options: &AgentOptions) -> Result<()> {
+    world.start_agent(1, options)?;
     world.node(1).wait_ready(PATIENCE)
+}
+
+/// As `to` follows upon `from`: the image of eBPF mode has no nft.
+fn follow(world: &mut World, from: Mode, to: Mode) -> Result<()> {
+    let mut options = to.options();
+    if from == Mode::By(Fallback::Nftables) && to.is_ebpf() {
+        (options.programs, options.only_programs) = (Some("/nonexistent".into()), true);
+    }
+    start_with(world, &options)
 }
 
 /// All that an agent leaves on a node, but what is in its maps.
@@ -409,7 +422,7 @@ fn moves(world: &mut World, from: Mode, to: Mode, alone: &[String]) -> Result<()
     let mut traffic = Traffic::start(world)?;
     let talks = if from.shares_flows(to) { datagrams(world)? } else { Vec::new() };
     thread::sleep(Duration::from_millis(500));
-    start(world, to)?;
+    follow(world, from, to)?;
     if !from.shares_flows(to) {
         waits_for_flows(world, from.of_agent())?;
         let node = world.node(1);

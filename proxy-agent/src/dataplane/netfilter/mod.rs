@@ -77,6 +77,20 @@ pub(crate) fn named(table: &str) -> Result<Vec<String>, DataplaneError> {
     Ok(found.into_iter().map(|family| format!("table {} {table} (nftables)", ip(family))).collect())
 }
 
+/// Removes them, with all that is in them. By netlink: an agent that has no nft has to be able to, where one that had it made them.
+pub(crate) fn remove_named(table: &str) -> Result<(), DataplaneError> {
+    let remove = |family| match conntrack::Socket::open()?.remove_table(family, table) {
+        // Somebody else was faster.
+        Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(()),
+        done => done,
+    };
+    let removed = conntrack::Socket::families_with(table).and_then(|families| {
+        // One that cannot go is no reason for the other to stay.
+        families.into_iter().map(remove).fold(Ok(()), Result::and)
+    });
+    removed.map_err(|source| DataplaneError::Kernel { what: format!("remove table {table} (nftables)"), source })
+}
+
 /// As nft calls a family.
 pub(crate) const fn ip(family: Family) -> &'static str {
     match family {

@@ -6,7 +6,7 @@
 //! would break. So `cleanup --kube-proxy` makes a table of its own before it removes them, and the agent removes that one when conntrack
 //! translates none any more, by two looks.
 //!
-//! By netlink: the image that has no nft does it, too.
+//! By netlink: the image that has no nft does it, too. What is left of a table of the nftables mode that is retired is made of the same.
 
 use std::io;
 
@@ -16,7 +16,7 @@ use super::{
         TABLE_NAME, remove_table, string,
     },
     lock::Lock,
-    translated,
+    remove_named, translated,
 };
 use crate::{
     dataplane::{
@@ -50,7 +50,7 @@ pub fn translated(family: Family) -> io::Result<u64> {
 
 /// Makes what keeps NAT on, or makes it anew; says what.
 pub fn keep(family: Family) -> io::Result<String> {
-    Socket::open()?.transact(family, &steps())?;
+    Socket::open()?.transact(family, &in_place_of(NAME, CHAIN, COMMENT))?;
     Ok(format!("table {} {NAME} (nftables)", super::ip(family)))
 }
 
@@ -62,39 +62,39 @@ pub fn remains() -> Result<Vec<String>, DataplaneError> {
 /// With no agent at work here.
 pub fn remove() -> Result<(), DataplaneError> {
     let _lock = Lock::take()?;
-    remove_tables()
+    remove_named(NAME)
 }
 
-fn remove_tables() -> Result<(), DataplaneError> {
-    let removed = Socket::families_with(NAME)
-        .and_then(|families| families.into_iter().try_for_each(|family| Socket::open()?.remove_table(family, NAME)));
-    removed.map_err(|source| DataplaneError::Kernel { what: format!("remove table {NAME}"), source })
+/// A table with [`keeping`] in it and nothing else. One of this name goes in the same transaction, so that NAT is not off in between.
+pub(crate) fn in_place_of(name: &str, chain: &str, comment: &str) -> Vec<Step> {
+    let table = || Step { kind: NEW_TABLE, flags: NLM_F_CREATE, attributes: string(TABLE_NAME, name) };
+    let [chain, rule] = keeping(name, chain, comment);
+    vec![table(), remove_table(name), table(), chain, rule]
 }
 
-/// A table that was there goes in the same transaction, so that NAT is not off in between: the chain keeps it on, its rule conntrack.
-fn steps() -> Vec<Step> {
-    let table = || Step { kind: NEW_TABLE, flags: NLM_F_CREATE, attributes: string(TABLE_NAME, NAME) };
+/// What keeps NAT on, and conntrack: a chain does the one, its rule the other.
+fn keeping(table: &str, name: &str, comment: &str) -> [Step; 2] {
     let number = |kind, value: u32| attribute(kind, &value.to_be_bytes());
     let nested = |kind, parts: &[Vec<u8>]| attribute(kind | NESTED, &parts.concat());
     let [hook, policy, kind] = CHAIN_HOOK;
     let chain = [
-        string(TABLE, NAME),
-        string(CHAIN_NAME, CHAIN),
+        string(TABLE, table),
+        string(CHAIN_NAME, name),
         nested(hook, &[number(1, POSTROUTING), number(2, PRIORITY)]),
         number(policy, libc::NF_ACCEPT as u32),
         string(kind, "nat"),
     ];
     // It asks for a connection's status, and does nothing with it.
     let asks = nested(1, &[string(1, "ct"), nested(2, &[number(1, REGISTER), number(2, STATUS)])]);
-    let comment = [&[OF_COMMENT, COMMENT.len() as u8 + 1], COMMENT.as_bytes(), &[0]].concat();
+    let comment = [&[OF_COMMENT, comment.len() as u8 + 1], comment.as_bytes(), &[0]].concat();
     let rule = [
-        string(TABLE, NAME),
-        string(RULE_CHAIN, CHAIN),
+        string(TABLE, table),
+        string(RULE_CHAIN, name),
         nested(RULE_EXPRESSIONS, &[asks]),
         attribute(RULE_NOTES, &comment),
     ];
     let new = |kind, parts: &[Vec<u8>]| Step { kind, flags: NLM_F_CREATE, attributes: parts.concat() };
-    vec![table(), remove_table(NAME), table(), new(NEW_CHAIN, &chain), new(NEW_RULE, &rule)]
+    [new(NEW_CHAIN, &chain), new(NEW_RULE, &rule)]
 }
 
 /// What `cleanup --kube-proxy` made, at any time while the agent runs or before.
@@ -131,7 +131,7 @@ impl former::Former for Kept {
     }
 
     fn remove(&mut self) -> Result<(), DataplaneError> {
-        remove_tables()
+        remove_named(NAME)
     }
 }
 
@@ -152,7 +152,7 @@ mod tests {
         assert_eq!(remains().unwrap(), Vec::<String>::new());
         let mut kept = Kept { waits: true };
         assert!(!kept.is_there().unwrap());
-        remove_tables().unwrap();
+        remove_named(NAME).unwrap();
         for family in Family::BOTH {
             assert_eq!(translated(family).unwrap(), 0);
             // Once more is as once.
@@ -183,7 +183,7 @@ mod tests {
         let refused = Socket::open().unwrap().remove_table(Family::V4, "absent").unwrap_err();
         assert_eq!(refused.raw_os_error(), Some(libc::ENOENT));
         // All of it or nothing.
-        let steps = [steps(), vec![remove_table("absent")]].concat();
+        let steps = [in_place_of(NAME, CHAIN, COMMENT), vec![remove_table("absent")]].concat();
         assert!(Socket::open().unwrap().transact(Family::V4, &steps).is_err());
         assert_eq!(remains().unwrap(), Vec::<String>::new());
     }

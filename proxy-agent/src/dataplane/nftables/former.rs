@@ -1,7 +1,7 @@
-//! What nftables left in force, where another mode takes over.
+//! What nftables left in force, where another mode takes over. By netlink: the image of eBPF mode has no nft.
 
 use super::{
-    NFT, Nftables, Role,
+    Nftables, Role,
     render::{Collection, Renderer},
 };
 use crate::{
@@ -10,6 +10,7 @@ use crate::{
         netfilter::{
             Options,
             conntrack::{Socket, Structure},
+            nat,
             translated::Translated,
         },
         select::Mode,
@@ -20,6 +21,7 @@ use crate::{
 
 /// All that is left of a table that is retired.
 const RETIRED: &str = "retired";
+const COMMENT: &str = "keeps connections going that nftables mode translated";
 
 /// By whom flows are counted that have to be waited for.
 #[derive(Debug)]
@@ -39,18 +41,15 @@ impl former::Former for Former {
             return Nftables::remove_tables(Role::Whole);
         }
         let socket = Socket::open().map_err(tables)?;
-        let mut text = String::new();
-        for (family, ip) in Family::BOTH.into_iter().zip(["ip", "ip6"]) {
+        for family in Family::BOTH {
             let found = socket.structure(family, Role::Whole.table()).map_err(tables)?;
             if !found.chains.is_empty() && !is_retired(&found) {
                 self.0.learn(frontends(&socket, family).map_err(tables)?);
-                text.push_str(&retired(ip));
+                let steps = nat::in_place_of(Role::Whole.table(), RETIRED, COMMENT);
+                socket.transact(family, &steps).map_err(tables)?;
             }
         }
-        if text.is_empty() {
-            return Ok(());
-        }
-        NFT.run(&["-f", "-"], &text).map(drop).map_err(DataplaneError::from)
+        Ok(())
     }
 
     fn flows(&mut self) -> Result<u64, DataplaneError> {
@@ -80,12 +79,53 @@ fn is_retired(found: &Structure) -> bool {
     found.sets.is_empty() && found.chains.keys().eq([RETIRED])
 }
 
-/// In one transaction, so that neither is off in between: the chain keeps translation on, its rule conntrack.
-fn retired(ip: &str) -> String {
-    let table = Role::Whole.table();
-    format!(
-        "add table {ip} {table}\ndelete table {ip} {table}\nadd table {ip} {table}\n\
-         add chain {ip} {table} {RETIRED} {{ type nat hook postrouting priority 100; policy accept; }}\n\
-         add rule {ip} {table} {RETIRED} ct status dnat accept\n"
-    )
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::shadow::{Found, Item, Shadow},
+        *,
+    };
+    use crate::dataplane::{
+        former::{Former as _, Known},
+        netfilter::refused::{frontend, spec},
+        nftables::NFT,
+    };
+
+    /// In a network namespace of this thread's own.
+    #[test]
+    fn a_table_is_retired_once_and_nothing_else_is_touched() {
+        if !rustix::process::geteuid().is_root() || NFT.run(&["--version"], "").is_err() {
+            println!("SKIP a_table_is_retired_once_and_nothing_else_is_touched: not root, or no nft");
+            return;
+        }
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        let [web, six] = ["10.96.0.1", "fd00:96::1"].map(frontend);
+        let mut text = "table ip other {\n chain retired {\n }\n}\n".to_owned();
+        for (family, frontend) in Family::BOTH.into_iter().zip([web, six]) {
+            let shadow = Shadow::new(Renderer::new(family, Role::Whole, &Options::default()));
+            let draft = shadow.draft(&[Item::Frontend(frontend, Some(spec(&frontend)))]);
+            text += &shadow.refill(&draft, &Found::default(), true);
+        }
+        NFT.run(&["-f", "-"], &text).unwrap();
+        let known = Known::default();
+        let mut former = Former(Translated::new(Some(known.clone())));
+        assert!(former.is_there().unwrap());
+        let socket = Socket::open().unwrap();
+        // The second time there is nothing to do.
+        let generations = [(); 2].map(|()| {
+            former.retire().unwrap();
+            socket.generation().unwrap()
+        });
+        assert_eq!(generations[0], generations[1]);
+        for family in Family::BOTH {
+            let left = socket.structure(family, Role::Whole.table()).unwrap();
+            assert!(is_retired(&left) && left.chains[RETIRED].rules == 1, "{left:?}");
+        }
+        assert_eq!(*known.lock().unwrap(), [web, six].into(), "whose flows are waited for");
+        former.remove().unwrap();
+        assert!(!former.is_there().unwrap());
+        assert_eq!(socket.tables(Family::V4).unwrap(), ["other"]);
+        // What is gone already is no error.
+        former.remove().unwrap();
+    }
 }

@@ -46,7 +46,7 @@ mod trial;
 
 pub(crate) use former::Former;
 use observe::Listed;
-use render::{AFFINITY, Incarnations, Renderer};
+use render::{AFFINITY, Collection, Incarnations, Renderer};
 use shadow::{Item, Shadow};
 
 pub(crate) use render::Role;
@@ -226,8 +226,7 @@ impl Nftables {
     }
 
     pub(crate) fn remove_tables(role: Role) -> Result<(), DataplaneError> {
-        let text = ["ip", "ip6"].map(|ip| Shadow::removal(ip, role.table())).concat();
-        NFT.run(&["-f", "-"], &text).map(drop).map_err(DataplaneError::from)
+        netfilter::remove_named(role.table())
     }
 
     /// What an agent left here, by name. A kernel that is not ours to ask, or has no nftables, holds none that could be removed.
@@ -252,17 +251,14 @@ impl Nftables {
 
     /// What was noted, by whichever agent was here last.
     pub(crate) fn noted_by(role: Role, options: &Options) -> Result<Vec<(Family, Servers)>, DataplaneError> {
-        let listed = |family| Ok((family, listed_servers(NFT, &Renderer::new(family, role, options))?));
-        Family::BOTH.into_iter().map(listed).collect()
+        let socket = Socket::open().map_err(unread)?;
+        let read = |family| read_servers(&socket, &Renderer::new(family, role, options));
+        Family::BOTH.into_iter().map(read).collect()
     }
 
     /// The same, by the one that this is.
     pub(crate) fn noted(&self) -> Result<Vec<(Family, Servers)>, DataplaneError> {
-        let listed = |half: &Half| {
-            let renderer = &half.shadow.renderer;
-            Ok((renderer.family, listed_servers(self.nft, renderer)?))
-        };
-        self.halves.iter().map(listed).collect()
+        self.halves.iter().map(|half| read_servers(self.netlink.as_ref(), &half.shadow.renderer)).collect()
     }
 
     /// Keys of the frontends in force that are to be left as they are, once a resync is done: it looks again at a family that has some.
@@ -301,9 +297,19 @@ impl Nftables {
     }
 }
 
-fn listed_servers(nft: Tool, renderer: &Renderer) -> Result<Servers, DataplaneError> {
-    let listed = list(nft, renderer)?;
-    Ok(listed.map(|listed| listed.servers()).unwrap_or_default())
+/// By netlink: who removes them may have no nft.
+fn read_servers(kernel: &dyn Rules, renderer: &Renderer) -> Result<(Family, Servers), DataplaneError> {
+    let keys = |of: Collection| kernel.keys(renderer.family, renderer.table(), of.name()).map_err(unread);
+    let frontends = keys(Collection::Servers)?;
+    let at = frontends.iter().filter_map(|key| renderer.frontend_of(key)).map(|frontend| Nftables::key(&frontend));
+    // In the order of this machine's bytes, as a packet has it.
+    let mark = |key: &Vec<u8>| Some(u32::from_ne_bytes(*key.first_chunk()?));
+    let marks = keys(Collection::Marks)?.iter().filter_map(mark).collect();
+    Ok((renderer.family, Servers { at: at.collect(), marks }))
+}
+
+fn unread(source: io::Error) -> DataplaneError {
+    DataplaneError::Kernel { what: "which virtual servers are noted as ours".into(), source }
 }
 
 fn list(nft: Tool, renderer: &Renderer) -> Result<Option<Listed>, ToolError> {

@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::{
     super::netfilter::conntrack::{Chain, Structure},
     render::{Collection, Element, Renderer},
-    shadow::{Found, Left, Servers, Shadow},
+    shadow::{Found, Left, Shadow},
 };
 
 /// Elements, as they are listed.
@@ -112,19 +112,6 @@ impl Listed {
             }
         }
         differences
-    }
-
-    /// The virtual servers that are noted as ours.
-    pub(super) fn servers(&self) -> Servers {
-        let keys = |of| self.elements.keys().filter(move |(collection, _)| *collection == of).map(|(_, key)| key);
-        let mark = |text: &String| match text.strip_prefix("0x") {
-            Some(digits) => u32::from_str_radix(digits, 16).ok(),
-            None => text.parse().ok(),
-        };
-        Servers {
-            at: keys(Collection::Servers).cloned().collect(),
-            marks: keys(Collection::Marks).filter_map(mark).collect(),
-        }
     }
 
     /// What must not be touched, because `is_held` says so of the Service that a frontend's comment names, and what may go.

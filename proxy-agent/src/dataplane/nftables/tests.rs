@@ -69,13 +69,37 @@ impl Rules for Kernel {
         Ok(Chain::default())
     }
 
-    fn keys(&self, _family: Family, _table: &str, _set: &str) -> io::Result<Vec<Vec<u8>>> {
-        Ok(Vec::new())
+    fn keys(&self, family: Family, _table: &str, set: &str) -> io::Result<Vec<Vec<u8>>> {
+        let table: Value = serde_json::from_str(&read(&self.0, "table")).unwrap_or_default();
+        let ip = netfilter::ip(family);
+        let sets = table["nftables"].as_array().into_iter().flatten().map(|object| &object["set"]);
+        let elements = sets
+            .filter(|about| about["family"] == ip && about["name"] == set)
+            .flat_map(|about| about["elem"].as_array().into_iter().flatten());
+        Ok(elements.filter_map(|element| bytes(element["elem"]["val"].as_str()?)).collect())
     }
 
     fn count(&self, family: Family, _table: &str, set: &str) -> io::Result<u64> {
         assert_eq!(set, render::AFFINITY);
         Ok(if family == Family::V4 { 70_000 } else { 3 })
+    }
+}
+
+/// A mark, or address, protocol and port, as a kernel has them; others' keys are not asked for.
+fn bytes(key: &str) -> Option<Vec<u8>> {
+    let parts: Vec<&str> = key.split(" . ").collect();
+    match parts[..] {
+        [mark] => Some(mark.parse::<u32>().ok()?.to_ne_bytes().to_vec()),
+        [addr, protocol, port] => {
+            let mut key = match addr.parse().unwrap() {
+                IpAddr::V4(addr) => addr.octets().to_vec(),
+                IpAddr::V6(addr) => addr.octets().to_vec(),
+            };
+            let [high, low] = port.parse::<u16>().ok()?.to_be_bytes();
+            key.extend([protocol.parse().ok()?, 0, 0, 0, high, low, 0, 0]);
+            Some(key)
+        }
+        _ => None,
     }
 }
 
@@ -343,4 +367,33 @@ fn how_many_clients_are_remembered_is_said() {
     world.nftables.halves[0].remembered = 1;
     world.nftables.observe().unwrap();
     assert_eq!(world.nftables.halves[0].remembered, 1, "not before it is time");
+}
+
+/// In a network namespace of this thread's own. Who asks may have no nft.
+#[test]
+fn what_is_noted_is_read_from_the_kernel() {
+    if !rustix::process::geteuid().is_root() || NFT.run(&["--version"], "").is_err() {
+        println!("SKIP what_is_noted_is_read_from_the_kernel: not root, or no nft");
+        return;
+    }
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    let noted_by = || Nftables::noted_by(Role::Gate, &Options::default()).unwrap();
+    let nothing = Family::BOTH.map(|family| (family, Servers::default()));
+    assert_eq!(noted_by(), nothing);
+    let noted = Family::BOTH.map(|family| {
+        let shadow = Shadow::new(Renderer::new(family, Role::Gate, &Options::default()));
+        let addr = netfilter::sample::addr(family, 100);
+        let at = PROTOCOLS.map(|protocol| {
+            Nftables::key(&Frontend { addr, port: (256 + u16::from(protocol.number())).try_into().unwrap(), protocol })
+        });
+        let servers = Servers { at: at.into(), marks: [1, 0x0102_0300, u32::MAX].into() };
+        let draft = shadow.draft(&[Item::Servers(servers.clone())]);
+        NFT.run(&["-f", "-"], &shadow.refill(&draft, &shadow::Found::default(), true)).unwrap();
+        (family, servers)
+    });
+    assert_eq!(noted_by(), noted);
+    assert_eq!(Nftables::remains_of(Role::Gate).unwrap().len(), 2);
+    Nftables::remove_tables(Role::Gate).unwrap();
+    assert_eq!(Nftables::remains_of(Role::Gate).unwrap(), Vec::<String>::new());
+    assert_eq!(noted_by(), nothing);
 }
