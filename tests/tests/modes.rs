@@ -3,7 +3,7 @@
 use std::{
     fs,
     net::SocketAddr,
-    os::unix::fs::symlink,
+    os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
     process::ExitCode,
     time::Duration,
@@ -43,6 +43,8 @@ const WITHOUT_TOOLS: &str = "/nonexistent";
 
 fn main() -> ExitCode {
     Suite::in_worlds("modes", [("modes".to_owned(), ())], prepare, |suite, group, _, world| {
+        // First, for without its commands nobody can tell whose the tables are that the old iptables makes.
+        suite.case(&format!("{group}/cleanup takes away what it can, also without nft"), || cleans_up_as_it_can(world));
         suite.case(&format!("{group}/check names every mode and who lacks what"), || checks(world));
         suite.case(&format!("{group}/auto takes eBPF where it can"), || {
             serves_as(world, None, None, "ebpf", "auto: ebpf can run here")
@@ -490,6 +492,43 @@ fn cleans_up(world: &mut World) -> Result<()> {
     }
     fs::remove_dir_all(&others)?;
     node.nft("flush ruleset")
+}
+
+/// An iptables of the newer kind whose rules are ours, and stay.
+const STAYS: [(&str, &str); 3] = [
+    ("", "echo 'iptables v1.8.9 (nf_tables)'"),
+    ("-save", "echo '*nat\n:PROXY-SERVICES - [0:0]\nCOMMIT'"),
+    ("-restore", "echo busy >&2; exit 1"),
+];
+
+/// Neither for want of nft does anything stay, nor because something else cannot go.
+fn cleans_up_as_it_can(world: &mut World) -> Result<()> {
+    let before = state(world)?;
+    run_and_end(world, BY_NFTABLES)?;
+    let node = &world.node(1).place.namespace;
+    let rules: Vec<String> =
+        NFTABLES.iter().map(|Save { save, .. }| node.output(save[0], &save[1..])).collect::<Result<_>>()?;
+    let bpffs = world.node(1).bpffs.clone();
+    let (code, out, err) = said(world, None, Some(WITHOUT_TOOLS), &bpffs, &["cleanup"])?;
+    ensure!(code == Some(0) && out.contains("removed table ip6 proxy-agent (nftables)"), "{code:?} {out} {err}");
+    is_as(world, &before)?;
+    // Pins are the last to go. One mode removes what another left, so these are put back.
+    run_and_end(world, &["--proxy-mode", "ebpf"])?;
+    for (Save { restore, .. }, text) in NFTABLES.iter().zip(&rules) {
+        put_back(world, restore, text)?;
+    }
+    let dir = world.objects_dir().with_file_name("stays");
+    fs::create_dir_all(&dir)?;
+    for (ip, (of, script)) in ["iptables-nft", "ip6tables-nft"].into_iter().flat_map(|ip| STAYS.map(|one| (ip, one))) {
+        let path = dir.join(format!("{ip}{of}"));
+        fs::write(&path, format!("#!/bin/sh\n{script}\n"))?;
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
+    }
+    let (code, out, err) = said(world, None, dir.to_str(), &bpffs, &["cleanup"])?;
+    ensure!(code == Some(3) && err.contains("iptables-nft-restore: busy"), "{code:?} {out} {err}");
+    ensure!(out.contains("removed table ip proxy-agent (nftables)") && !out.contains("of iptables"), "{out} {err}");
+    ensure!(out.contains("links/connect4") && !bpffs.exists(), "pins are left: {out} {err}");
+    is_as(world, &before)
 }
 
 fn route_localnet(world: &World) -> Result<String> {

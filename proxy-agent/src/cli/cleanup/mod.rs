@@ -1,22 +1,25 @@
 //! `cleanup`: removes everything of ours from the kernel, whichever dataplane made it, and on request what kube-proxy left. Idempotent.
 //!
-//! Beside an agent that runs it removes what kube-proxy left and nothing else.
+//! What cannot be removed is said at the end, and is no reason for anything else to stay. Beside an agent that runs it removes what kube-proxy
+//! left and nothing else.
 
 use std::{
-    fs, io,
-    io::Write,
+    fmt, fs,
+    io::{self, Write},
+    iter,
     path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::Args as ClapArgs;
 
 use super::Exit;
 use crate::{
     config::{self, BPFFS},
     dataplane::{
+        DataplaneError,
         ebpf::{Drain, Ebpf, read::Pins},
         iptables::Iptables,
         ipvs::Ipvs,
@@ -69,54 +72,100 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     if kube_proxy && Lock::take().is_err() {
         return beside("an agent runs in this network namespace", &bpffs, dry_run, out);
     }
+    if drain.is_some() && !dry_run {
+        somebody_takes_over()?;
+    }
+    let (chains, unknown) = Iptables::remains();
+    let rules = [
+        Remains::of(Nftables::remains(), Nftables::remove),
+        Remains { found: chains, unknown, remove: Iptables::remove },
+        Remains::of(Ipvs::remains(), Ipvs::remove),
+        Remains::of(nat::remains(), nat::remove),
+    ];
+    if !dry_run && rules.iter().any(|remains| !remains.found.is_empty()) {
+        // Nothing goes where an agent is at work on some of them.
+        drop(Lock::take()?);
+    }
+    let mut trouble = Vec::new();
+    for remains in rules {
+        trouble.extend(remains.go(dry_run, out)?);
+    }
+    trouble.extend(remove_pins(&bpffs, drain, dry_run, out)?);
+    if kube_proxy && let Err(error) = kube_proxy::find().and_then(|found| of_kube_proxy(&found, dry_run, out)) {
+        trouble.push(format!("{error:#}"));
+    }
+    if trouble.is_empty() { Ok(Exit::Done) } else { bail!(trouble.join("; ")) }
+}
+
+/// What is left of one kind of rules.
+struct Remains {
+    /// By name.
+    found: Vec<String>,
+    /// Why there may be more.
+    unknown: Option<DataplaneError>,
+    /// Takes away all that there is.
+    remove: fn() -> Result<(), DataplaneError>,
+}
+
+impl Remains {
+    fn of(found: Result<Vec<String>, DataplaneError>, remove: fn() -> Result<(), DataplaneError>) -> Self {
+        let (found, unknown) = match found {
+            Ok(found) => (found, None),
+            Err(error) => (Vec::new(), Some(error)),
+        };
+        Self { found, unknown, remove }
+    }
+
+    /// Says what goes; what was in the way, each once.
+    fn go(self, dry_run: bool, out: &mut dyn Write) -> io::Result<Vec<String>> {
+        let Self { found, unknown, remove } = self;
+        let unknown = unknown.map(|unknown| unknown.to_string());
+        let removed = if dry_run || found.is_empty() { Ok(()) } else { remove().map_err(|error| error.to_string()) };
+        match removed {
+            // All that is known of is gone.
+            Err(error) if unknown.as_ref() != Some(&error) => Ok(iter::once(error).chain(unknown).collect()),
+            _ => {
+                say(&found, dry_run, out)?;
+                Ok(unknown.into_iter().collect())
+            }
+        }
+    }
+}
+
+fn say(gone: impl IntoIterator<Item = impl fmt::Display>, dry_run: bool, out: &mut dyn Write) -> io::Result<()> {
     let done = if dry_run { "would remove" } else { "removed" };
-    let reading = || format!("reading {}", bpffs.display());
-    let found = pinned(&bpffs).with_context(reading)?;
-    let (tables, (chains, unknown), servers) = (Nftables::remains()?, Iptables::remains(), Ipvs::remains()?);
-    let kept = nat::remains()?;
-    // First of all, since it is refused where an agent is at work on them.
-    if !tables.is_empty() && !dry_run {
-        Nftables::remove()?;
-    }
-    if !chains.is_empty() && !dry_run {
-        // What there is goes; what nobody can see is said at the end.
-        let removed = Iptables::remove();
-        if unknown.is_none() {
-            removed?;
-        }
-    }
-    if !servers.is_empty() && !dry_run {
-        Ipvs::remove()?;
-    }
-    if !kept.is_empty() && !dry_run {
-        nat::remove()?;
-    }
-    for rules in tables.iter().chain(&chains).chain(&servers).chain(&kept) {
-        writeln!(out, "{done} {rules}")?;
-    }
-    if !dry_run {
-        match drain {
-            Some(patience) => drained(&bpffs, patience, out)?,
-            None => Ebpf::remove(&bpffs)?,
-        }
-    }
+    gone.into_iter().try_for_each(|gone| writeln!(out, "{done} {gone}"))
+}
+
+/// What was in the way.
+fn remove_pins(bpffs: &Path, drain: Option<Duration>, dry_run: bool, out: &mut dyn Write) -> io::Result<Vec<String>> {
+    let reading = |error: io::Error| vec![format!("reading {}: {error}", bpffs.display())];
+    let found = match pinned(bpffs) {
+        Ok(found) => found,
+        Err(error) => return Ok(reading(error)),
+    };
     if found.is_empty() {
         writeln!(out, "{}: nothing is pinned here", bpffs.display())?;
     }
-    for path in &found {
-        writeln!(out, "{done} {}", path.display())?;
+    if dry_run {
+        say(found.iter().map(|path| path.display()), dry_run, out)?;
+        return Ok(Vec::new());
     }
-    let left = if dry_run { Vec::new() } else { pinned(&bpffs).with_context(reading)? };
+    let removed = match drain {
+        Some(patience) => drained(bpffs, patience, out),
+        None => Ebpf::remove(bpffs).map_err(Into::into),
+    };
+    let mut trouble: Vec<String> = removed.err().map(|error| format!("{error:#}")).into_iter().collect();
+    let left = match pinned(bpffs) {
+        Ok(left) => left,
+        Err(error) => return Ok(trouble.into_iter().chain(reading(error)).collect()),
+    };
+    say(found.iter().filter(|path| !left.contains(path)).map(|path| path.display()), dry_run, out)?;
     if let Some(path) = left.first() {
-        bail!("{} of {} pins are still there, {} among them", left.len(), found.len(), path.display());
+        let (left, found) = (left.len(), found.len());
+        trouble.push(format!("{left} of {found} pins are still there, {} among them", path.display()));
     }
-    if kube_proxy {
-        of_kube_proxy(&kube_proxy::find()?, dry_run, out)?;
-    }
-    match unknown {
-        Some(unknown) => bail!(unknown),
-        None => Ok(Exit::Done),
-    }
+    Ok(trouble)
 }
 
 /// The agent that holds these pins, if one does.
@@ -186,7 +235,6 @@ fn keep_nat(dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
 
 /// One that runs puts back what is taken from it; that shows at the end.
 fn of_kube_proxy(found: &[kube_proxy::Remains], dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
-    let done = if dry_run { "would remove" } else { "removed" };
     if found.is_empty() {
         writeln!(out, "no rules of kube-proxy")?;
     }
@@ -194,7 +242,7 @@ fn of_kube_proxy(found: &[kube_proxy::Remains], dry_run: bool, out: &mut dyn Wri
         if !dry_run {
             remains.remove()?;
         }
-        writeln!(out, "{done} {}", remains.what)?;
+        say([&remains.what], dry_run, out)?;
     }
     if !dry_run && let Some(again) = kube_proxy::find()?.first() {
         bail!("{} is there again: does kube-proxy still run here?", again.what);
@@ -202,15 +250,20 @@ fn of_kube_proxy(found: &[kube_proxy::Remains], dry_run: bool, out: &mut dyn Wri
     Ok(())
 }
 
-/// Removes what is pinned once its connections have ended, by two looks: one may have begun just before new ones were left to others. Who
-/// ends this before leaves them as they are, and may begin again. Refused where nobody would take the new ones.
-fn drained(bpffs: &Path, patience: Duration, out: &mut dyn Write) -> anyhow::Result<()> {
+/// `--drain` is refused where nobody would take new connections.
+fn somebody_takes_over() -> anyhow::Result<()> {
     if kube_proxy::find()?.is_empty() {
         bail!(
             "there are no rules of kube-proxy here, so nobody would take new connections; start it, wait until \
              `curl http://127.0.0.1:10256/healthz` answers, and run this again, or end all connections by `proxy-agent cleanup` without --drain"
         );
     }
+    Ok(())
+}
+
+/// Removes what is pinned once its connections have ended, by two looks: one may have begun just before new ones were left to others. Who
+/// ends this before leaves them as they are, and may begin again.
+fn drained(bpffs: &Path, patience: Duration, out: &mut dyn Write) -> anyhow::Result<()> {
     let Some(mut drain) = Drain::begin(bpffs)? else { return Ok(()) };
     writeln!(out, "new connections are left to others from now on")?;
     out.flush()?;
@@ -261,6 +314,35 @@ fn pinned(dir: &Path) -> io::Result<Vec<PathBuf>> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_cannot_go_is_said_and_the_rest_goes() {
+        let error = |text: &str| DataplaneError::Unavailable(text.into());
+        let found = |name: &str| Ok(vec![name.to_owned()]);
+        let rules = || {
+            [
+                Remains::of(found("table"), || Err(DataplaneError::Unavailable("table: busy".into()))),
+                // What there is went, and there may be more.
+                Remains {
+                    unknown: Some(error("no tool")),
+                    ..Remains::of(found("chains"), || Err(DataplaneError::Unavailable("no tool".into())))
+                },
+                Remains::of(Err(error("no leave")), || panic!("nothing is known of")),
+                Remains::of(found("servers"), || Ok(())),
+            ]
+        };
+        for (dry_run, said, trouble) in [
+            (false, "removed chains\nremoved servers\n", &["table: busy", "no tool", "no leave"][..]),
+            (true, "would remove table\nwould remove chains\nwould remove servers\n", &["no tool", "no leave"]),
+        ] {
+            let mut out = Vec::new();
+            let found: Vec<_> = rules().into_iter().flat_map(|one| one.go(dry_run, &mut out).unwrap()).collect();
+            assert_eq!(
+                (String::from_utf8(out).unwrap().as_str(), &found[..]),
+                (said, &trouble.iter().map(|one| (*one).to_owned()).collect::<Vec<_>>()[..])
+            );
+        }
+    }
 
     #[test]
     fn pins_are_found_at_any_depth_and_an_absent_directory_is_empty() {
