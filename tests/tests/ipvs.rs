@@ -456,31 +456,48 @@ fn state(node: &Node) -> Result<Vec<String>> {
         "ip -o addr show",
         "ip route show table all",
         "ipvsadm -Sn",
-        "sysctl net.ipv4.vs net.ipv4.ip_forward net.ipv6.conf.all.forwarding",
+        "sysctl net.ipv4.vs net.ipv4.ip_forward net.ipv6.conf.all.forwarding net.ipv4.conf.all.arp_ignore net.ipv4.conf.all.arp_announce",
     ]
     .into_iter()
     .map(|words| output(node, words))
     .collect()
 }
 
+/// What of the node's is set while the agent runs, and `cleanup` puts back. `conn_reuse_mode` is left as it is from Linux 5.9 on.
+const SETTINGS: [(&str, &str); 6] = [
+    ("vs.conntrack", "1"),
+    ("vs.expire_nodest_conn", "1"),
+    ("vs.expire_quiescent_template", "1"),
+    ("vs.conn_reuse_mode", "0"),
+    ("conf.all.arp_ignore", "1"),
+    ("conf.all.arp_announce", "2"),
+];
+
 fn cleans_up(world: &mut World) -> Result<()> {
     world.remove_agents()?;
     let node = world.node(1);
     world.cli(node, &["cleanup"])?;
-    for command in [
-        "ipvsadm -A -t 198.51.100.1:80 -s rr",
-        "ipvsadm -a -t 198.51.100.1:80 -r 198.51.100.2:80 -m",
-        "sysctl -w net.ipv4.vs.expire_nodest_conn=0",
-        "sysctl -w net.ipv4.vs.conntrack=0",
-    ] {
+    for command in ["ipvsadm -A -t 198.51.100.1:80 -s rr", "ipvsadm -a -t 198.51.100.1:80 -r 198.51.100.2:80 -m"] {
         output(node, command)?;
     }
+    let set =
+        || SETTINGS.iter().try_for_each(|(name, _)| output(node, &format!("sysctl -w net.ipv4.{name}=0")).map(drop));
+    set()?;
     let before = state(node)?;
     ensure!(!before.concat().contains("proxy-"), "{before:#?}");
+    // What is asked for with the second start is put back as well.
     world.start_agent(1, &options())?;
+    world.node(1).wait_ready(patience(30))?;
+    let mut strict = options();
+    strict.extra.push("--ipvs-strict-arp".into());
+    world.start_agent(1, &strict)?;
     world.node(1).wait_ready(patience(30))?;
     answers(world, 6)?;
     let node = world.node(1);
+    for (name, wanted) in SETTINGS {
+        let now = output(node, &format!("sysctl -n net.ipv4.{name}"))?;
+        ensure!(now.trim() == wanted, "{name}: {now}, not {wanted}");
+    }
     let refused = world.cli(node, &["cleanup"]);
     ensure!(refused.is_err(), "cleaned up under an agent");
     world.kill_agent(1)?;
@@ -541,9 +558,7 @@ fn settings(world: &mut World) -> Result<()> {
     let conntrack = output(world.node(1), "cat /proc/sys/net/ipv4/vs/conntrack")?;
     ensure!(conntrack.trim() == "0", "a trial set it: {conntrack}");
     // All that has to be set.
-    for name in
-        ["vs.conntrack", "vs.expire_nodest_conn", "vs.expire_quiescent_template", "vs.conn_reuse_mode", "ip_forward"]
-    {
+    for name in ["vs.conntrack", "vs.expire_nodest_conn", "vs.expire_quiescent_template", "ip_forward"] {
         output(world.node(1), &format!("sysctl -w net.ipv4.{name}=1"))?;
     }
     let needless = checked(READ_ONLY)?;

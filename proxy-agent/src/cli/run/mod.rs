@@ -99,7 +99,7 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
     }
     let log = logging::start(args.log.format(), args.log.filter())?;
     let init_only = args.file.init_only;
-    let (conntrack, strict_arp, oom_score_adj) = (args.conntrack, args.ipvs_strict_arp, args.oom_score_adj);
+    let (conntrack, oom_score_adj) = (args.conntrack, args.oom_score_adj);
     let profiling = args.profiling;
     let mut plan = plan(args)?;
     plan.serve.verbosity = profiling.then(|| set_verbosity(Arc::clone(&log)));
@@ -115,8 +115,7 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let allowed = privileges::check(mode.has_pins().then_some(&plan.dataplane.ebpf.bpffs));
     allowed.map_err(|error| with_advice(error, &plan.dataplane))?;
     let set_sysctls = || {
-        let problems =
-            if mode.has_pins() { Vec::new() } else { sysctl::set(&conntrack, strict_arp && mode == Mode::Ipvs) };
+        let problems = if mode.has_pins() { Vec::new() } else { sysctl::set(&conntrack) };
         problems.iter().for_each(|problem| warn!("{problem}"));
     };
     if init_only {
@@ -125,7 +124,7 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
             Mode::Ebpf => {
                 ebpf::mount_bpffs(&plan.dataplane.ebpf.bpffs)?;
             }
-            Mode::Ipvs => Ipvs::initialise()?,
+            Mode::Ipvs => Ipvs::initialise(&plan.dataplane.netfilter)?,
             Mode::Nftables | Mode::Iptables => {}
         }
         set_sysctls();
@@ -211,7 +210,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         maps,
         log: _,
         ebpf_log_level,
-        ipvs_strict_arp: _,
+        ipvs_strict_arp,
         oom_score_adj: _,
         unused: _,
     } = args;
@@ -231,6 +230,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             affinity_entries: maps.map_affinity,
             ended: Arc::clone(&ended),
             restore_failures: Arc::clone(&restore_failures),
+            ipvs_strict_arp,
             ..netfilter.options(masquerade_ports)
         },
         ebpf: ebpf::Options {

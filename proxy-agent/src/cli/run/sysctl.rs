@@ -1,5 +1,5 @@
-//! Settings of the kernel's, where netfilter translates: those that were asked for, as kube-proxy sets them (contract A110, A154). All others
-//! stay as they are.
+//! Settings of the kernel's conntrack, where netfilter translates: those that were asked for, as kube-proxy sets them (contract A110). All
+//! others stay as they are, and these once they are set: what was there before is nobody's to know once another agent has set it again.
 
 use std::{fs, path::Path, time::Duration};
 
@@ -14,13 +14,9 @@ const PER_CORE: u32 = 32_768;
 const LEAST: u32 = 131_072;
 
 /// What could not be set, and why.
-pub(super) fn set(conntrack: &Conntrack, strict_arp: bool) -> Vec<String> {
-    let arp = if strict_arp { &STRICT_ARP[..] } else { &[] };
-    write(&[&wanted(conntrack, settings::cpus()), arp].concat(), &settings::directory())
+pub(super) fn set(conntrack: &Conntrack) -> Vec<String> {
+    write(&wanted(conntrack, settings::cpus()), &settings::directory())
 }
-
-/// No neighbour is told of addresses that are on another device than the one it asks by.
-const STRICT_ARP: [(&str, u64); 2] = [("ipv4/conf/all/arp_ignore", 1), ("ipv4/conf/all/arp_announce", 2)];
 
 fn wanted(conntrack: &Conntrack, cpus: u64) -> Vec<(&'static str, u64)> {
     let Conntrack {

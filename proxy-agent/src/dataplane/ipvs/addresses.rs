@@ -32,11 +32,9 @@ pub(super) fn ready(system: &mut dyn System, alias: &mut Option<String>, writes:
             ));
         }
         Some(device) => {
-            if Settings::is_note(&device.alias) {
-                *alias = Some(device.alias.clone());
-            } else {
-                // An agent was killed over it.
-                let note = noted(system, alias)?;
+            let note = noted(system, alias, &device.alias)?;
+            if note != device.alias {
+                // An agent was killed over it, or asked for less.
                 system.label(device.index, &note).map_err(of_device)?;
                 *writes += 1;
             }
@@ -47,7 +45,7 @@ pub(super) fn ready(system: &mut dyn System, alias: &mut Option<String>, writes:
             device
         }
         None => {
-            let note = noted(system, alias)?;
+            let note = noted(system, alias, "")?;
             *writes += 1;
             system.create(&note).map_err(|error| {
                 format!("device {} cannot be made: {error}; `modprobe dummy`, and CAP_NET_ADMIN", device::NAME)
@@ -58,16 +56,13 @@ pub(super) fn ready(system: &mut dyn System, alias: &mut Option<String>, writes:
     Ok(device)
 }
 
-fn noted(system: &mut dyn System, alias: &mut Option<String>) -> Result<String, String> {
-    match alias {
-        Some(note) => Ok(note.clone()),
-        None => {
-            let note = system
-                .note()
-                .map_err(|error| format!("net/ipv4/vs: {error}; is /proc/sys/net that of this network namespace?"))?;
-            Ok(alias.insert(note).clone())
-        }
-    }
+/// As the device has it, else as it was last known; what neither says is as it was before.
+fn noted(system: &mut dyn System, alias: &mut Option<String>, of_device: &str) -> Result<String, String> {
+    let known = if Settings::is_note(of_device) { of_device } else { alias.as_deref().unwrap_or_default() };
+    let note = system
+        .note(known)
+        .map_err(|error| format!("net/ipv4/vs: {error}; is /proc/sys/net that of this network namespace?"))?;
+    Ok(alias.insert(note).clone())
 }
 
 impl Ipvs {

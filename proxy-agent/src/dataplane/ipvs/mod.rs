@@ -115,17 +115,17 @@ impl Ipvs {
         let socket = Socket::open().map_err(no_ipvs)?;
         let kernel = |source| DataplaneError::Kernel { what: "rtnetlink".into(), source };
         let route = Route::open().map_err(kernel)?;
-        Ok(Self::over(gate, Box::new(system::Kernel { socket, route }), options))
+        let system = system::Kernel { socket, route, strict_arp: options.ipvs_strict_arp };
+        Ok(Self::over(gate, Box::new(system), options))
     }
 
     /// What takes more rights than to run: the settings as they have to be, and the device, on which is written what they were. It serves
     /// nothing, and may be done while an agent is at work.
-    pub fn initialise() -> Result<(), DataplaneError> {
+    pub fn initialise(options: &Options) -> Result<(), DataplaneError> {
         let socket = Socket::open().map_err(no_ipvs)?;
         let route = Route::open().map_err(|source| DataplaneError::Kernel { what: "rtnetlink".into(), source })?;
-        addresses::ready(&mut system::Kernel { socket, route }, &mut None, &mut 0)
-            .map(drop)
-            .map_err(DataplaneError::Unavailable)
+        let mut system = system::Kernel { socket, route, strict_arp: options.ipvs_strict_arp };
+        addresses::ready(&mut system, &mut None, &mut 0).map(drop).map_err(DataplaneError::Unavailable)
     }
 
     fn over(gate: Nftables, system: Box<dyn System>, options: &Options) -> Self {

@@ -10,8 +10,10 @@ use std::{
 
 use crate::dataplane::netfilter::settings;
 
-/// Below `net/ipv4`, and what each must be.
-const WANTED: [(&str, &str); 5] = [
+/// Below `net/ipv4`, and what it must be.
+type Setting = (&'static str, &'static str);
+
+const ALWAYS: [Setting; 4] = [
     // Answers are routed on.
     (FORWARDING, "1"),
     // Without it nothing that IPVS translates can be masqueraded.
@@ -19,9 +21,15 @@ const WANTED: [(&str, &str); 5] = [
     // What leads to a backend that is gone begins anew, and so does who was remembered there.
     ("vs/expire_nodest_conn", "1"),
     ("vs/expire_quiescent_template", "1"),
-    // A port that is used again is a new connection.
-    ("vs/conn_reuse_mode", "1"),
 ];
+
+/// With 1, the kernel's default, who uses a port again waits for a second where conntrack is on: the first packet is dropped. That is mended
+/// since Linux 5.9 (f0a5e4d7a594), and what stands is left as it is from there on (contract A154).
+const REUSE: Setting = ("vs/conn_reuse_mode", "0");
+const REUSE_MENDED: (u32, u32) = (5, 9);
+
+/// No neighbour is told of addresses that are on another device than the one it asks by.
+const STRICT_ARP: [Setting; 2] = [("conf/all/arp_ignore", "1"), ("conf/all/arp_announce", "2")];
 
 /// Pods need it whoever serves Services, and who else has switched it on does not show: it stays as it is (as with kube-proxy).
 const FORWARDING: &str = "ip_forward";
@@ -37,25 +45,30 @@ fn needs(name: &str, any_of_ipvs: bool) -> &'static str {
         "vs/expire_nodest_conn" | "vs/expire_quiescent_template" if any_of_ipvs => {
             "use a kernel whose IPVS has it (CONFIG_IP_VS)"
         }
-        FORWARDING => "use a kernel that has CONFIG_INET, and a /proc/sys/net that is of this network namespace",
+        FORWARDING | "conf/all/arp_ignore" | "conf/all/arp_announce" => {
+            "use a kernel that has CONFIG_INET, and a /proc/sys/net that is of this network namespace"
+        }
         _ => {
             "`modprobe ip_vs`, and a /proc/sys/net that is of this network namespace, which the node's own user namespace owns"
         }
     }
 }
 
-/// What is written on the device stands behind this.
+/// What is written on the device stands behind this. The kernel takes 255 bytes there.
 const BEFORE: &str = "before: ";
 
-/// Those below a directory.
+/// Those below a directory that have to be something.
 #[derive(Debug)]
-pub(super) struct Settings(PathBuf);
+pub(super) struct Settings {
+    directory: PathBuf,
+    wanted: Vec<Setting>,
+}
 
 /// One that cannot be set.
 #[derive(Debug, thiserror::Error)]
 #[error("{}; {}", self.what(), self.remedy())]
 pub(super) struct Unset {
-    name: &'static str,
+    setting: Setting,
     error: io::Error,
     /// There are settings of IPVS'.
     any_of_ipvs: bool,
@@ -63,14 +76,18 @@ pub(super) struct Unset {
 
 impl Unset {
     pub(super) fn what(&self) -> String {
-        format!("net/ipv4/{} cannot be set: {}", self.name, self.error)
+        let (name, _) = self.setting;
+        format!("net/ipv4/{name} cannot be set: {}", self.error)
     }
 
-    pub(super) fn remedy(&self) -> &'static str {
+    pub(super) fn remedy(&self) -> String {
+        let (name, wanted) = self.setting;
         if self.error.kind() == io::ErrorKind::NotFound {
-            needs(self.name, self.any_of_ipvs)
+            needs(name, self.any_of_ipvs).to_owned()
         } else {
-            "mount the node's /proc/sys/net into the container, writable (manifests/overlays/ipvs), or set it to 1 on the node"
+            format!(
+                "mount the node's /proc/sys/net into the container, writable (manifests/overlays/ipvs), or set it to {wanted} on the node"
+            )
         }
     }
 }
@@ -78,24 +95,37 @@ impl Unset {
 impl Settings {
     /// Of the network namespace of the thread that asks.
     pub(super) fn here() -> Self {
-        Self(settings::directory().join("ipv4"))
+        let release = rustix::system::uname().release().to_string_lossy().into_owned();
+        Self::below(settings::directory().join("ipv4"), version(&release))
+    }
+
+    fn below(directory: PathBuf, kernel: Option<(u32, u32)>) -> Self {
+        let reuse = kernel.is_some_and(|kernel| kernel < REUSE_MENDED).then_some(REUSE);
+        Self { directory, wanted: ALWAYS.into_iter().chain(reuse).collect() }
+    }
+
+    /// If that is asked for.
+    pub(super) fn with_strict_arp(mut self, asked: bool) -> Self {
+        self.wanted.extend(STRICT_ARP.into_iter().filter(|_| asked));
+        self
     }
 
     fn path(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        self.directory.join(name)
     }
 
     fn read(&self, name: &str) -> io::Result<String> {
         fs::read_to_string(self.path(name)).map(|text| text.trim().to_owned())
     }
 
-    /// As they are now, to be written on the device.
-    pub(super) fn note(&self) -> io::Result<String> {
-        let mut text = BEFORE.to_owned();
-        for (name, _) in WANTED.into_iter().filter(|(name, _)| *name != FORWARDING) {
-            let _ = write!(text, "{name}={} ", self.read(name)?);
+    /// As they are now, to be written on the device; what `before` says of some stands, for those have been set since.
+    pub(super) fn note(&self, before: &str) -> io::Result<String> {
+        let noted = noted(before);
+        let mut text = if noted.is_empty() { BEFORE.trim_end().to_owned() } else { before.to_owned() };
+        for (name, _) in self.wanted.iter().filter(|(name, _)| *name != FORWARDING && !noted.contains_key(name)) {
+            let _ = write!(text, " {name}={}", self.read(name)?);
         }
-        Ok(text.trim_end().to_owned())
+        Ok(text)
     }
 
     /// Whether this is what [`Settings::note`] wrote.
@@ -105,40 +135,40 @@ impl Settings {
 
     /// Those that are not as they must be.
     pub(super) fn wrong(&self) -> Vec<&'static str> {
-        let wrong = WANTED.into_iter().filter(|(name, wanted)| !self.read(name).is_ok_and(|value| value == *wanted));
-        wrong.map(|(name, _)| name).collect()
+        self.all_wrong().map(|(name, _)| name).collect()
+    }
+
+    fn all_wrong(&self) -> impl Iterator<Item = Setting> {
+        self.wanted.iter().copied().filter(|(name, wanted)| !self.read(name).is_ok_and(|value| value == *wanted))
     }
 
     /// Whether those can be set that have to be. None is.
     pub(super) fn try_out(&self) -> Result<(), Unset> {
-        for name in self.wrong() {
-            File::options().write(true).open(self.path(name)).map_err(|error| self.unset(name, error))?;
+        for setting in self.all_wrong() {
+            let path = self.path(setting.0);
+            File::options().write(true).open(path).map_err(|error| self.unset(setting, error))?;
         }
         Ok(())
     }
 
-    fn unset(&self, name: &'static str, error: io::Error) -> Unset {
-        Unset { name, error, any_of_ipvs: self.path(OF_IPVS).exists() }
+    fn unset(&self, setting: Setting, error: io::Error) -> Unset {
+        Unset { setting, error, any_of_ipvs: self.path(OF_IPVS).exists() }
     }
 
     /// How many were written.
     pub(super) fn set(&self) -> Result<u64, Unset> {
-        let wrong = self.wrong();
-        for (name, wanted) in WANTED.into_iter().filter(|(name, _)| wrong.contains(name)) {
-            fs::write(self.path(name), wanted).map_err(|error| self.unset(name, error))?;
+        let wrong: Vec<Setting> = self.all_wrong().collect();
+        for (name, wanted) in wrong.iter().copied() {
+            fs::write(self.path(name), wanted).map_err(|error| self.unset((name, wanted), error))?;
         }
         Ok(wrong.len() as u64)
     }
 
-    /// Puts back what was noted. What somebody else has set meanwhile stays.
+    /// Puts back what was noted, whatever has to be set by now. What somebody else has set meanwhile stays.
     pub(super) fn restore(&self, note: &str) -> io::Result<()> {
-        let before: BTreeMap<&str, &str> = note
-            .strip_prefix(BEFORE)
-            .into_iter()
-            .flat_map(|note| note.split(' '))
-            .filter_map(|one| one.split_once('='))
-            .collect();
-        for (name, wanted) in WANTED.into_iter().filter(|(name, _)| *name != FORWARDING) {
+        let before = noted(note);
+        let all = ALWAYS.into_iter().chain([REUSE]).chain(STRICT_ARP);
+        for (name, wanted) in all.filter(|(name, _)| *name != FORWARDING) {
             if let Some(value) = before.get(name).filter(|value| **value != wanted)
                 && self.read(name).is_ok_and(|value| value == wanted)
             {
@@ -149,46 +179,113 @@ impl Settings {
     }
 }
 
+/// What [`Settings::note`] wrote; of anything else nothing.
+fn noted(note: &str) -> BTreeMap<&str, &str> {
+    let all = note.strip_prefix(BEFORE).into_iter().flat_map(|note| note.split(' '));
+    all.filter_map(|one| one.split_once('=')).collect()
+}
+
+/// Of a kernel's release. `None`: it is of none that was ever told apart.
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|number| number.parse().ok());
+    Some((numbers.next()??, numbers.next()??))
+}
+
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     #[test]
     fn what_was_set_before_comes_back() {
         let dir = tempfile::tempdir().unwrap();
-        fs::create_dir(dir.path().join("vs")).unwrap();
-        let settings = Settings(dir.path().to_owned());
+        let settings = all(dir.path());
         let write = |name: &str, value: &str| fs::write(dir.path().join(name), format!("{value}\n")).unwrap();
-        for (name, value) in WANTED.map(|(name, _)| name).into_iter().zip(["0", "0", "0", "0", "2"]) {
+        for ((name, _), value) in settings.wanted.iter().zip(["0", "0", "0", "0", "1", "0", "1"]) {
             write(name, value);
         }
         settings.try_out().unwrap();
-        let note = settings.note().unwrap();
-        assert!(note.ends_with("vs/expire_quiescent_template=0 vs/conn_reuse_mode=2") && note.len() < 256, "{note}");
-        assert_eq!(settings.set().unwrap(), 5);
+        let note = settings.note("").unwrap();
+        assert_eq!(
+            note,
+            "before: vs/conntrack=0 vs/expire_nodest_conn=0 vs/expire_quiescent_template=0 vs/conn_reuse_mode=1 \
+             conf/all/arp_ignore=0 conf/all/arp_announce=1"
+        );
+        // Numbers of the kernel's, as long as they come: more is no alias of a device.
+        assert!(note.len() + settings.wanted.len() * "2147483647".len() < 256, "{note}");
+        assert_eq!(settings.set().unwrap(), 7);
         assert!(settings.wrong().is_empty());
         assert_eq!(settings.set().unwrap(), 0);
+        assert_eq!(settings.note(&note).unwrap(), note, "by now we have set it");
         write("vs/expire_nodest_conn", "7");
         assert_eq!(settings.wrong(), ["vs/expire_nodest_conn"]);
-        settings.restore(&note).unwrap();
-        assert_eq!(settings.note().unwrap(), note.replace("nodest_conn=0", "nodest_conn=7"), "somebody else's stays");
+        // Whatever is asked for by then.
+        Settings::below(dir.path().to_owned(), None).restore(&note).unwrap();
+        let now = settings.note("").unwrap();
+        assert_eq!(now, note.replace("nodest_conn=0", "nodest_conn=7"), "somebody else's stays");
         assert_eq!(settings.read(FORWARDING).unwrap(), "1", "pods need it");
         // An earlier version noted it.
         settings.restore("before: ip_forward=0").unwrap();
         assert_eq!(settings.read(FORWARDING).unwrap(), "1");
         settings.restore("what somebody else wrote there").unwrap();
         fs::remove_file(dir.path().join("vs/conntrack")).unwrap();
-        assert!(settings.note().is_err() && settings.wrong().contains(&"vs/conntrack"));
+        assert!(settings.note("").is_err() && settings.wrong().contains(&"vs/conntrack"));
+    }
+
+    /// All that there may be.
+    fn all(directory: &Path) -> Settings {
+        for name in ["vs", "conf/all"] {
+            fs::create_dir_all(directory.join(name)).unwrap();
+        }
+        Settings::below(directory.to_owned(), Some((5, 8))).with_strict_arp(true)
+    }
+
+    #[test]
+    fn what_is_wanted_depends_on_the_kernel_and_on_who_asks_a154() {
+        let names = |release: &str, strict| {
+            let settings = Settings::below(PathBuf::new(), version(release)).with_strict_arp(strict);
+            settings.wanted.into_iter().skip(ALWAYS.len()).collect::<Vec<_>>()
+        };
+        let [ignore, announce] = STRICT_ARP;
+        for release in ["4.19.0-27-amd64", "5.8.18", "5.4", "3.10.0-1160.el7.x86_64"] {
+            assert_eq!(names(release, false), [("vs/conn_reuse_mode", "0")], "{release}");
+            assert_eq!(names(release, true), [REUSE, ignore, announce], "{release}");
+        }
+        for release in ["5.9.0-rc1+", "5.10.0-33-cloud-amd64", "6.18.5", "10.0", "unknown", ""] {
+            assert_eq!(names(release, false), [], "{release}");
+        }
+        assert_eq!(names("6.1.0-18", true), [("conf/all/arp_ignore", "1"), ("conf/all/arp_announce", "2")]);
+    }
+
+    /// A start that asks for more finds the device of one that asked for less.
+    #[test]
+    fn what_is_asked_for_later_is_noted_before_it_is_set() {
+        let dir = tempfile::tempdir().unwrap();
+        let strict = all(dir.path());
+        strict.wanted.iter().for_each(|(name, _)| fs::write(strict.path(name), "0").unwrap());
+        let plain = Settings::below(dir.path().to_owned(), Some((6, 1)));
+        let before = plain.note("").unwrap();
+        plain.set().unwrap();
+        assert_eq!(strict.read("conf/all/arp_ignore").unwrap(), "0");
+        let note = strict.note(&before).unwrap();
+        assert!(
+            note.starts_with(&before) && note.ends_with(" conf/all/arp_ignore=0 conf/all/arp_announce=0"),
+            "{note}"
+        );
+        strict.set().unwrap();
+        assert_eq!(strict.read("conf/all/arp_announce").unwrap(), "2");
+        plain.restore(&note).unwrap();
+        assert_eq!(strict.note("").unwrap(), note);
     }
 
     #[test]
     fn what_cannot_be_set_is_found_without_setting_anything() {
         let dir = tempfile::tempdir().unwrap();
-        fs::create_dir(dir.path().join("vs")).unwrap();
-        let settings = Settings(dir.path().to_owned());
-        for (name, _) in WANTED {
-            fs::write(settings.path(name), "0").unwrap();
-        }
+        let settings = all(dir.path());
+        let all_are =
+            |value: &str| settings.wanted.iter().for_each(|(name, _)| fs::write(settings.path(name), value).unwrap());
+        all_are("9");
         // Nobody can write that, root included.
         let name = "vs/expire_nodest_conn";
         fs::remove_file(settings.path(name)).unwrap();
@@ -196,16 +293,14 @@ mod tests {
         let tried = settings.try_out().unwrap_err().to_string();
         assert!(tried.starts_with("net/ipv4/vs/expire_nodest_conn cannot be set: "), "{tried}");
         assert!(tried.ends_with("or set it to 1 on the node"), "{tried}");
-        for (other, _) in WANTED.into_iter().filter(|(other, _)| *other != name) {
-            assert_eq!(settings.read(other).unwrap(), "0", "{other}");
+        for (other, _) in settings.wanted.iter().filter(|(other, _)| *other != name) {
+            assert_eq!(settings.read(other).unwrap(), "9", "{other}");
         }
         assert_eq!(settings.set().unwrap_err().to_string(), tried);
         fs::remove_dir(settings.path(name)).unwrap();
         // Each says what it needs, and none what another one does.
         let absent = |name: &str| {
-            for (other, _) in WANTED {
-                fs::write(settings.path(other), "0").unwrap();
-            }
+            all_are("9");
             fs::remove_file(settings.path(name)).unwrap();
             settings.try_out().unwrap_err().to_string()
         };
@@ -213,6 +308,7 @@ mod tests {
             ("vs/conntrack", "CONFIG_IP_VS_NFCT"),
             ("vs/conn_reuse_mode", "Linux 4.1"),
             (FORWARDING, "/proc/sys/net that is of this network namespace"),
+            ("conf/all/arp_announce", "/proc/sys/net that is of this network namespace"),
             ("vs/expire_quiescent_template", "whose IPVS has it"),
             ("vs/expire_nodest_conn", "whose IPVS has it"),
         ] {
@@ -229,5 +325,10 @@ mod tests {
         fs::write(settings.path(name), "1").unwrap();
         settings.set().unwrap();
         settings.try_out().unwrap();
+        // Each is to be set to its own.
+        fs::remove_file(settings.path("conf/all/arp_announce")).unwrap();
+        fs::create_dir(settings.path("conf/all/arp_announce")).unwrap();
+        let tried = settings.try_out().unwrap_err().to_string();
+        assert!(tried.ends_with("or set it to 2 on the node"), "{tried}");
     }
 }

@@ -29,7 +29,7 @@ pub(super) trait System: fmt::Debug + Send {
     fn service(&mut self, at: Virtual) -> io::Result<Option<Service>>;
     fn destinations(&mut self, at: Virtual) -> io::Result<Vec<Held>>;
     fn run(&mut self, requests: &[Request]) -> io::Result<Vec<io::Result<()>>>;
-    fn note(&mut self) -> io::Result<String>;
+    fn note(&mut self, before: &str) -> io::Result<String>;
     fn set(&mut self) -> Result<u64, Unset>;
     fn wrong(&mut self) -> Vec<&'static str>;
 }
@@ -39,6 +39,13 @@ pub(super) trait System: fmt::Debug + Send {
 pub(super) struct Kernel {
     pub(super) socket: Socket,
     pub(super) route: Route,
+    pub(super) strict_arp: bool,
+}
+
+impl Kernel {
+    fn settings(&self) -> Settings {
+        Settings::here().with_strict_arp(self.strict_arp)
+    }
 }
 
 impl System for Kernel {
@@ -94,15 +101,15 @@ impl System for Kernel {
         self.socket.run(requests)
     }
 
-    fn note(&mut self) -> io::Result<String> {
-        Settings::here().note()
+    fn note(&mut self, before: &str) -> io::Result<String> {
+        self.settings().note(before)
     }
 
     fn set(&mut self) -> Result<u64, Unset> {
-        Settings::here().set()
+        self.settings().set()
     }
 
     fn wrong(&mut self) -> Vec<&'static str> {
-        Settings::here().wrong()
+        self.settings().wrong()
     }
 }

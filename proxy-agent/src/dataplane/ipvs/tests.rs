@@ -32,6 +32,8 @@ struct State {
     /// Whoever is to be a destination there is refused.
     refuses: Option<IpAddr>,
     settings: &'static str,
+    /// What has to be set besides, as it was before.
+    further: &'static str,
     /// What was done, behind how often nft has run.
     done: Vec<String>,
 }
@@ -124,8 +126,10 @@ impl System for Fake {
         Ok(requests.iter().map(|request| self.run_one(request)).collect())
     }
 
-    fn note(&mut self) -> io::Result<String> {
-        Ok(format!("before: {}", self.state().settings))
+    fn note(&mut self, before: &str) -> io::Result<String> {
+        let State { settings, further, .. } = *self.state();
+        let known = if sysctl::Settings::is_note(before) { before.to_owned() } else { format!("before: {settings}") };
+        Ok(if known.ends_with(further) { known } else { known + further })
     }
 
     fn set(&mut self) -> Result<u64, sysctl::Unset> {
@@ -513,6 +517,12 @@ fn what_was_set_before_is_not_forgotten() {
     }
     assert_eq!(world.resync().failed, BTreeMap::new());
     assert_eq!(alias(&world).unwrap(), "before: conntrack=0");
+    // The next one has more to set.
+    world.restart();
+    world.kernel.state().further = " arp_ignore=0";
+    assert_eq!(world.resync().failed, BTreeMap::new());
+    assert_eq!(alias(&world).unwrap(), "before: conntrack=0 arp_ignore=0");
+    assert_eq!(world.resync().writes, 0);
     world.kernel.state().device.as_mut().unwrap().is_dummy = false;
     world.desired.frontends.extend([serving("10.96.0.1", CLUSTER_IP, &[1])]);
     assert!(format!("{:?}", world.resync().failed).contains("somebody else's"));

@@ -22,7 +22,8 @@ impl Ipvs {
     pub fn try_out(options: &Options) -> Result<(), DataplaneError> {
         sample::net_admin()?;
         let mut socket = Socket::open().map_err(no_ipvs)?;
-        Settings::here().try_out().map_err(|unset| DataplaneError::missing(unset.what(), unset.remedy()))?;
+        let settings = Settings::here().with_strict_arp(options.ipvs_strict_arp);
+        settings.try_out().map_err(|unset| DataplaneError::missing(unset.what(), unset.remedy()))?;
         Nftables::try_out_as(Role::Gate, options)?;
         Route::open().and_then(|route| route.try_out()).map_err(|error| {
             let what = format!("no dummy device can be made ({error})");

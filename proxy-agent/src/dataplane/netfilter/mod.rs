@@ -68,6 +68,8 @@ pub struct Options {
     pub masquerade_ports: (u16, u16),
     /// Of IPVS, where a Service does not say how a backend is chosen.
     pub ipvs_scheduler: String,
+    /// Of IPVS: no neighbour is told of addresses that are on another device than the one it asks by (`--ipvs-strict-arp`, contract A154).
+    pub ipvs_strict_arp: bool,
 }
 
 /// Tables of nftables of this name, as they are told to users.
@@ -139,6 +141,7 @@ impl Default for Options {
             restore_failures: Arc::default(),
             masquerade_ports: beside((1024, 29_999)),
             ipvs_scheduler: "rr".into(),
+            ipvs_strict_arp: false,
         }
     }
 }

@@ -291,6 +291,7 @@ impl Renderer {
             restore_failures: _,
             masquerade_ports: _,
             ipvs_scheduler: _,
+            ipvs_strict_arp: _,
         } = options;
         Self {
             role,
