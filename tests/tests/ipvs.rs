@@ -473,6 +473,18 @@ const SETTINGS: [(&str, &str); 6] = [
     ("conf.all.arp_announce", "2"),
 ];
 
+/// As one that is killed in its midst.
+fn leave_a_trial(node: &Node) -> Result<()> {
+    for command in [
+        "ip link add proxy-ipvs-try type dummy",
+        "ipvsadm -A -t 192.0.2.101:1 -s rr",
+        "ipvsadm -A -t [2001:db8::65]:1 -s rr",
+    ] {
+        output(node, command)?;
+    }
+    Ok(())
+}
+
 fn cleans_up(world: &mut World) -> Result<()> {
     world.remove_agents()?;
     let node = world.node(1);
@@ -504,14 +516,29 @@ fn cleans_up(world: &mut World) -> Result<()> {
     let node = world.node(1);
     let left = state(node)?;
     ensure!(left != before, "nothing was left to remove");
+    leave_a_trial(node)?;
+    let left = state(node)?;
     let shown = world.cli(node, &["cleanup", "--dry-run"])?;
     ensure!(shown.contains("would remove device proxy-ipvs0") && state(node)? == left, "{shown}");
     let shown = world.cli(node, &["cleanup"])?;
     ensure!(shown.contains("removed table ip6 proxy-agent-ipvs"), "{shown}");
+    for line in ["removed device proxy-ipvs-try", "removed 2 virtual servers"] {
+        ensure!(shown.contains(line), "no {line:?} in {shown}");
+    }
     for (before, after) in before.iter().zip(&state(node)?) {
         ensure!(before == after, "before:\n{before}\nafter:\n{after}");
     }
     ensure!(!world.cli(node, &["cleanup"])?.contains("removed"), "there was more");
+    // The next trial is not mistaken about it either.
+    leave_a_trial(node)?;
+    let agent = world.programs().agent.to_str().context("a path")?;
+    // Whether eBPF could run is not asked.
+    let check = ["--bounding-set=-sys_admin,-bpf", agent, "check", "--proxy-mode=ipvs"];
+    let checked = node.place.namespace.output("setpriv", &check)?;
+    ensure!(checked.contains("mode ipvs: can run"), "{checked}");
+    for (before, after) in before.iter().zip(&state(node)?) {
+        ensure!(before == after, "before:\n{before}\nafter:\n{after}");
+    }
     output(node, "ipvsadm -D -t 198.51.100.1:80").map(drop)
 }
 

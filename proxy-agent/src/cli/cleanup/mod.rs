@@ -80,6 +80,7 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
         Remains::of(Nftables::remains(), Nftables::remove),
         Remains { found: chains, unknown, remove: Iptables::remove },
         Remains::of(Ipvs::remains(), Ipvs::remove),
+        Remains::of(Ipvs::left_by_trial(), Ipvs::remove_left_by_trial),
         Remains::of(nat::remains(), nat::remove),
     ];
     if !dry_run && rules.iter().any(|remains| !remains.found.is_empty()) {

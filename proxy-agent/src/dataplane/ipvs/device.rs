@@ -24,7 +24,7 @@ const ALIKE: [&str; 3] = [NAME, KUBE_PROXYS, "kube-dummy-if"];
 /// kube-proxy's.
 pub(super) const KUBE_PROXYS: &str = "kube-ipvs0";
 /// One that is made to see whether it can be.
-const TRIAL: &str = "proxy-ipvs-try";
+pub(super) const TRIAL: &str = "proxy-ipvs-try";
 
 const NEW_LINK: u16 = 16;
 const DELETE_LINK: u16 = 17;
@@ -122,19 +122,27 @@ impl Route {
         self.ask(SET_LINK, NLM_F_ACK, &link(index, flags, flags)).map(drop)
     }
 
+    /// What is gone already is no error.
     pub(super) fn remove(&self, index: u32) -> io::Result<()> {
-        self.ask(DELETE_LINK, NLM_F_ACK, &link(index, 0, 0)).map(drop)
+        match self.ask(DELETE_LINK, NLM_F_ACK, &link(index, 0, 0)) {
+            Err(error) if error.raw_os_error() == Some(libc::ENODEV) => Ok(()),
+            done => done.map(drop),
+        }
     }
 
     /// Whether the kernel makes such devices at all.
     pub(super) fn try_out(&self) -> io::Result<()> {
-        let body = [link(0, 0, 0), attribute(LINK_NAME, &terminated(TRIAL))].concat();
         match self.ask(NEW_LINK, NLM_F_ACK | CREATE, &new_link(TRIAL)) {
             // Somebody else is trying, or was killed over it.
             Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
             done => drop(done?),
         }
-        self.ask(DELETE_LINK, NLM_F_ACK, &body).map(drop)
+        self.tried()?.map_or(Ok(()), |device| self.remove(device.index))
+    }
+
+    /// One that was made so.
+    pub(super) fn tried(&self) -> io::Result<Option<Device>> {
+        Ok(self.named(TRIAL)?.filter(|device| device.is_dummy))
     }
 
     pub(super) fn addresses(&self, index: u32) -> io::Result<BTreeSet<IpAddr>> {

@@ -1,7 +1,7 @@
 //! What kube-proxy leaves of its IPVS mode: a device, and virtual servers. IPVS does not say whose a server is; those are its that are at an
 //! address of its device, or at a node port of its and an address of this node. (Its own cleanup removes everybody's.)
 
-use std::{collections::BTreeSet, io, net::IpAddr, path::Path};
+use std::{collections::BTreeSet, net::IpAddr};
 
 use super::{
     codec::{Request, Virtual},
@@ -16,9 +16,6 @@ use crate::{
 
 /// Its device's name.
 pub const DEVICE: &str = KUBE_PROXYS;
-
-/// It is there where the kernel has IPVS loaded for this network namespace. To ask IPVS itself is to load it.
-const SERVERS: &str = "/proc/thread-self/net/ip_vs";
 
 pub type NodePorts = BTreeSet<(Family, Protocol, u16)>;
 
@@ -36,7 +33,7 @@ pub fn find(node_ports: &NodePorts) -> Result<Left, DataplaneError> {
     // Another one of this name is somebody else's.
     let device = route.named(DEVICE).map_err(of_device)?.filter(|device| device.is_dummy).map(|device| device.index);
     let held = device.map_or(Ok(BTreeSet::new()), |index| route.addresses(index)).map_err(of_device)?;
-    if (held.is_empty() && node_ports.is_empty()) || !Path::new(SERVERS).exists() {
+    if (held.is_empty() && node_ports.is_empty()) || !Socket::is_loaded() {
         return Ok(Left { servers: Vec::new(), device });
     }
     let own = route.others().map_err(of_device)?.into_iter().map(|net| net.addr()).collect();
@@ -62,17 +59,15 @@ fn is_its(at: Virtual, held: &BTreeSet<IpAddr>, own: &BTreeSet<IpAddr>, node_por
 pub fn remove_servers(servers: &[Virtual]) -> Result<(), DataplaneError> {
     let requests: Vec<Request> = servers.iter().copied().map(Request::Remove).collect();
     let outcomes = Socket::open().and_then(|mut socket| socket.run(&requests)).map_err(no_ipvs)?;
-    outcomes.into_iter().try_for_each(|outcome| unless(libc::ESRCH, outcome)).map_err(no_ipvs)
+    let mut refused =
+        outcomes.into_iter().filter_map(Result::err).filter(|error| error.raw_os_error() != Some(libc::ESRCH));
+    refused.next().map_or(Ok(()), |error| Err(no_ipvs(error)))
 }
 
 pub fn remove_device(index: u32) -> Result<(), DataplaneError> {
     Route::open()
-        .and_then(|route| unless(libc::ENODEV, route.remove(index)))
+        .and_then(|route| route.remove(index))
         .map_err(|source| DataplaneError::Kernel { what: format!("device {DEVICE}"), source })
-}
-
-fn unless(gone: i32, outcome: io::Result<()>) -> io::Result<()> {
-    outcome.or_else(|error| if error.raw_os_error() == Some(gone) { Ok(()) } else { Err(error) })
 }
 
 #[cfg(test)]

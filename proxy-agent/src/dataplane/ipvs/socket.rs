@@ -1,6 +1,6 @@
 //! Asking IPVS, by generic netlink.
 
-use std::io;
+use std::{io, path::Path};
 
 use rustix::net::netlink as protocols;
 
@@ -38,6 +38,11 @@ impl Socket {
         let number = answers.first().and_then(|answer| codec::find(answer, FAMILY_ID)?.first_chunk());
         socket.family = u16::from_ne_bytes(*number.ok_or(io::ErrorKind::InvalidData)?);
         Ok(socket)
+    }
+
+    /// Whether the kernel has IPVS loaded, for this network namespace. To open a socket is to load it.
+    pub fn is_loaded() -> bool {
+        Path::new("/proc/thread-self/net/ip_vs").exists()
     }
 
     pub fn info(&mut self) -> io::Result<Info> {

@@ -31,6 +31,8 @@ struct State {
     servers: BTreeMap<Virtual, Served>,
     /// Whoever is to be a destination there is refused.
     refuses: Option<IpAddr>,
+    /// There is no scheduler.
+    refuses_servers: bool,
     settings: &'static str,
     /// What has to be set besides, as it was before.
     further: &'static str,
@@ -159,6 +161,9 @@ impl Fake {
             Request::Add(service) => {
                 if state.servers.contains_key(&at) {
                     return Err(errno(libc::EEXIST));
+                }
+                if state.refuses_servers {
+                    return Err(errno(libc::ENOENT));
                 }
                 state.servers.insert(at, (service.clone(), BTreeMap::new()));
             }
@@ -316,6 +321,31 @@ fn what_takes_more_rights_can_be_done_before() {
     let mut alias = None;
     addresses::ready(&mut kernel, &mut alias, &mut 0).unwrap();
     assert_eq!(alias.as_deref(), Some("before: conntrack=0"));
+}
+
+/// Before anything of it was taken away.
+#[test]
+fn what_a_trial_left_goes_and_nobody_elses() {
+    let mut kernel = Fake { state: Arc::default(), dir: PathBuf::new() };
+    let mut all: Vec<Request> = trial::services(&Options::default()).into_iter().map(Request::Add).collect();
+    let theirs = servers::target(&all[1]);
+    let Virtual::At { addr, .. } = theirs else { panic!("{theirs:?}") };
+    let beside = Virtual::At { addr, port: 80, protocol: Protocol::Tcp };
+    let Request::Add(service) = all[0].clone() else { unreachable!() };
+    all.push(Request::Add(Service { at: beside, ..service }));
+    // Who has somebody to choose was made by somebody else.
+    all.push(Request::AddDestination(theirs, Destination { addr: [10, 244, 1, 1].into(), port: 80, weight: 1 }));
+    kernel.run(&all).unwrap().into_iter().for_each(|outcome| outcome.unwrap());
+    for _ in 0..2 {
+        trial::try_servers(&mut kernel, &Options { masquerade_bit: 7, ..Options::default() }).unwrap();
+        let there: BTreeSet<Virtual> = kernel.state().servers.keys().copied().collect();
+        assert_eq!(there, [theirs, beside].into());
+    }
+    // What the kernel refuses is said, though it once took it: nothing is there from before.
+    kernel.run(&all).unwrap();
+    kernel.state().refuses_servers = true;
+    let said = trial::try_servers(&mut kernel, &Options::default()).unwrap_err().to_string();
+    assert!(said.contains("modprobe ip_vs_rr"), "{said}");
 }
 
 #[test]
