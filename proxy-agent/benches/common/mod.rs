@@ -24,22 +24,31 @@ fn service(i: u32) -> Service {
 
 /// The slice of Service `i`; `version` moves its last endpoint.
 pub(crate) fn slice(i: u32, version: u32) -> Arc<EndpointSlice> {
+    slice_of(i, version, ENDPOINTS)
+}
+
+fn slice_of(i: u32, version: u32, endpoints: u32) -> Arc<EndpointSlice> {
     let endpoint = |n: u32| {
-        let moved = if n + 1 == ENDPOINTS { version % 2 * 0x0080_0000 } else { 0 };
+        let moved = if n + 1 == endpoints { version % 2 * 0x0080_0000 } else { 0 };
         // Not in order: that is what slices look like.
-        let address = Ipv4Addr::from(0x0a80_0000 + moved + i * ENDPOINTS + (n * 7) % ENDPOINTS).into();
+        let address = Ipv4Addr::from(0x0a80_0000 + moved + i * endpoints + (n * 7) % endpoints).into();
         let node = Some(format!("node-{}", (i + n) % 100).into());
         Endpoint { node, ..world::endpoint(address) }
     };
-    let endpoints = (0..ENDPOINTS).map(endpoint).collect();
+    let endpoints = (0..endpoints).map(endpoint).collect();
     Arc::new(EndpointSlice { endpoints, ..world::slice(&name(i), &format!("{}-abcde", name(i)), &[]) })
 }
 
 pub(crate) fn events(services: u32) -> Vec<Event> {
+    events_of(services, ENDPOINTS)
+}
+
+/// The same with so many endpoints each, which is no multiple of seven.
+pub(crate) fn events_of(services: u32, endpoints: u32) -> Vec<Event> {
     vec![
         Event::Node(NodeFacts { name: "node-7".into(), ..NodeFacts::default() }),
         Event::Addresses([Ipv4Addr::new(192, 0, 2, 7).into()].into()),
         Event::Services((0..services).map(|i| Arc::new(service(i))).collect()),
-        Event::Slices((0..services).map(|i| slice(i, 0)).collect()),
+        Event::Slices((0..services).map(|i| slice_of(i, 0, endpoints)).collect()),
     ]
 }

@@ -75,15 +75,15 @@ pub(crate) fn picks_both(verdicts: &Verdicts) -> bool {
 
 /// A virtual server as it should be.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Server {
-    pub(super) service: Service,
-    pub(super) backends: BackendSet,
-    pub(super) stay: Stay,
+pub struct Server {
+    pub service: Service,
+    pub backends: BackendSet,
+    pub stay: Stay,
 }
 
 /// What becomes of connections to backends that are not chosen any more.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Stay {
+pub enum Stay {
     /// They go on until they end.
     All,
     /// Those that lead to these.
@@ -91,7 +91,7 @@ pub(super) enum Stay {
 }
 
 impl Stay {
-    pub(super) fn keeps(&self, backend: &Backend) -> bool {
+    pub fn keeps(&self, backend: &Backend) -> bool {
         match self {
             Self::All => true,
             Self::Only(backends) => backends.binary_search(backend).is_ok(),
@@ -109,11 +109,11 @@ impl Stay {
 
 /// What virtual servers are made by.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Renderer {
+pub struct Renderer {
     /// For whoever asks for nothing else.
-    pub(super) scheduler: String,
+    pub scheduler: String,
     /// The mark's bit that asks for masquerading.
-    pub(super) bit: u32,
+    pub bit: u32,
 }
 
 /// Takes turns.
@@ -124,7 +124,7 @@ pub(super) const MAGLEV: &str = "mh";
 const HASHES: [&str; 2] = [MAGLEV, "sh"];
 
 impl Renderer {
-    pub(super) fn servers(&self, frontend: &Frontend, spec: &FrontendSpec) -> Vec<Server> {
+    pub fn servers(&self, frontend: &Frontend, spec: &FrontendSpec) -> Vec<Server> {
         let FrontendSpec { verdicts, algorithm, affinity_secs, alive, .. } = spec;
         let Frontend { addr, port, protocol } = *frontend;
         if is_loopback(addr) {

@@ -12,14 +12,14 @@ use super::{
 use crate::{desired::Backend, model::Port};
 
 /// Address and port of a backend.
-pub(super) type Place = (IpAddr, u16);
+pub type Place = (IpAddr, u16);
 
 /// A virtual server as it is.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) struct Current {
-    pub(super) service: Service,
+pub struct Current {
+    pub service: Service,
     /// The weight of each; `None`: it is not translated as ours are.
-    pub(super) destinations: BTreeMap<Place, Option<u32>>,
+    pub destinations: BTreeMap<Place, Option<u32>>,
 }
 
 impl Current {
@@ -37,11 +37,11 @@ impl Current {
     }
 }
 
-pub(super) type Kernel = BTreeMap<Virtual, Current>;
+pub type Kernel = BTreeMap<Virtual, Current>;
 
 /// In the order in which they are to be carried out. Nobody whose connections stay is taken away: they are chosen no more, until
 /// [`departed`] says that they may go.
-pub(super) fn turn(at: Virtual, current: Option<&Current>, wanted: Option<&Server>, otherwise: &Stay) -> Vec<Request> {
+pub fn turn(at: Virtual, current: Option<&Current>, wanted: Option<&Server>, otherwise: &Stay) -> Vec<Request> {
     let mut requests = Vec::new();
     if let Some(Server { service, .. }) = wanted {
         match current {
@@ -97,7 +97,7 @@ pub(super) fn departed(at: Virtual, current: &Current, held: &[Held], wanted: bo
 }
 
 /// Notes what a request has changed.
-pub(super) fn carry_out(current: &mut Kernel, request: &Request) {
+pub fn carry_out(current: &mut Kernel, request: &Request) {
     match request {
         Request::Add(service) => {
             let new = Current { service: service.clone(), destinations: BTreeMap::new() };
