@@ -72,14 +72,10 @@ impl Ipvs {
         let all: BTreeSet<Virtual> = self.wanted.keys().copied().chain(there).collect();
         self.marked_at.retain(|at, _| all.contains(at));
         for family in Family::BOTH {
-            let mut servers = Servers::default();
-            for at in all.iter().filter(|at| at.family() == family) {
-                match at {
-                    Virtual::At { .. } => servers.at.extend(key(at)),
-                    Virtual::Marked { mark, .. } => drop(servers.marks.insert(*mark)),
-                }
-            }
-            self.gate.note(family, servers, report);
+            let of = |at: &&Virtual| at.family() == family;
+            let come = servers(all.difference(&self.noted).filter(of));
+            let gone = servers(self.noted.difference(&all).filter(of));
+            self.gate.note(family, &come, &gone, report);
         }
         self.noted = all;
     }
@@ -91,6 +87,17 @@ impl Ipvs {
             Virtual::Marked { .. } => !self.kept.is_empty(),
         }
     }
+}
+
+fn servers<'a>(all: impl Iterator<Item = &'a Virtual>) -> Servers {
+    let mut servers = Servers::default();
+    for at in all {
+        match at {
+            Virtual::At { .. } => servers.at.extend(key(at)),
+            Virtual::Marked { mark, .. } => drop(servers.marks.insert(*mark)),
+        }
+    }
+    servers
 }
 
 /// What an agent has noted as its own.

@@ -238,14 +238,19 @@ impl Nftables {
         netfilter::named(role.table())
     }
 
-    /// Notes which virtual servers of a family are ours; with whatever is next brought about, if nothing of this family is in force yet.
-    pub(crate) fn note(&mut self, family: Family, servers: Servers, report: &mut Report) {
+    /// Notes of which virtual servers of a family it is new that they are ours, or are no more; with whatever is next brought about, if nothing
+    /// of this family is in force yet. What stays is not looked at: there may be many.
+    pub(crate) fn note(&mut self, family: Family, come: &Servers, gone: &Servers, report: &mut Report) {
         let Some(at) = Family::BOTH.into_iter().position(|one| one == family) else { return };
+        let is_filled = self.halves.get(at).is_some_and(|half| half.state == State::Filled);
+        if is_filled && !(come.is_empty() && gone.is_empty()) {
+            self.bring_about(at, vec![Item::Servers { come: come.clone(), gone: gone.clone() }], report);
+        }
         let Some(half) = self.halves.get_mut(at) else { return };
-        if half.state != State::Filled {
-            half.shadow.servers = servers;
-        } else if half.shadow.servers != servers {
-            self.bring_about(at, vec![Item::Servers(servers)], report);
+        if !half.shadow.servers.are(come, gone) {
+            half.shadow.servers.turn(come, gone);
+            // Where nft refused, what is there is not what it was taken for.
+            half.state = if half.state == State::Filled { State::Unknown } else { half.state };
         }
     }
 

@@ -27,7 +27,18 @@ pub(super) enum Item {
     /// All of them.
     Pods(BTreeSet<u32>),
     LocalCidrs(BTreeSet<IpNet>),
-    Servers(Servers),
+    /// Of the many that there may be those that come, and those that go.
+    Servers {
+        come: Servers,
+        gone: Servers,
+    },
+}
+
+impl Item {
+    /// All of these, and none that goes.
+    pub(super) fn servers(come: Servers) -> Self {
+        Self::Servers { come, gone: Servers::default() }
+    }
 }
 
 /// Virtual servers of IPVS that are ours: what they are addressed to, as keys of frontends are written, and marks.
@@ -35,6 +46,36 @@ pub(super) enum Item {
 pub(crate) struct Servers {
     pub(crate) at: BTreeSet<String>,
     pub(crate) marks: BTreeSet<u32>,
+}
+
+impl Servers {
+    pub(super) fn turn(&mut self, come: &Self, gone: &Self) {
+        for key in &gone.at {
+            self.at.remove(key);
+        }
+        for mark in &gone.marks {
+            self.marks.remove(mark);
+        }
+        self.at.extend(come.at.iter().cloned());
+        self.marks.extend(&come.marks);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.at.is_empty() && self.marks.is_empty()
+    }
+
+    fn has(&self, others: &Self) -> bool {
+        self.at.is_superset(&others.at) && self.marks.is_superset(&others.marks)
+    }
+
+    fn has_none(&self, others: &Self) -> bool {
+        self.at.is_disjoint(&others.at) && self.marks.is_disjoint(&others.marks)
+    }
+
+    /// Whether they have turned.
+    pub(super) fn are(&self, come: &Self, gone: &Self) -> bool {
+        self.has(come) && self.has_none(gone)
+    }
 }
 
 /// See the module.
@@ -100,7 +141,7 @@ impl Shadow {
         let Self { frontends, guards, pods, local_cidrs, servers, .. } = self;
         let frontends = frontends.iter().map(|(frontend, spec)| Item::Frontend(*frontend, Some(Arc::clone(spec))));
         let guards = guards.iter().map(|addr| Item::Guard(*addr, true));
-        [Item::Pods(pods.clone()), Item::LocalCidrs(local_cidrs.clone()), Item::Servers(servers.clone())]
+        [Item::Pods(pods.clone()), Item::LocalCidrs(local_cidrs.clone()), Item::servers(servers.clone())]
             .into_iter()
             .chain(guards)
             .chain(frontends)
@@ -169,11 +210,13 @@ impl Shadow {
                     let halves = (&mut add, &mut delete);
                     replace((&self.local_cidrs, cidrs), Collection::LocalCidrs, Renderer::cidr, halves);
                 }
-                Item::Servers(Servers { at, marks }) => {
-                    let halves = (&mut add, &mut delete);
-                    replace((&self.servers.at, at), Collection::Servers, String::clone, halves);
+                Item::Servers { come, gone } => {
+                    let Servers { at, marks } = &self.servers;
+                    come.at.difference(at).for_each(|key| put(&mut add, Collection::Servers, key.clone()));
+                    gone.at.intersection(at).for_each(|key| put(&mut delete, Collection::Servers, key.clone()));
                     let text = |mark: &u32| mark.to_string();
-                    replace((&self.servers.marks, marks), Collection::Marks, text, (&mut add, &mut delete));
+                    come.marks.difference(marks).for_each(|mark| put(&mut add, Collection::Marks, text(mark)));
+                    gone.marks.intersection(marks).for_each(|mark| put(&mut delete, Collection::Marks, text(mark)));
                 }
             }
         }
@@ -274,7 +317,7 @@ impl Shadow {
                     self.inherits_pods = false;
                 }
                 Item::LocalCidrs(cidrs) => self.local_cidrs.clone_from(cidrs),
-                Item::Servers(servers) => self.servers.clone_from(servers),
+                Item::Servers { come, gone } => self.servers.turn(come, gone),
             }
         }
     }

@@ -130,7 +130,7 @@ impl Nftables {
             Item::LocalCidrs(_) => {
                 report.failed_local_cidrs = Some(Failure::Retry(format!("addresses that tell pods: {error}")));
             }
-            Item::Servers(_) => tracing::warn!(%error, "which virtual servers are ours could not be noted"),
+            Item::Servers { .. } => tracing::warn!(%error, "which virtual servers are ours could not be noted"),
             Item::Pods(_) => {
                 let failure = |name: &String| (name.clone(), Failure::Retry(format!("device {name}: {error}")));
                 report.failed_devices.extend(self.devices.iter().map(failure));

@@ -387,7 +387,7 @@ fn what_is_noted_is_read_from_the_kernel() {
             Nftables::key(&Frontend { addr, port: (256 + u16::from(protocol.number())).try_into().unwrap(), protocol })
         });
         let servers = Servers { at: at.into(), marks: [1, 0x0102_0300, u32::MAX].into() };
-        let draft = shadow.draft(&[Item::Servers(servers.clone())]);
+        let draft = shadow.draft(&[Item::servers(servers.clone())]);
         NFT.run(&["-f", "-"], &shadow.refill(&draft, &shadow::Found::default(), true)).unwrap();
         (family, servers)
     });
@@ -396,4 +396,39 @@ fn what_is_noted_is_read_from_the_kernel() {
     Nftables::remove_tables(Role::Gate).unwrap();
     assert_eq!(Nftables::remains_of(Role::Gate).unwrap(), Vec::<String>::new());
     assert_eq!(noted_by(), nothing);
+}
+
+/// Of many only those that come or go; what could not be noted comes with what is brought about next.
+#[test]
+fn what_is_new_is_noted_until_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut gate = fake(dir.path(), Role::Gate);
+    let of = |lasts: &[u8]| Servers {
+        at: lasts.iter().map(|last| format!("10.96.0.{last} . 6 . 80")).collect(),
+        ..Servers::default()
+    };
+    let note = |gate: &mut Nftables, come: &[u8], gone: &[u8]| {
+        gate.note(Family::V4, &of(come), &of(gone), &mut Report::default());
+        read(dir.path(), "given")
+    };
+    assert_eq!(note(&mut gate, &[1, 2], &[]), "", "there is no table yet");
+    let one = frontend("10.96.0.1");
+    let set = [(one, spec(&one))].into();
+    assert_eq!(gate.apply(&Changes { set, ..Changes::default() }).failed, BTreeMap::new());
+    let given = read(dir.path(), "given");
+    assert!(given.contains("servers { 10.96.0.1 . 6 . 80, 10.96.0.2 . 6 . 80 }"), "{given}");
+    assert_eq!(note(&mut gate, &[], &[]), given, "nothing is said of what stays");
+    assert_eq!(
+        note(&mut gate, &[3], &[1]),
+        "delete element ip proxy-agent-ipvs servers { 10.96.0.1 . 6 . 80 }\nadd element ip proxy-agent-ipvs servers { 10.96.0.3 . 6 . 80 }\n"
+    );
+    list_fake(dir.path(), &gate);
+    fs::write(dir.path().join("fails"), "change").unwrap();
+    note(&mut gate, &[4], &[3]);
+    assert_eq!(gate.halves[0].state, State::Unknown, "nobody knows what is there");
+    fs::write(dir.path().join("fails"), "").unwrap();
+    let set = [(one, spec(&one))].into();
+    assert_eq!(gate.apply(&Changes { set, ..Changes::default() }).failed, BTreeMap::new());
+    let given = read(dir.path(), "given");
+    assert!(given.contains("servers { 10.96.0.2 . 6 . 80, 10.96.0.4 . 6 . 80 }"), "{given}");
 }

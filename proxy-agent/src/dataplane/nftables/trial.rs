@@ -55,7 +55,7 @@ fn items(family: Family, role: Role) -> Vec<Item> {
         Item::Guard(sample::addr(family, 100), true),
     ];
     let at = format!("{} . 6 . 80", sample::addr(family, 100));
-    let servers = Item::Servers(Servers { at: [at].into(), marks: [1].into() });
+    let servers = Item::servers(Servers { at: [at].into(), marks: [1].into() });
     others.into_iter().chain((role == Role::Gate).then_some(servers)).chain(frontends).collect()
 }
 

@@ -212,7 +212,7 @@ fn one_of_everything() {
         for family in Family::BOTH {
             let at = frontend(family, 1, 80, Protocol::Tcp).addr;
             let servers = Servers { at: [format!("{at} . 6 . 80")].into(), marks: [0x0102_0300].into() };
-            let servers = (role == Role::Gate).then_some(Item::Servers(servers));
+            let servers = (role == Role::Gate).then_some(Item::servers(servers));
             let items: Vec<Item> = example(family).into_iter().chain(servers).collect();
             let (filled, text) = refill(&shadow_as(role, family), &items, &Found::default());
             insta::assert_snapshot!(format!("{name}_{}", filled.renderer.ip), text);
