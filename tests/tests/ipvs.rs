@@ -6,7 +6,7 @@ use std::{fs, net::SocketAddr, process::ExitCode, thread, time::Duration};
 use anyhow::{Context, Result, ensure};
 use proxy_tests::{
     cases::{self, Ground, external, services},
-    pod::{hold, socket::Transport, storm},
+    pod::{hold as held, socket::Transport, storm},
     suite::Suite,
     world::{
         AgentOptions, Ask, Client, Fallback, Family, Node, Programs, SocketLb, Spec, Topology, World,
@@ -71,7 +71,8 @@ fn own(suite: &mut Suite, group: &str, world: &mut World) {
         nodes_address(world)
     });
     for (other, first) in OTHERS.into_iter().zip((12_000..).step_by(4_000)) {
-        suite.case(&format!("{group}/from IPVS to {} and back", other.name()), || moves(world, other, first));
+        let name = other.map_or("eBPF", Fallback::name);
+        suite.case(&format!("{group}/from IPVS to {name} and back"), || moves(world, other, first));
     }
     suite.case(&format!("{group}/auto takes IPVS where nothing else can run"), || chosen_by_auto(world));
     suite.case(&format!("{group}/cleanup takes away what is ours and nothing else"), || cleans_up(world));
@@ -233,18 +234,27 @@ fn start(world: &World, from: &str, args: &[&str]) -> Result<Client> {
 }
 
 fn held_connections(world: &World, number: u8) -> Result<Vec<Client>> {
+    hold(world, number, &["--connections=4", "--interval=50"])
+}
+
+fn hold(world: &World, number: u8, how: &[&str]) -> Result<Vec<Client>> {
     let mut held = Vec::new();
-    for (from, family) in [("a1", Family::V4), ("node1", Family::V6), ("outside", Family::V4), ("outside", Family::V6)]
-    {
+    for (from, family) in [
+        ("a1", Family::V4),
+        ("node1", Family::V4),
+        ("node1", Family::V6),
+        ("outside", Family::V4),
+        ("outside", Family::V6),
+    ] {
         let to = SocketAddr::new(vip(family, number), 80).to_string();
-        held.push(start(world, from, &["hold", &to, "--connections=4", "--interval=50"])?);
+        held.push(start(world, from, &[&["hold", to.as_str()], how].concat())?);
     }
     Ok(held)
 }
 
 fn unbroken(held: Vec<Client>) -> Result<()> {
     for client in held {
-        let report: hold::Report = client.finish(patience(5))?;
+        let report: held::Report = client.finish(patience(5))?;
         ensure!(report.broken.is_empty() && report.wrong.is_empty(), "{report:?}");
     }
     Ok(())
@@ -380,21 +390,26 @@ fn nodes_address(world: &mut World) -> Result<()> {
     world.settle()
 }
 
-/// Modes to move to. eBPF is none of them as long as its programs take minutes where a machine is emulated.
-const OTHERS: [Fallback; 2] = [Fallback::Nftables, Fallback::IptablesNft];
+/// Modes to move to; none: eBPF, per packet.
+const OTHERS: [Option<Fallback>; 3] = [Some(Fallback::Nftables), Some(Fallback::IptablesNft), None];
 
-/// New connections find no gap, either way, and nothing of the former is left; what others than IPVS translate goes on. Source ports are those
-/// from the first.
-fn moves(world: &mut World, other: Fallback, first: u16) -> Result<()> {
+/// New connections find no gap, either way, open ones go on, and once they are over nothing of the former is left. Source ports are those from the
+/// first.
+fn moves(world: &mut World, other: Option<Fallback>, first: u16) -> Result<()> {
+    // An emulated verifier takes its time.
+    let ready = |world: &World| world.node(1).wait_ready(patience(if other.is_none() { 120 } else { 30 }));
     world.start_agents(&options())?;
+    // Those of earlier cases are waited for, and each is one that lasts until it was silent for so long.
+    output(world.node(1), "ipvsadm --set 900 120 3")?;
     install(world, 8, &service(8), &["b1", "b2"])?;
     // From ports of their own: one that leads to one backend by both modes is told apart by neither.
     let storms = |world: &World, first: u16| -> Result<Vec<Client>> {
         let mut storms = Vec::new();
-        for (from, family) in [("a1", Family::V4), ("a1", Family::V6), ("outside", Family::V4), ("outside", Family::V6)]
+        for (from, family) in
+            ["a1", "node1", "outside"].into_iter().flat_map(|from| Family::BOTH.map(|family| (from, family)))
         {
             let (to, port) = (SocketAddr::new(vip(family, 8), 80).to_string(), format!("--source-port={first}"));
-            let args = ["storm", &to, "--expect=b1,b2", "--rate=10", "--seconds=600", &port];
+            let args = ["storm", &to, "--expect=b1,b2", "--rate=4", "--seconds=900", &port];
             storms.push(start(world, from, &args)?);
         }
         Ok(storms)
@@ -406,7 +421,7 @@ fn moves(world: &mut World, other: Fallback, first: u16) -> Result<()> {
         }
         Ok(())
     };
-    let is_over = |world: &World, gone: &str| {
+    let is_over = |world: &World, gone: &str| -> Result<()> {
         eventually(30, || {
             let retiring = &world.node(1).status()?["retiring"];
             ensure!(retiring.as_array().is_some_and(Vec::is_empty), "{retiring}");
@@ -414,22 +429,49 @@ fn moves(world: &mut World, other: Fallback, first: u16) -> Result<()> {
             ensure!(!left.contains(gone), "{gone} is in {left}");
             Ok(())
         })
+        .with_context(|| format!("{gone} does not go: {}", world.node(1).agent_log()))
     };
-    let storm = storms(world, first)?;
-    world.start_agent(1, &AgentOptions::by(other))?;
-    world.node(1).wait_ready(patience(30))?;
+    // Little, so that an emulated machine has time for what is looked at.
+    let few = ["--connections=2", "--interval=500", "--timeout=10000"];
+    let (held, storm) = (hold(world, 8, &few)?, storms(world, first)?);
+    world.start_agent(1, &other.map_or_else(|| AgentOptions::new(SocketLb::Node), AgentOptions::by))?;
+    ready(world)?;
+    eventually(30, || is_retired(world, held.len() as u64 * 2))
+        .with_context(|| format!("nothing is retired: {}", world.node(1).agent_log()))?;
+    answers(world, 8)?;
+    unbroken(held)?;
     is_over(world, "proxy-agent-ipvs")?;
     let left = (servers(world.node(1))?, output(world.node(1), "ip -o link show")?);
     ensure!(left.0.is_empty() && !left.1.contains("proxy-ipvs0"), "{left:?}");
     answers(world, 8)?;
     calm(storm)?;
-    let (held, storm) = (held_connections(world, 8)?, storms(world, first + 2_000)?);
+    let (held, storm) = (hold(world, 8, &few)?, storms(world, first + 2_000)?);
     world.start_agent(1, &options())?;
     world.node(1).wait_ready(patience(30))?;
-    is_over(world, if other == Fallback::Nftables { "table ip proxy-agent {" } else { "chain PROXY-" })?;
+    // By conntrack they go on without those who began them; by programs they do not.
+    let last = if other.is_some() { held } else { unbroken(held).map(|()| Vec::new())? };
+    is_over(world, if other == Some(Fallback::Nftables) { "table ip proxy-agent {" } else { "chain PROXY-" })?;
+    ensure!(other.is_some() || !world.node(1).bpffs.exists(), "pins are left");
     answers(world, 8)?;
     calm(storm)?;
-    unbroken(held)
+    unbroken(last)
+}
+
+/// Connections of IPVS' are counted, at least so many, nobody new goes by it, and nobody is given a Service's address as their source.
+fn is_retired(world: &World, flows: u64) -> Result<()> {
+    let node = world.node(1);
+    let retiring = &node.status()?["retiring"];
+    let of_ipvs = retiring.as_array().into_iter().flatten().find(|one| one["mode"] == "ipvs");
+    let of_ipvs = of_ipvs.with_context(|| format!("nothing of IPVS retires: {retiring}"))?;
+    ensure!(of_ipvs["retired"] == true && of_ipvs["flows"].as_u64() >= Some(flows), "{of_ipvs}");
+    let chosen = chosen(node)?;
+    ensure!(chosen.is_empty(), "somebody is chosen: {chosen:#?}");
+    for family in Family::BOTH {
+        let to = vip(family, 8).to_string();
+        let way = output(node, &format!("ip route get {to}"))?;
+        ensure!(way.contains("local") && !way.contains(&format!("src {to}")), "{way}");
+    }
+    Ok(())
 }
 
 /// Its table needs nft, too, but less of it.

@@ -85,6 +85,7 @@ const STEPS: [(&str, &[&str]); 7] = [
             "own/put back: all servers are cleared",
             "own/settings",
             "own/what is not served",
+            "own/from IPVS to nftables",
             "own/cleanup",
             "SCTP: associations",
         ],

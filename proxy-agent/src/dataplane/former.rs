@@ -92,7 +92,7 @@ fn find(options: &Options) -> Result<Found, DataplaneError> {
         found.formers.push(Box::new(iptables::Former(Translated::new(known.clone()))));
     }
     if *mode != Mode::Ipvs {
-        found.formers.push(Box::new(ipvs::Former));
+        found.formers.push(Box::new(ipvs::Former::default()));
     }
     found.formers.push(Box::new(Kept { waits: *mode == Mode::Ebpf }));
     found.known = known;

@@ -73,8 +73,20 @@ impl Ipvs {
             .system
             .addresses(device.index)
             .map_err(|error| format!("addresses of device {}: {error}", device::NAME))?;
+        self.hold_again(device.index, report).map_err(|error| format!("routes of device {}: {error}", device::NAME))?;
         self.look_around()?;
         self.device = Some(device);
+        Ok(())
+    }
+
+    /// What another mode had on its way out, and did not come to the end of.
+    fn hold_again(&mut self, index: u32, report: &mut Report) -> io::Result<()> {
+        for addr in self.system.routed(index)? {
+            self.system.add(index, addr)?;
+            self.system.let_go(index, addr)?;
+            self.bound.insert(addr);
+            report.writes += 2;
+        }
         Ok(())
     }
 

@@ -6,7 +6,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs, io,
-    net::IpAddr,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
 use ipnet::IpNet;
@@ -33,6 +33,9 @@ const SET_LINK: u16 = 19;
 const NEW_ADDRESS: u16 = 20;
 const DELETE_ADDRESS: u16 = 21;
 const GET_ADDRESS: u16 = 22;
+const NEW_ROUTE: u16 = 24;
+const DELETE_ROUTE: u16 = 25;
+const GET_ROUTE: u16 = 26;
 const GET_NEIGHBOUR: u16 = 30;
 /// `NLM_F_CREATE | NLM_F_EXCL`
 const CREATE: u16 = 0x600;
@@ -61,6 +64,19 @@ const CACHE_INFO: u16 = 6;
 const FLAGS: u16 = 8;
 /// `IFA_F_NODAD`: usable at once.
 const NO_DETECTION: u32 = 2;
+/// `RTA_*`
+const ROUTE_TO: u16 = 1;
+const ROUTE_DEVICE: u16 = 4;
+const ROUTE_SOURCE: u16 = 7;
+/// `RT_TABLE_LOCAL`, `RTN_LOCAL`, and `RTPROT_STATIC`, which tells ours from those that the kernel makes with an address.
+const LOCAL_TABLE: u8 = 255;
+const TO_THIS_NODE: u8 = 2;
+const MADE_BY_HAND: u8 = 4;
+/// `NLM_F_CREATE`: beside others to the same address, before them.
+const BESIDE: u16 = 0x400;
+/// Nobody's (RFC 5737, RFC 3849): the way there is the way to what the node knows nothing of, as it does of Services' addresses.
+const ELSEWHERE: [IpAddr; 2] =
+    [IpAddr::V4(Ipv4Addr::new(198, 51, 100, 1)), IpAddr::V6(Ipv6Addr::new(0x2001, 0xdb8, 0, 0, 0, 0, 0, 1))];
 const SCOPE_HOST: u8 = 254;
 const SCOPE_UNIVERSE: u8 = 0;
 
@@ -181,6 +197,42 @@ impl Route {
         }
     }
 
+    /// Which of its own addresses the node would take for itself to ask something that is not here; `None`: it has none.
+    pub(super) fn source(&self, family: Family) -> io::Result<Option<IpAddr>> {
+        let elsewhere = ELSEWHERE.into_iter().filter(|addr| Family::of(*addr) == family);
+        let body: Vec<Vec<u8>> = elsewhere.map(|addr| route(addr, [0; 4], &[])).collect();
+        // Where no way leads there is nothing to be known from one.
+        let answers = self.ask(GET_ROUTE, NLM_F_ACK, &body.concat()).unwrap_or_default();
+        let chosen = answers.iter().find_map(|answer| read_route(answer)?.source);
+        let is_of = |addr: &IpAddr| Family::of(*addr) == family && is_for_all(*addr);
+        let mut own = self.others()?.into_iter().map(|net| net.addr()).filter(is_of);
+        Ok(chosen.filter(is_of).or_else(|| own.next()))
+    }
+
+    /// Has what is for this address come to the node as if the device held it, but that nobody takes it for a source.
+    pub(super) fn route_here(&self, index: u32, addr: IpAddr, source: IpAddr) -> io::Result<()> {
+        let source = attribute(ROUTE_SOURCE, &octets(source));
+        match self.ask(NEW_ROUTE, NLM_F_ACK | BESIDE, &to_this_node(index, addr, &source)) {
+            Err(error) if error.raw_os_error() == Some(libc::EEXIST) => Ok(()),
+            done => done.map(drop),
+        }
+    }
+
+    /// What [`Self::route_here`] leads here.
+    pub(super) fn routed(&self, index: u32) -> io::Result<BTreeSet<IpAddr>> {
+        let answers = self.ask(GET_ROUTE, NLM_F_DUMP, &[0; 12])?;
+        let of_ours = |way: &Way| way.kind == OURS && way.device == Some(index);
+        Ok(answers.iter().filter_map(|answer| read_route(answer)).filter(of_ours).map(|way| way.to).collect())
+    }
+
+    /// What is not there is no error.
+    pub(super) fn let_go(&self, index: u32, addr: IpAddr) -> io::Result<()> {
+        match self.ask(DELETE_ROUTE, NLM_F_ACK, &to_this_node(index, addr, &[])) {
+            Err(error) if error.raw_os_error() == Some(libc::ESRCH) => Ok(()),
+            done => done.map(drop),
+        }
+    }
+
     fn ask(&self, kind: u16, flags: u16, body: &[u8]) -> io::Result<Vec<Vec<u8>>> {
         self.0.ask(kind, NLM_F_REQUEST | flags, body)
     }
@@ -215,6 +267,62 @@ fn address(index: u32, addr: IpAddr) -> Vec<u8> {
         body.extend(attribute(CACHE_INFO, &[[0; 4], [0xff; 4], [0; 4], [0; 4]].concat()));
     }
     body
+}
+
+/// What a route says of itself: table, who made it, scope, kind.
+const OURS: [u8; 4] = [LOCAL_TABLE, MADE_BY_HAND, SCOPE_HOST, TO_THIS_NODE];
+
+/// As far as it matters here.
+#[derive(Debug, PartialEq, Eq)]
+struct Way {
+    /// As in [`OURS`]; IPv6 knows no scopes.
+    kind: [u8; 4],
+    to: IpAddr,
+    device: Option<u32>,
+    source: Option<IpAddr>,
+}
+
+/// `struct rtmsg` and what follows it, of one address.
+fn route(addr: IpAddr, kind: [u8; 4], more: &[u8]) -> Vec<u8> {
+    let (family, bits) = match addr {
+        IpAddr::V4(_) => (libc::AF_INET as u8, 32),
+        IpAddr::V6(_) => (libc::AF_INET6 as u8, 128),
+    };
+    let message = [[family, bits, 0, 0], kind, [0; 4]].concat();
+    [message.as_slice(), attribute(ROUTE_TO, &octets(addr)).as_slice(), more].concat()
+}
+
+fn to_this_node(index: u32, addr: IpAddr, more: &[u8]) -> Vec<u8> {
+    route(addr, OURS, &[attribute(ROUTE_DEVICE, &index.to_ne_bytes()).as_slice(), more].concat())
+}
+
+fn octets(addr: IpAddr) -> Vec<u8> {
+    match addr {
+        IpAddr::V4(addr) => addr.octets().to_vec(),
+        IpAddr::V6(addr) => addr.octets().to_vec(),
+    }
+}
+
+/// Not of a link, nor of the node alone.
+const fn is_for_all(addr: IpAddr) -> bool {
+    match addr {
+        IpAddr::V4(addr) => !addr.is_loopback() && !addr.is_link_local(),
+        IpAddr::V6(addr) => !addr.is_loopback() && !addr.is_unicast_link_local(),
+    }
+}
+
+fn read_route(answer: &[u8]) -> Option<Way> {
+    let family = *answer.first()?;
+    let mut kind: [u8; 4] = *answer.get(4..)?.first_chunk()?;
+    if i32::from(family) == libc::AF_INET6
+        && let [_, _, scope, _] = &mut kind
+    {
+        *scope = SCOPE_HOST;
+    }
+    let value = |wanted| Some(attributes(answer.get(12..)?).find(|(kind, _)| *kind == wanted)?.1);
+    let to = of_bytes(family, value(ROUTE_TO)?)?;
+    let device = value(ROUTE_DEVICE).and_then(|index| Some(u32::from_ne_bytes(*index.first_chunk()?)));
+    Some(Way { kind, to, device, source: value(ROUTE_SOURCE).and_then(|source| of_bytes(family, source)) })
 }
 
 fn read_device(answer: &[u8], name: &str) -> Option<Device> {
@@ -297,6 +405,18 @@ mod tests {
             );
             for cut in 0..bytes.len() {
                 let _whatever = (read_address(&bytes[..cut], 7), read_neighbour(&bytes[..cut]));
+            }
+        }
+        for (addr, source) in [("10.96.0.1", "192.0.2.7"), ("fd00:96::1", "2001:db8::7")] {
+            let [addr, source]: [IpAddr; 2] = [addr, source].map(|addr| addr.parse().unwrap());
+            let mut bytes = to_this_node(7, addr, &attribute(ROUTE_SOURCE, &octets(source)));
+            let way = Way { kind: OURS, to: addr, device: Some(7), source: Some(source) };
+            assert_eq!(read_route(&bytes).as_ref(), Some(&way));
+            // The kernel's own, of an address.
+            bytes[5] = 2;
+            assert_ne!(read_route(&bytes).map(|way| way.kind), Some(OURS));
+            for cut in 0..bytes.len() {
+                let _whatever = read_route(&bytes[..cut]);
             }
         }
         let alias = attribute(LINK_ALIAS, b"before: a=0\0");

@@ -5,13 +5,13 @@
 //! render    frontends to virtual servers; pure
 //! servers   what makes virtual servers what they should be; pure
 //! around    whose an address is already; pure
-//! codec     their bytes           socket   what IPVS is asked
+//! codec     their bytes           socket   what IPVS is asked       connections   which are open
 //! device    holds the addresses   sysctl   what IPVS needs to be set
 //! talk      a conversation by netlink      system   all that the kernel is asked
 //! wanted    what there should be, and what brings it about
 //! addresses what our device holds, and what has to be there before: settings, the device
 //! notes     which virtual servers are ours
-//! former    takes all of it away, where another mode takes over
+//! former    takes it out of force, where another mode takes over, and away once its connections are over
 //! trial     whether this node can run it
 //! ```
 //!
@@ -40,6 +40,7 @@ use crate::{
 mod addresses;
 mod around;
 pub mod codec;
+mod connections;
 mod device;
 mod former;
 pub mod kube_proxy;

@@ -1,6 +1,6 @@
 //! Which virtual servers are ours: IPVS does not say, so the table has it in sets, for the next agent and for who removes all of it.
 
-use std::{collections::BTreeSet, io};
+use std::{collections::BTreeSet, io, net::IpAddr};
 
 use super::{
     Ipvs,
@@ -14,7 +14,10 @@ use super::{
 use crate::{
     dataplane::{
         DataplaneError, Report,
-        netfilter::Options,
+        netfilter::{
+            Options,
+            conntrack::{self, Entry},
+        },
         nftables::{Nftables, Role, Servers},
     },
     desired::Frontend,
@@ -124,40 +127,124 @@ pub(super) fn key(at: &Virtual) -> Option<String> {
     }
 }
 
-/// Servers, addresses and settings, then the table, which says whose the servers are.
-pub(super) fn remove(options: &Options) -> Result<(), DataplaneError> {
-    let kernel = |what: &str| {
-        let what = what.to_owned();
-        move |source| DataplaneError::Kernel { what, source }
-    };
-    let has_table = !Nftables::remains_of(Role::Gate)?.is_empty();
-    let route = Route::open().map_err(kernel("rtnetlink"))?;
-    // One that is no dummy is somebody else's.
-    let device = route.device().map_err(kernel(device::NAME))?.filter(|device| device.is_dummy);
-    let bound = match &device {
-        Some(device) => route.addresses(device.index).map_err(kernel(device::NAME))?,
-        None => BTreeSet::new(),
-    };
-    let noted = Noted(if has_table { Nftables::noted_by(Role::Gate, options)? } else { Vec::new() });
-    if has_table || device.is_some() {
-        let mut socket = Socket::open().map_err(no_ipvs)?;
-        let services = socket.services().map_err(kernel("IPVS"))?;
-        let ours = services
-            .iter()
-            .map(|service| service.at)
-            .filter(|at| noted.has(at) || matches!(at, Virtual::At { addr, .. } if bound.contains(addr)));
-        let requests: Vec<Request> = ours.map(Request::Remove).collect();
-        for outcome in socket.run(&requests).map_err(kernel("IPVS"))? {
+/// All that is ours, with no agent at work.
+pub(super) struct Ours {
+    has_table: bool,
+    pub(super) route: Route,
+    pub(super) device: Option<Device>,
+    /// On the device.
+    pub(super) bound: BTreeSet<IpAddr>,
+    /// Led to it otherwise.
+    pub(super) routed: BTreeSet<IpAddr>,
+    /// Where there are some.
+    pub(super) socket: Option<Socket>,
+    pub(super) servers: BTreeSet<Virtual>,
+}
+
+pub(super) fn kernel(what: &str) -> impl FnOnce(io::Error) -> DataplaneError + use<> {
+    let what = what.to_owned();
+    move |source| DataplaneError::Kernel { what, source }
+}
+
+impl Ours {
+    pub(super) fn find(options: &Options) -> Result<Self, DataplaneError> {
+        let has_table = !Nftables::remains_of(Role::Gate)?.is_empty();
+        let route = Route::open().map_err(kernel("rtnetlink"))?;
+        // One that is no dummy is somebody else's.
+        let device = route.device().map_err(kernel(device::NAME))?.filter(|device| device.is_dummy);
+        let (bound, routed) = match &device {
+            Some(device) => (
+                route.addresses(device.index).map_err(kernel(device::NAME))?,
+                route.routed(device.index).map_err(kernel(device::NAME))?,
+            ),
+            None => (BTreeSet::new(), BTreeSet::new()),
+        };
+        let noted = Noted(if has_table { Nftables::noted_by(Role::Gate, options)? } else { Vec::new() });
+        let (mut socket, mut servers) = (None, BTreeSet::new());
+        if has_table || device.is_some() {
+            let all = socket.insert(Socket::open().map_err(no_ipvs)?);
+            let is_held = |addr: &IpAddr| bound.contains(addr) || routed.contains(addr);
+            let is_ours = |at: &Virtual| noted.has(at) || matches!(at, Virtual::At { addr, .. } if is_held(addr));
+            let found = all.services().map_err(kernel("IPVS"))?.into_iter().map(|service| service.at);
+            servers = found.filter(is_ours).collect();
+        }
+        Ok(Self { has_table, route, device, bound, routed, socket, servers })
+    }
+
+    /// What somebody else was faster with is no error.
+    pub(super) fn run(&mut self, requests: &[Request]) -> Result<(), DataplaneError> {
+        let Some(socket) = &mut self.socket else { return Ok(()) };
+        for outcome in socket.run(requests).map_err(kernel("IPVS"))? {
             match outcome {
-                // Somebody else was faster.
-                Err(error) if error.raw_os_error() == Some(libc::ESRCH) => {}
+                Err(error) if [libc::ESRCH, libc::ENOENT].map(Some).contains(&error.raw_os_error()) => {}
                 outcome => outcome.map_err(kernel("a virtual server"))?,
             }
         }
+        Ok(())
     }
-    if let Some(Device { index, alias, .. }) = device {
+}
+
+/// Servers, addresses and settings, then the table, which says whose the servers are.
+pub(super) fn remove(options: &Options) -> Result<(), DataplaneError> {
+    let mut ours = Ours::find(options)?;
+    let requests: Vec<Request> = ours.servers.iter().copied().map(Request::Remove).collect();
+    ours.run(&requests)?;
+    if let Err(error) = forget(&ours.servers) {
+        // Without conntrack's netlink, say.
+        tracing::debug!(%error, "connections that IPVS translated are not forgotten");
+    }
+    if let Some(Device { index, alias, .. }) = ours.device {
         Settings::here().restore(&alias).map_err(kernel("net/ipv4/vs"))?;
-        route.remove(index).map_err(kernel(device::NAME))?;
+        ours.route.remove(index).map_err(kernel(device::NAME))?;
     }
-    if has_table { Nftables::remove_tables(Role::Gate) } else { Ok(()) }
+    if ours.has_table { Nftables::remove_tables(Role::Gate) } else { Ok(()) }
+}
+
+/// Has conntrack forget what IPVS translated: whoever sends on would be known for a connection that nobody translates any more, and find no
+/// rule of those that serve now.
+fn forget(servers: &BTreeSet<Virtual>) -> io::Result<()> {
+    if servers.is_empty() {
+        return Ok(());
+    }
+    let socket = conntrack::Socket::open()?;
+    for family in Family::BOTH {
+        let mut lost = Vec::new();
+        socket.all_entries(family, |entry| {
+            if is_of_ipvs(&entry, servers) {
+                lost.push(entry);
+            }
+        })?;
+        for entry in lost {
+            socket.delete(&entry)?;
+        }
+    }
+    Ok(())
+}
+
+fn is_of_ipvs(entry: &Entry, servers: &BTreeSet<Virtual>) -> bool {
+    let Entry { protocol, asked: (addr, port), translated, zoned, .. } = entry;
+    let at = Virtual::At { addr: *addr, port: port.get(), protocol: *protocol };
+    entry.is_translated() && !translated && !zoned && servers.contains(&at)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::Protocol;
+
+    #[test]
+    fn what_others_translate_is_not_forgotten() {
+        let end = |last: u8, port: u16| (IpAddr::from([10, 96, 0, last]), Port::new(port).unwrap());
+        let servers = BTreeSet::from([Virtual::At { addr: end(1, 80).0, port: 80, protocol: Protocol::Tcp }]);
+        let of = |asked, answers, by_rules| is_of_ipvs(&Entry::of(Protocol::Tcp, asked, answers, by_rules), &servers);
+        assert!(of(end(1, 80), end(2, 8080), false));
+        assert!(!of(end(1, 80), end(2, 8080), true), "translated by rules");
+        assert!(
+            !of(end(1, 80), end(1, 80), false) && !of(end(2, 80), end(3, 80), false),
+            "not at all, or nobody's of ours"
+        );
+        let mut zoned = Entry::of(Protocol::Tcp, end(1, 80), end(2, 80), false);
+        zoned.zoned = true;
+        assert!(!is_of_ipvs(&zoned, &servers));
+    }
 }

@@ -25,6 +25,8 @@ pub(super) trait System: fmt::Debug + Send {
     fn neighbours(&mut self) -> io::Result<BTreeMap<IpAddr, Vec<u8>>>;
     fn add(&mut self, index: u32, addr: IpAddr) -> io::Result<()>;
     fn take_off(&mut self, index: u32, addr: IpAddr) -> io::Result<()>;
+    fn routed(&mut self, index: u32) -> io::Result<BTreeSet<IpAddr>>;
+    fn let_go(&mut self, index: u32, addr: IpAddr) -> io::Result<()>;
     fn services(&mut self) -> io::Result<Vec<Service>>;
     fn service(&mut self, at: Virtual) -> io::Result<Option<Service>>;
     fn destinations(&mut self, at: Virtual) -> io::Result<Vec<Held>>;
@@ -83,6 +85,14 @@ impl System for Kernel {
 
     fn take_off(&mut self, index: u32, addr: IpAddr) -> io::Result<()> {
         self.route.take_off(index, addr)
+    }
+
+    fn routed(&mut self, index: u32) -> io::Result<BTreeSet<IpAddr>> {
+        self.route.routed(index)
+    }
+
+    fn let_go(&mut self, index: u32, addr: IpAddr) -> io::Result<()> {
+        self.route.let_go(index, addr)
     }
 
     fn services(&mut self) -> io::Result<Vec<Service>> {

@@ -26,6 +26,7 @@ type Served = (Service, BTreeMap<servers::Place, Held>);
 struct State {
     device: Option<Device>,
     bound: BTreeSet<IpAddr>,
+    routed: BTreeSet<IpAddr>,
     others: Vec<IpNet>,
     neighbours: BTreeMap<IpAddr, Vec<u8>>,
     servers: BTreeMap<Virtual, Served>,
@@ -109,6 +110,16 @@ impl System for Fake {
     fn take_off(&mut self, _index: u32, addr: IpAddr) -> io::Result<()> {
         self.done(format!("drop {addr}"));
         self.state().bound.remove(&addr);
+        Ok(())
+    }
+
+    fn routed(&mut self, _index: u32) -> io::Result<BTreeSet<IpAddr>> {
+        Ok(self.state().routed.clone())
+    }
+
+    fn let_go(&mut self, _index: u32, addr: IpAddr) -> io::Result<()> {
+        self.done(format!("let go {addr}"));
+        self.state().routed.remove(&addr);
         Ok(())
     }
 
@@ -600,4 +611,33 @@ fn datagrams_go_on_while_nobody_is_chosen() {
     spec.alive = Some(BackendSet::from([]));
     assert!(world.set(&[(dns, with(&spec, Action::Drop))]).is_clean());
     assert_eq!(world.servers(), Vec::<String>::new());
+}
+
+/// Another mode took over, and did not come to the end of it before this one is back.
+#[test]
+fn what_was_retired_is_taken_up_again() {
+    let mut world = World::new();
+    let [web, gone] = [1, 2].map(|last| serving(&format!("10.96.0.{last}"), CLUSTER_IP, &[last]));
+    assert!(world.set(&[web.clone(), gone.clone()]).is_clean());
+    world.talks_to("10.244.1.2", 1);
+    {
+        let mut state = world.kernel.state();
+        state.routed = std::mem::take(&mut state.bound);
+        for (_, held) in state.servers.values_mut() {
+            held.values_mut().for_each(|held| held.destination.weight = 0);
+        }
+    }
+    world.desired.frontends.remove(&gone.0);
+    world.desired.guards.remove(&gone.0.addr);
+    world.restart();
+    assert!(world.resync().is_clean());
+    assert_eq!(world.servers(), ["10.96.0.1:80 10.244.1.1=1", "10.96.0.2:80 10.244.1.2=0"]);
+    assert!(world.bound() == ["10.96.0.1", "10.96.0.2"] && world.kernel.state().routed.is_empty());
+    let done = world.done();
+    let at =
+        |what: &str| done.iter().position(|done| done.ends_with(what)).unwrap_or_else(|| panic!("{what}: {done:?}"));
+    assert!(at(": hold 10.96.0.2") < at("let go 10.96.0.2"), "it is the node's all the time: {done:?}");
+    world.talks_to("10.244.1.2", 0);
+    world.look();
+    assert_eq!(world.bound(), ["10.96.0.1"], "nobody's connection leads there any more");
 }

@@ -86,7 +86,8 @@ pub(crate) type End = (IpAddr, Port);
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Entry {
     pub(crate) protocol: Protocol,
-    /// Whom the opener meant, and who answers.
+    /// Who opened it, whom they meant, and who answers.
+    pub(crate) opener: End,
     pub(crate) asked: End,
     pub(crate) answers: End,
     /// Its destination is translated.
@@ -100,11 +101,19 @@ pub(crate) struct Entry {
     id: Vec<u8>,
 }
 
+impl Entry {
+    /// By rules, or by IPVS, which does not mark it.
+    pub(crate) fn is_translated(&self) -> bool {
+        self.translated || self.asked != self.answers
+    }
+}
+
 #[cfg(test)]
 impl Entry {
     pub(crate) fn of(protocol: Protocol, asked: End, answers: End, translated: bool) -> Self {
         Self {
             protocol,
+            opener: asked,
             asked,
             answers,
             translated,
@@ -395,11 +404,12 @@ const fn number(family: Family) -> u8 {
 fn parse(bytes: &[u8], family: Family) -> Option<Entry> {
     let find = |wanted: u16| attributes(bytes).find(|(kind, _)| *kind == wanted).map(|(_, value)| value);
     let original = find(ORIGINAL)?;
-    let (protocol, _, asked) = tuple(original)?;
+    let (protocol, opener, asked) = tuple(original)?;
     let (_, answers, _) = tuple(find(REPLY)?)?;
     let status = u32::from_be_bytes(*find(STATUS)?.first_chunk()?);
     Some(Entry {
         protocol,
+        opener,
         asked,
         answers,
         translated: status & DST_NAT != 0,
@@ -457,6 +467,7 @@ mod tests {
         ]
         .concat();
         let entry = parse(&bytes, Family::V4).unwrap();
+        assert_eq!(entry.opener, ([10, 1, 0, 2].into(), Port::new(4070).unwrap()));
         assert_eq!(entry.asked, ([10, 96, 0, 10].into(), Port::new(53).unwrap()));
         assert_eq!(entry.answers, ([10, 1, 0, 9].into(), Port::new(5353).unwrap()));
         assert!(entry.translated && !entry.zoned && entry.protocol == Protocol::Udp);

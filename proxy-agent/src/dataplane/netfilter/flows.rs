@@ -211,19 +211,19 @@ impl Worker {
     }
 
     fn is_lost(&self, entry: &Entry) -> bool {
-        let Entry { protocol, asked: (addr, port), answers, translated, zoned, .. } = entry;
+        let Entry { protocol, asked: (addr, port), answers, zoned, .. } = entry;
         // What is in a zone is somebody else's.
         if *zoned {
             return false;
         }
         let frontend = Frontend { addr: *addr, port: *port, protocol: *protocol };
         let known = self.alive.knows(&frontend);
-        if *translated {
+        if entry.is_translated() {
             let (addr, port) = *answers;
             (known || self.removed.contains(&frontend)) && self.alive.is_lost(&frontend, &Backend { addr, port })
         } else {
             // From before there were rules for it (contract A105): its packets pass them by.
-            known && (*addr, *port) == *answers && !self.alive.keeps_all(&frontend)
+            known && !self.alive.keeps_all(&frontend)
         }
     }
 }
@@ -267,6 +267,11 @@ mod tests {
         let lost = |worker: &Worker, vip, backend| worker.is_lost(&entry(vip, backend));
         assert!(!lost(&worker, 1, Some(1)) && lost(&worker, 1, Some(2)));
         assert!(lost(&worker, 1, None), "from before the rules");
+        let by_ipvs = |last| {
+            let Entry { asked, answers, .. } = entry(1, Some(last));
+            Entry::of(Protocol::Udp, asked, answers, false)
+        };
+        assert!(!worker.is_lost(&by_ipvs(1)) && worker.is_lost(&by_ipvs(2)), "whoever translates");
         assert!(!lost(&worker, 3, Some(9)) && !lost(&worker, 3, None), "not known to be in force");
         assert!(!lost(&worker, 9, Some(1)) && !lost(&worker, 9, None), "somebody else's");
         assert!(lost(&worker, 7, Some(1)) && !lost(&worker, 7, None), "it went while nobody was here");

@@ -33,6 +33,7 @@ const COMMENT: &str = "keeps connections going that kube-proxy translated";
 
 const NEW_CHAIN: u16 = NFTABLES | 3;
 const NEW_RULE: u16 = NFTABLES | 6;
+const DELETE_RULE: u16 = NFTABLES | 8;
 /// `NF_INET_POST_ROUTING`, and the priority that source NAT has.
 const POSTROUTING: u32 = 4;
 const PRIORITY: u32 = 100;
@@ -70,6 +71,13 @@ pub(crate) fn in_place_of(name: &str, chain: &str, comment: &str) -> Vec<Step> {
     let table = || Step { kind: NEW_TABLE, flags: NLM_F_CREATE, attributes: string(TABLE_NAME, name) };
     let [chain, rule] = keeping(name, chain, comment);
     vec![table(), remove_table(name), table(), chain, rule]
+}
+
+/// The same in the place of all rules that such a table has; its sets stay.
+pub(crate) fn in_place_of_rules(name: &str, chain: &str, comment: &str) -> Vec<Step> {
+    let rules = Step { kind: DELETE_RULE, flags: 0, attributes: string(TABLE, name) };
+    let [chain, rule] = keeping(name, chain, comment);
+    vec![rules, chain, rule]
 }
 
 /// What keeps NAT on, and conntrack: a chain does the one, its rule the other.

@@ -22,6 +22,7 @@ use crate::{
 /// All that is left of a table that is retired.
 const RETIRED: &str = "retired";
 const COMMENT: &str = "keeps connections going that nftables mode translated";
+const OF_IPVS: &str = "keeps connections going that IPVS translated";
 
 /// By whom flows are counted that have to be waited for.
 #[derive(Debug)]
@@ -61,6 +62,20 @@ impl former::Former for Former {
     }
 }
 
+impl Nftables {
+    /// Takes the rules of IPVS' table out of force. What is noted in its sets stays, and translation of what is open.
+    pub(crate) fn retire_gate() -> Result<(), DataplaneError> {
+        let socket = Socket::open().map_err(tables)?;
+        for family in Family::BOTH {
+            if !socket.structure(family, Role::Gate.table()).map_err(tables)?.chains.is_empty() {
+                let steps = nat::in_place_of_rules(Role::Gate.table(), "postrouting", OF_IPVS);
+                socket.transact(family, &steps).map_err(tables)?;
+            }
+        }
+        Ok(())
+    }
+}
+
 /// That the table translates for.
 fn frontends(socket: &Socket, family: Family) -> std::io::Result<Vec<Frontend>> {
     let renderer = Renderer::new(family, Role::Whole, &Options::default());
@@ -88,7 +103,7 @@ mod tests {
     use crate::dataplane::{
         former::{Former as _, Known},
         netfilter::refused::{frontend, spec},
-        nftables::NFT,
+        nftables::{NFT, Servers},
     };
 
     /// In a network namespace of this thread's own.
@@ -127,5 +142,28 @@ mod tests {
         assert_eq!(socket.tables(Family::V4).unwrap(), ["other"]);
         // What is gone already is no error.
         former.remove().unwrap();
+    }
+
+    #[test]
+    fn what_is_noted_stays_when_the_gate_is_retired() {
+        if !rustix::process::geteuid().is_root() || NFT.run(&["--version"], "").is_err() {
+            println!("SKIP what_is_noted_stays_when_the_gate_is_retired: not root, or no nft");
+            return;
+        }
+        nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+        Nftables::retire_gate().unwrap();
+        let shadow = Shadow::new(Renderer::new(Family::V4, Role::Gate, &Options::default()));
+        let web = frontend("10.96.0.1");
+        let noted = Servers { at: [Nftables::key(&web)].into(), marks: [7].into() };
+        let draft = shadow.draft(&[Item::Frontend(web, Some(spec(&web))), Item::servers(noted.clone())]);
+        NFT.run(&["-f", "-"], &shadow.refill(&draft, &Found::default(), true)).unwrap();
+        for _ in 0..2 {
+            Nftables::retire_gate().unwrap();
+            let left = Socket::open().unwrap().structure(Family::V4, Role::Gate.table()).unwrap();
+            let with_rules = left.chains.iter().filter(|(_, chain)| chain.rules > 0);
+            assert_eq!(with_rules.map(|(name, chain)| (name.as_str(), chain.rules)).collect::<Vec<_>>(), [("postrouting", 1)]);
+            assert_eq!(Nftables::noted_by(Role::Gate, &Options::default()).unwrap()[0], (Family::V4, noted.clone()));
+        }
+        assert_eq!(Nftables::remains_of(Role::Gate).unwrap().len(), 1, "none of the other family");
     }
 }

@@ -381,7 +381,17 @@ impl Renderer {
         vec![
             ("refuse", None, vec!["reject".to_owned()]),
             // Nothing for a guarded address leaves the node; only what opens something is told (contract A48, A50).
-            ("guard", None, vec![format!("{opens} drop"), "ct state new goto refuse".to_owned(), "drop".to_owned()]),
+            (
+                "guard",
+                None,
+                vec![
+                    // Somebody else translates it, without a change of what it is addressed to here: IPVS, on its way out.
+                    format!("ct state established,related ct reply {ip} saddr != @guards return"),
+                    format!("{opens} drop"),
+                    "ct state new goto refuse".to_owned(),
+                    "drop".to_owned(),
+                ],
+            ),
             (
                 "prerouting",
                 Some("type nat hook prerouting priority -100; policy accept;"),

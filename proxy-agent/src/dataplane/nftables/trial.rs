@@ -67,7 +67,15 @@ mod tests {
     #[test]
     fn the_sample_has_rules_of_every_kind() {
         let common = ["masquerade", "reject", "drop", "meta mark set", "@pods", "@hairpin", "@tcp-sources"];
-        let whole = ["dnat", "numgen random", "numgen inc", "update @", "@sctp-endpoints", "@udp-local-endpoints"];
+        let whole = [
+            "dnat",
+            "numgen random",
+            "numgen inc",
+            "update @",
+            "@sctp-endpoints",
+            "@udp-local-endpoints",
+            "ct reply ip",
+        ];
         let gate = ["accept", "@marks", "@guards", "servers", "ct direction reply"];
         for (family, (role, own)) in Family::BOTH
             .into_iter()
