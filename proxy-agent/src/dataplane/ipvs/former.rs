@@ -60,7 +60,7 @@ impl former::Former for Former {
 
     fn flows(&mut self) -> Result<u64, DataplaneError> {
         let open = connections::open(&self.servers).map_err(kernel("the connections of IPVS"))?;
-        Ok(open + self.from_held())
+        Ok(open + self.by_held())
     }
 
     fn remove(&mut self) -> Result<(), DataplaneError> {
@@ -71,7 +71,7 @@ impl former::Former for Former {
 impl Former {
     /// Those of the node's own that were given a Service's address as their source by the rules of the mode that serves now, before this one was
     /// retired. Where conntrack cannot be asked they are not waited for.
-    fn from_held(&self) -> u64 {
+    fn by_held(&self) -> u64 {
         let mut flows = 0;
         for family in Family::BOTH {
             let counted = Socket::open().and_then(|socket| {
@@ -97,11 +97,14 @@ fn replace_addresses(ours: &Ours) -> Result<(), DataplaneError> {
         }
         let Some(source) = route.source(family).map_err(kernel("the node's own addresses"))? else { continue };
         for addr in bound {
-            // In this order it is the node's all the time.
             route
                 .route_here(*index, *addr, source)
                 .map_err(kernel(&format!("a route to {addr} by {}", device::NAME)))?;
-            route.take_off(*index, *addr).map_err(kernel(&format!("{addr} of {}", device::NAME)))?;
+            // It comes before the one that an address of IPv4 has; with a device's last such address all its routes would go. An address of IPv6 is
+            // a source to itself whatever a route says.
+            if family == Family::V6 {
+                route.take_off(*index, *addr).map_err(kernel(&format!("{addr} of {}", device::NAME)))?;
+            }
         }
     }
     Ok(())
