@@ -173,16 +173,21 @@ fn shown(world: &mut World) -> Result<()> {
     let held = output(node, "ip -o addr show dev proxy-ipvs0")?;
     ensure!(held.contains(&format!("{lb4}/32")) && !held.contains(&format!("{}/", node.place.v4)), "{held}");
     answers(world, 1)?;
-    // The device's addresses are nobody's sockets'.
+    none_of_the_nodes(world, 1)?;
+    let status = world.cli(node, &["status"])?;
+    ensure!(status.contains("ipvs") && status.contains("proxy-ipvs0"), "{status}");
+    Ok(())
+}
+
+/// The device's addresses are nobody's sockets'.
+fn none_of_the_nodes(world: &World, number: u8) -> Result<()> {
     for family in Family::BOTH {
-        for addr in [vip(family, 1), outer(family, 1)] {
+        for addr in [vip(family, number), outer(family, number)] {
             let to = SocketAddr::new(addr, 10_256);
             let report = world.ask(world.outside(), &Ask::new(to, Transport::Tcp).timeout(3000))?;
             ensure!(report.errors().keys().eq(["ECONNREFUSED"]), "{to}: {report:?}");
         }
     }
-    let status = world.cli(node, &["status"])?;
-    ensure!(status.contains("ipvs") && status.contains("proxy-ipvs0"), "{status}");
     Ok(())
 }
 
@@ -402,17 +407,20 @@ fn moves(world: &mut World, other: Option<Fallback>, first: u16) -> Result<()> {
     // Those of earlier cases are waited for, and each is one that lasts until it was silent for so long.
     output(world.node(1), "ipvsadm --set 900 120 3")?;
     install(world, 8, &service(8), &["b1", "b2"])?;
+    install(world, 9, &service(9).external_local(), &["b1", "b2"])?;
     // From ports of their own: one that leads to one backend by both modes is told apart by neither.
     let storms = |world: &World, first: u16| -> Result<Vec<Client>> {
-        let mut storms = Vec::new();
-        for (from, family) in
-            ["a1", "node1", "outside"].into_iter().flat_map(|from| Family::BOTH.map(|family| (from, family)))
-        {
-            let (to, port) = (SocketAddr::new(vip(family, 8), 80).to_string(), format!("--source-port={first}"));
-            let args = ["storm", &to, "--expect=b1,b2", "--rate=4", "--seconds=900", &port];
-            storms.push(start(world, from, &args)?);
-        }
-        Ok(storms)
+        let from = ["a1", "node1", "outside"].into_iter();
+        let mut storms: Vec<(&str, SocketAddr, u16)> =
+            from.flat_map(|from| Family::BOTH.map(|family| (from, (vip(family, 8), 80).into(), first))).collect();
+        // Whom IPVS finds by a mark.
+        let own = world.node(1).place.v4;
+        storms.push(("node1", (own, node_port(9)).into(), first + 1_000));
+        let storms = storms.into_iter().map(|(from, to, port)| {
+            let (to, port) = (to.to_string(), format!("--source-port={port}"));
+            start(world, from, &["storm", &to, "--expect=b1,b2", "--rate=4", "--seconds=900", &port])
+        });
+        storms.collect()
     };
     let calm = |storms: Vec<Client>| -> Result<()> {
         for client in storms {
@@ -439,6 +447,7 @@ fn moves(world: &mut World, other: Option<Fallback>, first: u16) -> Result<()> {
     eventually(30, || is_retired(world, held.len() as u64 * 2))
         .with_context(|| format!("nothing is retired: {}", world.node(1).agent_log()))?;
     answers(world, 8)?;
+    none_of_the_nodes(world, 8)?;
     unbroken(held)?;
     is_over(world, "proxy-agent-ipvs")?;
     let left = (servers(world.node(1))?, output(world.node(1), "ip -o link show")?);

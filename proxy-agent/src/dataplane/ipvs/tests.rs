@@ -376,6 +376,34 @@ fn nobody_is_served_before_the_table_is_there() {
     assert_eq!(world.done(), Vec::<String>::new(), "it is as it should be");
 }
 
+/// The first endpoint of the node's own comes to what is local's for the outside: who is sent elsewhere from then on finds somebody there, and the
+/// outside, which was dropped, nobody else's.
+#[test]
+fn nobody_is_refused_while_origins_part() {
+    let mut world = World::new();
+    let (frontend, spec) = serving("203.0.113.1", LOAD_BALANCER, &[1, 2]);
+    let of = |local: &[Backend], external| {
+        let verdicts = Verdicts { external: Verdict { action: external, masquerade: false }, ..spec.verdicts };
+        (
+            frontend,
+            Arc::new(FrontendSpec { local: local.iter().copied().collect(), verdicts, ..FrontendSpec::clone(&spec) }),
+        )
+    };
+    assert!(world.set(&[of(&[], Action::Drop)]).is_clean());
+    assert_eq!(world.servers(), ["203.0.113.1:80 10.244.1.1=1 10.244.1.2=1"]);
+    world.done();
+    assert!(world.set(&[of(&spec.all[..1], Action::PickLocal)]).is_clean());
+    let mut servers = world.servers();
+    servers.sort();
+    assert_eq!(servers, ["203.0.113.1:80 10.244.1.1=1 10.244.1.2=0", "mark 10.244.1.1=1 10.244.1.2=1"]);
+    let runs = fs::read_to_string(world.dir.path().join("runs")).unwrap().lines().count();
+    let done = world.done();
+    let before = |what: &str| done.iter().any(|done| done.ends_with(what) && !done.starts_with(&format!("{runs}:")));
+    for what in ["mark add", "mark 10.244.1.1=1", "mark 10.244.1.2=1", "203.0.113.1:80 10.244.1.2=0"] {
+        assert!(before(what), "{what} comes after the table: {done:?}");
+    }
+}
+
 #[test]
 fn what_the_table_does_not_take_is_not_served() {
     let mut world = World::new();

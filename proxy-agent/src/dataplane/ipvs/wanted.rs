@@ -112,12 +112,24 @@ impl Ipvs {
         }
     }
 
-    /// Servers that are not there yet, with nobody to choose: what comes for them is refused until the table is there.
+    /// Servers that are not there yet, with nobody to choose: what comes for them is refused until the table is there. But one that is found by a
+    /// mark has all of its backends, for without the table nobody has that mark, and with it everybody has at once. And what is found by
+    /// the address beside it turns before the table lets those in whom it alone is for.
     pub(super) fn begin(&mut self, all: &[Virtual], report: &mut Report) {
         let Some(kernel) = &self.kernel else { return };
-        let missing = all.iter().filter(|at| !kernel.contains_key(at));
-        let requests: Vec<Request> =
-            missing.filter_map(|at| Some(Request::Add(self.wanted.get(at)?.0.service.clone()))).collect();
+        let none = BTreeSet::new();
+        let mut requests = Vec::new();
+        for at in all.iter().filter(|at| !kernel.contains_key(at)) {
+            let Some((server, frontend)) = self.wanted.get(at) else { continue };
+            match at {
+                Virtual::At { .. } => requests.push(Request::Add(server.service.clone())),
+                Virtual::Marked { .. } => {
+                    let beside = self.by_frontend.get(frontend).into_iter().flat_map(|claim| &claim.servers);
+                    let there = beside.filter(|one| kernel.contains_key(one));
+                    requests.extend(there.chain([at]).flat_map(|one| self.requests(*one, &none)));
+                }
+            }
+        }
         self.run(&requests, report);
     }
 

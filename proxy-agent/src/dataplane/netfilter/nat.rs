@@ -73,11 +73,16 @@ pub(crate) fn in_place_of(name: &str, chain: &str, comment: &str) -> Vec<Step> {
     vec![table(), remove_table(name), table(), chain, rule]
 }
 
-/// The same in the place of all rules that such a table has; its sets stay.
-pub(crate) fn in_place_of_rules(name: &str, chain: &str, comment: &str) -> Vec<Step> {
-    let rules = Step { kind: DELETE_RULE, flags: 0, attributes: string(TABLE, name) };
-    let [chain, rule] = keeping(name, chain, comment);
-    vec![rules, chain, rule]
+/// The same in the place of all rules of these chains, which are there; the rest of the table stays.
+pub(crate) fn in_place_of_rules<'a>(
+    name: &str,
+    chains: impl Iterator<Item = &'a str>,
+    chain: &str,
+    comment: &str,
+) -> Vec<Step> {
+    let rules =
+        |of| Step { kind: DELETE_RULE, flags: 0, attributes: [string(TABLE, name), string(RULE_CHAIN, of)].concat() };
+    chains.map(rules).chain(keeping(name, chain, comment)).collect()
 }
 
 /// What keeps NAT on, and conntrack: a chain does the one, its rule the other.

@@ -23,6 +23,8 @@ use crate::{
 const RETIRED: &str = "retired";
 const COMMENT: &str = "keeps connections going that nftables mode translated";
 const OF_IPVS: &str = "keeps connections going that IPVS translated";
+/// What IPVS' table guards the node's own sockets with; IPVS takes what is for its servers before.
+const OF_INPUT: &str = "guard-input";
 
 /// By whom flows are counted that have to be waited for.
 #[derive(Debug)]
@@ -63,12 +65,17 @@ impl former::Former for Former {
 }
 
 impl Nftables {
-    /// Takes the rules of IPVS' table out of force. What is noted in its sets stays, and translation of what is open.
+    /// Takes the rules of IPVS' table out of force. What is noted in its sets stays, translation of what is open, and what keeps the node's own
+    /// sockets from being asked at addresses that it holds for as long as there is something open; who serves now guards some of them only.
     pub(crate) fn retire_gate() -> Result<(), DataplaneError> {
         let socket = Socket::open().map_err(tables)?;
         for family in Family::BOTH {
-            if !socket.structure(family, Role::Gate.table()).map_err(tables)?.chains.is_empty() {
-                let steps = nat::in_place_of_rules(Role::Gate.table(), "postrouting", OF_IPVS);
+            let found = socket.structure(family, Role::Gate.table()).map_err(tables)?;
+            if !found.chains.is_empty() {
+                let gate = Renderer::new(family, Role::Gate, &Options::default()).skeleton();
+                let hooked = gate.iter().filter(|(name, hook, _)| hook.is_some() && *name != OF_INPUT);
+                let there = hooked.map(|(name, ..)| *name).filter(|name| found.chains.contains_key(*name));
+                let steps = nat::in_place_of_rules(Role::Gate.table(), there, "postrouting", OF_IPVS);
                 socket.transact(family, &steps).map_err(tables)?;
             }
         }
@@ -145,9 +152,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_noted_stays_when_the_gate_is_retired() {
+    fn a_gate_that_is_retired_guards_the_node_and_leads_nobody() {
         if !rustix::process::geteuid().is_root() || NFT.run(&["--version"], "").is_err() {
-            println!("SKIP what_is_noted_stays_when_the_gate_is_retired: not root, or no nft");
+            println!("SKIP a_gate_that_is_retired_guards_the_node_and_leads_nobody: not root, or no nft");
             return;
         }
         nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
@@ -161,7 +168,10 @@ mod tests {
             Nftables::retire_gate().unwrap();
             let left = Socket::open().unwrap().structure(Family::V4, Role::Gate.table()).unwrap();
             let with_rules = left.chains.iter().filter(|(_, chain)| chain.rules > 0);
-            assert_eq!(with_rules.map(|(name, chain)| (name.as_str(), chain.rules)).collect::<Vec<_>>(), [("postrouting", 1)]);
+            assert_eq!(
+                with_rules.map(|(name, chain)| (name.as_str(), chain.rules)).collect::<Vec<_>>(),
+                [("guard", 4), ("guard-input", 1), ("postrouting", 1), ("refuse", 1)]
+            );
             assert_eq!(Nftables::noted_by(Role::Gate, &Options::default()).unwrap()[0], (Family::V4, noted.clone()));
         }
         assert_eq!(Nftables::remains_of(Role::Gate).unwrap().len(), 1, "none of the other family");
