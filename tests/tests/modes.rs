@@ -49,6 +49,7 @@ fn main() -> ExitCode {
         suite.case(&format!("{group}/auto takes eBPF where it can"), || {
             serves_as(world, None, None, "ebpf", "auto: ebpf can run here")
         });
+        suite.case(&format!("{group}/auto loads eBPF's programs once, and none that are pinned"), || loads_once(world));
         suite.case(&format!("{group}/a mode that cannot run says which could"), || refused(world));
         suite.case(&format!("{group}/auto without CAP_BPF takes nftables"), || {
             serves_as(world, Some(RULES_ALONE), None, "nftables", "CAP_BPF: missing")
@@ -312,6 +313,31 @@ fn serves_as(
         let to = SocketAddr::new(vip(family, 1), 80);
         let report = world.ask(world.pod("a1"), &Ask::new(to, Transport::Tcp))?;
         ensure!(report.backends().keys().eq(["b2"]), "{mode}, {to}: {report:?}");
+    }
+    world.remove_agents()
+}
+
+/// Whether it can run is found by starting it, which is most of what a start takes.
+fn loads_once(world: &mut World) -> Result<()> {
+    /// What the kernel keeps of a name.
+    const NAME: usize = 15;
+    world.remove_agents()?;
+    for loads in [1, 0] {
+        world.start_agent(1, &AgentOptions { traced: true, ..AgentOptions::new(SocketLb::All) })?;
+        let node = world.node(1);
+        node.wait_ready(PATIENCE)?;
+        let calls = node.bpf_calls()?;
+        let pinned = fs::read_dir(node.bpffs.join("v1/programs"))?;
+        let pinned = pinned.map(|entry| -> Result<String> { Ok(entry?.file_name().to_string_lossy().into_owned()) });
+        let pinned = pinned.collect::<Result<Vec<_>>>()?;
+        ensure!(!pinned.is_empty() && !calls.is_empty(), "{pinned:?} pinned, {} calls traced", calls.len());
+        for name in &pinned {
+            let name = name.get(..NAME).unwrap_or(name);
+            let times = calls.iter().filter(|call| call.program.as_deref() == Some(name)).count();
+            ensure!(times == loads, "{name} was loaded {times} times, not {loads}");
+        }
+        ensure!(node.status()?["modeReason"] == "auto: ebpf can run here", "{}", node.status()?["modeReason"]);
+        world.kill_agent(1)?;
     }
     world.remove_agents()
 }

@@ -8,7 +8,23 @@ use std::{
 use clap::ValueEnum;
 use serde::Serialize;
 
-use crate::{dataplane::ebpf, desired::Algorithm, model::Protocol};
+use crate::{
+    config::ProxyMode,
+    dataplane::{ebpf, select::Mode},
+    desired::Algorithm,
+    model::Protocol,
+};
+
+/// The dataplane that is asked for; `None`: whichever can run.
+pub const fn asked(mode: ProxyMode) -> Option<Mode> {
+    match mode {
+        ProxyMode::Auto => None,
+        ProxyMode::Ebpf => Some(Mode::Ebpf),
+        ProxyMode::Nftables => Some(Mode::Nftables),
+        ProxyMode::Iptables => Some(Mode::Iptables),
+        ProxyMode::Ipvs => Some(Mode::Ipvs),
+    }
+}
 
 /// An address with a port; IPv6 in brackets.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Serialize)]

@@ -1,4 +1,7 @@
 //! Which dataplanes this node can run, and which of them is run. Changes nothing that is in force.
+//!
+//! Most of what it takes to start eBPF is loading its programs, and so is most of what it takes to try that out. Whoever starts what is chosen
+//! therefore tries eBPF by starting it: programs are loaded once, and not at all where those are pinned already.
 
 use super::{
     DataplaneError, Missing,
@@ -33,6 +36,14 @@ impl Candidate {
             Mode::Ipvs => ipvs::Ipvs::try_out(netfilter),
         };
         Self { mode, missing: tried.err().map(Missing::from).into_iter().collect() }
+    }
+
+    /// The same, but that no programs of eBPF's are loaded: whether it can run shows when it is started.
+    fn look_at(mode: Mode, options: &Options) -> Self {
+        match mode {
+            Mode::Ebpf => Self::of_ebpf(&probe::without_programs(&options.ebpf)),
+            mode => Self::try_out(mode, options),
+        }
     }
 
     /// The same, of what has been asked already.
@@ -91,26 +102,55 @@ impl From<DataplaneError> for Missing {
 
 /// The first that can run, in the order of [`Mode::ALL`]. `Err` names what each lacks.
 pub fn first(options: &Options) -> Result<Choice, DataplaneError> {
-    first_of(Mode::ALL.into_iter().map(|mode| Candidate::try_out(mode, options)))
+    let try_out = |mode| Candidate::try_out(mode, options);
+    first_of(try_out, |_| Ok(()), try_out).map(|(choice, ())| choice)
 }
 
-fn first_of(candidates: impl IntoIterator<Item = Candidate>) -> Result<Choice, DataplaneError> {
+/// The same, and what comes of starting it. What fails although the node can run it is an error, and no reason to take another one.
+pub fn start_first<T, E: From<DataplaneError>>(
+    options: &Options,
+    start: impl Fn(&Options) -> Result<T, E>,
+) -> Result<(Choice, T), E> {
+    first_of(
+        |mode| Candidate::look_at(mode, options),
+        |mode| start(&Options { mode, ..options.clone() }),
+        |mode| Candidate::try_out(mode, options),
+    )
+}
+
+/// `look` finds most of what is missing, `start` starts it, and where that fails `try_out` tells whether the node is to blame.
+fn first_of<T, E: From<DataplaneError>>(
+    look: impl Fn(Mode) -> Candidate,
+    start: impl Fn(Mode) -> Result<T, E>,
+    try_out: impl Fn(Mode) -> Candidate,
+) -> Result<(Choice, T), E> {
     let (mut tried, mut remedy) = (Vec::new(), None);
-    for candidate in candidates {
-        let can_run = candidate.can_run();
-        tried.push(candidate.verdict());
-        if can_run {
-            return Ok(Choice { mode: candidate.mode, reason: format!("auto: {}", tried.join(", ")) });
+    for mode in Mode::ALL {
+        let mut candidate = look(mode);
+        if candidate.can_run() {
+            match start(mode) {
+                Ok(started) => {
+                    tried.push(candidate.verdict());
+                    return Ok((Choice { mode, reason: format!("auto: {}", tried.join(", ")) }, started));
+                }
+                Err(error) => {
+                    candidate = try_out(mode);
+                    if candidate.can_run() {
+                        return Err(error);
+                    }
+                }
+            }
         }
+        tried.push(candidate.verdict());
         // The first one's is the remedy that is wanted.
         remedy.get_or_insert_with(|| candidate.remedy());
-        tracing::debug!(mode = candidate.mode.name(), remedy = candidate.remedy(), "cannot run");
+        tracing::debug!(mode = mode.name(), remedy = candidate.remedy(), "cannot run");
     }
     let first = remedy.filter(|remedy| !remedy.is_empty()).map(|remedy| format!("{remedy}; ")).unwrap_or_default();
-    Err(DataplaneError::Unavailable(format!(
+    Err(E::from(DataplaneError::Unavailable(format!(
         "none of the dataplanes can run on this node: {}; {first}`proxy-agent check` says what to do about each",
         tried.join(", ")
-    )))
+    ))))
 }
 
 /// What to run in the place of a mode that was asked for by name and failed. `None`: it could run here, something else is wrong.
@@ -143,19 +183,52 @@ mod tests {
         Candidate { mode, missing: what.iter().map(missing).collect() }
     }
 
+    /// Of those that are not among `candidates` the node lacks everything.
+    fn of(candidates: &[Candidate]) -> impl Fn(Mode) -> Candidate {
+        move |mode| {
+            let of_mode = candidates.iter().find(|candidate| candidate.mode == mode);
+            of_mode.cloned().unwrap_or_else(|| lacking(mode, &["all"]))
+        }
+    }
+
     #[test]
     fn the_first_that_can_run_is_run_and_the_others_say_why_not() {
+        let first = |candidates: &[Candidate]| -> Result<Choice, DataplaneError> {
+            first_of(of(candidates), |_| Ok(()), |_| panic!("nothing failed")).map(|(choice, ())| choice)
+        };
         let (ebpf, nftables) = (lacking(Mode::Ebpf, &["CAP_BPF: missing"]), lacking(Mode::Nftables, &[]));
-        let choice = first_of([ebpf.clone(), nftables.clone()]).unwrap();
+        let choice = first(&[ebpf.clone(), nftables.clone()]).unwrap();
         assert_eq!(choice.mode, Mode::Nftables);
         assert_eq!(choice.reason, "auto: ebpf cannot run here (CAP_BPF: missing; run as root), nftables can run here");
         let two = lacking(Mode::Ebpf, &["CAP_BPF: missing", "BTF: missing"]);
-        let choice = first_of([two, nftables.clone()]).unwrap();
+        let choice = first(&[two, nftables.clone()]).unwrap();
         assert_eq!(choice.reason, "auto: ebpf cannot run here (CAP_BPF: missing; BTF: missing), nftables can run here");
-        let choice = first_of([lacking(Mode::Ebpf, &[]), nftables]).unwrap();
+        let choice = first(&[lacking(Mode::Ebpf, &[]), nftables]).unwrap();
         assert_eq!((choice.mode, choice.reason.as_str()), (Mode::Ebpf, "auto: ebpf can run here"));
-        let error = first_of([ebpf, lacking(Mode::Nftables, &["nft is not there"])]).unwrap_err().to_string();
+        let error = first(&[ebpf, lacking(Mode::Nftables, &["nft is not there"])]).unwrap_err().to_string();
         assert!(error.contains("CAP_BPF") && error.contains("nft is not there") && error.contains("check"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_started_is_passed_over_if_the_node_is_to_blame() {
+        let all = [Mode::Ebpf, Mode::Nftables].map(|mode| lacking(mode, &[]));
+        let start = |failing: Mode| {
+            move |mode| {
+                if mode == failing { Err(DataplaneError::Unavailable("it failed".into())) } else { Ok(mode) }
+            }
+        };
+        // What is looked at first does not show it; the kernel's refusal does.
+        let refused = lacking(Mode::Ebpf, &["load: the kernel refuses the program connect4"]);
+        let (choice, started) = first_of(of(&all), start(Mode::Ebpf), of(&[refused])).unwrap();
+        assert_eq!((choice.mode, started), (Mode::Nftables, Mode::Nftables));
+        let why = "ebpf cannot run here (load: the kernel refuses the program connect4; run as root)";
+        assert_eq!(choice.reason, format!("auto: {why}, nftables can run here"));
+        // The pins are another agent's, say.
+        let error = first_of(of(&all), start(Mode::Ebpf), of(&all)).unwrap_err();
+        assert_eq!(error.to_string(), "it failed");
+        // Nothing is tried out that starts.
+        let (choice, started) = first_of(of(&all), start(Mode::Ipvs), |_| panic!("it started")).unwrap();
+        assert_eq!((choice.mode, started), (Mode::Ebpf, Mode::Ebpf));
     }
 
     #[test]

@@ -139,6 +139,23 @@ fn a_start_that_came_to_nothing_leaves_no_programs_to_the_next() {
     }
 }
 
+/// Where the kernel refuses the programs of another version the former ones serve on, by whichever mode they are taken over then.
+#[test]
+fn a_start_that_is_refused_leaves_what_is_in_force_to_the_next() {
+    let Some(mut world) = World::new("refusednext") else { return };
+    let (state, devices) = (state(2), devices());
+    start(&mut world.open(), &state, &devices);
+    let ids = |world: &World| (program_ids(world), link_ids(world), pinned_program_ids(world));
+    let before = ids(&world);
+    let good = world.options.object.unwrap();
+    world.options.object = Some(with_refused(good, "classifier"));
+    assert!(Ebpf::open(&world.options).unwrap_err().to_string().contains("the kernel refuses the program"));
+    assert_eq!(ids(&world), before);
+    world.options.object = Some(good);
+    assert_eq!(start(&mut world.open(), &state, &devices), 0, "nothing changed, nothing written");
+    assert_eq!(ids(&world), before, "adopted");
+}
+
 #[test]
 fn a_map_that_lost_its_pin_is_not_left_to_the_old_programs() {
     let Some(world) = World::new("lostmap") else { return };

@@ -18,6 +18,8 @@ pub struct Call {
     pub pin: Option<String>,
     /// Elements that the call is about.
     pub count: usize,
+    /// Name of the program that is loaded, as far as the kernel keeps it (15 characters).
+    pub program: Option<String>,
 }
 
 impl Call {
@@ -79,7 +81,8 @@ pub(super) fn calls(text: &str) -> Result<Vec<Call>> {
         };
         let count = argument(arguments, "count=").filter(|_| command.contains("BATCH"));
         let count = count.and_then(|count| count.split([',', '}', ' ']).next()?.parse().ok()).unwrap_or(1);
-        calls.push(Call { command, pin, count });
+        let program = argument(arguments, "prog_name=\"").filter(|name| command == "BPF_PROG_LOAD" && !name.is_empty());
+        calls.push(Call { program: program.map(str::to_owned), command, pin, count });
     }
     Ok(calls)
 }
@@ -110,6 +113,7 @@ mod tests {
 7 bpf(BPF_LINK_CREATE, {link_create={prog_fd=20<anon_inode:bpf-prog>, target_fd=0</dev/null>, attach_type=BPF_TRACE_ITER, flags=0}}, 64) = 21<anon_inode:bpf_link>
 7 bpf(BPF_LINK_CREATE, {link_create={prog_fd=20<anon_inode:bpf-prog>, target_fd=3, attach_type=BPF_TCX_INGRESS, flags=0}}, 64) = 21<anon_inode:bpf_link>
 7 bpf(BPF_MAP_CREATE, {map_type=BPF_MAP_TYPE_ARRAY, key_size=4}, 80) = 11<anon_inode:bpf-map>
+7 bpf(BPF_PROG_LOAD, {prog_type=BPF_PROG_TYPE_SCHED_CLS, insn_cnt=2, insns=0x5, license="GPL", log_level=0, prog_name="tc_ingress_ethe", prog_ifindex=0}, 152) = 22<anon_inode:bpf-prog>
 7 bpf(BPF_MAP_UPDATE_ELEM, {map_fd=11<anon_inode:bpf-map>, key=0x5, value=0x7, flags=BPF_ANY}, 32) = 0
 8 +++ killed by SIGKILL +++"#;
         let seen = calls(text.trim_start()).unwrap();
@@ -117,7 +121,9 @@ mod tests {
             command: command.to_owned(),
             pin: pin.map(str::to_owned),
             count,
+            program: None,
         };
+        let load = Call { program: Some("tc_ingress_ethe".to_owned()), ..call("BPF_PROG_LOAD", None, 1) };
         assert_eq!(
             seen,
             [
@@ -127,9 +133,13 @@ mod tests {
                 call("BPF_ITER_LINK_CREATE", None, 1),
                 call("BPF_LINK_CREATE", None, 1),
                 call("BPF_MAP_CREATE", None, 1),
+                load,
                 call("BPF_MAP_UPDATE_ELEM", None, 1),
             ]
         );
-        assert_eq!(seen.iter().map(Call::writes).collect::<Vec<_>>(), [false, false, true, false, true, false, false]);
+        assert_eq!(
+            seen.iter().map(Call::writes).collect::<Vec<_>>(),
+            [false, false, true, false, true, false, false, false]
+        );
     }
 }

@@ -14,7 +14,7 @@ use super::{
     Exit, agent,
     output::{self, Column, Format, OutputArgs, Row},
     run::args::Netfilter,
-    shapes::{SocketLb, Xdp},
+    shapes::{self, SocketLb, Xdp},
 };
 use crate::{
     config::{BPFFS, Bind, HEALTHZ_PORT, METRICS_PORT, PortRange, ProxyMode},
@@ -146,7 +146,7 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
         hooked.into_iter().filter(|hook| hook.kind.starts_with("xdp/")).map(|hook| hook.target).collect();
     let ebpf = ebpf::Options { bpffs, cgroup_root, socket_lb: socket_lb.into(), xdp: xdp.into(), ..Default::default() };
     let options = select::Options { mode: Mode::Ebpf, ebpf, netfilter: netfilter.options(masquerade_ports) };
-    let (mut checks, chosen) = modes(asked(proxy_mode), &options);
+    let (mut checks, chosen) = modes(shapes::asked(proxy_mode), &options);
     if chosen == Some(Mode::Ebpf) {
         checks.extend(socket_lb_off(socket_lb));
         checks.push(masquerade(masquerade_ports, PortRange::ephemeral()));
@@ -172,17 +172,6 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
         _ => output::print(&checks, &output, out)?,
     }
     Ok(verdict(&checks))
-}
-
-/// `None`: whichever can run.
-const fn asked(mode: ProxyMode) -> Option<Mode> {
-    match mode {
-        ProxyMode::Auto => None,
-        ProxyMode::Ebpf => Some(Mode::Ebpf),
-        ProxyMode::Nftables => Some(Mode::Nftables),
-        ProxyMode::Iptables => Some(Mode::Iptables),
-        ProxyMode::Ipvs => Some(Mode::Ipvs),
-    }
 }
 
 /// Every dataplane in a line, eBPF, if it is wanted, also in detail; and which of them would run.

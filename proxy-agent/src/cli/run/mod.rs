@@ -23,7 +23,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{Exit, cleanup, exit::UsageError};
+use super::{Exit, cleanup, exit::UsageError, shapes};
 use crate::{
     config::{self, ClusterCidr, ConfigError, LocalMode, PortRange, ProxyMode},
     dataplane::{
@@ -74,8 +74,8 @@ struct Plan {
     sync: sync::Options,
     serve: serve::Options,
     dataplane: select::Options,
-    /// Why this one.
-    reason: Arc<str>,
+    /// `None`: as the mode has it.
+    algorithm: Option<Algorithm>,
     /// For whoever can tell users of the cluster.
     notices: (mpsc::Receiver<Notice>, Arc<EventCounts>),
     /// Where the configuration in force is shown.
@@ -100,25 +100,34 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let log = logging::start(args.log.format(), args.log.filter())?;
     let init_only = args.file.init_only;
     let (conntrack, oom_score_adj) = (args.conntrack, args.oom_score_adj);
-    let profiling = args.profiling;
+    let (profiling, asked) = (args.profiling, shapes::asked(args.proxy_mode));
     let mut plan = plan(args)?;
     plan.serve.verbosity = profiling.then(|| set_verbosity(Arc::clone(&log)));
-    let mode = plan.dataplane.mode;
-    let running = named(mode);
-    for warning in effective.warnings(running) {
-        warn!("{warning}");
-    }
-    if let Some(notice) = effective.notice() {
-        info!("{notice}");
-    }
-    warn_of_settings(mode.has_pins().then_some(plan.dataplane.ebpf.masquerade_ports));
-    let allowed = privileges::check(mode.has_pins().then_some(&plan.dataplane.ebpf.bpffs));
-    allowed.map_err(|error| with_advice(error, &plan.dataplane))?;
-    let set_sysctls = || {
+    let set_sysctls = |mode: Mode| {
         let problems = if mode.has_pins() { Vec::new() } else { sysctl::set(&conntrack) };
         problems.iter().for_each(|problem| warn!("{problem}"));
     };
-    if init_only {
+    let announce = |mode: Mode, options: &select::Options| {
+        for warning in effective.warnings(named(mode)) {
+            warn!("{warning}");
+        }
+        if let Some(notice) = effective.notice() {
+            info!("{notice}");
+        }
+        warn_of_settings(mode.has_pins().then_some(options.ebpf.masquerade_ports));
+    };
+    // Where something is to be started that shows which one can run.
+    let known = match asked {
+        None if init_only => Some(choose::first(&plan.dataplane)?.mode),
+        asked => asked,
+    };
+    if let Some(mode) = known {
+        plan.dataplane.mode = mode;
+        announce(mode, &plan.dataplane);
+        let allowed = privileges::check(mode.has_pins().then_some(&plan.dataplane.ebpf.bpffs));
+        allowed.map_err(|error| with_advice(error, &plan.dataplane))?;
+    }
+    if let (Some(mode), true) = (known, init_only) {
         // Beside an agent at work, for it is done again whenever a Pod starts: nothing here takes its lock.
         match mode {
             Mode::Ebpf => {
@@ -127,7 +136,7 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
             Mode::Ipvs => Ipvs::initialise(&plan.dataplane.netfilter)?,
             Mode::Nftables | Mode::Iptables => {}
         }
-        set_sysctls();
+        set_sysctls(mode);
         info!(mode = mode.name(), "done what takes more rights than to run (--init-only)");
         return Ok(Exit::Done);
     }
@@ -138,25 +147,44 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build().context("starting the runtime")?;
     runtime.block_on(check_source(&effective))?;
-    // The modes of netfilter take it themselves.
-    let alone = mode.has_pins().then(Lock::take).transpose()?;
-    let dataplane = {
+    let (Choice { mode, reason }, opened) = {
         // The programs' own log is read by a task.
         let _inside = runtime.enter();
-        let name = mode.name();
-        let opened = select::open(&plan.dataplane);
-        let opened = opened.with_context(|| format!("the {name} dataplane cannot be had on this node"));
-        opened.map_err(|error| with_advice(error, &plan.dataplane))?
+        match known {
+            None => choose::start_first(&plan.dataplane, open)?,
+            Some(mode) => {
+                let opened = open(&plan.dataplane).map_err(|error| with_advice(error, &plan.dataplane))?;
+                (Choice { mode, reason: "asked for".into() }, opened)
+            }
+        }
     };
+    if known.is_none() {
+        announce(mode, &plan.dataplane);
+    }
+    plan.run_in(mode);
     // Whoever is the second here has changed nothing.
-    set_sysctls();
+    set_sysctls(mode);
     let configuration =
-        follow::Configuration { given, current: effective, log, mode: running, shown: plan.shown.clone() };
-    let outcome = runtime.block_on(run(plan, configuration, dataplane));
-    drop(alone);
+        follow::Configuration { given, current: effective, log, mode: named(mode), shown: plan.shown.clone() };
+    let Opened { dataplane, _alone } = opened;
+    let outcome = runtime.block_on(run(plan, reason.into(), configuration, dataplane));
     // A blocking read of the kernel for a scrape may still be under way; nobody waits for it.
     runtime.shutdown_background();
     outcome.map(|()| Exit::Done)
+}
+
+/// A dataplane that nobody else runs here.
+struct Opened {
+    dataplane: Box<dyn Dataplane>,
+    /// The modes of netfilter take it themselves.
+    _alone: Option<Lock>,
+}
+
+fn open(options: &select::Options) -> anyhow::Result<Opened> {
+    let alone = options.mode.has_pins().then(Lock::take).transpose()?;
+    let opened = select::open(options);
+    let opened = opened.with_context(|| format!("the {} dataplane cannot be had on this node", options.mode.name()));
+    Ok(Opened { dataplane: opened?, _alone: alone })
 }
 
 /// Where the node cannot run what was asked for, what it could run.
@@ -164,6 +192,23 @@ fn with_advice(error: anyhow::Error, options: &select::Options) -> anyhow::Error
     match choose::instead(options.mode, options) {
         Some(advice) => anyhow!("{error:#}; {advice}"),
         None => error,
+    }
+}
+
+impl Plan {
+    /// What is another's in another mode than eBPF, of which it is made.
+    fn run_in(&mut self, mode: Mode) {
+        self.dataplane.mode = mode;
+        if mode.has_pins() {
+            return;
+        }
+        // Netfilter translates packets alone.
+        (self.serve.socket_lb, self.serve.bpffs) = (None, None);
+        let netfilter::Options { ended, restore_failures, .. } = &self.dataplane.netfilter;
+        self.serve.probe = probe_rules(mode, Arc::clone(ended), Arc::clone(restore_failures));
+        if mode == Mode::Ipvs {
+            self.sync.defaults.algorithm = self.algorithm.unwrap_or(Algorithm::Scheduler);
+        }
     }
 }
 
@@ -178,7 +223,8 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         master,
         source: directory,
         hostname_override,
-        proxy_mode,
+        // Which runs shows when it is started.
+        proxy_mode: _,
         socket_lb,
         pod_annotations,
         xdp,
@@ -215,7 +261,6 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         unused: _,
     } = args;
     let ended = Arc::<Ended>::default();
-    let restore_failures = Arc::<ByFamily>::default();
     let requests = Arc::<Requests>::default();
     let node = source::node_name(hostname_override.as_deref())?;
     let input = input(directory, kubeconfig, master, Arc::clone(&requests));
@@ -223,13 +268,13 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
     let (sender, told) = mpsc::channel(NOTICES);
     let counts = Arc::<EventCounts>::default();
     let (shown, configuration) = watch::channel(Arc::default());
-    let mut dataplane = select::Options {
+    let algorithm = algorithm.map(Algorithm::from);
+    let dataplane = select::Options {
         mode: Mode::Ebpf,
         netfilter: netfilter::Options {
             detect_local: detection.dataplane,
             affinity_entries: maps.map_affinity,
             ended: Arc::clone(&ended),
-            restore_failures: Arc::clone(&restore_failures),
             ipvs_strict_arp,
             ..netfilter.options(masquerade_ports)
         },
@@ -248,9 +293,6 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             ..Default::default()
         },
     };
-    let Choice { mode, reason } = chosen(proxy_mode, &dataplane)?;
-    dataplane.mode = mode;
-    let by_default = if mode == Mode::Ipvs { Algorithm::Scheduler } else { Algorithm::Random };
     Ok(Plan {
         source: source::Options { node, pods: pod_annotations, input },
         node: node::Options {
@@ -261,7 +303,7 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
         },
         sync: sync::Options {
             defaults: plan::Defaults {
-                algorithm: algorithm.map_or(by_default, Algorithm::from),
+                algorithm: algorithm.unwrap_or(Algorithm::Random),
                 masquerade_all,
                 detect_local: detection.plan,
                 node_port_addresses,
@@ -277,21 +319,16 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
             metrics,
             bind_address_hard_fail,
             sync_period,
-            // Netfilter translates packets alone.
-            socket_lb: mode.has_pins().then_some(socket_lb.name()),
-            bpffs: mode.has_pins().then(|| bpffs.clone()),
-            probe: if mode.has_pins() {
-                probe(&bpffs, Arc::clone(&ended))
-            } else {
-                probe_rules(mode, Arc::clone(&ended), Arc::clone(&restore_failures))
-            },
+            socket_lb: Some(socket_lb.name()),
+            probe: probe(&bpffs, ended),
+            bpffs: Some(bpffs),
             requests,
             notices: serve::Notices { sender, counts: Arc::clone(&counts) },
             configuration,
             verbosity: None,
         },
         dataplane,
-        reason: reason.into(),
+        algorithm,
         notices: (told, counts),
         shown,
     })
@@ -350,18 +387,6 @@ fn set_verbosity(log: logging::Reload) -> serve::SetVerbosity {
         info!(verbosity = v, filter, "set by HTTP: what is logged");
         Ok(())
     })
-}
-
-/// `auto` is decided anew at each start.
-fn chosen(asked: ProxyMode, options: &select::Options) -> anyhow::Result<Choice> {
-    let mode = match asked {
-        ProxyMode::Auto => return Ok(choose::first(options)?),
-        ProxyMode::Ebpf => Mode::Ebpf,
-        ProxyMode::Nftables => Mode::Nftables,
-        ProxyMode::Iptables => Mode::Iptables,
-        ProxyMode::Ipvs => Mode::Ipvs,
-    };
-    Ok(Choice { mode, reason: "asked for".into() })
 }
 
 /// As it is asked for.
@@ -497,8 +522,13 @@ fn warn_of_settings(masquerade_ports: Option<(u16, u16)>) {
     }
 }
 
-async fn run(plan: Plan, configuration: follow::Configuration, dataplane: Box<dyn Dataplane>) -> anyhow::Result<()> {
-    let Plan { source, node, sync, serve, dataplane: _, reason, notices, shown: _ } = plan;
+async fn run(
+    plan: Plan,
+    reason: Arc<str>,
+    configuration: follow::Configuration,
+    dataplane: Box<dyn Dataplane>,
+) -> anyhow::Result<()> {
+    let Plan { source, node, sync, serve, dataplane: _, algorithm: _, notices, shown: _ } = plan;
     let (told, counts) = notices;
     let stop = stop_signal()?;
     info!(

@@ -11,7 +11,7 @@ use serde::Serialize;
 use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 
-use super::{EVENTS, Exit, sync};
+use super::{EVENTS, Exit, shapes, sync};
 use crate::{
     desired::{Algorithm, Backend, Frontend, FrontendKind, FrontendSpec, Verdicts},
     model::{Event, Protocol, SourceState, index::Index},
@@ -59,8 +59,12 @@ struct Row {
 
 pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let Args { addresses, run } = args;
-    let super::Plan { source, sync: sync::Options { defaults, .. }, .. } =
-        super::plan(super::effective::of(&run)?.args)?;
+    let effective = super::effective::of(&run)?;
+    let asked = shapes::asked(effective.args.proxy_mode);
+    let mut plan = super::plan(effective.args)?;
+    // Which runs where none is asked for shows when it is started.
+    asked.into_iter().for_each(|mode| plan.run_in(mode));
+    let super::Plan { source, sync: sync::Options { defaults, .. }, .. } = plan;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("starting the runtime")?;
     let mut index = runtime.block_on(first_list(source))?;
     index.apply(Event::Addresses(addresses.into_iter().collect()), &mut Default::default());

@@ -219,6 +219,15 @@ pub struct Ebpf {
     started: Instant,
 }
 
+/// What is in the directory of pins, as it should be.
+struct Made {
+    hooks: Hooks,
+    maps: Maps,
+    resized: Vec<MapName>,
+    moving: bool,
+    former: Vec<MapName>,
+}
+
 fn kernel(what: impl Into<String>) -> impl FnOnce(io::Error) -> DataplaneError {
     let what = what.into();
     |source| DataplaneError::Kernel { what, source }
@@ -250,11 +259,22 @@ impl Ebpf {
                  /sys/fs/bpf into it"
             );
         }
+        let made = Self::make(&pinned.layout, options, &mut steps).inspect_err(|_| {
+            // Nothing is in force by it, and another mode would take it for what an agent left.
+            if pinned.is_new
+                && let Err(error) = remove_all(&pinned.layout)
+            {
+                tracing::warn!(%error, "what could not be opened stays pinned");
+            }
+        })?;
+        Self::over(pinned, made, options, steps)
+    }
+
+    fn make(layout: &Layout, options: &Options, steps: &mut Steps) -> Result<Made, DataplaneError> {
         // Said before anything is pinned.
         options.object()?;
-        let layout = &pinned.layout;
         // An earlier process may have died with its links half moved.
-        let moving = resize::recover(layout, &options.sizes, &mut steps)?;
+        let moving = resize::recover(layout, &options.sizes, steps)?;
         let former = resize::former(layout);
         let resized = resize::check(layout, &options.sizes, moving)?;
         for map in MapName::ALL.iter().copied().filter(|map| map.is_unknown_to_programs()) {
@@ -269,9 +289,15 @@ impl Ebpf {
             .map_err(kernel("note the time-outs"))?;
         if !moving {
             let written_by_agents = resized.iter().copied().filter(|map| !map.is_written_by_programs());
-            resize::copy(layout, written_by_agents, sys::ANY, &mut steps)?;
+            resize::copy(layout, written_by_agents, sys::ANY, steps)?;
         }
         let maps = Maps::open(path).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
+        Ok(Made { hooks, maps, resized, moving, former })
+    }
+
+    fn over(pinned: Pinned, made: Made, options: &Options, steps: Steps) -> Result<Self, DataplaneError> {
+        let Made { hooks, maps, resized, moving, former } = made;
+        let layout = &pinned.layout;
         let tcp = hygiene::reaches_sockets(Protocol::Tcp);
         let reach = if tcp.is_ok() { render::Reach::Sockets } else { render::Reach::Packets };
         let pods = hygiene::reaches_sockets(Protocol::Udp).or_else(|why| tcp.map_err(|_| why));

@@ -96,6 +96,8 @@ pub(crate) struct Pinned {
     pub(crate) layout: Layout,
     /// There was no bpf filesystem before.
     pub(super) mounted: bool,
+    /// Nor anything pinned: whatever is there now is of this process.
+    pub(super) is_new: bool,
     /// Holds the lock while it is open.
     _lock: OwnedFd,
 }
@@ -110,10 +112,11 @@ impl Pinned {
         let layout = Layout::of(root);
         make(&layout.root)?;
         let lock = lock(&layout.root)?;
+        let is_new = layout.version.symlink_metadata().is_err();
         for path in [&layout.version, &layout.maps, &layout.links, &layout.programs] {
             make(path)?;
         }
-        Ok(Self { layout, mounted, _lock: lock })
+        Ok(Self { layout, mounted, is_new, _lock: lock })
     }
 }
 

@@ -52,6 +52,17 @@ impl Check {
 
 /// Every check, in the order they matter.
 pub fn probe(options: &Options) -> Vec<Check> {
+    let mut checks = without_programs(options);
+    checks.extend(programs(options));
+    if options.socket_lb != SocketLb::Off {
+        checks.push(socket_destroy());
+    }
+    checks.push(forwarding());
+    checks
+}
+
+/// Those that come before the programs are loaded: loading takes about as long as a start, which finds out by itself what comes of it.
+pub fn without_programs(options: &Options) -> Vec<Check> {
     let mut checks = vec![embedded(options)];
     checks.extend(capabilities());
     checks.push(kernel());
@@ -75,11 +86,6 @@ pub fn probe(options: &Options) -> Vec<Check> {
         "the exact, slower clock is read for each packet",
         "5.11",
     ));
-    checks.extend(programs(options));
-    if options.socket_lb != SocketLb::Off {
-        checks.push(socket_destroy());
-    }
-    checks.push(forwarding());
     checks
 }
 

@@ -12,8 +12,9 @@
 //! ordinary start:
 //! - a program's pin is replaced by rename, a link's program by `BPF_LINK_UPDATE`: no socket and no packet finds a gap;
 //! - a link is right if its target is ours and its program is the pinned one; anything else is put right;
-//! - `meta` says what is loaded, down to the ids of programs and maps; it is struck before anything is loaded and written last.
-//!   So whoever starts next, of whichever version or configuration, adopts only what was in force as a whole.
+//! - `meta` says what is loaded, down to the ids of programs and maps; it is struck before a program is pinned and written last.
+//!   So whoever starts next, of whichever version or configuration, adopts only what was in force as a whole. Programs that the kernel
+//!   refuses change nothing of that.
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -113,13 +114,14 @@ impl Hooks {
                 Loaded { programs, without_xdp: None }
             }
             None => {
+                // One without XDP that should be there is not adopted by the next start: the kernel is asked again.
+                let loaded = programs::load(object, &globals, (&wanted, options.xdp), maps, map_path)?;
                 // From here on nobody adopts what is pinned, until every link holds these programs.
                 meta.programs = 0;
                 if found != meta {
                     stored.put(&0, &meta, sys::ANY).map_err(kernel("map meta"))?;
                 }
-                // One without XDP that should be there is not adopted by the next start: the kernel is asked again.
-                let loaded = programs::load(layout, object, &globals, (&wanted, options.xdp), maps, map_path)?;
+                programs::pin(layout, &loaded.programs)?;
                 let maps = programs::map_ids(maps, map_path).map_err(kernel("pinned maps"))?;
                 meta.programs = programs::fingerprint(digest, &loaded.programs, &maps);
                 loaded

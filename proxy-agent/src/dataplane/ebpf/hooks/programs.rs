@@ -97,10 +97,9 @@ pub(super) struct Loaded {
     pub(super) without_xdp: Option<String>,
 }
 
-/// Loads what is wanted and pins it. XDP is a short cut: where the kernel refuses its program, everything is served without, unless
-/// it is `native` that was asked for.
+/// Loads what is wanted. XDP is a short cut: where the kernel refuses its program, everything is served without, unless it is `native`
+/// that was asked for.
 pub(super) fn load(
-    layout: &Layout,
     object: &[u8],
     globals: &Globals,
     (wanted, xdp): (&[&'static str], Xdp),
@@ -140,9 +139,20 @@ pub(super) fn load(
                 return Err(unavailable(format!("{}; {remedy}", refused(name, &error))));
             }
         };
-        sys::pin_over(fd.as_fd(), &layout.programs.join(name)).map_err(kernel(format!("pin program {name}")))?;
         let id = sys::program_id(fd.as_fd()).map_err(kernel(format!("program {name}")))?;
         programs.push(Program { name, fd, id });
+    }
+    tracing::info!(programs = programs.len(), took = ?started.elapsed(), "loaded the programs");
+    if globals.log_level > 0 {
+        log::drain(&mut ebpf);
+    }
+    Ok(Loaded { programs, without_xdp })
+}
+
+/// Pins these, and no others.
+pub(super) fn pin(layout: &Layout, programs: &[Program]) -> Result<(), DataplaneError> {
+    for Program { name, fd, id: _ } in programs {
+        sys::pin_over(fd.as_fd(), &layout.programs.join(name)).map_err(kernel(format!("pin program {name}")))?;
     }
     // Programs an earlier configuration pinned, or one that is refused now.
     for name in list(&layout.programs).map_err(kernel("pinned programs"))? {
@@ -150,11 +160,7 @@ pub(super) fn load(
             fs::remove_file(layout.programs.join(&name)).map_err(kernel(format!("unpin program {name}")))?;
         }
     }
-    tracing::info!(programs = programs.len(), took = ?started.elapsed(), "loaded the programs");
-    if globals.log_level > 0 {
-        log::drain(&mut ebpf);
-    }
-    Ok(Loaded { programs, without_xdp })
+    Ok(())
 }
 
 /// What came of loading one: the kernel may have refused it, or it could not be asked.
