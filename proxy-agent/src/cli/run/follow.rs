@@ -1,8 +1,8 @@
 //! Follows the configuration file: takes in what can change while the agent runs, and ends the process for all else, so that whoever started
 //! it starts it anew (contract A141). The datapath serves meanwhile. A file that cannot be read or does not hold together is said, and
-//! changes nothing.
+//! changes nothing; one that nothing could be started with is tried again until it changes, for what it names may come.
 
-use std::sync::Arc;
+use std::{path::Path, sync::Arc, time::Duration};
 
 use anyhow::anyhow;
 use tokio::sync::watch;
@@ -18,6 +18,16 @@ use crate::{config::ProxyMode, serve, source};
 
 /// Options that take effect at once.
 const LIVE: [&str; 2] = ["log-level", "v"];
+
+/// Between two tries at what nothing could be started with; doubled from the first to the longest.
+const FIRST_PAUSE: Duration = Duration::from_millis(500);
+const LONGEST_PAUSE: Duration = Duration::from_secs(30);
+
+/// What nothing could be started with, and why.
+struct Refused {
+    next: Effective,
+    why: String,
+}
 
 /// What runs was started with, and what it takes to make that anew.
 pub(super) struct Configuration {
@@ -40,16 +50,33 @@ impl Configuration {
         };
         let path = read.path.clone();
         let mut file = source::File::new(&path, read.text.clone());
-        while let Some(text) = cancel.run_until_cancelled(file.changed()).await {
-            match effective::with_file(&self.given, &path, text) {
-                Ok(next) => self.take(next).await?,
-                Err(error) => warn!("{error:#}; the configuration from before stays in force"),
-            }
+        let (mut refused, mut pause): (Option<Refused>, _) = (None, FIRST_PAUSE);
+        loop {
+            let changed = tokio::select! {
+                () = cancel.cancelled() => return Ok(()),
+                text = file.changed() => Some(text),
+                () = tokio::time::sleep(pause), if refused.is_some() => None,
+            };
+            (refused, pause) = match (changed, refused) {
+                (Some(text), _) => (self.read(&path, text).await?, FIRST_PAUSE),
+                (None, Some(Refused { next, why })) => (self.take(next, &why).await?, (pause * 2).min(LONGEST_PAUSE)),
+                (None, None) => (None, FIRST_PAUSE),
+            };
         }
-        Ok(())
     }
 
-    async fn take(&mut self, next: Effective) -> anyhow::Result<()> {
+    async fn read(&mut self, path: &Path, text: String) -> anyhow::Result<Option<Refused>> {
+        match effective::with_file(&self.given, path, text) {
+            Ok(next) => self.take(next, "").await,
+            Err(error) => {
+                warn!("{error:#}; the configuration from before stays in force");
+                Ok(None)
+            }
+        }
+    }
+
+    /// `said`: why nothing could be started with it, if that was said already.
+    async fn take(&mut self, next: Effective, said: &str) -> anyhow::Result<Option<Refused>> {
         let path = &self.given.args.file.config.clone().unwrap_or_default();
         let changes = self.current.changes(&next);
         let wants_start = |long: &&String| next.counts(long, self.mode) && !LIVE.contains(&long.as_str());
@@ -57,8 +84,11 @@ impl Configuration {
         if !named.is_empty() {
             // Whoever ended for what nothing can start with would be started over and over, and fail.
             if let Err(error) = super::could_start(&next, self.mode).await {
-                warn!("{error:#}; the configuration from before stays in force");
-                return Ok(());
+                let why = format!("{error:#}");
+                if why != said {
+                    warn!("{why}; the configuration from before stays in force, and this one is tried again");
+                }
+                return Ok(Some(Refused { next, why }));
             }
             return Err(anyhow!(
                 "{} changed ({}): ending, to be started with it; what is in the kernel goes on serving",
@@ -76,7 +106,7 @@ impl Configuration {
                 Ok(()) => info!(file = %path.display(), filter, "changed: what is logged"),
                 Err(error) => {
                     warn!("{}: {error:#}; the configuration from before stays in force", path.display());
-                    return Ok(());
+                    return Ok(None);
                 }
             }
         } else {
@@ -84,16 +114,19 @@ impl Configuration {
         }
         self.shown.send_replace(next.shown()?.into());
         self.current = next;
-        Ok(())
+        Ok(None)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{path::Path, sync::Mutex};
+    use std::{fs, sync::Mutex, time::Instant};
 
     use super::{
-        super::effective::tests::{given, own, read, theirs},
+        super::{
+            effective::tests::{given, own, read, theirs},
+            logging::tests::written,
+        },
         *,
     };
 
@@ -133,12 +166,42 @@ mod tests {
             let next = read(&[], &text).unwrap();
             let error = super::super::could_start(&next, ProxyMode::Ebpf).await.unwrap_err().to_string();
             assert!(error.contains(words), "{error}");
-            configuration.take(next).await.unwrap();
-            assert_eq!(configuration.current.file.unwrap().text, before, "{text}");
+            let refused = configuration.take(next, "").await.unwrap().unwrap();
+            assert_eq!((refused.why, configuration.current.file.unwrap().text), (error, before.clone()), "{text}");
         }
         let (mut configuration, _) = running(&before);
-        let error = configuration.take(read(&[], &fields(&good, "algorithm: maglev")).unwrap()).await.unwrap_err();
+        let next = read(&[], &fields(&good, "algorithm: maglev")).unwrap();
+        let Err(error) = configuration.take(next, "").await else { panic!("it goes on") };
         assert!(error.to_string().contains("(algorithm): ending"), "{error}");
+    }
+
+    #[tokio::test]
+    async fn what_nothing_could_start_with_is_tried_again_and_said_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let (file, later) = (dir.path().join("agent.conf"), dir.path().join("later"));
+        let text = |source: &Path| own(&format!("source: {}\nproxyMode: nftables\n", source.display()));
+        fs::write(&file, text(dir.path())).unwrap();
+        let (mut configuration, _) = running(&theirs("mode: ''"));
+        configuration.given = given(&[&format!("--config={}", file.display())]);
+        configuration.current = effective::of(&configuration.given).unwrap();
+        configuration.mode = ProxyMode::Nftables;
+        let (written, subscriber) = written();
+        let _to_it = tracing::subscriber::set_default(subscriber);
+        let following = tokio::spawn(configuration.follow(CancellationToken::new()));
+        let said = || written.text().matches("is tried again").count();
+
+        fs::write(&file, text(&later)).unwrap();
+        let patience = Instant::now() + Duration::from_secs(60);
+        while said() == 0 {
+            assert!(Instant::now() < patience, "{}", written.text());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        tokio::time::sleep(FIRST_PAUSE * 5).await;
+        assert!(!following.is_finished() && said() == 1, "{}", written.text());
+        fs::create_dir(&later).unwrap();
+        let ended = tokio::time::timeout(Duration::from_secs(60), following).await.unwrap().unwrap();
+        let error = ended.unwrap_err().to_string();
+        assert!(error.contains("(source): ending"), "{error}");
     }
 
     #[tokio::test]
@@ -149,7 +212,7 @@ mod tests {
             theirs("mode: ''\nudpIdleTimeout: 250ms\nlogging: {verbosity: 4}"),
             theirs("mode: ''\nlogging: {verbosity: 4}\nenableProfiling: false") + &own("log: {level: warn}"),
         ] {
-            configuration.take(read(&[], &text).unwrap()).await.unwrap();
+            assert!(configuration.take(read(&[], &text).unwrap(), "").await.unwrap().is_none());
             assert_eq!(configuration.current.file.as_ref().unwrap().text, text);
             assert_eq!(**configuration.shown.borrow(), configuration.current.shown().unwrap());
         }

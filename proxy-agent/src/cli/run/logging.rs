@@ -183,7 +183,7 @@ impl Visit for Fields {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::{io::Write, sync::Mutex};
 
     use tracing::{debug, error, info, info_span, trace, warn};
@@ -191,7 +191,13 @@ mod tests {
     use super::*;
 
     #[derive(Clone, Default)]
-    struct Written(Arc<Mutex<Vec<u8>>>);
+    pub(in crate::cli::run) struct Written(Arc<Mutex<Vec<u8>>>);
+
+    impl Written {
+        pub(in crate::cli::run) fn text(&self) -> String {
+            String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+        }
+    }
 
     impl Write for Written {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -203,7 +209,8 @@ mod tests {
         }
     }
 
-    fn lines(log: impl FnOnce()) -> Vec<Value> {
+    /// What writes lines of JSON, and where they are.
+    pub(in crate::cli::run) fn written() -> (Written, impl Subscriber + Send + Sync) {
         let written = Written::default();
         let to = written.clone();
         let subscriber = tracing_subscriber::fmt()
@@ -212,9 +219,17 @@ mod tests {
             .with_writer(move || to.clone())
             .event_format(Json)
             .finish();
+        (written, subscriber)
+    }
+
+    fn lines(log: impl FnOnce()) -> Vec<Value> {
+        let (written, subscriber) = written();
         tracing::subscriber::with_default(subscriber, log);
-        let text = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
-        text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
+        written
+            .text()
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
+            .collect()
     }
 
     #[test]
