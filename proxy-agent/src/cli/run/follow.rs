@@ -43,7 +43,6 @@ pub(super) struct Configuration {
 impl Configuration {
     /// Until cancelled, or until what changed wants a new start.
     pub(super) async fn follow(mut self, cancel: CancellationToken) -> anyhow::Result<()> {
-        self.shown.send_replace(self.current.shown()?.into());
         let Some(read) = &self.current.file else {
             cancel.cancelled().await;
             return Ok(());

@@ -101,7 +101,7 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let init_only = args.file.init_only;
     let (conntrack, oom_score_adj) = (args.conntrack, args.oom_score_adj);
     let (profiling, asked) = (args.profiling, shapes::asked(args.proxy_mode));
-    let mut plan = plan(args)?;
+    let mut plan = plan(args, effective.shown()?)?;
     plan.serve.verbosity = profiling.then(|| set_verbosity(Arc::clone(&log)));
     let set_sysctls = |mode: Mode| {
         let problems = if mode.has_pins() { Vec::new() } else { sysctl::set(&conntrack) };
@@ -213,7 +213,7 @@ impl Plan {
 }
 
 /// From options to what each task wants; everything that can be wrong with them is found here.
-fn plan(args: Args) -> anyhow::Result<Plan> {
+fn plan(args: Args, shown: serve::Shown) -> anyhow::Result<Plan> {
     let (healthz, metrics) = args.binds();
     let Together { min_sync_period, sync_period, node_port_addresses, detection } =
         Together::of(&args).map_err(|error| UsageError(error.to_string()))?;
@@ -267,7 +267,8 @@ fn plan(args: Args) -> anyhow::Result<Plan> {
     let localhost_node_ports = netfilter.iptables_localhost_nodeports.unwrap_or(true);
     let (sender, told) = mpsc::channel(NOTICES);
     let counts = Arc::<EventCounts>::default();
-    let (shown, configuration) = watch::channel(Arc::default());
+    // Whoever asks first is told.
+    let (shown, configuration) = watch::channel(Arc::new(shown));
     let algorithm = algorithm.map(Algorithm::from);
     let dataplane = select::Options {
         mode: Mode::Ebpf,
@@ -639,6 +640,15 @@ fn probe_rules(mode: Mode, ended: Arc<Ended>, restore_failures: Arc<ByFamily>) -
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_in_force_is_shown_from_the_start() {
+        let effective = effective::of(&effective::tests::given(&["--source=/objects", "--v=2"])).unwrap();
+        let shown = effective.shown().unwrap();
+        let plan = plan(effective.args.clone(), shown.clone()).unwrap();
+        assert_eq!(**plan.serve.configuration.borrow(), shown);
+        assert!(shown.configz.contains("\"verbosity\":2"), "{}", shown.configz);
+    }
 
     /// A mode is of one of the three alone; the options of other modes mean nothing to it.
     #[test]

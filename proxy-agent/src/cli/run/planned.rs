@@ -61,7 +61,7 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let Args { addresses, run } = args;
     let effective = super::effective::of(&run)?;
     let asked = shapes::asked(effective.args.proxy_mode);
-    let mut plan = super::plan(effective.args)?;
+    let mut plan = super::plan(effective.args.clone(), effective.shown()?)?;
     // Which runs where none is asked for shows when it is started.
     asked.into_iter().for_each(|mode| plan.run_in(mode));
     let super::Plan { source, sync: sync::Options { defaults, .. }, .. } = plan;
