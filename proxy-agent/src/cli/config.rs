@@ -54,7 +54,7 @@ struct Documents {
 
 pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let Args { output, run } = args;
-    let effective = effective::of(&run)?;
+    let effective = effective::of(&run)?.public();
     match output.output {
         Format::Yaml => out.write_all(effective.yaml()?.as_bytes())?,
         Format::Json => {

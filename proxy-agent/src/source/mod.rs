@@ -96,6 +96,20 @@ pub fn node_name(hostname_override: Option<&str>) -> Result<String, SourceError>
     if name.is_empty() { Err(SourceError::NodeName("the host has none".into())) } else { Ok(name) }
 }
 
+/// What stands in the place of a password, as Go has it.
+const HIDDEN: &str = "xxxxx";
+
+/// An API server's address for others to see: a password in it is meant for the server alone.
+pub fn without_password(address: &str) -> String {
+    let hidden = || {
+        let (scheme, rest) = address.split_at_checked(address.find("://").map_or(0, |at| at + "://".len()))?;
+        let (who, _host) = rest.split(['/', '?', '#']).next()?.rsplit_once('@')?;
+        let (user, _password) = who.split_once(':')?;
+        Some(format!("{scheme}{user}:{HIDDEN}{}", rest.get(who.len()..)?))
+    };
+    hidden().unwrap_or_else(|| address.to_owned())
+}
+
 /// Whether a source could start, as far as that can be told without asking anybody.
 pub async fn check(input: &Input) -> Result<(), SourceError> {
     match input {
@@ -150,4 +164,26 @@ pub async fn tell(
     // A task that ends early ends the process.
     cancel.cancelled().await;
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_password_is_hidden_and_nothing_else() {
+        for (address, shown) in [
+            ("https://user:pass@10.0.0.1:6443", "https://user:xxxxx@10.0.0.1:6443"),
+            ("https://user:p@ss:word@[fd00::1]:6443/a?b=c", "https://user:xxxxx@[fd00::1]:6443/a?b=c"),
+            ("user:pass@api:6443", "user:xxxxx@api:6443"),
+            ("https://:pass@api", "https://:xxxxx@api"),
+            ("https://user:@api", "https://user:xxxxx@api"),
+        ] {
+            assert_eq!(without_password(address), shown);
+        }
+        for whole in ["https://10.0.0.1:6443", "https://user@api:6443", "https://api:6443/a:b@c", "[fd00::1]:6443", ""]
+        {
+            assert_eq!(without_password(whole), whole);
+        }
+    }
 }

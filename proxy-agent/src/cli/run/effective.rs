@@ -33,7 +33,7 @@ use crate::{
         kube_proxy,
         tree::Tree,
     },
-    serve,
+    serve, source,
 };
 
 #[derive(Clone, Debug)]
@@ -267,16 +267,26 @@ impl Effective {
         })
     }
 
+    /// The same for others to see.
+    pub fn public(&self) -> Self {
+        let mut public = self.clone();
+        if let Some(Value { text: Some(address), from: _ }) = public.values.get_mut("master") {
+            *address = source::without_password(address);
+        }
+        public
+    }
+
     /// Those by API group, as `/configz` has them, and all options.
     pub fn shown(&self) -> anyhow::Result<serve::Shown> {
-        let groups = Document::ALL.into_iter().zip(self.documents());
+        let public = self.public();
+        let groups = Document::ALL.into_iter().zip(public.documents());
         let groups = groups.map(|(document, tree)| (document.api_group().to_owned(), 0, tree)).collect();
         let configz = serde_json::to_string(&Tree::Map(groups)).context("writing JSON")?;
         let flag = |(long, value): (&String, &Value)| (long.clone(), value.text.clone().unwrap_or_default());
         let gates = self.values.get("feature-gates").and_then(|value| value.text.as_deref()).unwrap_or_default();
         Ok(serve::Shown {
             configz,
-            flags: self.values.iter().map(flag).collect(),
+            flags: public.values.iter().map(flag).collect(),
             flagz: config::gates::is_on(gates, config::gates::FLAGZ),
             statusz: config::gates::is_on(gates, config::gates::STATUSZ),
         })

@@ -9,6 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use axum::http::{Uri, uri::Authority};
 use kube::{
     Client, Config,
     client::ClientBuilder,
@@ -18,7 +19,7 @@ use tokio::sync::Mutex;
 use tracing::{debug, warn};
 
 use super::meter::Meter;
-use crate::source::{KubernetesOptions, SourceError};
+use crate::source::{KubernetesOptions, SourceError, without_password};
 
 /// A client this young is not made anew: its credentials were just read.
 const FRESH: Duration = Duration::from_secs(20);
@@ -55,10 +56,16 @@ impl Connector {
 
 async fn connect(options: &KubernetesOptions) -> Result<Client, SourceError> {
     let config = config(options).await?;
-    let host = config.cluster_url.authority().map(ToString::to_string).unwrap_or_default();
+    let host = host(&config.cluster_url);
     let builder = ClientBuilder::try_from(config)
         .map_err(|error: kube::Error| wrong("a client for the API server".to_owned(), &error))?;
     Ok(builder.with_layer(&Meter { requests: options.requests.clone(), host }).build())
+}
+
+/// With the port, as it is counted by: it stands among the metrics, and who is asking does not.
+fn host(server: &Uri) -> String {
+    let authority = server.authority().map(Authority::as_str).unwrap_or_default();
+    authority.rsplit('@').next().unwrap_or_default().to_owned()
 }
 
 /// What the client is made of. To make one may start a program that brings credentials, and wait for it; this only reads.
@@ -75,8 +82,8 @@ pub(super) async fn config(options: &KubernetesOptions) -> Result<Config, Source
         None => infer(std::env::var_os("KUBECONFIG"), std::env::home_dir()).await?,
     };
     if let Some(server) = server {
-        config.cluster_url =
-            server.parse().map_err(|error| wrong(format!("the API server's address {server:?}"), &error))?;
+        let what = || format!("the API server's address {:?}", without_password(server));
+        config.cluster_url = server.parse().map_err(|error| wrong(what(), &error))?;
     }
     config.connect_timeout = Some(Duration::from_secs(10));
     // Trying again is the followers' business: they say so in the state meanwhile.
@@ -184,6 +191,20 @@ mod tests {
         assert!(text.contains("list and watch of services") && text.contains("system:node-proxier"), "{text}");
         assert!(reason(&error(401), "services").contains("credentials"));
         assert!(reason(&error(500), "services").contains("500"));
+    }
+
+    #[tokio::test]
+    async fn whoever_asks_is_not_told_of() {
+        let host_of = |server: &str| host(&server.parse().unwrap());
+        assert_eq!(host_of("https://user:pass@10.0.0.1:6443/"), "10.0.0.1:6443");
+        assert_eq!(host_of("https://[fd00::1]:6443"), "[fd00::1]:6443");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("kubeconfig");
+        std::fs::write(&path, config("a", "a", "")).unwrap();
+        let server = Some("https://user:pass@no host".to_owned());
+        let options = KubernetesOptions { kubeconfig: Some(path), server, ..Default::default() };
+        let error = super::config(&options).await.unwrap_err().to_string();
+        assert!(error.contains("https://user:xxxxx@no host") && !error.contains("pass"), "{error}");
     }
 
     fn config(server: &str, context: &str, more: &str) -> String {

@@ -316,6 +316,22 @@ fn what_kube_proxy_gave_up_is_named_and_passed_over() {
     }
 }
 
+#[test]
+fn a_password_is_for_nobody_to_see_but_for_the_file() {
+    let hidden = |effective: &Effective| {
+        let serve::Shown { configz, flags, .. } = effective.shown().unwrap();
+        let table = value(&effective.public(), "master").0;
+        for shown in [configz, flags["master"].clone(), table, effective.public().yaml().unwrap()] {
+            assert!(shown.contains("https://me:xxxxx@api:6443") && !shown.contains("secret"), "{shown}");
+        }
+        assert!(effective.yaml().unwrap().contains("https://me:secret@api:6443"), "for --write-config-to");
+    };
+    hidden(&of(&given(&["--master=https://me:secret@api:6443"])).unwrap());
+    let by_file = |password: &str| read(&[], &own(&format!("master: https://me:{password}@api:6443"))).unwrap();
+    hidden(&by_file("secret"));
+    assert_eq!(by_file("secret").changes(&by_file("secret2")), ["master"], "another password is a change");
+}
+
 /// Only what something goes by is a reason to start anew.
 #[test]
 fn what_counts_in_the_mode_that_runs() {
