@@ -26,7 +26,7 @@ pub const FIELDS: &[Field] = &[
     Field::new("externalIps", "external-ips", Bool, "true").zero_counts(),
     Field::new("masqueradePorts", "masquerade-ports", Text, "1024-29999"),
     Field::new("iptablesFlavour", "iptables-flavour", Text, "").only_in(&[ProxyMode::Iptables], "it is of iptables"),
-    Field::new("cgroupRoot", "cgroup-root", Text, ""),
+    Field::new("cgroupRoot", "cgroup-root", Text, "").only_in(EBPF, SOCKETS),
     Field::new("bpffs", "bpffs", Text, super::BPFFS),
     Field::new("syncPeriod", "sync-period", Period, "").zero_counts(),
     Field::new("minSyncPeriod", "min-sync-period", Duration, "").zero_counts(),

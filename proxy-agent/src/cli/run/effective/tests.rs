@@ -268,11 +268,11 @@ fn what_is_of_another_mode_is_named() {
         format!("nftables.masqueradeAll true ({FILE}:3) has no effect: it counts where mode nftables is asked for");
     assert_eq!(text, wanted);
 
-    let ours = "socketLb: node\npodAnnotations: true\nxdp: auto\niptablesFlavour: nft\nmaps: {slots: 9, affinity: 9}\n\
+    let ours = "socketLb: node\npodAnnotations: true\nxdp: auto\niptablesFlavour: nft\ncgroupRoot: /c\nmaps: {slots: 9, affinity: 9}\n\
                 log: {ebpfLevel: info}";
     let effective = read(&[], &own(ours)).unwrap();
     assert_eq!(named(&effective, ProxyMode::Ebpf), ["iptablesFlavour"]);
-    let of_ebpf = ["socketLb", "podAnnotations", "xdp", "maps.slots", "log.ebpfLevel"];
+    let of_ebpf = ["socketLb", "podAnnotations", "xdp", "cgroupRoot", "maps.slots", "log.ebpfLevel"];
     assert_eq!(named(&effective, ProxyMode::Iptables), of_ebpf);
     assert!(effective.warnings(ProxyMode::Iptables)[0].contains("has no effect in mode iptables: sockets"));
     // What is given by option is told apart likewise.
@@ -341,6 +341,7 @@ fn what_counts_in_the_mode_that_runs() {
         ("ipvs-sync-period", ProxyMode::Ipvs, true),
         ("iptables-sync-period", ProxyMode::Ipvs, false),
         ("socket-lb", ProxyMode::Ipvs, false),
+        ("cgroup-root", ProxyMode::Ipvs, false),
         ("socket-lb", ProxyMode::Ebpf, true),
         ("kube-api-qps", ProxyMode::Ipvs, false),
         ("proxy-mode", ProxyMode::Ipvs, true),
