@@ -35,6 +35,11 @@ fn main() -> ExitCode {
                 ends(world, &file, mode)
             });
             suite.case(&format!("{group}/under kube-proxy's name"), || as_kube_proxy(world, &file, mode));
+            if *mode == "ebpf" {
+                suite.case(&format!("{group}/--init-only says what ends with its container"), || {
+                    mounts_for_itself(world)
+                });
+            }
         },
     )
 }
@@ -229,6 +234,31 @@ fn as_kube_proxy(world: &mut World, file: &File, mode: &str) -> Result<()> {
         Ok(())
     })?;
     ensure!(answers(world).is_err(), "it still serves");
+    Ok(())
+}
+
+/// As an init container that was given nothing of the node's: what it mounts is its own, and no other container sees it.
+fn mounts_for_itself(world: &World) -> Result<()> {
+    const WITHOUT: &str = "while umount -l /sys/fs/bpf 2>/dev/null; do :; done; \"$@\" && stat -f -c %T /sys/fs/bpf";
+    let agent = &world.programs().agent;
+    for verb in [&["init"][..], &["run", "--init-only", "--proxy-mode=ebpf", "--source=/"]] {
+        let mut command = world.node(1).place.command("unshare")?;
+        command.args([
+            "--mount",
+            "--propagation=private",
+            "--pid",
+            "--fork",
+            "--mount-proc",
+            "sh",
+            "-c",
+            WITHOUT,
+            "sh",
+        ]);
+        let done = command.arg(agent).args(verb).env_remove("KUBECONFIG").stdin(Stdio::null()).output()?;
+        let [out, err] = [done.stdout, done.stderr].map(|text| String::from_utf8_lossy(&text).into_owned());
+        let is_said = err.contains("ends with this container");
+        ensure!(done.status.success() && out.ends_with("bpf_fs\n") && is_said, "{verb:?}: {out} {err}");
+    }
     Ok(())
 }
 

@@ -1,6 +1,9 @@
 //! `init`: what the agent needs of the node and may not do itself once it holds the least privileges.
 
-use std::{io::Write, path::PathBuf};
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+};
 
 use clap::Args as ClapArgs;
 
@@ -16,8 +19,12 @@ pub struct Args {
 
 pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let Args { bpffs } = args;
-    let what = if ebpf::mount_bpffs(&bpffs)? { "mounted for" } else { "is there already for" };
+    let (mounted, warning) = ebpf::mount_bpffs(&bpffs)?;
+    let what = if mounted { "mounted for" } else { "is there already for" };
     writeln!(out, "bpffs {what} {}", bpffs.display())?;
+    if let Some(warning) = warning {
+        writeln!(io::stderr(), "warning: {warning}")?;
+    }
     Ok(Exit::Done)
 }
 

@@ -131,7 +131,8 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
         // Beside an agent at work, for it is done again whenever a Pod starts: nothing here takes its lock.
         match mode {
             Mode::Ebpf => {
-                ebpf::mount_bpffs(&plan.dataplane.ebpf.bpffs)?;
+                let (_mounted, warning) = ebpf::mount_bpffs(&plan.dataplane.ebpf.bpffs)?;
+                warning.iter().for_each(|warning| warn!("{warning}"));
             }
             Mode::Ipvs => Ipvs::initialise(&plan.dataplane.netfilter)?,
             Mode::Nftables | Mode::Iptables => {}

@@ -37,6 +37,14 @@ impl Seen {
     }
 }
 
+/// What to say where it does. `mounted`: this process has mounted the filesystem.
+pub(super) fn warning(root: &Path, mounted: bool) -> Option<&'static str> {
+    ends_with_container(root, mounted).then_some(
+        "the bpf filesystem is not the node's: what is in force ends with this container, so that a restart is a gap; mount the node's \
+         /sys/fs/bpf into it",
+    )
+}
+
 /// Whether what is pinned at `root` goes with this container, as far as that can be told. `mounted`: this process has mounted the filesystem.
 pub(super) fn ends_with_container(root: &Path, mounted: bool) -> bool {
     let mounts = mounts::all().unwrap_or_default();

@@ -252,12 +252,8 @@ impl Ebpf {
 
     fn open_counting(options: &Options, mut steps: Steps) -> Result<Self, DataplaneError> {
         let pinned = Pinned::open(&options.bpffs).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
-        if lasting::ends_with_container(&options.bpffs, pinned.mounted) {
-            tracing::warn!(
-                bpffs = %options.bpffs.display(),
-                "the bpf filesystem is not the node's: what is in force ends with this container, so that a restart is a gap; mount the node's \
-                 /sys/fs/bpf into it"
-            );
+        if let Some(warning) = lasting::warning(&options.bpffs, pinned.mounted) {
+            tracing::warn!(bpffs = %options.bpffs.display(), "{warning}");
         }
         let made = Self::make(&pinned.layout, options, &mut steps).inspect_err(|_| {
             // Nothing is in force by it, and another mode would take it for what an agent left.
@@ -459,9 +455,10 @@ impl Ebpf {
     }
 }
 
-/// Mounts a bpf filesystem where pins at `root` need one and none is; tells whether it had to.
-pub fn mount_bpffs(root: &std::path::Path) -> Result<bool, DataplaneError> {
-    pins::ensure_bpffs(root).map_err(|error| DataplaneError::Unavailable(error.to_string()))
+/// Mounts a bpf filesystem where pins at `root` need one and none is; tells whether it had to, and what to say of where it is.
+pub fn mount_bpffs(root: &std::path::Path) -> Result<(bool, Option<&'static str>), DataplaneError> {
+    let mounted = pins::ensure_bpffs(root).map_err(|error| DataplaneError::Unavailable(error.to_string()))?;
+    Ok((mounted, lasting::warning(root, mounted)))
 }
 
 impl Dataplane for Ebpf {
