@@ -20,49 +20,73 @@ use crate::{
     model::Family,
 };
 
+/// How often it is looked again where somebody else makes the device at the same time.
+const TRIES: u32 = 10;
+
 /// The device, with what was set before us written on it, and the settings as they have to be. `alias` is what was set before, as far as it is
 /// known: of a device that is gone meanwhile, for by now we have set it.
 pub(super) fn ready(system: &mut dyn System, alias: &mut Option<String>, writes: &mut u64) -> Result<Device, String> {
-    let of_device = |error: io::Error| format!("device {}: {error}", device::NAME);
-    let device = match system.device().map_err(of_device)? {
-        Some(device) if !device.is_dummy => {
-            return Err(format!(
-                "device {} is there and is no dummy, so it is somebody else's; rename it, or remove it",
-                device::NAME
-            ));
-        }
-        Some(device) => {
-            let note = noted(system, alias, &device.alias)?;
-            if note != device.alias {
-                // An agent was killed over it, or asked for less.
-                system.label(device.index, &note).map_err(of_device)?;
-                *writes += 1;
-            }
+    for _ in 0..TRIES {
+        if let Some(device) = noted(system, alias, writes)? {
             if !device.up {
                 system.raise(device.index).map_err(of_device)?;
                 *writes += 1;
             }
-            device
+            *writes += system.set().map_err(|unset| unset.to_string())?;
+            return Ok(device);
         }
-        None => {
-            let note = noted(system, alias, "")?;
-            *writes += 1;
-            system.create(&note).map_err(|error| {
-                format!("device {} cannot be made: {error}; `modprobe dummy`, and CAP_NET_ADMIN", device::NAME)
-            })?
-        }
-    };
-    *writes += system.set().map_err(|unset| unset.to_string())?;
-    Ok(device)
+    }
+    Err(format!("device {}: somebody makes it over and over; remove it", device::NAME))
 }
 
-/// As the device has it, else as it was last known; what neither says is as it was before.
-fn noted(system: &mut dyn System, alias: &mut Option<String>, of_device: &str) -> Result<String, String> {
-    let known = if Settings::is_note(of_device) { of_device } else { alias.as_deref().unwrap_or_default() };
+fn of_device(error: io::Error) -> String {
+    format!("device {}: {error}", device::NAME)
+}
+
+/// The device, with the note on it. `None`: somebody else does the same (`--init-only`, beside an agent), and it is to be looked again.
+///
+/// INVARIANT: nobody sets anything before the note is on the device. So what is read is what was set before if the device has no note
+/// afterwards, either.
+fn noted(system: &mut dyn System, alias: &mut Option<String>, writes: &mut u64) -> Result<Option<Device>, String> {
+    let found = system.device().map_err(of_device)?;
+    if found.as_ref().is_some_and(|device| !device.is_dummy) {
+        return Err(format!(
+            "device {} is there and is no dummy, so it is somebody else's; rename it, or remove it",
+            device::NAME
+        ));
+    }
+    let on_it = found.as_ref().map(|device| &device.alias).filter(|alias| Settings::is_note(alias));
+    if alias.is_none() {
+        *alias = on_it.cloned();
+    }
+    // What the note does not say is as it was before.
     let note = system
-        .note(known)
+        .note(alias.as_deref().unwrap_or_default())
         .map_err(|error| format!("net/ipv4/vs: {error}; is /proc/sys/net that of this network namespace?"))?;
-    Ok(alias.insert(note).clone())
+    let device = match found {
+        // Whoever made one in its place while we were at work has noted what we had set.
+        Some(device) if device.alias == note => device,
+        Some(device) => {
+            let is_as_found = |now: Option<Device>| now.is_some_and(|now| now.alias == device.alias);
+            if !is_as_found(system.device().map_err(of_device)?) {
+                return Ok(None);
+            }
+            system.label(device.index, &note).map_err(of_device)?;
+            *writes += 1;
+            device
+        }
+        None => match system.create(&note) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Ok(None),
+            made => {
+                *writes += 1;
+                made.map_err(|error| {
+                    format!("device {} cannot be made: {error}; `modprobe dummy`, and CAP_NET_ADMIN", device::NAME)
+                })?
+            }
+        },
+    };
+    *alias = Some(note);
+    Ok(Some(device))
 }
 
 impl Ipvs {

@@ -37,6 +37,8 @@ struct State {
     settings: &'static str,
     /// What has to be set besides, as it was before.
     further: &'static str,
+    /// What somebody else does just before the settings are read.
+    meanwhile: Option<fn(&mut State)>,
     /// What was done, behind how often nft has run.
     done: Vec<String>,
 }
@@ -75,8 +77,12 @@ impl System for Fake {
     }
 
     fn create(&mut self, alias: &str) -> io::Result<Device> {
+        let mut state = self.state();
+        if state.device.is_some() {
+            return Err(errno(libc::EEXIST));
+        }
         let device = Device { index: 7, alias: alias.into(), up: true, is_dummy: true };
-        self.state().device = Some(device.clone());
+        state.device = Some(device.clone());
         Ok(device)
     }
 
@@ -140,7 +146,11 @@ impl System for Fake {
     }
 
     fn note(&mut self, before: &str) -> io::Result<String> {
-        let State { settings, further, .. } = *self.state();
+        let mut state = self.state();
+        if let Some(meanwhile) = state.meanwhile.take() {
+            meanwhile(&mut state);
+        }
+        let State { settings, further, .. } = *state;
         let known = if sysctl::Settings::is_note(before) { before.to_owned() } else { format!("before: {settings}") };
         Ok(if known.ends_with(further) { known } else { known + further })
     }
@@ -357,6 +367,30 @@ fn what_a_trial_left_goes_and_nobody_elses() {
     kernel.state().refuses_servers = true;
     let said = trial::try_servers(&mut kernel, &Options::default()).unwrap_err().to_string();
     assert!(said.contains("modprobe ip_vs_rr"), "{said}");
+}
+
+/// An agent and `--init-only`, or two of those: whoever comes later would note what the other has set.
+#[test]
+fn two_at_once_note_what_was_set_before_either() {
+    let made = |alias: &str| Some(Device { index: 7, alias: alias.into(), up: true, is_dummy: true });
+    let other: fn(&mut State) = |state| {
+        state.device = Some(Device { index: 7, alias: "before: conntrack=0".into(), up: true, is_dummy: true });
+        state.settings = "conntrack=1";
+    };
+    // The other one has not made the device yet, or has made it and written nothing on it.
+    for device in [None, made("")] {
+        let state = State { settings: "conntrack=0", device, meanwhile: Some(other), ..State::default() };
+        let mut kernel = Fake { state: Arc::new(Mutex::new(state)), dir: PathBuf::new() };
+        let mut alias = None;
+        addresses::ready(&mut kernel, &mut alias, &mut 0).unwrap();
+        assert_eq!(alias.as_deref(), Some("before: conntrack=0"));
+        assert_eq!(kernel.state().device, made("before: conntrack=0"));
+    }
+    // Somebody took the device away under an agent, and it was made anew by one that cannot know.
+    let state = State { settings: "conntrack=1", device: made("before: conntrack=1"), ..State::default() };
+    let mut kernel = Fake { state: Arc::new(Mutex::new(state)), dir: PathBuf::new() };
+    addresses::ready(&mut kernel, &mut Some("before: conntrack=0".into()), &mut 0).unwrap();
+    assert_eq!(kernel.state().device, made("before: conntrack=0"));
 }
 
 #[test]
