@@ -138,6 +138,17 @@ async fn what_is_in_force_is_shown_and_how_much_is_logged_is_set() {
         let object: serde_json::Value = serde_json::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
         assert_eq!((&object["kind"], &object["apiVersion"]), (&kind.into(), &"config.k8s.io/v1beta1".into()));
         assert_eq!(object.pointer(path), Some(&value.into()), "{object}");
+        assert!(
+            answer.contains(&format!("Content-Type: application/json;g=config.k8s.io;v=v1beta1;as={kind}\r\n")),
+            "{answer}"
+        );
+        // The same as YAML, in the version from before, of which is said that it is to go.
+        let accept = format!("application/yaml;v=v1alpha1;g=config.k8s.io;as={kind}");
+        let request = format!("GET {page} HTTP/1.1\r\nHost: x\r\nAccept: {accept}\r\n\r\n");
+        let answer = send(with.metrics.unwrap(), &request).await.unwrap();
+        assert!(answer.contains("\r\nWarning: 299 - \"This version of the "), "{answer}");
+        let yaml: serde_json::Value = serde_saphyr::from_str(answer.split_once("\r\n\r\n").unwrap().1).unwrap();
+        assert_eq!((&yaml["apiVersion"], yaml.pointer(path)), (&"config.k8s.io/v1alpha1".into(), object.pointer(path)));
     }
     for page in zpages::PATHS {
         assert_ne!(get(with.metrics, page).await.0, "HTTP/1.1 404 Not Found", "{page}");
