@@ -164,6 +164,15 @@ fn live(world: &World, file: &File, mode: &str) -> Result<()> {
         "{theirs}conntrack: {{udpTimeout: 77s}}\nlogging: {{verbosity: 4}}\n{OWN}proxyMode: {mode}\n"
     ))?;
     logged(world, &["WARN", "clientConnection.qps 60", "no effect"])?;
+    // Nor what means nothing in the mode that runs.
+    let (theirs, own, field) = match mode {
+        "ebpf" => (format!("{theirs}ipvs: {{scheduler: lc}}\n"), String::new(), "ipvs.scheduler lc"),
+        _ => (theirs, "xdp: generic\n".to_owned(), "xdp generic"),
+    };
+    file.write(&format!(
+        "{theirs}conntrack: {{udpTimeout: 77s}}\nlogging: {{verbosity: 4}}\n{OWN}proxyMode: {mode}\n{own}"
+    ))?;
+    logged(world, &["WARN", field, "no effect"])?;
     still_runs(world)
 }
 

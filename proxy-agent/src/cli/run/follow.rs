@@ -203,6 +203,27 @@ mod tests {
         assert!(error.contains("(source): ending"), "{error}");
     }
 
+    /// By HTTP or by the file; that says something where it has another level than before.
+    #[tokio::test]
+    async fn what_is_logged_is_what_was_said_last() {
+        let file = |verbosity: u32, more: &str| theirs(&format!("logging: {{verbosity: {verbosity}}}\n{more}"));
+        let (mut configuration, filters) = running(&file(2, ""));
+        let by_http = super::super::set_verbosity(Arc::clone(&configuration.log));
+        let mut by_file =
+            async |text: String| configuration.take(read(&[], &text).unwrap(), "").await.unwrap().is_none();
+        by_http(6).unwrap();
+        assert!(by_file(file(2, "ipvs: {scheduler: lc}")).await);
+        assert!(by_file(file(2, "# the same again")).await);
+        assert_eq!(*filters.lock().unwrap(), ["info,proxy_agent=trace"], "the file has said nothing of it");
+        // Also where it comes to the same filter as the one from before.
+        assert!(by_file(file(3, "")).await);
+        by_http(4).unwrap();
+        assert!(by_file(file(6, "")).await);
+        by_http(0).unwrap();
+        let last = ["info", "info,proxy_agent=debug", "info,proxy_agent=trace", "info"];
+        assert_eq!(filters.lock().unwrap()[1..], last);
+    }
+
     #[tokio::test]
     async fn what_has_no_effect_or_is_logged_is_taken_in() {
         let (mut configuration, filters) = running(&theirs("mode: ''"));
