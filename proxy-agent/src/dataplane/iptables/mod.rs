@@ -4,7 +4,9 @@
 //! render    ServicePorts to chains and rules; pure
 //! shadow    what is in force, and what has to be written to make it something else; pure
 //! save      what iptables-save prints, read; pure
+//! half      one family: what is in force of it, and how changes are brought about
 //! flavour   which iptables: nft's or the old one
+//! other     what an earlier run left with the other one
 //! loopback  the setting that node ports of 127.0.0.1 take, and what it was
 //! observe   whether what was written is still there
 //! stamp     whether anything has changed at all
@@ -18,28 +20,29 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     fs,
-    net::IpAddr,
     sync::Arc,
     time::{Duration, Instant},
 };
 
 use super::{
-    Capabilities, Dataplane, DataplaneError, DetectLocal, Drift, Failure, Fill, Hook, Report, held,
+    Capabilities, Dataplane, DataplaneError, DetectLocal, Drift, Fill, Hook, Report,
     netfilter::{
         ALGORITHMS, ByFamily, Options, PROTOCOLS, State, flows::Flows, is_liberal, local_devices, lock::Lock,
-        ration::Ration, sift::sift, tool::ToolError,
+        ration::Ration,
     },
 };
 use crate::{
-    desired::{Algorithm, Changes, DesiredState, Devices, Frontend},
-    model::{Family, ServiceKey, ServicePortName},
+    desired::{Algorithm, Changes, DesiredState, Devices},
+    model::{Family, ServiceKey},
 };
 
 mod flavour;
 mod former;
+mod half;
 mod left;
 mod loopback;
 mod observe;
+mod other;
 mod render;
 mod save;
 mod shadow;
@@ -47,44 +50,17 @@ mod stamp;
 mod trial;
 
 pub use flavour::Flavour;
-use flavour::{Chosen, Tools, is_busy};
+use flavour::{Chosen, Tools};
 pub(crate) use former::Former;
+use half::Half;
 use left::{Found, Left};
 use loopback::RouteLocalnet;
-use render::{ChainName, LOOPBACK, Pods, Renderer, Unit};
-use save::Saved;
-use shadow::{Item, Jumps, Patch, Shadow, Stand};
+use render::{Pods, Renderer};
+use shadow::{Item, Shadow, Stand};
 use stamp::Stamps;
 
 /// Between two tries to put a setting back.
 const AGAIN: Duration = Duration::from_secs(30);
-
-#[derive(Debug)]
-struct Half {
-    shadow: Shadow,
-    state: State,
-    /// Whose each frontend is that is in force.
-    owners: BTreeMap<Frontend, ServicePortName>,
-    /// What an earlier run left was looked at.
-    met: bool,
-    /// Of chains, as they were printed when they were first seen.
-    prints: BTreeMap<ChainName, u64>,
-    /// Of the rules when all of them were seen to be as they should.
-    stamp: Option<u64>,
-}
-
-impl Half {
-    fn new(renderer: Renderer) -> Self {
-        Self {
-            shadow: Shadow::new(renderer),
-            state: State::Unknown,
-            owners: BTreeMap::new(),
-            met: false,
-            prints: BTreeMap::new(),
-            stamp: None,
-        }
-    }
-}
 
 /// See the module.
 #[derive(Debug)]
@@ -191,364 +167,6 @@ impl Iptables {
         let _lock = Lock::take()?;
         left::find().each(Left::remove)
     }
-
-    fn bring_about(&mut self, at: usize, items: Vec<Item>, report: &mut Report) {
-        let Some(half) = self.halves.get_mut(at) else { return };
-        if half.state != State::Filled {
-            return self.refill(at, items, report);
-        }
-        let family = half.shadow.renderer.family;
-        let (patch, undo) = half.shadow.turn(items.clone());
-        let text = patch.text(&Jumps::default());
-        self.wrote |= !text.is_empty();
-        let done = if text.is_empty() { Ok(()) } else { self.tools.restore(family, &text) };
-        match done {
-            Ok(()) => {
-                if let Some(half) = self.halves.get_mut(at) {
-                    half.prints.retain(|chain, _| !patch.set.contains_key(chain) && !patch.gone.contains(chain));
-                }
-                self.landed(at, &items, patch.writes(), report);
-            }
-            Err(error) => {
-                self.failures.add_one(family);
-                if let Some(half) = self.halves.get_mut(at) {
-                    half.shadow.turn(undo);
-                    half.state = State::Unknown;
-                }
-                if is_busy(&error) || !error.is_refusal() {
-                    return self.give_up(&items, at, &error, report);
-                }
-                tracing::warn!(%error, "iptables refused a change; everything is written anew");
-                self.refill(at, items, report);
-            }
-        }
-    }
-
-    /// Of `items`, which are in the shadow by now.
-    fn landed(&mut self, at: usize, items: &[Item], writes: u64, report: &mut Report) {
-        report.writes += writes;
-        let Some(half) = self.halves.get_mut(at) else { return };
-        for item in items {
-            if let Item::Unit(service, stand) = item {
-                half.owners.retain(|_, owner| owner != service);
-                if let Some(Stand::Planned(unit)) = stand {
-                    half.owners.extend(unit.keys().map(|frontend| (*frontend, service.clone())));
-                }
-            }
-        }
-    }
-
-    /// All that failed; what is in force is not known.
-    fn give_up(&mut self, items: &[Item], at: usize, error: &ToolError, report: &mut Report) {
-        let Some(half) = self.halves.get_mut(at) else { return };
-        half.state = State::Unknown;
-        let shadow = half.shadow.clone();
-        for item in items {
-            self.fail(&shadow, item, error, report);
-        }
-    }
-
-    fn fail(&self, shadow: &Shadow, item: &Item, error: &ToolError, report: &mut Report) {
-        match item {
-            Item::Unit(service, stand) => {
-                let of = |stand: Option<&Stand>| match stand {
-                    Some(Stand::Planned(unit)) => unit.clone(),
-                    Some(Stand::Kept(_)) | None => Unit::new(),
-                };
-                let (old, new) = (of(shadow.units().get(service)), of(stand.as_ref()));
-                let changed = new.iter().filter(|(frontend, spec)| old.get(frontend) != Some(spec));
-                let gone = old.keys().filter(|frontend| !new.contains_key(frontend));
-                for frontend in changed.map(|(frontend, _)| frontend).chain(gone) {
-                    report.failed.insert(*frontend, Failure::Retry(format!("frontend {frontend}: {error}")));
-                }
-            }
-            Item::Guard(addr, _) => {
-                report.failed_guards.insert(*addr, Failure::Retry(format!("{addr}: {error}")));
-            }
-            Item::Pods(Pods::Cidrs(_)) => {
-                report.failed_local_cidrs = Some(Failure::Retry(format!("addresses that tell pods: {error}")));
-            }
-            Item::Pods(Pods::Devices(_)) => {
-                let failure = |name: &String| (name.clone(), Failure::Retry(format!("device {name}: {error}")));
-                report.failed_devices.extend(self.devices.iter().flatten().map(failure));
-            }
-            Item::Health(_) => tracing::warn!(%error, "health-check node ports are not let through"),
-        }
-    }
-
-    /// Writes everything of this family, with `items` in it.
-    fn refill(&mut self, at: usize, items: Vec<Item>, report: &mut Report) {
-        let Some(half) = self.halves.get(at) else { return };
-        let family = half.shadow.renderer.family;
-        // A family that was never asked for may have no tools.
-        let asked = items.iter().any(is_asked) || !half.shadow.units().is_empty() || !half.shadow.guards().is_empty();
-        let saved = match self.tools.save(family) {
-            Ok(saved) => saved,
-            Err(_) if !asked => Saved::default(),
-            Err(error) => return self.give_up(&items, at, &error, report),
-        };
-        if self.halves.get_mut(at).is_some_and(|half| !std::mem::replace(&mut half.met, true)) {
-            // Their flows go with them if they do not come again.
-            self.flows.found(saved.frontends(&self.held));
-        }
-        let items = self.allowed(at, items, &saved, report);
-        let Some(half) = self.halves.get(at) else { return };
-        let mut whole = half.shadow.clone();
-        whole.turn(items.clone());
-        if whole.units().is_empty() && whole.guards().is_empty() && whole.health().is_empty() && self.held.is_empty() {
-            return self.go_without(at, whole, &items, &saved, report);
-        }
-        match self.write(family, &mut whole, &saved) {
-            Ok(writes) => self.refilled(at, whole, &items, writes, report),
-            Err(error) => {
-                self.failures.add_one(family);
-                if is_busy(&error) || !error.is_refusal() {
-                    self.give_up(&items, at, &error, report);
-                } else {
-                    self.refill_anyhow(at, items, &saved, &error, report);
-                }
-            }
-        }
-    }
-
-    /// Something is wrong with some of the items, or with what there was: what is in force stays until it is known.
-    fn refill_anyhow(&mut self, at: usize, items: Vec<Item>, saved: &Saved, error: &ToolError, report: &mut Report) {
-        let Some(half) = self.halves.get(at) else { return };
-        let (family, renderer) = (half.shadow.renderer.family, half.shadow.renderer.clone());
-        let mut open = items;
-        // What is in force may be at fault, too, after the tool itself was exchanged.
-        open.extend(
-            half.shadow
-                .items()
-                .into_iter()
-                .filter(|item| match item {
-                    Item::Unit(service, _) => {
-                        !open.iter().any(|one| matches!(one, Item::Unit(other, _) if other == service))
-                    }
-                    Item::Guard(addr, _) => {
-                        !open.iter().any(|one| matches!(one, Item::Guard(other, _) if other == addr))
-                    }
-                    Item::Pods(_) => !open.iter().any(|one| matches!(one, Item::Pods(_))),
-                    Item::Health(_) => !open.iter().any(|one| matches!(one, Item::Health(_))),
-                })
-                .collect::<Vec<_>>(),
-        );
-        let tools = self.tools;
-        let sifted = sift(open, &mut |items| {
-            let mut trial = Shadow::new(renderer.clone());
-            trial.turn(items.to_vec());
-            let (there, away) = shadow::trial(&trial);
-            let tried = tools.restore(family, &there);
-            let removed = tools.restore(family, &away);
-            tried.and(removed)
-        });
-        if sifted.bad.is_empty() {
-            let text = sifted.good.clone();
-            return self.give_up(&text, at, error, report);
-        }
-        let Some(half) = self.halves.get(at) else { return };
-        let shadow = half.shadow.clone();
-        for (item, error) in &sifted.bad {
-            self.fail(&shadow, item, error, report);
-            // What stood and is not written again is as good as gone.
-            self.fail(&Shadow::new(renderer.clone()), item, error, report);
-            if let Item::Unit(_, Some(Stand::Kept(piece))) = item {
-                let failure = |frontend| (frontend, Failure::Retry(format!("frontend {frontend}: {error}")));
-                report.failed.extend(piece.entries.keys().map(|(_, frontend)| failure(*frontend)));
-            }
-        }
-        let mut whole = Shadow::new(renderer);
-        whole.turn(sifted.good.clone());
-        match self.write(family, &mut whole, saved) {
-            Ok(writes) => self.refilled(at, whole, &sifted.good, writes, report),
-            Err(error) => self.give_up(&sifted.good, at, &error, report),
-        }
-    }
-
-    /// All of it, in place of whatever of ours is there.
-    fn write(&mut self, family: Family, whole: &mut Shadow, saved: &Saved) -> Result<u64, ToolError> {
-        let opens = whole.renderer.opens_loopback();
-        let noted = saved.route_localnet().or(whole.renderer.route_localnet);
-        whole.renderer.route_localnet = if opens {
-            noted.or_else(|| self.noted_elsewhere(family)).or_else(|| self.loopback.before())
-        } else {
-            self.put_back(noted)
-        };
-        let set = whole.chains();
-        let gone = saved.names().into_iter().filter(|name| !set.contains_key(name)).collect();
-        let patch = Patch { set, gone };
-        let jumps = Jumps { stale: saved.jumps.clone(), wanted: whole.renderer.jumps() };
-        self.wrote = true;
-        self.tools.restore(family, &patch.text(&jumps))?;
-        if opens {
-            // Not before what keeps the neighbours out, and says what it was.
-            self.loopback.open();
-        }
-        Ok(patch.writes())
-    }
-
-    /// Sets `route_localnet` back to what was noted; where that fails, what was noted, by which the neighbours are kept out until it can be.
-    fn put_back(&self, noted: Option<i32>) -> Option<i32> {
-        let error = self.loopback.put_back(noted).err()?;
-        tracing::warn!(%error, "what an earlier run set stays");
-        noted
-    }
-
-    /// By an earlier run, with the other flavour.
-    fn noted_elsewhere(&self, family: Family) -> Option<i32> {
-        self.leftovers?.save(family).ok()?.route_localnet()
-    }
-
-    fn refilled(&mut self, at: usize, whole: Shadow, items: &[Item], writes: u64, report: &mut Report) {
-        if let Some(half) = self.halves.get_mut(at) {
-            half.shadow = whole;
-            half.state = State::Filled;
-            half.owners.clear();
-            half.prints.clear();
-            if let Ok(saved) = self.tools.save(half.shadow.renderer.family) {
-                // It was written a moment ago.
-                observe::differences(half, &saved);
-            }
-            let units: Vec<Item> = half.shadow.items();
-            self.landed(at, &units, writes, report);
-        }
-        self.landed(at, items, 0, report);
-        if self.halves.iter().all(|half| half.state != State::Unknown)
-            && let Some(other) = self.leftovers.take()
-        {
-            tracing::info!(flavour = %other.flavour, "what an earlier run left with the other flavour of iptables is removed");
-            let shields = |half: &Half| half.state == State::Filled && half.shadow.renderer.shields_loopback();
-            // Who goes on with the setting keeps the neighbours out.
-            let goes_on = self.halves.iter().any(shields);
-            let remove = |left: Left| if goes_on { left.remove_rules() } else { left.remove_with(&self.loopback) };
-            if let Err(error) = left::of(other).each(remove) {
-                tracing::warn!(%error, flavour = %other.flavour, "what an earlier run left stays");
-                self.leftovers = Some(other);
-            }
-        }
-    }
-
-    /// A family that nothing is asked of has no chains.
-    fn go_without(&mut self, at: usize, mut whole: Shadow, items: &[Item], saved: &Saved, report: &mut Report) {
-        let family = whole.renderer.family;
-        whole.renderer.route_localnet = self.put_back(saved.route_localnet());
-        let mut gone = saved.clone();
-        if whole.renderer.shields_loopback() {
-            gone.spare(LOOPBACK);
-        }
-        if !gone.is_clean() {
-            if let Err(error) = self.tools.restore(family, &shadow::removal(gone.names(), gone.jumps)) {
-                return self.give_up(items, at, &error, report);
-            }
-            report.writes += 1;
-        }
-        if let Some(half) = self.halves.get_mut(at) {
-            half.shadow = whole;
-            half.state = State::Absent;
-        }
-        self.landed(at, items, 0, report);
-    }
-
-    /// Puts what an earlier run left of held Services into the shadow; `items` without those that concern it.
-    fn allowed(&mut self, at: usize, items: Vec<Item>, saved: &Saved, report: &mut Report) -> Vec<Item> {
-        let known_pods = self.devices.is_some() || self.detect_local == DetectLocal::Address;
-        let Some(half) = self.halves.get_mut(at) else { return items };
-        let mut first = Vec::new();
-        if !known_pods {
-            // Which devices are pods' is not known yet; until it is, those of before are as good a guess as there is.
-            first.push(Item::Pods(Pods::Devices(saved.pod_devices())));
-        }
-        let is_kept = |stand: &Stand| matches!(stand, Stand::Kept(_));
-        if half.shadow.units().values().any(is_kept) || !self.held.is_empty() {
-            let (pieces, guarded) = saved.kept(&self.held);
-            let freed = half
-                .shadow
-                .units()
-                .iter()
-                .filter(|(service, stand)| is_kept(stand) && !self.held.contains(&service.service));
-            first.extend(freed.map(|(service, _)| Item::Unit(service.clone(), None)));
-            first.extend(guarded.into_iter().map(|addr| Item::Guard(addr, true)));
-            first.extend(
-                pieces
-                    .into_iter()
-                    .filter(|(service, _)| !half.shadow.units().contains_key(service))
-                    .map(|(service, piece)| Item::Unit(service, Some(Stand::Kept(Arc::new(piece))))),
-            );
-        }
-        half.shadow.turn(first);
-        let kept: BTreeMap<Frontend, ServicePortName> = half
-            .shadow
-            .units()
-            .iter()
-            .filter_map(|(service, stand)| match stand {
-                Stand::Kept(piece) => Some((service, piece)),
-                Stand::Planned(_) => None,
-            })
-            .flat_map(|(service, piece)| piece.entries.keys().map(|(_, frontend)| (*frontend, service.clone())))
-            .collect();
-        if kept.is_empty() {
-            return items;
-        }
-        let services: BTreeSet<&ServicePortName> = kept.values().collect();
-        let addresses: BTreeSet<IpAddr> = kept.keys().map(|frontend| frontend.addr).collect();
-        let mut allowed = Vec::new();
-        for item in items {
-            match item {
-                Item::Unit(service, Some(Stand::Planned(mut unit))) => {
-                    let whole = services.contains(&service);
-                    unit.retain(|frontend, _| {
-                        let stays = whole || kept.contains_key(frontend);
-                        if stays {
-                            report.failed.insert(*frontend, held(frontend));
-                        }
-                        !stays
-                    });
-                    if !whole {
-                        let stand = (!unit.is_empty()).then_some(Stand::Planned(unit));
-                        allowed.push(Item::Unit(service, stand));
-                    }
-                }
-                Item::Unit(service, None) if services.contains(&service) => {}
-                Item::Guard(addr, false) if addresses.contains(&addr) => {}
-                item => allowed.push(item),
-            }
-        }
-        allowed
-    }
-
-    /// What `changes` mean for the ServicePorts of one family.
-    fn items(&self, at: usize, changes: &Changes) -> Vec<Item> {
-        let Some(half) = self.halves.get(at) else { return Vec::new() };
-        let family = half.shadow.renderer.family;
-        // No socket is translated here, so none is to be left alone.
-        let Changes { set, remove, guard, unguard, local_cidrs, left_pods: _ } = changes;
-        let of = |addr: IpAddr| Family::of(addr) == family;
-        let mut units: BTreeMap<ServicePortName, Unit> = BTreeMap::new();
-        let known = |service: &ServicePortName| match half.shadow.units().get(service) {
-            Some(Stand::Planned(unit)) => unit.clone(),
-            Some(Stand::Kept(_)) | None => Unit::new(),
-        };
-        for frontend in remove.iter().chain(set.keys()).filter(|frontend| of(frontend.addr)) {
-            if let Some(owner) = half.owners.get(frontend) {
-                units.entry(owner.clone()).or_insert_with(|| known(owner)).remove(frontend);
-            }
-        }
-        for (frontend, spec) in set.iter().filter(|(frontend, _)| of(frontend.addr)) {
-            let unit = units.entry(spec.service.clone()).or_insert_with(|| known(&spec.service));
-            unit.insert(*frontend, Arc::clone(spec));
-        }
-        let units = units.into_iter().map(|(service, unit)| {
-            let stand = (!unit.is_empty()).then_some(Stand::Planned(unit));
-            Item::Unit(service, stand)
-        });
-        let guards = guard.iter().map(|addr| (addr, true)).chain(unguard.iter().map(|addr| (addr, false)));
-        let guards = guards.filter(|(addr, _)| of(**addr)).map(|(addr, wanted)| Item::Guard(*addr, wanted));
-        let pods = local_cidrs
-            .as_ref()
-            .filter(|_| self.detect_local == DetectLocal::Address)
-            .map(|cidrs| Item::Pods(Pods::Cidrs(cidrs.iter().filter(|net| of(net.addr())).copied().collect())));
-        pods.into_iter().chain(guards).chain(units).collect()
-    }
 }
 
 /// The module's setting; where it is not loaded yet, its default.
@@ -557,16 +175,6 @@ fn affinity_clients() -> u32 {
     text.trim().parse().unwrap_or(100)
 }
 
-/// Whether it makes the family needed.
-fn is_asked(item: &Item) -> bool {
-    match item {
-        Item::Unit(_, stand) => stand.is_some(),
-        Item::Guard(_, wanted) => *wanted,
-        Item::Pods(_) | Item::Health(_) => false,
-    }
-}
-
-/// Takes everything of ours away.
 impl Dataplane for Iptables {
     fn capabilities(&self) -> Capabilities {
         Capabilities {

@@ -14,7 +14,10 @@ use std::{
 use rustix::fs::{MemfdFlags, SealFlags, fcntl_add_seals, memfd_create};
 
 use super::*;
-use crate::dataplane::netfilter::refused::{frontend, spec};
+use crate::{
+    dataplane::netfilter::refused::{frontend, spec},
+    desired::Frontend,
+};
 
 /// Refuses what has a line that the file `refuses` names; notes what it takes in `given`.
 const RESTORE: &str = r#"#!/bin/sh
