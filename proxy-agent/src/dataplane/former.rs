@@ -228,8 +228,8 @@ impl Dataplane for Moving {
         self.dataplane.unplaced()
     }
 
-    fn unrestored(&self) -> Option<String> {
-        self.dataplane.unrestored()
+    fn unsettled(&self) -> Option<String> {
+        self.dataplane.unsettled()
     }
 
     fn retiring(&self) -> Vec<Retiring> {

@@ -316,8 +316,8 @@ pub trait Dataplane: Send {
         None
     }
 
-    /// A setting of the kernel's that is to be put back and cannot be; `tick` goes on trying.
-    fn unrestored(&self) -> Option<String> {
+    /// A setting of the kernel's that cannot be made what it should be; `tick` goes on trying.
+    fn unsettled(&self) -> Option<String> {
         None
     }
 

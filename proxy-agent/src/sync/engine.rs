@@ -675,11 +675,11 @@ impl Engine {
     }
 
     fn tick(&mut self) {
-        let (pause, unplaced, unrestored, retiring) = self.dataplane.call(&mut self.table, self.queued, |dataplane| {
-            (dataplane.tick(), dataplane.unplaced(), dataplane.unrestored(), dataplane.retiring())
+        let (pause, unplaced, unsettled, retiring) = self.dataplane.call(&mut self.table, self.queued, |dataplane| {
+            (dataplane.tick(), dataplane.unplaced(), dataplane.unsettled(), dataplane.retiring())
         });
         self.complain("pods left alone at connect time", unplaced);
-        self.complain("kernel settings", unrestored);
+        self.complain("kernel settings", unsettled);
         for mode in Mode::ALL.map(Mode::name) {
             let trouble = |one: &Retiring| {
                 let state = if one.retired { "takes no new flows, and stays" } else { "is still in force" };

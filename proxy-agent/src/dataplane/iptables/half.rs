@@ -48,6 +48,17 @@ impl Half {
             stamp: None,
         }
     }
+
+    /// The setting is to stand.
+    fn opens_loopback(&self) -> bool {
+        self.state == State::Filled && self.shadow.renderer.opens_loopback()
+    }
+
+    /// The setting stands, and is not to.
+    fn is_stuck(&self) -> bool {
+        let renderer = &self.shadow.renderer;
+        renderer.route_localnet.is_some() && !renderer.opens_loopback()
+    }
 }
 
 impl Iptables {
@@ -240,8 +251,8 @@ impl Iptables {
         self.wrote = true;
         self.tools.restore(family, &patch.text(&jumps))?;
         if opens {
-            // Not before what keeps the neighbours out, and says what it was.
-            self.loopback.open();
+            // Not before what keeps the neighbours out, and says what it was. Why it cannot be, `settle` says.
+            let _said_later = self.loopback.open();
         }
         Ok(patch.writes())
     }
@@ -251,6 +262,25 @@ impl Iptables {
         let error = self.loopback.put_back(noted).err()?;
         tracing::warn!(%error, "what an earlier run set stays");
         noted
+    }
+
+    /// Sees to it that the setting is what it should be; why it is not.
+    pub(super) fn settle(&mut self) -> Option<String> {
+        let Self { halves, loopback, .. } = self;
+        let settle = |half: &mut Half| {
+            if half.opens_loopback() {
+                return loopback.open();
+            }
+            if half.is_stuck() {
+                loopback.put_back(half.shadow.renderer.route_localnet)?;
+                // The rule goes when the kernel is looked at next.
+                half.shadow.renderer.route_localnet = None;
+                half.state = State::Unknown;
+            }
+            Ok(())
+        };
+        let troubles: Vec<_> = halves.iter_mut().filter_map(|half| settle(half).err()).collect();
+        troubles.first().map(ToString::to_string)
     }
 
     fn refilled(&mut self, at: usize, whole: Shadow, items: &[Item], writes: u64, report: &mut Report) {

@@ -9,6 +9,8 @@ use crate::dataplane::{DataplaneError, netfilter::settings};
 /// What is noted stands behind this.
 const BEFORE: &str = "route_localnet was ";
 
+const REMEDY: &str = "mount /proc/sys writable, or set it by hand";
+
 /// The setting, by its file.
 #[derive(Clone, Debug)]
 pub(super) struct RouteLocalnet(pub(super) PathBuf);
@@ -28,24 +30,25 @@ impl RouteLocalnet {
         self.read().ok()
     }
 
-    pub(super) fn open(&self) {
-        if self.read().is_ok_and(|value| value == 1) {
-            return;
-        }
-        if let Err(error) = fs::write(&self.0, "1") {
-            tracing::warn!(%error, "{} cannot be set: node ports on 127.0.0.1 do not answer", self.0.display());
-        }
+    /// Not where it cannot be read: nobody could put it back.
+    pub(super) fn open(&self) -> Result<(), DataplaneError> {
+        let set = |value| if value == 1 { Ok(()) } else { fs::write(&self.0, "1") };
+        self.read().and_then(set).map_err(|error| {
+            DataplaneError::Unavailable(format!(
+                "{} cannot be set to 1 ({error}); until it is, NodePorts on 127.0.0.1 do not answer: {REMEDY}",
+                self.0.display()
+            ))
+        })
     }
 
     /// To what was noted, if anything was. What somebody else has set meanwhile stays.
     pub(super) fn put_back(&self, noted: Option<i32>) -> Result<(), DataplaneError> {
         let Some(before) = noted.filter(|before| *before != 1) else { return Ok(()) };
-        if !self.read().is_ok_and(|value| value == 1) {
-            return Ok(());
-        }
-        fs::write(&self.0, before.to_string()).map_err(|error| {
+        // What cannot be read may stand.
+        let set = |value| if value == 1 { fs::write(&self.0, before.to_string()) } else { Ok(()) };
+        self.read().and_then(set).map_err(|error| {
             DataplaneError::Unavailable(format!(
-                "{} cannot be set back to {before} ({error}); until it is, the rule that keeps the node's neighbours from its loopback stays: mount /proc/sys writable, or set it by hand",
+                "{} cannot be set back to {before} ({error}); until it is, the rule that keeps the node's neighbours from its loopback stays: {REMEDY}",
                 self.0.display()
             ))
         })
@@ -86,7 +89,7 @@ mod tests {
         };
         set("0\n");
         let before = setting.before().unwrap();
-        setting.open();
+        setting.open().unwrap();
         assert_eq!(setting.before(), Some(1));
         assert_eq!(put_back("somebody else's words"), 1);
         assert_eq!(put_back(&note(before)), 0);
@@ -96,5 +99,27 @@ mod tests {
         assert_eq!(put_back(&note(0)), 2, "somebody else's stays");
         setting.put_back(None).unwrap();
         assert_eq!(setting.before(), Some(2));
+    }
+
+    /// It may stand all the same.
+    #[test]
+    fn what_cannot_be_read_is_not_known_to_be_put_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("route_localnet");
+        let setting = RouteLocalnet(file.clone());
+        let said = |result: Result<(), DataplaneError>| result.unwrap_err().to_string();
+        for text in [None, Some("")] {
+            if let Some(text) = text {
+                fs::write(&file, text).unwrap();
+            }
+            let stays = said(setting.put_back(Some(0)));
+            assert!(stays.contains("cannot be set back to 0") && stays.contains("the rule that keeps"), "{stays}");
+            assert!(said(setting.open()).contains("NodePorts on 127.0.0.1 do not answer"));
+            assert_eq!(setting.before(), None);
+            for noted in [None, Some(1)] {
+                setting.put_back(noted).unwrap();
+            }
+        }
+        assert_eq!(fs::read_to_string(&file).unwrap(), "", "nobody could put it back");
     }
 }

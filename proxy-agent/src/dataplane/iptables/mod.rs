@@ -59,7 +59,7 @@ use render::{Pods, Renderer};
 use shadow::{Item, Shadow, Stand};
 use stamp::Stamps;
 
-/// Between two tries to put a setting back.
+/// Between two tries to make a setting what it should be.
 const AGAIN: Duration = Duration::from_secs(30);
 
 /// See the module.
@@ -75,8 +75,8 @@ pub struct Iptables {
     detect_local: DetectLocal,
     localhost: bool,
     loopback: RouteLocalnet,
-    /// Why `route_localnet` is still set though nobody asks for it.
-    unrestored: Option<String>,
+    /// Why `route_localnet` is not what it should be.
+    unsettled: Option<String>,
     /// What the kernel remembers for each list.
     affinity_clients: u32,
     failures: Arc<ByFamily>,
@@ -140,7 +140,7 @@ impl Iptables {
             detect_local: options.detect_local,
             localhost: options.localhost_node_ports,
             loopback: loopback::here(),
-            unrestored: None,
+            unsettled: None,
             affinity_clients: affinity_clients(),
             failures: Arc::clone(&options.restore_failures),
             devices: None,
@@ -301,28 +301,12 @@ impl Dataplane for Iptables {
     }
 
     fn tick(&mut self) -> Option<Duration> {
-        let Self { halves, loopback, unrestored, .. } = self;
-        let is_stuck = |half: &&mut Half| {
-            let renderer = &half.shadow.renderer;
-            renderer.shields_loopback() && !renderer.opens_loopback()
-        };
-        let stuck = halves.iter_mut().find(is_stuck);
-        let tried = stuck.map(|half| (loopback.put_back(half.shadow.renderer.route_localnet), half));
-        *unrestored = match tried {
-            None => None,
-            Some((Err(error), _)) => Some(error.to_string()),
-            Some((Ok(()), half)) => {
-                // The rule goes when the kernel is looked at next.
-                half.shadow.renderer.route_localnet = None;
-                half.state = State::Unknown;
-                None
-            }
-        };
-        unrestored.as_ref().map(|_| AGAIN)
+        self.unsettled = self.settle();
+        self.unsettled.as_ref().map(|_| AGAIN)
     }
 
-    fn unrestored(&self) -> Option<String> {
-        self.unrestored.clone()
+    fn unsettled(&self) -> Option<String> {
+        self.unsettled.clone()
     }
 
     fn teardown(&mut self) -> Result<(), DataplaneError> {

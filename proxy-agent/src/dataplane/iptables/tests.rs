@@ -82,7 +82,7 @@ impl World {
             detect_local: DetectLocal::Device,
             localhost: false,
             loopback: RouteLocalnet(dir.path().join("route_localnet")),
-            unrestored: None,
+            unsettled: None,
             affinity_clients: 100,
             failures: Arc::default(),
             devices: Some(BTreeSet::new()),
@@ -92,6 +92,16 @@ impl World {
             wrote: false,
         };
         Self { dir, iptables, stamps }
+    }
+
+    /// With node ports of 127.0.0.1 asked for.
+    fn opening() -> Self {
+        let mut world = Self::new();
+        world.iptables.localhost = true;
+        for half in &mut world.iptables.halves {
+            half.shadow.renderer.localhost = true;
+        }
+        world
     }
 
     fn file(&self, name: &str) -> String {
@@ -265,12 +275,8 @@ const NOTED: &str = "--comment \"route_localnet was 0\"";
 
 #[test]
 fn the_neighbours_are_kept_out_for_as_long_as_the_setting_stands() {
-    let mut world = World::new();
+    let mut world = World::opening();
     world.iptables.loopback = writable(&world, "0");
-    world.iptables.localhost = true;
-    for half in &mut world.iptables.halves {
-        half.shadow.renderer.localhost = true;
-    }
     let one = frontend("10.96.0.1");
     assert_eq!(world.set(&[one]).failed, BTreeMap::new());
     assert!(world.file("given").contains(NOTED) && world.file("route_localnet") == "1");
@@ -285,7 +291,7 @@ fn the_neighbours_are_kept_out_for_as_long_as_the_setting_stands() {
     let given = next.file("given");
     assert!(given.contains(NOTED) && given.contains("-I INPUT") && !given.contains("-X PROXY-LOOPBACK"), "{given}");
     assert_eq!(next.iptables.tick(), Some(AGAIN));
-    let said = next.iptables.unrestored().unwrap();
+    let said = next.iptables.unsettled().unwrap();
     assert!(said.contains("cannot be set back to 0") && said.contains("mount /proc/sys writable"), "{said}");
     print(&next);
     assert!(next.iptables.observe().unwrap().hooks.is_empty(), "nothing to repair");
@@ -300,12 +306,30 @@ fn the_neighbours_are_kept_out_for_as_long_as_the_setting_stands() {
 
     // By now it can.
     next.iptables.loopback = writable(&next, "1");
-    assert_eq!((next.iptables.tick(), next.iptables.unrestored()), (None, None));
+    assert_eq!((next.iptables.tick(), next.iptables.unsettled()), (None, None));
     assert_eq!(next.file("route_localnet"), "0");
     assert_eq!(next.iptables.halves[0].state, State::Unknown);
     assert_eq!(next.set(&[one]).failed, BTreeMap::new());
     let given = next.file("given");
     assert!(given.contains("-X PROXY-LOOPBACK") && !given.contains(NOTED), "{given}");
+}
+
+#[test]
+fn a_setting_that_cannot_be_set_is_said_and_tried_again() {
+    let mut world = World::opening();
+    let (_file, stuck) = sealed("0\n");
+    world.iptables.loopback = stuck;
+    assert_eq!(world.set(&[frontend("10.96.0.1")]).failed, BTreeMap::new());
+    assert!(world.file("given").contains(NOTED));
+    assert_eq!(world.iptables.tick(), Some(AGAIN));
+    let said = world.iptables.unsettled().unwrap();
+    assert!(said.contains("cannot be set to 1") && said.contains("127.0.0.1 do not answer"), "{said}");
+    // By now it can; and again where somebody else has set it.
+    for _ in 0..2 {
+        world.iptables.loopback = writable(&world, "0");
+        assert_eq!((world.iptables.tick(), world.iptables.unsettled()), (None, None));
+        assert_eq!(world.file("route_localnet"), "1");
+    }
 }
 
 #[test]
