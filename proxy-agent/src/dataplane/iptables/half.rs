@@ -8,9 +8,9 @@ use std::{
 
 use super::{
     Iptables,
-    flavour::is_busy,
+    flavour::{Tools, is_busy},
     observe,
-    render::{ChainName, LOOPBACK, Pods, Renderer, Unit},
+    render::{ChainName, Jump, Pods, Renderer, Rules, Unit},
     save::Saved,
     shadow::{self, Item, Jumps, Patch, Shadow, Stand},
 };
@@ -49,15 +49,45 @@ impl Half {
         }
     }
 
+    /// It was made so a moment ago: as it is printed now it is to be printed from now on.
+    fn becomes(&mut self, shadow: Shadow, state: State, tools: Tools) {
+        self.shadow = shadow;
+        self.state = state;
+        self.prints.clear();
+        if !self.jumps().is_empty()
+            && let Ok(saved) = tools.save(self.shadow.renderer.family)
+        {
+            observe::differences(self, &saved);
+        }
+    }
+
+    /// That should be there.
+    pub(super) fn chains(&self) -> BTreeMap<ChainName, Rules> {
+        match self.state {
+            State::Filled => self.shadow.chains(),
+            State::Absent => self.shadow.renderer.alone().0,
+            State::Unknown => BTreeMap::new(),
+        }
+    }
+
+    /// That should be there, in chains that are not ours.
+    pub(super) fn jumps(&self) -> Vec<Jump> {
+        match self.state {
+            State::Filled => self.shadow.renderer.jumps(),
+            State::Absent => self.shadow.renderer.alone().1,
+            State::Unknown => Vec::new(),
+        }
+    }
+
     /// The setting is to stand.
     fn opens_loopback(&self) -> bool {
         self.state == State::Filled && self.shadow.renderer.opens_loopback()
     }
 
-    /// The setting stands, and is not to.
+    /// The setting stands, and is not to: nobody asks for it, or there is nothing that it is asked for.
     fn is_stuck(&self) -> bool {
         let renderer = &self.shadow.renderer;
-        renderer.route_localnet.is_some() && !renderer.opens_loopback()
+        renderer.route_localnet.is_some() && (self.state == State::Absent || !renderer.opens_loopback())
     }
 }
 
@@ -238,7 +268,7 @@ impl Iptables {
     /// All of it, in place of whatever of ours is there.
     fn write(&mut self, family: Family, whole: &mut Shadow, saved: &Saved) -> Result<u64, ToolError> {
         let opens = whole.renderer.opens_loopback();
-        let noted = saved.route_localnet().or(whole.renderer.route_localnet);
+        let noted = whole.renderer.noted(saved);
         whole.renderer.route_localnet = if opens {
             noted.or_else(|| self.noted_elsewhere(family)).or_else(|| self.loopback.before())
         } else {
@@ -285,14 +315,8 @@ impl Iptables {
 
     fn refilled(&mut self, at: usize, whole: Shadow, items: &[Item], writes: u64, report: &mut Report) {
         if let Some(half) = self.halves.get_mut(at) {
-            half.shadow = whole;
-            half.state = State::Filled;
+            half.becomes(whole, State::Filled, self.tools);
             half.owners.clear();
-            half.prints.clear();
-            if let Ok(saved) = self.tools.save(half.shadow.renderer.family) {
-                // It was written a moment ago.
-                observe::differences(half, &saved);
-            }
             let units: Vec<Item> = half.shadow.items();
             self.landed(at, &units, writes, report);
         }
@@ -300,25 +324,28 @@ impl Iptables {
         self.remove_other();
     }
 
-    /// A family that nothing is asked of has no chains.
+    /// A family that nothing is asked of has no chains, but for the one that keeps out what a setting lets in that cannot be put back.
     fn go_without(&mut self, at: usize, mut whole: Shadow, items: &[Item], saved: &Saved, report: &mut Report) {
         let family = whole.renderer.family;
-        whole.renderer.route_localnet = self.put_back(saved.route_localnet());
-        let mut gone = saved.clone();
-        if whole.renderer.shields_loopback() {
-            gone.spare(LOOPBACK);
-        }
-        if !gone.is_clean() {
-            if let Err(error) = self.tools.restore(family, &shadow::removal(gone.names(), gone.jumps)) {
-                return self.give_up(items, at, &error, report);
-            }
-            report.writes += 1;
-        }
-        if let Some(half) = self.halves.get_mut(at) {
+        whole.renderer.route_localnet = self.put_back(whole.renderer.noted(saved));
+        let Some(half) = self.halves.get_mut(at) else { return };
+        let (set, wanted) = whole.renderer.alone();
+        if half.state == State::Absent && half.chains() == set && saved.names().iter().eq(set.keys()) {
             half.shadow = whole;
-            half.state = State::Absent;
+            return self.landed(at, items, 0, report);
         }
-        self.landed(at, items, 0, report);
+        let gone = saved.names().into_iter().filter(|name| !set.contains_key(name)).collect();
+        let patch = Patch { set, gone };
+        let text = patch.removal(&Jumps { stale: saved.jumps.clone(), wanted });
+        self.wrote |= !text.is_empty();
+        let done = if text.is_empty() { Ok(()) } else { self.tools.restore(family, &text) };
+        if let Err(error) = done {
+            tracing::warn!(%error, ?family, "what nobody asks for any more stays");
+            self.failures.add_one(family);
+            return self.give_up(items, at, &error, report);
+        }
+        half.becomes(whole, State::Absent, self.tools);
+        self.landed(at, items, patch.writes(), report);
     }
 
     /// Puts what an earlier run left of held Services into the shadow; `items` without those that concern it.

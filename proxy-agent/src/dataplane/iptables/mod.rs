@@ -281,9 +281,9 @@ impl Dataplane for Iptables {
             let Half { shadow, state, .. } = &*half;
             let lacks = *shadow.health() != self.health || pods.as_ref().is_some_and(|pods| shadow.pods() != pods);
             drift.unfinished |= *state == State::Unknown || (*state == State::Filled && lacks);
-            let filled = *state == State::Filled;
+            let has_rules = !half.jumps().is_empty();
             // Before it is looked: what changes meanwhile is seen the next time.
-            let stamp = filled.then(|| self.stamps.stamp(shadow.renderer.family)).flatten();
+            let stamp = has_rules.then(|| self.stamps.stamp(shadow.renderer.family)).flatten();
             if stamp.is_some() && half.stamp == stamp {
                 continue;
             }

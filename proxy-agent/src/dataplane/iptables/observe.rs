@@ -34,22 +34,22 @@ const fn word(family: Family) -> &'static str {
 
 /// Names of what is not as it was left. `compare`: rules are read, too, and how long that took is added.
 pub(super) fn lost(tools: &Tools, half: &mut Half, compare: Option<&mut Duration>) -> Result<Vec<String>, ToolError> {
-    let renderer = &half.shadow.renderer;
-    let family = renderer.family;
+    let family = half.shadow.renderer.family;
     let name = |table: Table, chain: &str| format!("iptables/{chain} {} {}", table.name(), word(family));
-    match half.state {
+    let jumps = half.jumps();
+    if jumps.is_empty() {
         // What is not known to be there is lost to nobody.
-        State::Absent | State::Unknown => return Ok(Vec::new()),
-        State::Filled => {}
+        return Ok(Vec::new());
     }
     let mut lost = Vec::new();
-    for table in Table::ALL {
+    let canaries = if half.state == State::Filled { &Table::ALL[..] } else { &[] };
+    for table in canaries {
         if !tools.list(family, table.name(), CANARY)?.is_some_and(|printed| has_rule(&printed)) {
-            lost.push(name(table, CANARY));
+            lost.push(name(*table, CANARY));
         }
     }
     let mut wanted: BTreeMap<(Table, &str), Vec<String>> = BTreeMap::new();
-    for (table, chain, rule) in renderer.jumps() {
+    for (table, chain, rule) in jumps {
         wanted.entry((table, chain)).or_default().push(rule);
     }
     for ((table, chain), rules) in wanted {
@@ -72,7 +72,7 @@ pub(super) fn lost(tools: &Tools, half: &mut Half, compare: Option<&mut Duration
 /// Chains that do not say what they were given. A rule may be printed in other words than it was written in: what it is printed as the first
 /// time that it is seen is what it is to be from then on.
 pub(super) fn differences(half: &mut Half, saved: &Saved) -> Vec<ChainName> {
-    let chains = half.shadow.chains();
+    let chains = half.chains();
     let mut different: Vec<ChainName> =
         saved.chains.keys().filter(|chain| !chains.contains_key(*chain)).cloned().collect();
     for (chain, rules) in chains {

@@ -28,7 +28,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::loopback;
+use super::{loopback, save::Saved};
 use crate::{
     dataplane::netfilter::{PROTOCOLS, comment, names},
     desired::{Action, Algorithm, Backend, BackendSet, Frontend, FrontendKind, FrontendSpec, Verdict, Verdicts},
@@ -56,6 +56,8 @@ impl Table {
 }
 
 pub(super) type ChainName = (Table, String);
+/// A rule of ours in a chain that is not.
+pub(super) type Jump = (Table, &'static str, String);
 /// Rules as iptables-restore takes them, without `-A CHAIN`.
 pub(super) type Rules = Vec<String>;
 
@@ -304,24 +306,41 @@ impl Renderer {
             canary(Table::Filter),
             canary(Table::Mangle),
         ]);
-        if self.shields_loopback() {
-            // What `route_localnet` lets in from the neighbours (contract A54).
-            let note =
-                self.route_localnet.map(|before| format!("-m comment --comment \"{}\" ", loopback::note(before)));
-            let martian = format!(
-                "-d 127.0.0.0/8 ! -s 127.0.0.0/8 {}-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
-                note.unwrap_or_default()
-            );
-            all.insert((Table::Filter, LOOPBACK.to_owned()), vec![martian]);
-        }
+        all.extend(self.shields_loopback().then(|| self.shield()));
         all
+    }
+
+    /// Chains and jumps where nothing is served: what the setting lets in is kept out for as long as it stands.
+    pub(super) fn alone(&self) -> (BTreeMap<ChainName, Rules>, Vec<Jump>) {
+        let stands = self.route_localnet.is_some();
+        let (chains, jumps) = (stands.then(|| self.shield()), stands.then(Self::to_shield));
+        (chains.into_iter().collect(), jumps.into_iter().collect())
+    }
+
+    /// What `route_localnet` lets in from the neighbours (contract A54).
+    fn shield(&self) -> (ChainName, Rules) {
+        let note = self.route_localnet.map(|before| format!("-m comment --comment \"{}\" ", loopback::note(before)));
+        let martian = format!(
+            "-d 127.0.0.0/8 ! -s 127.0.0.0/8 {}-m conntrack ! --ctstate RELATED,ESTABLISHED,DNAT -j DROP",
+            note.unwrap_or_default()
+        );
+        ((Table::Filter, LOOPBACK.to_owned()), vec![martian])
+    }
+
+    fn to_shield() -> Jump {
+        (Table::Filter, "INPUT", format!("-m comment --comment \"loopback is the node's own\" -j {LOOPBACK}"))
+    }
+
+    /// What the setting was: somebody may have flushed the rule in which that stands.
+    pub(super) fn noted(&self, saved: &Saved) -> Option<i32> {
+        saved.route_localnet().filter(|_| self.family == Family::V4).or(self.route_localnet)
     }
 
     pub(super) const fn opens_loopback(&self) -> bool {
         self.localhost && matches!(self.family, Family::V4)
     }
 
-    /// As long as the setting stands, whoever asks for it.
+    /// Where something is served. As long as the setting stands, whoever asks for it.
     pub(super) const fn shields_loopback(&self) -> bool {
         matches!(self.family, Family::V4) && (self.localhost || self.route_localnet.is_some())
     }
@@ -340,7 +359,7 @@ impl Renderer {
     }
 
     /// Rules of ours in chains that are not.
-    pub(super) fn jumps(&self) -> Vec<(Table, &'static str, String)> {
+    pub(super) fn jumps(&self) -> Vec<Jump> {
         let unserved = format!(
             "-m conntrack --ctstate INVALID,NEW,UNTRACKED -m comment --comment \"Services that nobody serves\" -j {SERVICES}"
         );
@@ -360,13 +379,7 @@ impl Renderer {
             // What is for the node itself comes in again, where a refusal is told as one: here, it is as good as a drop (`EPERM`).
             (Table::Filter, "OUTPUT", format!("-m addrtype ! --dst-type LOCAL {unserved}")),
         ];
-        if self.shields_loopback() {
-            jumps.push((
-                Table::Filter,
-                "INPUT",
-                format!("-m comment --comment \"loopback is the node's own\" -j {LOOPBACK}"),
-            ));
-        }
+        jumps.extend(self.shields_loopback().then(Self::to_shield));
         jumps
     }
 }

@@ -18,7 +18,9 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::render::{ChainName, OPENS_NOTHING, PODS, PREFIX, Piece, Pods, Renderer, Rules, SCRATCH, Table, Tree, Unit};
+use super::render::{
+    ChainName, Jump, OPENS_NOTHING, PODS, PREFIX, Piece, Pods, Renderer, Rules, SCRATCH, Table, Tree, Unit,
+};
 use crate::{dataplane::netfilter::names, desired::Frontend, model::ServicePortName};
 
 /// A list of so many addresses is not cut.
@@ -86,6 +88,12 @@ impl Patch {
         self.in_order(Table::ALL, jumps)
     }
 
+    /// The same, where most of it is that chains go. Tables go one after the other: what is not translated any more would be refused for a moment,
+    /// where IPVS takes over at the node's input.
+    pub(super) fn removal(&self, jumps: &Jumps) -> String {
+        self.in_order([Table::Filter, Table::Nat, Table::Mangle], jumps)
+    }
+
     fn in_order(&self, tables: [Table; 3], jumps: &Jumps) -> String {
         let Self { set, gone } = self;
         let mut text = String::new();
@@ -130,7 +138,7 @@ impl Patch {
 pub(super) struct Jumps {
     /// To be deleted: `CHAIN RULE`.
     pub(super) stale: Vec<(Table, String)>,
-    pub(super) wanted: Vec<(Table, &'static str, String)>,
+    pub(super) wanted: Vec<Jump>,
 }
 
 impl Shadow {
@@ -392,9 +400,7 @@ fn to_block(tree: Tree, net: IpNet) -> String {
 
 /// What takes everything of ours away that is in `chains`.
 pub(super) fn removal(chains: BTreeSet<ChainName>, stale: Vec<(Table, String)>) -> String {
-    // Tables go one after the other. What is not translated any more would be refused for a moment, where IPVS takes over at the node's input.
-    const ORDER: [Table; 3] = [Table::Filter, Table::Nat, Table::Mangle];
-    Patch { set: BTreeMap::new(), gone: chains }.in_order(ORDER, &Jumps { stale, wanted: Vec::new() })
+    Patch { set: BTreeMap::new(), gone: chains }.removal(&Jumps { stale, wanted: Vec::new() })
 }
 
 /// What puts `shadow` into chains that no packet meets, and what takes them away again.

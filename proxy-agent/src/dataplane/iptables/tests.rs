@@ -268,10 +268,20 @@ fn writable(world: &World, value: &str) -> RouteLocalnet {
 
 /// As iptables-save would print what was written last.
 fn print(world: &World) {
-    world.write("saved", &world.file("given").replace("\n-I ", "\n-A "));
+    let given = world.file("given").replace("\n-I ", "\n-A ");
+    let gone: BTreeSet<&str> = given.lines().filter_map(|line| line.strip_prefix("-X ")).collect();
+    let is_there = |line: &&str| {
+        let chain = line.strip_prefix(':').and_then(|rest| rest.split(' ').next());
+        !line.starts_with("-X ") && !line.starts_with("-D ") && !chain.is_some_and(|chain| gone.contains(chain))
+    };
+    world.write("saved", &given.split_inclusive('\n').filter(is_there).collect::<String>());
 }
 
 const NOTED: &str = "--comment \"route_localnet was 0\"";
+const LEADS: &str = "-I INPUT -m comment --comment \"loopback is the node's own\" -j PROXY-LOOPBACK";
+/// What an agent left that could not put it back.
+const LEFT: &str = "*filter\n:PROXY-LOOPBACK - [0:0]\n-A INPUT -m comment --comment \"loopback is the node's own\" -j PROXY-LOOPBACK\n\
+    -A PROXY-LOOPBACK ! -s 127.0.0.0/8 -d 127.0.0.0/8 -m comment --comment \"route_localnet was 0\" -j DROP\nCOMMIT\n";
 
 #[test]
 fn the_neighbours_are_kept_out_for_as_long_as_the_setting_stands() {
@@ -301,8 +311,9 @@ fn the_neighbours_are_kept_out_for_as_long_as_the_setting_stands() {
     let gone = Changes { remove: [one].into(), ..Changes::default() };
     assert_eq!(next.iptables.apply(&gone).failed, BTreeMap::new());
     let given = next.file("given");
-    assert!(given.contains("-X PROXY-SERVICES") && !given.contains("PROXY-LOOPBACK"), "{given}");
-    assert!(next.iptables.tick().is_some());
+    assert!(given.contains("-X PROXY-SERVICES") && given.contains(NOTED) && given.contains(LEADS), "{given}");
+    assert!(!given.contains("-X PROXY-LOOPBACK") && next.iptables.tick().is_some(), "{given}");
+    print(&next);
 
     // By now it can.
     next.iptables.loopback = writable(&next, "1");
@@ -312,6 +323,68 @@ fn the_neighbours_are_kept_out_for_as_long_as_the_setting_stands() {
     assert_eq!(next.set(&[one]).failed, BTreeMap::new());
     let given = next.file("given");
     assert!(given.contains("-X PROXY-LOOPBACK") && !given.contains(NOTED), "{given}");
+}
+
+/// Nothing is served, and the setting cannot be put back.
+#[test]
+fn the_rule_that_stands_alone_is_looked_after() {
+    let mut world = World::new();
+    let (_file, stuck) = sealed("1\n");
+    world.iptables.loopback = stuck;
+    world.write("saved", LEFT);
+    let again = |world: &mut World| {
+        world.write("given", "");
+        world.iptables.bring_about(0, Vec::new(), &mut Report::default());
+        assert_eq!(world.iptables.halves[0].state, State::Absent);
+        let given = world.file("given");
+        assert!(given.is_empty() || given.contains(NOTED) && given.contains(LEADS), "{given}");
+        !given.is_empty()
+    };
+    let lost = |world: &mut World| {
+        world.iptables.rations = Rations::new(Instant::now());
+        world.iptables.observe().unwrap().hooks
+    };
+    assert!(again(&mut world), "its rule may say anything");
+    print(&world);
+    let stands = world.file("saved");
+    assert_eq!(lost(&mut world), Vec::<String>::new());
+    assert!(!again(&mut world), "it is as it should be");
+    // Somebody flushes all there is; the chain alone; the way there.
+    let emptied = stands.replace("-A PROXY-LOOPBACK", "-A OTHERS");
+    let aside: String = stands.split_inclusive('\n').filter(|line| !line.starts_with("-A INPUT")).collect();
+    for (left, name) in [("", "INPUT"), (&*emptied, "PROXY-LOOPBACK"), (&*aside, "INPUT")] {
+        world.write("saved", left);
+        assert_eq!(lost(&mut world), [format!("iptables/{name} filter ipv4")]);
+        assert!(again(&mut world), "without {name}");
+        world.write("saved", &stands);
+        assert_eq!(lost(&mut world), Vec::<String>::new());
+    }
+}
+
+#[test]
+fn nothing_is_opened_for_nobody_though_it_is_asked_for() {
+    let mut world = World::opening();
+    let (_file, stuck) = sealed("1\n");
+    world.iptables.loopback = stuck;
+    world.write("saved", LEFT);
+    world.iptables.bring_about(0, Vec::new(), &mut Report::default());
+    assert!(world.file("given").contains(NOTED));
+    assert_eq!(world.iptables.tick(), Some(AGAIN));
+    assert!(world.iptables.unsettled().unwrap().contains("cannot be set back to 0"));
+    print(&world);
+    // By now it can.
+    world.iptables.loopback = writable(&world, "1");
+    assert_eq!((world.iptables.tick(), world.iptables.unsettled()), (None, None));
+    assert_eq!(world.file("route_localnet"), "0");
+    assert_eq!(world.iptables.halves[0].state, State::Unknown);
+    world.iptables.bring_about(0, Vec::new(), &mut Report::default());
+    let given = world.file("given");
+    assert!(given.contains("-X PROXY-LOOPBACK") && !given.contains(NOTED), "{given}");
+    print(&world);
+    world.write("given", "");
+    world.iptables.halves[0].state = State::Unknown;
+    world.iptables.bring_about(0, Vec::new(), &mut Report::default());
+    assert_eq!(world.file("given"), "", "nothing is left");
 }
 
 #[test]
