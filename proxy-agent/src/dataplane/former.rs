@@ -232,6 +232,10 @@ impl Dataplane for Moving {
         self.dataplane.unsettled()
     }
 
+    fn unremoved(&self) -> Option<String> {
+        self.dataplane.unremoved()
+    }
+
     fn retiring(&self) -> Vec<Retiring> {
         lock(&self.shared).retiring.clone()
     }

@@ -321,6 +321,11 @@ pub trait Dataplane: Send {
         None
     }
 
+    /// What an earlier run in this mode left, by means that are not used any more, and that cannot be removed; `tick` goes on trying.
+    fn unremoved(&self) -> Option<String> {
+        None
+    }
+
     /// What other modes left in force and is on its way out.
     fn retiring(&self) -> Vec<Retiring> {
         Vec::new()

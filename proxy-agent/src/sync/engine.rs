@@ -675,11 +675,14 @@ impl Engine {
     }
 
     fn tick(&mut self) {
-        let (pause, unplaced, unsettled, retiring) = self.dataplane.call(&mut self.table, self.queued, |dataplane| {
-            (dataplane.tick(), dataplane.unplaced(), dataplane.unsettled(), dataplane.retiring())
-        });
+        let (pause, unplaced, unsettled, unremoved, retiring) =
+            self.dataplane.call(&mut self.table, self.queued, |dataplane| {
+                let pause = dataplane.tick();
+                (pause, dataplane.unplaced(), dataplane.unsettled(), dataplane.unremoved(), dataplane.retiring())
+            });
         self.complain("pods left alone at connect time", unplaced);
         self.complain("kernel settings", unsettled);
+        self.complain("rules of an earlier run", unremoved);
         for mode in Mode::ALL.map(Mode::name) {
             let trouble = |one: &Retiring| {
                 let state = if one.retired { "takes no new flows, and stays" } else { "is still in force" };

@@ -79,6 +79,16 @@ impl Half {
         }
     }
 
+    /// It keeps the neighbours from loopback.
+    pub(super) const fn shields(&self) -> bool {
+        let renderer = &self.shadow.renderer;
+        match self.state {
+            State::Filled => renderer.shields_loopback(),
+            State::Absent => renderer.route_localnet.is_some(),
+            State::Unknown => false,
+        }
+    }
+
     /// The setting is to stand.
     fn opens_loopback(&self) -> bool {
         self.state == State::Filled && self.shadow.renderer.opens_loopback()
@@ -268,12 +278,9 @@ impl Iptables {
     /// All of it, in place of whatever of ours is there.
     fn write(&mut self, family: Family, whole: &mut Shadow, saved: &Saved) -> Result<u64, ToolError> {
         let opens = whole.renderer.opens_loopback();
-        let noted = whole.renderer.noted(saved);
-        whole.renderer.route_localnet = if opens {
-            noted.or_else(|| self.noted_elsewhere(family)).or_else(|| self.loopback.before())
-        } else {
-            self.put_back(noted)
-        };
+        let noted = self.noted(&whole.renderer, saved);
+        whole.renderer.route_localnet =
+            if opens { noted.or_else(|| self.loopback.before()) } else { self.put_back(noted) };
         let set = whole.chains();
         let gone = saved.names().into_iter().filter(|name| !set.contains_key(name)).collect();
         let patch = Patch { set, gone };
@@ -285,6 +292,14 @@ impl Iptables {
             let _said_later = self.loopback.open();
         }
         Ok(patch.writes())
+    }
+
+    /// What `route_localnet` was: somebody may have flushed the rule in which that stands, or an earlier run noted it with the other flavour.
+    fn noted(&self, renderer: &Renderer, saved: &Saved) -> Option<i32> {
+        if renderer.family != Family::V4 {
+            return None;
+        }
+        saved.route_localnet().or(renderer.route_localnet).or_else(|| self.other.as_ref()?.noted())
     }
 
     /// Sets `route_localnet` back to what was noted; where that fails, what was noted, by which the neighbours are kept out until it can be.
@@ -321,13 +336,12 @@ impl Iptables {
             self.landed(at, &units, writes, report);
         }
         self.landed(at, items, 0, report);
-        self.remove_other();
     }
 
     /// A family that nothing is asked of has no chains, but for the one that keeps out what a setting lets in that cannot be put back.
     fn go_without(&mut self, at: usize, mut whole: Shadow, items: &[Item], saved: &Saved, report: &mut Report) {
         let family = whole.renderer.family;
-        whole.renderer.route_localnet = self.put_back(whole.renderer.noted(saved));
+        whole.renderer.route_localnet = self.put_back(self.noted(&whole.renderer, saved));
         let Some(half) = self.halves.get_mut(at) else { return };
         let (set, wanted) = whole.renderer.alone();
         if half.state == State::Absent && half.chains() == set && saved.names().iter().eq(set.keys()) {

@@ -7,7 +7,7 @@ use std::{fs, io};
 use super::{
     flavour::{Flavour, Tools},
     loopback::{self, RouteLocalnet},
-    render::Table,
+    render::{LOOPBACK, Table},
     save::{Saved, is_ours},
     shadow,
 };
@@ -28,15 +28,22 @@ impl Left {
         self.remove_with(&loopback::here())
     }
 
-    pub(super) fn remove_with(self, setting: &RouteLocalnet) -> Result<(), DataplaneError> {
-        // The rules go last: one of them keeps out what the setting lets in.
-        setting.put_back(self.saved.route_localnet())?;
-        self.remove_rules()
+    pub(super) fn remove_with(mut self, setting: &RouteLocalnet) -> Result<(), DataplaneError> {
+        // The rules go last: one of them keeps out what the setting lets in. It alone stays as long as that stands.
+        let put_back = setting.put_back(self.saved.route_localnet());
+        if put_back.is_err() {
+            self.saved.spare(LOOPBACK);
+        }
+        let removed = self.remove_rules();
+        put_back.and(removed)
     }
 
     /// Where others of ours go on with the setting.
     pub(super) fn remove_rules(self) -> Result<(), DataplaneError> {
         let Self { tools, family, saved } = self;
+        if saved.is_clean() {
+            return Ok(());
+        }
         tools.restore(family, &shadow::removal(saved.names(), saved.jumps)).map_err(DataplaneError::from)
     }
 }

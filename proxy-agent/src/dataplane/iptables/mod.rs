@@ -55,11 +55,12 @@ pub(crate) use former::Former;
 use half::Half;
 use left::{Found, Left};
 use loopback::RouteLocalnet;
+use other::Other;
 use render::{Pods, Renderer};
 use shadow::{Item, Shadow, Stand};
 use stamp::Stamps;
 
-/// Between two tries to make a setting what it should be.
+/// Between two tries to make a setting what it should be, or to remove what is to go.
 const AGAIN: Duration = Duration::from_secs(30);
 
 /// See the module.
@@ -69,7 +70,7 @@ pub struct Iptables {
     tools: Tools,
     stamps: Box<dyn Stamps>,
     /// The other flavour, where an earlier run left something.
-    leftovers: Option<Tools>,
+    other: Option<Other>,
     halves: [Half; 2],
     flows: Flows,
     detect_local: DetectLocal,
@@ -134,7 +135,7 @@ impl Iptables {
             _lock: lock,
             tools,
             stamps: stamp::of(tools.flavour),
-            leftovers,
+            other: leftovers.map(Other::new),
             halves: Family::BOTH.map(half),
             flows,
             detect_local: options.detect_local,
@@ -302,11 +303,16 @@ impl Dataplane for Iptables {
 
     fn tick(&mut self) -> Option<Duration> {
         self.unsettled = self.settle();
-        self.unsettled.as_ref().map(|_| AGAIN)
+        self.remove_other(Instant::now());
+        (self.unsettled.is_some() || self.other.is_some()).then_some(AGAIN)
     }
 
     fn unsettled(&self) -> Option<String> {
         self.unsettled.clone()
+    }
+
+    fn unremoved(&self) -> Option<String> {
+        self.other.as_ref()?.trouble()
     }
 
     fn teardown(&mut self) -> Result<(), DataplaneError> {

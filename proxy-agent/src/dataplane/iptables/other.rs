@@ -1,29 +1,60 @@
 //! What an earlier run left with the other flavour: it goes once everything is in force with this one.
+//!
+//! What it noted of `route_localnet` is taken over before, and with it the rule that keeps the neighbours out, where that has to stay: so nothing
+//! of the other flavour has to.
+
+use std::time::Instant;
 
 use super::{
-    Half, Iptables,
+    AGAIN, Half, Iptables,
+    flavour::Tools,
     left::{self, Left},
 };
 use crate::{dataplane::netfilter::State, model::Family};
 
-impl Iptables {
-    /// By an earlier run, with the other flavour.
-    pub(super) fn noted_elsewhere(&self, family: Family) -> Option<i32> {
-        self.leftovers?.save(family).ok()?.route_localnet()
+/// See the module; as long as it is there.
+#[derive(Debug)]
+pub(super) struct Other {
+    tools: Tools,
+    due: Instant,
+    trouble: Option<String>,
+}
+
+impl Other {
+    pub(super) fn new(tools: Tools) -> Self {
+        Self { tools, due: Instant::now(), trouble: None }
     }
 
-    pub(super) fn remove_other(&mut self) {
-        if self.halves.iter().all(|half| half.state != State::Unknown)
-            && let Some(other) = self.leftovers.take()
-        {
-            tracing::info!(flavour = %other.flavour, "what an earlier run left with the other flavour of iptables is removed");
-            let shields = |half: &Half| half.state == State::Filled && half.shadow.renderer.shields_loopback();
-            // Who goes on with the setting keeps the neighbours out.
-            let goes_on = self.halves.iter().any(shields);
-            let remove = |left: Left| if goes_on { left.remove_rules() } else { left.remove_with(&self.loopback) };
-            if let Err(error) = left::of(other).each(remove) {
-                tracing::warn!(%error, flavour = %other.flavour, "what an earlier run left stays");
-                self.leftovers = Some(other);
+    /// What `route_localnet` was.
+    pub(super) fn noted(&self) -> Option<i32> {
+        self.tools.save(Family::V4).ok()?.route_localnet()
+    }
+
+    /// Why not all of it is gone.
+    pub(super) fn trouble(&self) -> Option<String> {
+        self.trouble.clone()
+    }
+}
+
+impl Iptables {
+    pub(super) fn remove_other(&mut self, now: Instant) {
+        let Self { halves, other, loopback, .. } = self;
+        let is_known = halves.iter().all(|half| half.state != State::Unknown);
+        let Some(Other { tools, due, trouble }) = other.as_mut().filter(|other| is_known && other.due <= now) else {
+            return;
+        };
+        let flavour = tools.flavour;
+        // Ours keeps the neighbours out from now on.
+        let is_shielded = halves.iter().any(Half::shields);
+        let remove = |left: Left| if is_shielded { left.remove_rules() } else { left.remove_with(loopback) };
+        match left::of(*tools).each(remove) {
+            Ok(()) => {
+                tracing::info!(%flavour, "what an earlier run left with the other flavour of iptables is removed");
+                *other = None;
+            }
+            Err(error) => {
+                *due = now + AGAIN;
+                *trouble = Some(format!("not all of them are gone from iptables ({flavour}): {error}"));
             }
         }
     }

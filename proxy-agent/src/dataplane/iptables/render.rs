@@ -28,7 +28,7 @@ use std::{
 
 use ipnet::IpNet;
 
-use super::{loopback, save::Saved};
+use super::loopback;
 use crate::{
     dataplane::netfilter::{PROTOCOLS, comment, names},
     desired::{Action, Algorithm, Backend, BackendSet, Frontend, FrontendKind, FrontendSpec, Verdict, Verdicts},
@@ -329,11 +329,6 @@ impl Renderer {
 
     fn to_shield() -> Jump {
         (Table::Filter, "INPUT", format!("-m comment --comment \"loopback is the node's own\" -j {LOOPBACK}"))
-    }
-
-    /// What the setting was: somebody may have flushed the rule in which that stands.
-    pub(super) fn noted(&self, saved: &Saved) -> Option<i32> {
-        saved.route_localnet().filter(|_| self.family == Family::V4).or(self.route_localnet)
     }
 
     pub(super) const fn opens_loopback(&self) -> bool {

@@ -76,7 +76,7 @@ impl World {
             _lock: Lock::take_name(&format!("proxy-agent-test-{}", dir.path().display())).unwrap(),
             tools: Tools::fake(programs),
             stamps: Box::new(stamps.clone()),
-            leftovers: None,
+            other: None,
             halves: Family::BOTH.map(half),
             flows: Flows::idle(),
             detect_local: DetectLocal::Device,
@@ -405,24 +405,82 @@ fn a_setting_that_cannot_be_set_is_said_and_tried_again() {
     }
 }
 
+/// Of the other flavour: what shields loopback, and more.
+fn left_by_other() -> World {
+    let other = World::new();
+    other.write("saved", &format!("*nat\n:PROXY-SERVICES - [0:0]\n-A OUTPUT -j PROXY-SERVICES\nCOMMIT\n{LEFT}"));
+    other
+}
+
+/// A family that nobody needs keeps nobody waiting.
 #[test]
-fn what_the_other_flavour_left_goes_only_where_somebody_else_keeps_the_neighbours_out() {
-    let noted = "*filter\n:PROXY-LOOPBACK - [0:0]\n-A PROXY-LOOPBACK -d 127.0.0.0/8 -m comment --comment \"route_localnet was 0\" -j DROP\nCOMMIT\n";
-    for (serves_v4, goes) in [(false, false), (true, true)] {
-        let mut world = World::new();
-        let other = World::new();
-        other.write("saved", noted);
-        world.iptables.leftovers = Some(other.iptables.tools);
-        world.iptables.localhost = true;
-        world.iptables.halves[0].shadow.renderer.localhost = true;
+fn what_the_other_flavour_left_goes_once_everything_is_in_force() {
+    let (mut world, other) = (World::new(), left_by_other());
+    world.iptables.other = Some(Other::new(other.iptables.tools));
+    world.iptables.loopback = writable(&world, "1");
+    let one = frontend("10.96.0.1");
+    world.write("refuses", "COMMIT\n");
+    let desired = DesiredState { frontends: [(one, spec(&one))].into(), ..DesiredState::default() };
+    assert!(!world.iptables.resync(&desired).failed.is_empty());
+    assert_eq!((world.iptables.tick(), other.file("given").as_str()), (Some(AGAIN), ""), "nobody else serves");
+    world.write("refuses", "");
+    assert_eq!(world.iptables.resync(&desired).failed, BTreeMap::new());
+    assert_eq!(world.iptables.halves[1].state, State::Absent);
+    assert_eq!((world.iptables.tick(), world.iptables.unremoved()), (None, None));
+    let given = other.file("given");
+    assert!(given.contains("-X PROXY-LOOPBACK") && given.contains("-X PROXY-SERVICES"), "{given}");
+    assert_eq!(world.file("route_localnet"), "0");
+}
+
+#[test]
+fn what_shields_loopback_is_taken_over_from_the_other_flavour() {
+    for serves in [false, true] {
+        let (mut world, other) = (World::new(), left_by_other());
+        world.iptables.other = Some(Other::new(other.iptables.tools));
         let (_file, stuck) = sealed("1\n");
         world.iptables.loopback = stuck;
-        for half in &mut world.iptables.halves {
-            half.state = State::Absent;
-        }
-        let addr = if serves_v4 { "10.96.0.1" } else { "fd00:96::1" };
-        assert_eq!(world.set(&[frontend(addr)]).failed, BTreeMap::new());
-        assert_eq!(world.iptables.leftovers.is_none(), goes, "{addr}");
-        assert_eq!(other.file("given").contains("-X PROXY-LOOPBACK"), goes, "{addr}");
+        let one = frontend("10.96.0.1");
+        let items =
+            serves.then(|| world.iptables.items(0, &Changes { set: [(one, spec(&one))].into(), ..Changes::default() }));
+        world.iptables.bring_about(0, items.unwrap_or_default(), &mut Report::default());
+        let given = world.file("given");
+        assert!(given.contains(NOTED) && given.contains(LEADS), "{given}");
+        world.iptables.halves[1].state = State::Absent;
+        assert_eq!((world.iptables.tick(), world.iptables.unremoved()), (Some(AGAIN), None));
+        assert!(world.iptables.unsettled().unwrap().contains("cannot be set back to 0"));
+        let given = other.file("given");
+        assert!(given.contains("-X PROXY-LOOPBACK") && given.contains("-X PROXY-SERVICES"), "{given}");
     }
+}
+
+/// Nobody knew of it in time to take it over.
+#[test]
+fn what_has_to_stay_of_the_other_flavour_is_what_shields_loopback() {
+    let (mut world, other) = (World::new(), left_by_other());
+    world.iptables.other = Some(Other::new(other.iptables.tools));
+    let (_file, stuck) = sealed("1\n");
+    world.iptables.loopback = stuck;
+    for half in &mut world.iptables.halves {
+        half.state = State::Absent;
+    }
+    assert_eq!(world.iptables.tick(), Some(AGAIN));
+    let given = other.file("given");
+    assert!(given.contains("-X PROXY-SERVICES") && !given.contains("PROXY-LOOPBACK"), "{given}");
+    let said = world.iptables.unremoved().unwrap();
+    assert!(said.contains("from iptables (nft)") && said.contains("cannot be set back to 0"), "{said}");
+    // By now it could be, but for somebody who does not let us write.
+    world.iptables.loopback = writable(&world, "1");
+    other.write("saved", LEFT);
+    other.write("refuses", "COMMIT\n");
+    let mut later = Instant::now();
+    world.iptables.remove_other(later);
+    assert_eq!(world.iptables.unremoved(), Some(said), "not without a pause");
+    later += AGAIN * 2;
+    world.iptables.remove_other(later);
+    let said = world.iptables.unremoved().unwrap();
+    assert!(said.contains("line 3 failed") && world.file("route_localnet") == "0", "{said}");
+    other.write("refuses", "");
+    world.iptables.remove_other(later + AGAIN);
+    assert!(other.file("given").contains("-X PROXY-LOOPBACK"));
+    assert_eq!((world.iptables.tick(), world.iptables.unremoved()), (None, None));
 }
