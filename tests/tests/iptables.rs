@@ -46,6 +46,7 @@ fn main() -> ExitCode {
             suite.case(&format!("{group}/A54: loopback is opened no longer than it is asked for"), || {
                 loopback(world, by)
             });
+            suite.case(&format!("{group}/nothing of the other flavour is left"), || flavours(world, by));
             suite.case(&format!("{group}/a second agent is refused"), || second(world, "iptables"));
             if by == Fallback::IptablesLegacy {
                 suite.case(&format!("{group}/F62: the lock is held"), || locked(world, by));
@@ -202,29 +203,57 @@ fn forwarded(world: &World, by: Fallback) -> Result<()> {
 
 /// Whatever becomes of the rule in which it stands what the setting was before, as long as an agent runs.
 fn loopback(world: &mut World, by: Fallback) -> Result<()> {
-    let is = |world: &World, wanted: &str| {
-        let text = world.node(1).place.namespace.output("cat", &["/proc/sys/net/ipv4/conf/all/route_localnet"])?;
-        ensure!(text.trim() == wanted, "route_localnet is {text}");
-        Ok(())
-    };
-    is(world, "1")?;
+    route_localnet_is(world, "1")?;
     let before = repaired(world)?;
     run(world, by, Family::V4, "", "-t filter -F")?;
     eventually(|| {
         ensure!(repaired(world)? > before, "nothing was repaired\n{}", world.node(1).agent_log());
         Ok(())
     })?;
-    let asked = options(by);
-    let extra = asked.extra.iter().cloned();
-    let flavour = by.name().trim_start_matches("iptables-");
-    let others = ["--proxy-mode", "iptables", "--iptables-flavour", flavour].map(str::to_owned);
-    let not_asked = AgentOptions { fallback: None, extra: extra.chain(others).collect(), ..asked };
+    let not_asked = AgentOptions { extra: not_on_loopback(by), fallback: None, ..options(by) };
     for (options, wanted) in [(&options(by), "1"), (&not_asked, "0"), (&options(by), "1")] {
         world.start_agents(options)?;
-        is(world, wanted)?;
+        route_localnet_is(world, wanted)?;
         answers(world, 1)?;
     }
     Ok(())
+}
+
+fn route_localnet_is(world: &World, wanted: &str) -> Result<()> {
+    let text = world.node(1).place.namespace.output("cat", &["/proc/sys/net/ipv4/conf/all/route_localnet"])?;
+    ensure!(text.trim() == wanted, "route_localnet is {text}");
+    Ok(())
+}
+
+/// An agent takes over with the other flavour, and one with this one again; the last is not asked for what takes a setting.
+fn flavours(world: &mut World, by: Fallback) -> Result<()> {
+    let other = if by == Fallback::IptablesNft { Fallback::IptablesLegacy } else { Fallback::IptablesNft };
+    let not_asked = AgentOptions { extra: not_on_loopback(by), fallback: None, ..options(by) };
+    for (from, to, options, wanted) in [
+        (by, other, options(other), "1"),
+        (other, by, options(by), "1"),
+        (by, other, options(other), "1"),
+        (other, by, not_asked, "0"),
+    ] {
+        world.start_agents(&options)?;
+        let ours = |line: &String| line.starts_with(":PROXY-") && !line.starts_with(":PROXY-OTHERS");
+        eventually(|| {
+            let left: Vec<String> = saved(world, from)?.into_iter().filter(ours).collect();
+            ensure!(left.is_empty(), "of {}: {left:#?}\n{}", from.name(), world.node(1).agent_log());
+            Ok(())
+        })?;
+        ensure!(saved(world, to)?.iter().any(ours), "nothing is there of {}", to.name());
+        route_localnet_is(world, wanted)?;
+        answers(world, 1)?;
+    }
+    world.start_agents(&options(by))
+}
+
+/// What an agent is told that is asked for no node ports of 127.0.0.1.
+fn not_on_loopback(by: Fallback) -> Vec<String> {
+    let flavour = by.name().trim_start_matches("iptables-");
+    let others = ["--proxy-mode", "iptables", "--iptables-flavour", flavour].map(str::to_owned);
+    options(by).extra.into_iter().chain(others).collect()
 }
 
 /// Programs that stand before the real ones: the words in `before` come first, with the input in `$input`.

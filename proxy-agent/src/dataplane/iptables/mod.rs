@@ -273,6 +273,12 @@ impl Dataplane for Iptables {
         Ok(())
     }
 
+    fn in_force(&mut self) {
+        if let Some(other) = &mut self.other {
+            other.let_go();
+        }
+    }
+
     fn observe(&mut self) -> Result<Drift, DataplaneError> {
         let mut drift = Drift::default();
         let compare = self.rations.of(self.wrote).allows(Instant::now());

@@ -1,4 +1,4 @@
-//! What an earlier run left with the other flavour: it goes once everything is in force with this one.
+//! What an earlier run left with the other flavour: it goes once this one is in force, as what other modes left does.
 //!
 //! What it noted of `route_localnet` is taken over before, and with it the rule that keeps the neighbours out, where that has to stay: so nothing
 //! of the other flavour has to.
@@ -16,13 +16,19 @@ use crate::{dataplane::netfilter::State, model::Family};
 #[derive(Debug)]
 pub(super) struct Other {
     tools: Tools,
+    /// It serves until this one is in force.
+    may_go: bool,
     due: Instant,
     trouble: Option<String>,
 }
 
 impl Other {
     pub(super) fn new(tools: Tools) -> Self {
-        Self { tools, due: Instant::now(), trouble: None }
+        Self { tools, may_go: false, due: Instant::now(), trouble: None }
+    }
+
+    pub(super) const fn let_go(&mut self) {
+        self.may_go = true;
     }
 
     /// What `route_localnet` was.
@@ -40,9 +46,8 @@ impl Iptables {
     pub(super) fn remove_other(&mut self, now: Instant) {
         let Self { halves, other, loopback, .. } = self;
         let is_known = halves.iter().all(|half| half.state != State::Unknown);
-        let Some(Other { tools, due, trouble }) = other.as_mut().filter(|other| is_known && other.due <= now) else {
-            return;
-        };
+        let may_go = |other: &&mut Other| is_known && other.may_go && other.due <= now;
+        let Some(Other { tools, may_go: _, due, trouble }) = other.as_mut().filter(may_go) else { return };
         let flavour = tools.flavour;
         // Ours keeps the neighbours out from now on.
         let is_shielded = halves.iter().any(Half::shields);

@@ -426,6 +426,19 @@ fn what_the_other_flavour_left_goes_once_everything_is_in_force() {
     world.write("refuses", "");
     assert_eq!(world.iptables.resync(&desired).failed, BTreeMap::new());
     assert_eq!(world.iptables.halves[1].state, State::Absent);
+    assert_eq!(
+        (world.iptables.tick(), other.file("given").as_str()),
+        (Some(AGAIN), ""),
+        "what is missing may come yet"
+    );
+    world.iptables.in_force();
+    world.iptables.halves[1].state = State::Unknown;
+    assert_eq!(
+        (world.iptables.tick(), other.file("given").as_str()),
+        (Some(AGAIN), ""),
+        "nor is it known what there is"
+    );
+    world.iptables.halves[1].state = State::Absent;
     assert_eq!((world.iptables.tick(), world.iptables.unremoved()), (None, None));
     let given = other.file("given");
     assert!(given.contains("-X PROXY-LOOPBACK") && given.contains("-X PROXY-SERVICES"), "{given}");
@@ -446,6 +459,7 @@ fn what_shields_loopback_is_taken_over_from_the_other_flavour() {
         let given = world.file("given");
         assert!(given.contains(NOTED) && given.contains(LEADS), "{given}");
         world.iptables.halves[1].state = State::Absent;
+        world.iptables.in_force();
         assert_eq!((world.iptables.tick(), world.iptables.unremoved()), (Some(AGAIN), None));
         assert!(world.iptables.unsettled().unwrap().contains("cannot be set back to 0"));
         let given = other.file("given");
@@ -463,6 +477,7 @@ fn what_has_to_stay_of_the_other_flavour_is_what_shields_loopback() {
     for half in &mut world.iptables.halves {
         half.state = State::Absent;
     }
+    world.iptables.in_force();
     assert_eq!(world.iptables.tick(), Some(AGAIN));
     let given = other.file("given");
     assert!(given.contains("-X PROXY-SERVICES") && !given.contains("PROXY-LOOPBACK"), "{given}");
