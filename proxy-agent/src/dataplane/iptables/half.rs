@@ -205,7 +205,8 @@ impl Iptables {
         let Some(half) = self.halves.get(at) else { return };
         let mut whole = half.shadow.clone();
         whole.turn(items.clone());
-        if whole.units().is_empty() && whole.guards().is_empty() && whole.health().is_empty() && self.held.is_empty() {
+        // Nobody asks after the health of a family that has no Services.
+        if whole.units().is_empty() && whole.guards().is_empty() && self.held.is_empty() {
             return self.go_without(at, whole, &items, &saved, report);
         }
         match self.write(family, &mut whole, &saved) {

@@ -259,11 +259,13 @@ impl Dataplane for Iptables {
     fn let_in(&mut self, ports: &BTreeSet<u16>) {
         self.health.clone_from(ports);
         for at in 0..self.halves.len() {
-            let is_other =
-                self.halves.get(at).is_some_and(|half| half.state == State::Filled && half.shadow.health() != ports);
-            if is_other {
+            let Some(half) = self.halves.get_mut(at).filter(|half| half.shadow.health() != ports) else { continue };
+            let items = vec![Item::Health(ports.clone())];
+            if half.state == State::Filled {
                 // What fails is seen by the next look at the kernel.
-                self.bring_about(at, vec![Item::Health(ports.clone())], &mut Report::default());
+                self.bring_about(at, items, &mut Report::default());
+            } else {
+                half.shadow.turn(items);
             }
         }
     }

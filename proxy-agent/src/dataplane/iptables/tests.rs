@@ -405,6 +405,26 @@ fn a_setting_that_cannot_be_set_is_said_and_tried_again() {
     }
 }
 
+/// It may have no tools, which would fail over and over.
+#[test]
+fn a_family_without_services_has_no_chains_for_health_checks_alone() {
+    let mut world = World::new();
+    let [one, two] = ["10.96.0.1", "fd00:96::1"].map(frontend);
+    let desired = DesiredState { frontends: [(one, spec(&one))].into(), ..DesiredState::default() };
+    world.iptables.let_in(&[32_000].into());
+    assert_eq!(world.iptables.resync(&desired).failed, BTreeMap::new());
+    let states = |world: &World| world.iptables.halves.each_ref().map(|half| half.state);
+    assert_eq!(states(&world), [State::Filled, State::Absent]);
+    assert!(world.file("given").contains("--dport 32000"));
+    assert_eq!(world.iptables.resync(&desired).writes, 0);
+    world.iptables.let_in(&[32_001].into());
+    assert!(world.file("given").contains("--dport 32001") && states(&world) == [State::Filled, State::Absent]);
+    // As soon as it has one it has them, too.
+    assert_eq!(world.set(&[two]).failed, BTreeMap::new());
+    let given = world.file("given");
+    assert!(given.contains("fd00:96::1") && given.contains("--dport 32001"), "{given}");
+}
+
 /// Of the other flavour: what shields loopback, and more.
 fn left_by_other() -> World {
     let other = World::new();
