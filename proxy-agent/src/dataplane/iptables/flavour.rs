@@ -188,6 +188,8 @@ pub(super) struct Chosen {
 struct Candidate {
     tools: Tools,
     ours: bool,
+    /// There may be more.
+    unread: bool,
     kubelet: bool,
     others: usize,
 }
@@ -219,15 +221,19 @@ pub(super) fn choose(forced: Option<Flavour>) -> Result<Chosen, DataplaneError> 
             REMEDY,
         ));
     }
-    let leftovers = candidates.iter().find(|other| other.ours && other.tools.flavour != tools.flavour);
+    let leftovers =
+        candidates.iter().find(|other| (other.ours || other.unread) && other.tools.flavour != tools.flavour);
     Ok(Chosen { tools: *tools, leftovers: leftovers.map(|other| other.tools) })
 }
 
 fn look(tools: Tools) -> Candidate {
-    // One that cannot be read holds nothing.
-    let saved = Family::BOTH.map(|family| tools.save(family).unwrap_or_default());
+    let read = Family::BOTH.map(|family| tools.save(family));
+    let unread = read.iter().any(Result::is_err);
+    // What cannot be read now has no part in the choice.
+    let saved = read.map(Result::unwrap_or_default);
     Candidate {
         tools,
+        unread,
         ours: saved.iter().any(|saved| !saved.is_clean()),
         kubelet: saved.iter().any(|saved| saved.kubelet),
         others: saved.iter().map(|saved| saved.others).sum(),
@@ -244,7 +250,13 @@ mod tests {
     use super::*;
 
     fn candidate(flavour: Flavour, ours: bool, kubelet: bool, others: usize) -> Candidate {
-        Candidate { tools: Tools { flavour, programs: PLAIN, version: (1, 8, 9) }, ours, kubelet, others }
+        Candidate {
+            tools: Tools { flavour, programs: PLAIN, version: (1, 8, 9) },
+            ours,
+            unread: false,
+            kubelet,
+            others,
+        }
     }
 
     #[test]

@@ -46,15 +46,24 @@ impl Iptables {
     pub(super) fn remove_other(&mut self, now: Instant) {
         let Self { halves, other, loopback, .. } = self;
         let is_known = halves.iter().all(|half| half.state != State::Unknown);
-        let may_go = |other: &&mut Other| is_known && other.may_go && other.due <= now;
+        let may_go = |other: &&mut Other| other.may_go && other.due <= now;
         let Some(Other { tools, may_go: _, due, trouble }) = other.as_mut().filter(may_go) else { return };
         let flavour = tools.flavour;
+        if !is_known {
+            *due = now + AGAIN;
+            *trouble = Some(format!("those of iptables ({flavour}) stay until rules of both families can be written"));
+            return;
+        }
         // Ours keeps the neighbours out from now on.
         let is_shielded = halves.iter().any(Half::shields);
         let remove = |left: Left| if is_shielded { left.remove_rules() } else { left.remove_with(loopback) };
-        match left::of(*tools).each(remove) {
+        let found = left::of(*tools);
+        let some = !found.left.is_empty();
+        match found.each(remove) {
             Ok(()) => {
-                tracing::info!(%flavour, "what an earlier run left with the other flavour of iptables is removed");
+                if some {
+                    tracing::info!(%flavour, "what an earlier run left with the other flavour of iptables is removed");
+                }
                 *other = None;
             }
             Err(error) => {

@@ -97,19 +97,20 @@ impl Ipvs {
             .system
             .addresses(device.index)
             .map_err(|error| format!("addresses of device {}: {error}", device::NAME))?;
-        self.hold_again(device.index, report).map_err(|error| format!("routes of device {}: {error}", device::NAME))?;
+        self.routed =
+            self.system.routed(device.index).map_err(|error| format!("routes of device {}: {error}", device::NAME))?;
+        self.bound.extend(&self.routed);
         self.look_around()?;
         self.device = Some(device);
         Ok(())
     }
 
-    /// What another mode had on its way out, and did not come to the end of.
-    fn hold_again(&mut self, index: u32, report: &mut Report) -> io::Result<()> {
-        for addr in self.system.routed(index)? {
+    /// Addresses in place of routes. Not before the table is there: it masquerades whoever is given such an address as their source.
+    fn hold_again(&mut self, index: u32) -> io::Result<()> {
+        while let Some(addr) = self.routed.first().copied() {
             self.system.add(index, addr)?;
             self.system.let_go(index, addr)?;
-            self.bound.insert(addr);
-            report.writes += 2;
+            self.routed.remove(&addr);
         }
         Ok(())
     }
@@ -125,6 +126,11 @@ impl Ipvs {
     /// Puts on our device what is held and not there yet. What could not be guarded is not: the node's own sockets would answer there.
     pub(super) fn bind(&mut self, report: &mut Report) {
         let Some(index) = self.device.as_ref().map(|device| device.index) else { return };
+        report.writes += 2 * self.routed.len() as u64;
+        if let Err(error) = self.hold_again(index) {
+            // They lead here by their routes; the next time all of it is made anew.
+            tracing::warn!(%error, "addresses of device {} that another mode had on its way out", device::NAME);
+        }
         let missing: Vec<IpAddr> = self.held_for.keys().filter(|addr| !self.bound.contains(addr)).copied().collect();
         for addr in missing {
             let done = match report.failed_guards.get(&addr) {

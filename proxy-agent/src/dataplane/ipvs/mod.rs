@@ -93,6 +93,8 @@ pub struct Ipvs {
     noted: BTreeSet<Virtual>,
     /// On our device.
     bound: BTreeSet<IpAddr>,
+    /// Of those, what a route leads here in their place: another mode had it on its way out, and did not come to the end of it.
+    routed: BTreeSet<IpAddr>,
     around: Around,
     wanted: BTreeMap<Virtual, (Server, Frontend)>,
     by_frontend: BTreeMap<Frontend, Claim>,
@@ -140,6 +142,7 @@ impl Ipvs {
             kernel: None,
             noted: BTreeSet::new(),
             bound: BTreeSet::new(),
+            routed: BTreeSet::new(),
             around: Around::default(),
             wanted: BTreeMap::new(),
             by_frontend: BTreeMap::new(),

@@ -184,7 +184,7 @@ impl Ours {
     }
 }
 
-/// Servers, addresses and settings, then the table, which says whose the servers are.
+/// Servers, addresses and settings, then the table, which says whose the servers are and guards the addresses.
 pub(super) fn remove(options: &Options) -> Result<(), DataplaneError> {
     let mut ours = Ours::find(options)?;
     let requests: Vec<Request> = ours.servers.iter().copied().map(Request::Remove).collect();
@@ -193,11 +193,20 @@ pub(super) fn remove(options: &Options) -> Result<(), DataplaneError> {
         // Without conntrack's netlink, say.
         tracing::debug!(%error, "connections that IPVS translated are not forgotten");
     }
-    if let Some(Device { index, alias, .. }) = ours.device {
+    let Ours { has_table, route, device, bound, routed, .. } = ours;
+    let put_back = device.map_or(Ok(()), |Device { index, alias, .. }| {
+        // Where settings are read-only the device stays, for what they were is written on it, and nothing that anybody meets.
+        for addr in bound {
+            route.take_off(index, addr).map_err(kernel(&format!("{addr} of {}", device::NAME)))?;
+        }
+        for addr in routed {
+            route.let_go(index, addr).map_err(kernel(&format!("the route to {addr} by {}", device::NAME)))?;
+        }
         Settings::here().restore(&alias).map_err(kernel("net/ipv4/vs"))?;
-        ours.route.remove(index).map_err(kernel(device::NAME))?;
-    }
-    if ours.has_table { Nftables::remove_tables(Role::Gate) } else { Ok(()) }
+        route.remove(index).map_err(kernel(device::NAME))
+    });
+    let removed = if has_table { Nftables::remove_tables(Role::Gate) } else { Ok(()) };
+    put_back.and(removed)
 }
 
 /// Has conntrack forget what IPVS translated: whoever sends on would be known for a connection that nobody translates any more, and find no

@@ -699,6 +699,7 @@ fn what_was_retired_is_taken_up_again() {
     let at =
         |what: &str| done.iter().position(|done| done.ends_with(what)).unwrap_or_else(|| panic!("{what}: {done:?}"));
     assert!(at(": hold 10.96.0.2") < at("let go 10.96.0.2"), "it is the node's all the time: {done:?}");
+    assert!(!done[at(": hold 10.96.0.2")].starts_with("0:"), "the table comes before, which masquerades: {done:?}");
     world.talks_to("10.244.1.2", 0);
     world.look();
     assert_eq!(world.bound(), ["10.96.0.1"], "nobody's connection leads there any more");
