@@ -12,7 +12,7 @@ use proxy_common::{
 use super::{
     packet::{ACK, Packet, RST, SYN, ends},
     support::Spec,
-    world::{DROP, Hook, NEXT, Options, PROTOS, TCP, UDP, World, at, casts, world},
+    world::{DROP, Hook, NEXT, Options, PROTOS, TCP, UDP, World, at, casts, hex, world},
 };
 
 #[test]
@@ -137,6 +137,32 @@ fn a_datagram_after_the_time_out_answers_no_masqueraded_flow() {
         masqueraded_answer(&mut world, &answer, cast.client, cast.vip);
         world.age(200);
         world.untouched(Hook::Ingress, &answer.frame());
+        assert!(!world.rows().iter().any(|row| row.is(flags::MASQUERADE)), "{:#?}", world.rows());
+        world.remove(|_| true);
+    }
+    assert_eq!(world.reasons(), []);
+}
+
+/// Nor does one in pieces: its first tells, and the others go the way of that one.
+#[test]
+fn a_datagram_in_pieces_after_the_time_out_answers_no_masqueraded_flow() {
+    let name = "a_datagram_in_pieces_after_the_time_out_answers_no_masqueraded_flow";
+    let Some(mut world) = world(name, Options::default()) else { return };
+    for cast in casts() {
+        world.service(1, cast.vip, &[cast.backend]);
+        let seen = masquerade(&mut world, UDP, cast.client, cast.vip, cast.node);
+        let mut answer = Packet::answer(UDP, cast.backend, seen).with_payload(&[0x5a; 3000]);
+        let pieces = [(0, 1480), (1480, 2960), (2960, answer.transport().len())];
+        answer.id = 0x7100;
+        for (a, b) in pieces {
+            let (verdict, out) = world.run(Hook::Ingress, &answer.fragment(a, b));
+            assert_eq!((verdict, hex(&out)), (NEXT, hex(&answer.to(cast.client).fragment(a, b))), "in time");
+        }
+        world.age(200);
+        answer.id = 0x7200;
+        for (a, b) in pieces {
+            world.untouched(Hook::Ingress, &answer.fragment(a, b));
+        }
         assert!(!world.rows().iter().any(|row| row.is(flags::MASQUERADE)), "{:#?}", world.rows());
         world.remove(|_| true);
     }
@@ -551,8 +577,7 @@ fn a_direct_connection_beside_one_through_the_vip() {
                 world.age(121);
             }
             world.untouched(Hook::Ingress, &direct.frame());
-            assert!(!world.rows().iter().any(|row| row.is(flags::MASQUERADE)), "{:#?}", world.rows());
-            world.remove(|_| true);
+            assert_eq!(world.rows(), []);
             world.untouched(Hook::Egress, &Packet::answer(proto, cast.backend, cast.client).frame());
 
             // And once more through the VIP.
