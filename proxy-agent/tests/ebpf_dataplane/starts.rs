@@ -276,3 +276,48 @@ fn clients_of_session_affinity_outlive_the_agent_and_not_their_service() {
     start(&mut world.open(), &sticky(2), &devices);
     assert_eq!(v4_rows(&world), rows(&[first, second]));
 }
+
+/// A socket that is not connected hears the VIP's name by the programs alone: an answer that is under way is waited for, by each family.
+#[test]
+fn a_drain_waits_for_answers_to_unconnected_sockets() {
+    use proxy_agent::dataplane::ebpf::Drain;
+    use proxy_common::{
+        Address, Be16, Ipv4Be, Ipv6Be,
+        socket::{DatagramKey, DatagramValue, direction},
+    };
+
+    fn put<A: Address>(world: &World, name: &str, [vip, backend]: [A; 2], seconds_ago: u32)
+    where
+        DatagramKey<A>: aya::Pod,
+        DatagramValue<A>: aya::Pod,
+    {
+        let pin = world.options.bpffs.join("v1/maps").join(name);
+        let map = aya::maps::Map::LruHashMap(aya::maps::MapData::from_pin(pin).unwrap());
+        let mut map: aya::maps::HashMap<_, DatagramKey<A>, DatagramValue<A>> = map.try_into().unwrap();
+        let now = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic).tv_sec as u32;
+        let port = Be16::from_host(53);
+        for (direction, from, to) in [(direction::TO_BACKEND, vip, backend), (direction::TO_VIP, backend, vip)] {
+            let key = DatagramKey::new(7, direction, from, port);
+            let seen = now.wrapping_sub(seconds_ago);
+            let value = DatagramValue { addr: to, port, service: 1, seen, ..Default::default() };
+            map.insert(key, value.sealed(&key), 0).unwrap();
+        }
+    }
+
+    let Some(mut world) = World::new("datagrams") else { return };
+    world.options.timeouts.udp = 20;
+    start(&mut world.open(), &state(1), &devices());
+    let mut drain = Drain::begin(&world.options.bpffs).unwrap().unwrap();
+    assert_eq!(drain.flows().unwrap(), 0);
+    let v4 = ["10.96.0.1", "10.1.0.1"].map(|addr| Ipv4Be::from_ip(addr.parse().unwrap()).unwrap());
+    let v6 = ["fd96::1", "fd00:1::1"].map(|addr| Ipv6Be::from_ip(addr.parse().unwrap()).unwrap());
+    put(&world, "datagrams_v4", v4, 1);
+    assert_eq!(drain.flows().unwrap(), 1);
+    put(&world, "datagrams_v6", v6, 15);
+    assert_eq!(drain.flows().unwrap(), 2);
+    // By the time-out that the programs had, not by this process's.
+    put(&world, "datagrams_v4", v4, 21);
+    put(&world, "datagrams_v6", v6, 25);
+    assert_eq!(drain.flows().unwrap(), 0);
+    drain.remove().unwrap();
+}

@@ -88,7 +88,7 @@ impl Drain {
         Ok(Some(Self(former)))
     }
 
-    /// Flows that the programs translate packet by packet. Sockets that were pointed at a backend go on without them.
+    /// Flows that the programs translate packet by packet, or datagram by datagram. Sockets that were pointed at a backend go on without them.
     pub fn flows(&mut self) -> Result<u64, DataplaneError> {
         self.0.count(false)
     }
@@ -191,7 +191,7 @@ fn empty_frontends<A: Family>(layout: &Layout, guards: bool) -> io::Result<()> {
 }
 
 /// A map, and those that links use in its place while sizes change.
-fn maps<K: aya::Pod, V: aya::Pod>(layout: &Layout, name: MapName) -> io::Result<Vec<Map<K, V>>> {
+pub(super) fn maps<K: aya::Pod, V: aya::Pod>(layout: &Layout, name: MapName) -> io::Result<Vec<Map<K, V>>> {
     let mut maps = Vec::new();
     for path in [layout.map(name), layout.resized(name), layout.former(name)] {
         match sys::open(&path).and_then(Map::new) {

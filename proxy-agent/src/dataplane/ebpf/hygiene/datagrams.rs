@@ -5,14 +5,17 @@ use std::io;
 
 use proxy_common::{
     Address, Ipv4Be, Ipv6Be,
+    affinity::is_expired,
     slot::Target,
     socket::{DatagramKey, DatagramValue, direction},
 };
 
+use super::flows::Clock;
 use crate::{
     dataplane::{
         alive::Alive,
         ebpf::{
+            former,
             layout::MapName,
             pins::Layout,
             sys::{self, Map},
@@ -46,6 +49,27 @@ where
         }
     }
     Ok(ended)
+}
+
+/// Flows to a VIP that were spoken on so lately that an answer may be under way, which shows the VIP by the programs alone.
+pub(super) fn live(layout: &Layout, clock: &Clock) -> io::Result<u64> {
+    Ok(live_in::<Ipv4Be>(layout, MapName::DatagramsV4, clock)?
+        + live_in::<Ipv6Be>(layout, MapName::DatagramsV6, clock)?)
+}
+
+fn live_in<A: Address>(layout: &Layout, name: MapName, clock: &Clock) -> io::Result<u64>
+where
+    DatagramKey<A>: aya::Pod,
+    DatagramValue<A>: aya::Pod,
+{
+    let mut flows = 0;
+    for map in former::maps::<DatagramKey<A>, DatagramValue<A>>(layout, name)? {
+        map.each(|key, value| {
+            let is_one = key.direction == direction::TO_BACKEND && value.is_sealed_for(&key);
+            flows += u64::from(is_one && !is_expired(value.seen, clock.now, clock.timeouts.udp));
+        })?;
+    }
+    Ok(flows)
 }
 
 fn is_lost<A: Address>(alive: &Alive, key: &DatagramKey<A>, value: &DatagramValue<A>) -> bool {

@@ -148,10 +148,11 @@ impl Census {
         self.timeouts
     }
 
-    /// Flows that are not over, and where it is asked for, sockets that are pointed at a backend.
+    /// Flows that are not over, those of unconnected sockets among them, and where it is asked for, sockets that are pointed at a backend.
     pub(crate) fn count(&mut self, layout: &Layout, sockets: bool) -> io::Result<u64> {
         let clock = Clock::new(self.timeouts);
-        let flows = Tables::live_v4(layout, &clock)? + Tables::live_v6(layout, &clock)?;
+        let packets = Tables::live_v4(layout, &clock)? + Tables::live_v6(layout, &clock)?;
+        let flows = packets + datagrams::live(layout, &clock)?;
         if !sockets {
             return Ok(flows);
         }
