@@ -321,3 +321,24 @@ fn a_drain_waits_for_answers_to_unconnected_sockets() {
     assert_eq!(drain.flows().unwrap(), 0);
     drain.remove().unwrap();
 }
+
+/// By whoever is told of another directory, whether an agent runs on these or not; those of another network namespace are not its business.
+#[test]
+fn pins_are_found_whatever_directory_is_asked_for() {
+    use proxy_agent::dataplane::ebpf::read::elsewhere;
+
+    let Some(mut world) = World::new("elsewhere") else { return };
+    let other = world.options.bpffs.clone();
+    world.options.bpffs = other.join("deeper/pins");
+    let mut ebpf = world.open();
+    start(&mut ebpf, &state(1), &devices());
+    let pins = [world.options.bpffs.clone()];
+    assert_eq!(elsewhere(&other), pins);
+    assert_eq!(elsewhere(&pins[0]), [] as [PathBuf; 0]);
+    drop(ebpf);
+    assert_eq!(elsewhere(Path::new("/nowhere")), pins);
+    nix::sched::unshare(nix::sched::CloneFlags::CLONE_NEWNET).unwrap();
+    assert_eq!(elsewhere(&other), [] as [PathBuf; 0]);
+    Ebpf::remove(&pins[0]).unwrap();
+    fs::remove_dir_all(&other).unwrap();
+}

@@ -15,12 +15,12 @@ use std::{
 use anyhow::bail;
 use clap::Args as ClapArgs;
 
-use super::Exit;
+use super::{Exit, pins::PinsArgs};
 use crate::{
-    config::{self, BPFFS},
+    config::{self, Bind},
     dataplane::{
         DataplaneError,
-        ebpf::{Drain, Ebpf, read::Pins},
+        ebpf::{Drain, Ebpf, read},
         iptables::Iptables,
         ipvs::Ipvs,
         netfilter::{ip, lock::Lock, nat},
@@ -29,6 +29,7 @@ use crate::{
     model::Family,
 };
 
+mod agent;
 pub(super) mod kube_proxy;
 
 /// Between two looks at connections that are waited for.
@@ -38,9 +39,8 @@ const SAY: Duration = Duration::from_secs(10);
 
 #[derive(Clone, Debug, ClapArgs)]
 pub struct Args {
-    /// Directory of the pinned maps and programs
-    #[arg(long, value_name = "DIR", default_value = BPFFS, env = "PROXY_AGENT_BPFFS")]
-    bpffs: PathBuf,
+    #[command(flatten)]
+    pins: PinsArgs,
     /// Also remove what kube-proxy left: its tables of nftables, its chains in those of iptables, virtual servers, device and sets of its
     /// IPVS mode; while an agent runs, nothing but that
     #[arg(long)]
@@ -48,6 +48,9 @@ pub struct Args {
     /// Of eBPF mode: let open connections end first, for so long at most (30m). New ones are left to whoever else serves here at once
     #[arg(long, value_name = "DURATION", value_parser = config::period, conflicts_with = "kube_proxy")]
     drain: Option<Duration>,
+    /// With --kube-proxy: also where connections would break, since the agent has not all in force or NAT cannot be kept on, or may do so
+    #[arg(long, requires = "kube_proxy")]
+    force: bool,
     /// Say what would be removed, and remove nothing
     #[arg(long)]
     dry_run: bool,
@@ -55,22 +58,20 @@ pub struct Args {
 
 impl Args {
     /// What kube-proxy's `--cleanup` is expected to do: ours, and kube-proxy's.
-    pub fn everything(bpffs: PathBuf) -> Self {
-        Self { bpffs, kube_proxy: true, drain: None, dry_run: false }
+    pub fn everything(pins: PinsArgs) -> Self {
+        Self { pins, kube_proxy: true, drain: None, force: false, dry_run: false }
     }
 }
 
 pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
-    let Args { bpffs, kube_proxy, drain, dry_run } = args;
-    if let Some(agent) = agent_on(&bpffs) {
+    let Args { pins: PinsArgs { bpffs, metrics_bind_address }, kube_proxy, drain, force, dry_run } = args;
+    if let Some(agent) = agent::at_work(&bpffs) {
         if kube_proxy {
-            return beside(&agent, &bpffs, dry_run, out);
+            let how = How { force, dry_run };
+            return beside(&agent, &metrics_bind_address, how, out);
         }
         // It would put back at once what is removed under it.
         bail!("{agent}: stop it first");
-    }
-    if kube_proxy && Lock::take().is_err() {
-        return beside("an agent runs in this network namespace", &bpffs, dry_run, out);
     }
     if drain.is_some() && !dry_run {
         somebody_takes_over()?;
@@ -92,6 +93,13 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
         trouble.extend(remains.go(dry_run, out)?);
     }
     trouble.extend(remove_pins(&bpffs, drain, dry_run, out)?);
+    for dir in read::elsewhere(&bpffs) {
+        writeln!(
+            out,
+            "{}: pins of an agent are here, too; `proxy-agent cleanup --bpffs {0}` removes them",
+            dir.display()
+        )?;
+    }
     if kube_proxy && let Err(error) = kube_proxy::find().and_then(|found| of_kube_proxy(&found, dry_run, out)) {
         trouble.push(format!("{error:#}"));
     }
@@ -169,43 +177,43 @@ fn remove_pins(bpffs: &Path, drain: Option<Duration>, dry_run: bool, out: &mut d
     Ok(trouble)
 }
 
-/// The agent that holds these pins, if one does.
-fn agent_on(bpffs: &Path) -> Option<String> {
-    let pins = Pins::open(bpffs).ok().filter(Pins::agent_running)?;
-    let pid = pins.agent_pid().map(|pid| format!(" (pid {pid})")).unwrap_or_default();
-    Some(format!("an agent runs on {}{pid}", bpffs.display()))
+#[derive(Clone, Copy)]
+struct How {
+    force: bool,
+    dry_run: bool,
+}
+
+impl How {
+    /// Refuses what would break connections, unless it is asked for all the same.
+    fn insist(self, trouble: &str, remedy: &str, out: &mut dyn Write) -> anyhow::Result<()> {
+        if !self.force {
+            bail!("{trouble}; {remedy}, or give --force");
+        }
+        writeln!(out, "{trouble}; goes on all the same (--force)")?;
+        Ok(())
+    }
 }
 
 /// What kube-proxy left, and nothing that the agent is at work on.
-fn beside(agent: &str, bpffs: &Path, dry_run: bool, out: &mut dyn Write) -> anyhow::Result<Exit> {
-    if !is_in_force(bpffs)? {
-        bail!(
-            "{agent}, but has nothing in force yet: without kube-proxy's rules nobody would serve; wait until it is ready (`proxy-agent status`)"
-        );
+fn beside(agent: &str, asked: &Bind, how: How, out: &mut dyn Write) -> anyhow::Result<Exit> {
+    if let Some(lack) = agent::needs_the_former(asked) {
+        how.insist(
+            &format!("{agent}, but {lack}: without kube-proxy's rules nobody would serve what it does not"),
+            "wait until `proxy-agent status` says that all is in force",
+            out,
+        )?;
     }
     writeln!(out, "{agent}: what is its own stays")?;
     let found = kube_proxy::find()?;
     if !found.is_empty() {
-        keep_nat(dry_run, out)?;
+        keep_nat(how, out)?;
     }
-    of_kube_proxy(&found, dry_run, out)?;
+    of_kube_proxy(&found, how.dry_run, out)?;
     Ok(Exit::Done)
 }
 
-/// Whether something of ours serves here, in whichever mode.
-fn is_in_force(bpffs: &Path) -> anyhow::Result<bool> {
-    let by_programs = match Pins::open(bpffs) {
-        Ok(pins) => !pins.is_retired() && !pins.frontends()?.is_empty(),
-        Err(_) => false,
-    };
-    Ok(by_programs
-        || !Nftables::remains()?.is_empty()
-        || !Iptables::remains().0.is_empty()
-        || !Ipvs::remains()?.is_empty())
-}
-
 /// Before kube-proxy's rules go, which may be the last that have translation switched on. The agent removes it when nobody needs it.
-fn keep_nat(dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+fn keep_nat(how: How, out: &mut dyn Write) -> anyhow::Result<()> {
     for family in Family::BOTH {
         // Where they cannot be counted there may be some.
         let count = match nat::translated(family) {
@@ -214,7 +222,7 @@ fn keep_nat(dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
             Err(_) => "all".to_owned(),
         };
         let ip = ip(family);
-        if dry_run {
+        if how.dry_run {
             writeln!(out, "would keep NAT on for connections that are translated ({count}, {ip})")?;
             continue;
         }
@@ -223,12 +231,14 @@ fn keep_nat(dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
                 out,
                 "made {table}: it keeps NAT on for connections that are translated ({count}), and the agent removes it when they have ended"
             )?,
-            Err(error) => {
-                writeln!(
-                    out,
-                    "connections that are translated ({count}, {ip}) may end: nothing keeps NAT on for them: {error}"
-                )?;
-            }
+            Err(error) => how.insist(
+                &format!(
+                    "NAT cannot be kept on for connections that are translated ({count}, {ip}), which would end with kube-proxy's rules: {error}"
+                ),
+                "see that the kernel has nftables with NAT (`modprobe nft_chain_nat`) and that nobody holds a table proxy-agent-nat \
+                 (`nft list tables`), or wait until they have ended (`conntrack -L --dst-nat`)",
+                out,
+            )?,
         }
     }
     Ok(())

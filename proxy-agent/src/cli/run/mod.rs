@@ -23,9 +23,9 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 use tracing::{info, warn};
 
-use super::{Exit, cleanup, exit::UsageError, shapes};
+use super::{Exit, cleanup, exit::UsageError, pins::PinsArgs, shapes};
 use crate::{
-    config::{self, ClusterCidr, ConfigError, LocalMode, PortRange, ProxyMode},
+    config::{self, Bind, ClusterCidr, ConfigError, LocalMode, PortRange, ProxyMode},
     dataplane::{
         self, Dataplane, Ended, Fill,
         choose::{self, Choice},
@@ -95,7 +95,8 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
         return Ok(Exit::Done);
     }
     if args.file.cleanup {
-        return cleanup::execute(cleanup::Args::everything(args.bpffs), out);
+        let metrics_bind_address = args.binds().1.map_or(Bind::Off, Bind::Socket);
+        return cleanup::execute(cleanup::Args::everything(PinsArgs { bpffs: args.bpffs, metrics_bind_address }), out);
     }
     let log = logging::start(args.log.format(), args.log.filter())?;
     let init_only = args.file.init_only;

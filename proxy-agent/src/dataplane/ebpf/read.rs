@@ -5,10 +5,13 @@
 
 use std::{
     collections::BTreeMap,
-    io,
+    fs, io,
     net::{IpAddr, SocketAddr},
-    os::fd::{AsFd, OwnedFd},
-    path::Path,
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::fs::MetadataExt,
+    },
+    path::{Path, PathBuf},
 };
 
 use proxy_common::{
@@ -33,7 +36,7 @@ use super::{
     render, sys,
 };
 use crate::{
-    dataplane::{Fill, Hook},
+    dataplane::{Fill, Hook, mounts},
     desired::{Algorithm, FrontendKind, Verdict},
     model::Protocol,
 };
@@ -145,6 +148,44 @@ pub struct Pins {
 }
 
 type Result<T, E = ReadError> = std::result::Result<T, E>;
+
+/// How far below a bpf filesystem's root a directory of pins is looked for.
+const DEPTH: usize = 4;
+
+/// Other directories than this one with pins of an agent of this network namespace, on any bpf filesystem that is mounted here. What cannot be
+/// read is not looked at.
+pub fn elsewhere(bpffs: &Path) -> Vec<PathBuf> {
+    let Ok(here) = hooks::netns_cookie() else { return Vec::new() };
+    let mut found = Vec::new();
+    for mount in mounts::all().unwrap_or_default().into_iter().filter(|mount| mount.kind == "bpf") {
+        search(&mount.path, DEPTH, &mut found);
+    }
+    // One directory may be seen by several mounts.
+    let place = |path: &Path| path.metadata().map(|it| (it.dev(), it.ino())).ok();
+    let mut seen = vec![place(bpffs)];
+    found.retain(|dir| {
+        let place = place(dir);
+        let is_new = !seen.contains(&place);
+        seen.push(place);
+        is_new && Pins::open(dir).and_then(|pins| pins.meta()).is_ok_and(|meta| meta.node_netns_cookie == here)
+    });
+    found
+}
+
+/// Directories that look like one of pins, at any depth up to this one.
+fn search(dir: &Path, depth: usize, found: &mut Vec<PathBuf>) {
+    if Layout::of(dir).map(MapName::Meta).exists() {
+        return found.push(dir.to_owned());
+    }
+    if depth == 0 {
+        return;
+    }
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            search(&entry.path(), depth - 1, found);
+        }
+    }
+}
 
 impl Pins {
     pub fn open(bpffs: &Path) -> Result<Self> {
