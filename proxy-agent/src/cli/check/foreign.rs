@@ -56,7 +56,7 @@ pub(super) fn look() -> Foreign {
     }
 }
 
-fn output(program: &str, args: &[&str]) -> io::Result<String> {
+pub(super) fn output(program: &str, args: &[&str]) -> io::Result<String> {
     let output = Command::new(program).args(args).output()?;
     if output.status.success() {
         Ok(String::from_utf8_lossy(&output.stdout).into_owned())

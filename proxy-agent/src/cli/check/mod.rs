@@ -37,6 +37,7 @@ use crate::{
     status::report::Report,
 };
 
+mod firewall;
 mod foreign;
 
 use foreign::Foreign;
@@ -152,6 +153,9 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
         checks.push(masquerade(masquerade_ports, PortRange::ephemeral()));
     }
     checks.push(other_proxies(foreign::look()));
+    if chosen.is_some_and(|mode| mode != Mode::Iptables) {
+        checks.extend(firewall(&firewall::look()));
+    }
     let report = metrics_bind_address.socket(METRICS_PORT).and_then(|addr| agent::report(addr).ok());
     checks.extend(left(report.as_ref(), &in_force(has_pins)));
     let (without_uplink, outward) = match survey(&uplinks) {
@@ -269,6 +273,21 @@ fn masquerade(ports: PortRange, ephemeral: Option<PortRange>) -> Check {
     } else {
         ok(NAME, format!("{ports}, apart from the kernel's ephemeral ports {ephemeral}"))
     }
+}
+
+/// Only where there is something to say. Whether the rules that there are let pods' traffic through nobody can tell from here.
+fn firewall(drop: &[String]) -> Option<Check> {
+    (!drop.is_empty()).then(|| {
+        warning(
+            "firewall",
+            format!(
+                "drops what is forwarded unless a rule accepts it ({}): kube-proxy in iptables mode accepts what it translates, this mode does not",
+                drop.join(", ")
+            ),
+            "see that rules of the CNI, or your own, accept what goes to pods and comes from them (iptables -A FORWARD -d PODS -j ACCEPT, and -s), \
+             or use --proxy-mode iptables",
+        )
+    })
 }
 
 /// What XDP can do at a device that leads out of the node. `program`: somebody else's on its hook.
@@ -392,6 +411,17 @@ fn address(name: &str, option: &str, addr: Option<SocketAddr>) -> Option<Check> 
 mod tests {
     use super::*;
     use crate::{cli::output::tests::every_format, desired::DeviceRole};
+
+    #[test]
+    fn a_firewall_that_drops_is_named_with_what_to_do() {
+        assert_eq!(firewall(&[]), None);
+        let check = firewall(&["chain FORWARD in table ip filter".to_owned()]).unwrap();
+        assert_eq!(
+            (check.result, check.detail.contains("(chain FORWARD in table ip filter)")),
+            (Outcome::Warning, true)
+        );
+        assert!(check.remedy.contains("iptables -A FORWARD -d PODS"), "{}", check.remedy);
+    }
 
     #[test]
     fn what_nobody_retires_is_warned_of() {

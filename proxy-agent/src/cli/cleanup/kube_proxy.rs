@@ -17,6 +17,9 @@ use crate::{
     model::{Family, Protocol},
 };
 
+/// Accepts what it translates where the firewall drops what is forwarded.
+const FORWARD: &str = "KUBE-FORWARD";
+
 /// Its table in nftables mode.
 pub(in crate::cli) const TABLE: &str = "kube-proxy";
 /// The device of its IPVS mode.
@@ -32,7 +35,7 @@ const CHAINS: [&str; 14] = [
     "KUBE-NODEPORTS",
     "KUBE-POSTROUTING",
     "KUBE-MARK-MASQ",
-    "KUBE-FORWARD",
+    FORWARD,
     "KUBE-PROXY-FIREWALL",
     "KUBE-PROXY-CANARY",
     // Of its IPVS mode.
@@ -138,11 +141,29 @@ enum How {
     Servers(Vec<Virtual>),
     Device(u32),
     Table(Family),
-    Rules { program: &'static str, args: &'static [&'static str], input: String },
+    Rules {
+        program: &'static str,
+        args: &'static [&'static str],
+        input: String,
+    },
     Sets(Vec<String>),
+    /// It stays.
+    Needed,
+}
+
+/// What goes of what is found.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Extent {
+    All,
+    /// But for what lets connections through, also those of whoever serves in its place, where the firewall drops what nothing accepts.
+    ButForwarding,
 }
 
 impl Remains {
+    pub(super) fn stays(&self) -> bool {
+        matches!(self.how, How::Needed)
+    }
+
     pub(super) fn remove(&self) -> anyhow::Result<()> {
         let Self { what, how } = self;
         let done = match how {
@@ -153,6 +174,7 @@ impl Remains {
             }
             How::Rules { program, args, input } => tool(program).run(args, input).map(drop).map_err(Into::into),
             How::Sets(names) => destroy(names),
+            How::Needed => Ok(()),
         };
         done.with_context(|| what.clone())
     }
@@ -163,11 +185,11 @@ const fn tool(program: &'static str) -> Tool {
 }
 
 /// Everything of kube-proxy's in this network namespace, in the order in which it goes.
-pub(super) fn find() -> anyhow::Result<Vec<Remains>> {
+pub(super) fn find(extent: Extent) -> anyhow::Result<Vec<Remains>> {
     let sets = Sets::open().map_err(of_sets)?;
     let names = sets.as_ref().map_or(Ok(BTreeSet::new()), Sets::names).map_err(of_sets)?;
     let mut found = of_ipvs(&sets.as_ref().map_or(Ok(NodePorts::new()), node_ports)?)?;
-    found.extend(rules()?);
+    found.extend(rules(extent)?);
     // Those that rules ask for stay until the rules are gone.
     let names: Vec<String> = its_sets().into_iter().filter(|name| names.contains(name)).collect();
     if !names.is_empty() {
@@ -234,7 +256,7 @@ fn destroy(names: &[String]) -> anyhow::Result<()> {
     failed
 }
 
-fn rules() -> anyhow::Result<Vec<Remains>> {
+fn rules(extent: Extent) -> anyhow::Result<Vec<Remains>> {
     let tables = tables()?;
     let mut found = Vec::new();
     for (family, name) in tables.iter().filter(|(_, name)| name == TABLE) {
@@ -249,7 +271,11 @@ fn rules() -> anyhow::Result<Vec<Remains>> {
         };
         for table in TABLES.into_iter().filter(|table| names.contains(*table)) {
             let text = tool(save).run(&["-t", table], "")?;
-            if let Some((what, input)) = removal(&text, table) {
+            let needed = Some(FORWARD).filter(|_| extent == Extent::ButForwarding && drops_forwarded(&text));
+            if let Some(chain) = needed.filter(|needed| text.lines().filter_map(chain).any(|name| name == *needed)) {
+                found.push(Remains { what: format!("chain {chain} in table {table} ({save})"), how: How::Needed });
+            }
+            if let Some((what, input)) = removal(&text, table, needed) {
                 found.push(Remains {
                     what: format!("{what} in table {table} ({save})"),
                     how: How::Rules { program: restore, args: &["--noflush", "--counters", "-w", "5"], input },
@@ -283,9 +309,18 @@ fn names(file: &str) -> BTreeSet<String> {
     text.lines().map(str::to_owned).collect()
 }
 
-/// How many there are, and what `iptables-restore` is to be told; `text` is what `iptables-save -t` printed.
-fn removal(text: &str, table: &str) -> Option<(String, String)> {
-    let chains: BTreeSet<&str> = text.lines().filter_map(chain).filter(|name| is_its(name)).collect();
+/// Whether what is forwarded is dropped or refused unless a rule accepts it, by what `iptables-save -t filter` printed.
+fn drops_forwarded(text: &str) -> bool {
+    text.lines().any(|line| {
+        let rule = line.split_once("-A FORWARD ").map_or("", |(_, rule)| rule);
+        line.starts_with(":FORWARD DROP ") || rule.starts_with("-j DROP") || rule.starts_with("-j REJECT")
+    })
+}
+
+/// How many there are, and what `iptables-restore` is to be told; `text` is what `iptables-save -t` printed, `needed` a chain that stays.
+fn removal(text: &str, table: &str, needed: Option<&str>) -> Option<(String, String)> {
+    let goes = |name: &&str| is_its(name) && Some(*name) != needed;
+    let chains: BTreeSet<&str> = text.lines().filter_map(chain).filter(goes).collect();
     if chains.is_empty() {
         return None;
     }
@@ -344,15 +379,34 @@ mod tests {
 
     #[test]
     fn only_its_own_and_what_leads_there_goes() {
-        let (count, input) = removal(NAT, "nat").unwrap();
+        let (count, input) = removal(NAT, "nat", None).unwrap();
         assert_eq!(count, "2 chains, 2 jumps");
         assert_eq!(
             input,
             "*nat\n:KUBE-SERVICES - [0:0]\n:KUBE-SVC-AAAA - [0:0]\n-D PREROUTING -m comment --comment \"kubernetes service portals\" -j KUBE-SERVICES\n\
              -D MINE -d 10.0.0.1/32 -g KUBE-SERVICES\n-X KUBE-SERVICES\n-X KUBE-SVC-AAAA\nCOMMIT\n"
         );
-        assert_eq!(removal("*filter\n:INPUT ACCEPT [0:0]\n:KUBE-FIREWALL - [0:0]\nCOMMIT\n", "filter"), None);
-        assert_eq!(removal("", "mangle"), None);
+        assert_eq!(removal("*filter\n:INPUT ACCEPT [0:0]\n:KUBE-FIREWALL - [0:0]\nCOMMIT\n", "filter", None), None);
+        assert_eq!(removal("", "mangle", None), None);
+    }
+
+    /// As docker, ufw and firewalld leave the chain.
+    #[test]
+    fn what_lets_through_stays_where_forwarding_is_dropped() {
+        let filter = "*filter\n:FORWARD DROP [0:0]\n:KUBE-FORWARD - [0:0]\n:KUBE-SERVICES - [0:0]\n-A FORWARD -j KUBE-FORWARD\n\
+             -A FORWARD -j KUBE-SERVICES\n-A KUBE-FORWARD -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT\nCOMMIT\n";
+        assert!(drops_forwarded(filter));
+        let open = filter.replace("FORWARD DROP", "FORWARD ACCEPT");
+        assert!(!drops_forwarded(&open) && !drops_forwarded(NAT));
+        for last in ["DROP", "REJECT --reject-with icmp-host-prohibited"] {
+            assert!(drops_forwarded(&open.replace("COMMIT", &format!("-A FORWARD -j {last}\nCOMMIT"))), "{last}");
+        }
+        assert!(!drops_forwarded(&open.replace("COMMIT", "-A FORWARD -i eth7 -j DROP\nCOMMIT")));
+        let (count, input) = removal(filter, "filter", Some(FORWARD)).unwrap();
+        assert_eq!(count, "1 chains, 1 jumps");
+        assert!(!input.contains(FORWARD) && input.contains("-D FORWARD -j KUBE-SERVICES"), "{input}");
+        let (count, _) = removal(filter, "filter", None).unwrap();
+        assert_eq!(count, "2 chains, 2 jumps");
     }
 
     #[test]

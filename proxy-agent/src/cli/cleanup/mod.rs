@@ -15,6 +15,7 @@ use std::{
 use anyhow::bail;
 use clap::Args as ClapArgs;
 
+use self::kube_proxy::Extent;
 use super::{Exit, pins::PinsArgs};
 use crate::{
     config::{self, Bind},
@@ -48,7 +49,8 @@ pub struct Args {
     /// Of eBPF mode: let open connections end first, for so long at most (30m). New ones are left to whoever else serves here at once
     #[arg(long, value_name = "DURATION", value_parser = config::period, conflicts_with = "kube_proxy")]
     drain: Option<Duration>,
-    /// With --kube-proxy: also where connections would break, since the agent has not all in force or NAT cannot be kept on, or may do so
+    /// With --kube-proxy: also where connections may break by it, since the agent has not all in force, NAT cannot be kept on, or the firewall
+    /// drops what kube-proxy's chain KUBE-FORWARD accepts
     #[arg(long, requires = "kube_proxy")]
     force: bool,
     /// Say what would be removed, and remove nothing
@@ -100,7 +102,10 @@ pub fn execute(args: Args, out: &mut dyn Write) -> anyhow::Result<Exit> {
             dir.display()
         )?;
     }
-    if kube_proxy && let Err(error) = kube_proxy::find().and_then(|found| of_kube_proxy(&found, dry_run, out)) {
+    if kube_proxy
+        && let Err(error) =
+            kube_proxy::find(Extent::All).and_then(|found| of_kube_proxy(Extent::All, &found, dry_run, out))
+    {
         trouble.push(format!("{error:#}"));
     }
     if trouble.is_empty() { Ok(Exit::Done) } else { bail!(trouble.join("; ")) }
@@ -204,11 +209,13 @@ fn beside(agent: &str, asked: &Bind, how: How, out: &mut dyn Write) -> anyhow::R
         )?;
     }
     writeln!(out, "{agent}: what is its own stays")?;
-    let found = kube_proxy::find()?;
-    if !found.is_empty() {
+    // In iptables mode the agent accepts for itself what it translates.
+    let extent = if how.force || !Iptables::remains().0.is_empty() { Extent::All } else { Extent::ButForwarding };
+    let found = kube_proxy::find(extent)?;
+    if !found.iter().all(Remains::stays) {
         keep_nat(how, out)?;
     }
-    of_kube_proxy(&found, how.dry_run, out)?;
+    of_kube_proxy(extent, &found, how.dry_run, out)?;
     Ok(Exit::Done)
 }
 
@@ -245,17 +252,31 @@ fn keep_nat(how: How, out: &mut dyn Write) -> anyhow::Result<()> {
 }
 
 /// One that runs puts back what is taken from it; that shows at the end.
-fn of_kube_proxy(found: &[kube_proxy::Remains], dry_run: bool, out: &mut dyn Write) -> anyhow::Result<()> {
+fn of_kube_proxy(
+    extent: Extent,
+    found: &[kube_proxy::Remains],
+    dry_run: bool,
+    out: &mut dyn Write,
+) -> anyhow::Result<()> {
     if found.is_empty() {
         writeln!(out, "no rules of kube-proxy")?;
     }
     for remains in found {
+        if remains.stays() {
+            writeln!(
+                out,
+                "{} stays: FORWARD drops what no rule accepts there, and it accepts what is under way; let what goes to pods and comes from \
+                 them through by rules of your own, and give --force",
+                remains.what
+            )?;
+            continue;
+        }
         if !dry_run {
             remains.remove()?;
         }
         say([&remains.what], dry_run, out)?;
     }
-    if !dry_run && let Some(again) = kube_proxy::find()?.first() {
+    if !dry_run && let Some(again) = kube_proxy::find(extent)?.iter().find(|remains| !remains.stays()) {
         bail!("{} is there again: does kube-proxy still run here?", again.what);
     }
     Ok(())
@@ -263,7 +284,7 @@ fn of_kube_proxy(found: &[kube_proxy::Remains], dry_run: bool, out: &mut dyn Wri
 
 /// `--drain` is refused where nobody would take new connections.
 fn somebody_takes_over() -> anyhow::Result<()> {
-    if kube_proxy::find()?.is_empty() {
+    if kube_proxy::find(Extent::ButForwarding)?.iter().all(kube_proxy::Remains::stays) {
         bail!(
             "there are no rules of kube-proxy here, so nobody would take new connections; start it, wait until \
              `curl http://127.0.0.1:10256/healthz` answers, and run this again, or end all connections by `proxy-agent cleanup` without --drain"
