@@ -1,11 +1,12 @@
-//! kube-proxy, then the agent, then kube-proxy again, on running nodes: new connections are answered at any time, those that are open go on,
-//! whoever translated them, and nothing is left of the former.
+//! kube-proxy, then the agent, then kube-proxy again, on running nodes, by the commands of docs/migrate.md in their order: new connections are
+//! answered at any time, those that are open go on, whoever translated them, and nothing is left of the former.
 //!
 //! `cargo xtask e2e takeover` does the same in a whole cluster.
 
 use std::{
     collections::BTreeMap,
     fs::{self, File},
+    io::Write as _,
     net::SocketAddr,
     path::{Path, PathBuf},
     process::{Child, ExitCode, Stdio},
@@ -22,28 +23,40 @@ use proxy_tests::{
         subject::{self, Mode, Subject},
         table::Configuration,
     },
-    observed::{Observed, Phases},
-    pod::socket::Transport,
+    observed::{Bar, Observed, Phases},
+    pod::{socket::Transport, storm},
     suite::Suite,
     world::{AgentOptions, Client, Family, Node, Place, SocketLb, World, cleanup_on_signals, patience, within},
 };
 
-/// Whose are asked. No phase but lasts so long at least.
+/// Whose are asked. No phase but lasts so long at least; the first one, with which the others are compared, as long as some of them do.
 const SERVICES: &str = "web | NodePort | b1 b2";
 const LASTS: Duration = Duration::from_secs(2);
+const CONTROL: Duration = Duration::from_secs(10);
+/// How much longer than in that one nobody may be answered, on one way. Whoever is not served loses datagrams, or sends its SYN again, and of those
+/// there may be none more; this is for answers that come late, and for a machine with much to do, on which clients themselves come to ask late.
+const GAP: u64 = 5;
 
-/// Connections a second of each kind, and after how many seconds they end at the latest.
+/// Connections a second of each kind; they end with their phase, and have not seen the whole of one that lasts for so many seconds.
 const RATE: u16 = 4;
-const SECONDS: u16 = 50;
+const WORKERS: u16 = 2;
+const SECONDS: u16 = 280;
 /// Long ones of each way.
 const HELD: u16 = 5;
 /// No claim about speed.
 const TIMEOUT: &str = "--timeout=8000";
 
-/// Source ports, of which none is used twice: what conntrack remembers of a connection outlives it. A node's are none that a proxy
-/// masquerades with.
+/// Source ports of each way: for what is new, and after these for what is held. None is used again before all others were: what conntrack
+/// remembers of a connection outlives it. A node's are none that the kernel gives to others.
 const PORTS: u16 = 10_000;
 const PORTS_OF_NODE: u16 = 61_000;
+const NEW: u16 = 2_100;
+const OPEN: u16 = 150;
+
+/// Ports that kube-proxy never masquerades with, but where a client's is one of the first 1023 (docs/migrate.md).
+const MASQUERADE_PORTS: &str = "--masquerade-ports=512-1023";
+/// Of kube-proxy in this world.
+const HEALTHZ: u16 = 28_256;
 
 const BEFORE: &str = "kube-proxy";
 const TO_AGENT: &str = "to the agent";
@@ -109,36 +122,53 @@ fn there_and_back(
 ) -> Result<()> {
     let mut options = AgentOptions::new(socket_lb);
     options.kubeconfig = lab.objects.kubeconfig()?;
-    options.extra.extend(["--proxy-mode", "ebpf"].map(str::to_owned));
+    options.extra.extend(["--proxy-mode", "ebpf", MASQUERADE_PORTS].map(str::to_owned));
     options.extra.extend(["--conntrack-udp-timeout=3s", "--conntrack-udp-timeout-stream=3s"].map(str::to_owned));
     let mut traffic = Traffic { observed: Observed::default(), ports };
     lab.start(Subject::KubeProxy(mode), Configuration::BASE)?;
     lab.world.nodes.iter().try_for_each(|node| node.place.namespace.sysctl(&FORGETFUL))?;
+    for node in &lab.world.nodes {
+        let shown = lab.world.cli_output(node, &["check"])?;
+        ensure!(shown.contains("kube-proxy in "), "check does not name kube-proxy:\n{shown}");
+    }
 
     let since_before = traffic.open(lab, service)?;
-    traffic.during(lab, service, BEFORE, |_| Ok(()))?;
-    traffic.during(lab, service, TO_AGENT, |lab| {
-        lab.world.start_agents(&options)?;
-        lab.settle()?;
+    traffic.during(lab, service, BEFORE, |_, _| {
+        sleep(CONTROL);
+        Ok(())
+    })?;
+    traffic.during(lab, service, TO_AGENT, |_, lab| {
+        // Its DaemonSet is deleted, ours is applied.
         lab.end_proxies();
-        lab.world.nodes.iter().try_for_each(|node| rid_of_kube_proxy(lab, node, service))
+        waits_until_ready(lab, &options, service)?;
+        lab.world.start_agents(&options)?;
+        lab.world.nodes.iter().try_for_each(|node| rid_of_kube_proxy(lab, node, service, mode, agent))
     })?;
     let since_agent = traffic.open(lab, service)?;
-    traffic.during(lab, service, AGENT, |lab| {
-        lab.world.nodes.iter().try_for_each(|node| within(patience(60), || counts_them(node)))
+    traffic.during(lab, service, AGENT, |traffic, lab| {
+        lab.world.nodes.iter().try_for_each(|node| within(patience(60), || counts_them(lab, node)))?;
+        traffic.close(since_before, Phases { since: BEFORE, until: AGENT })?;
+        // Nobody needs it any more.
+        lab.world.nodes.iter().try_for_each(|node| within(patience(90), || is_alone(node)))
     })?;
-    traffic.close(since_before, Phases { since: BEFORE, until: AGENT })?;
-    // Nobody needs it any more.
-    lab.world.nodes.iter().try_for_each(|node| within(patience(90), || is_alone(node)))?;
 
     let mut drains = Vec::new();
-    traffic.during(lab, service, BACK, |lab| {
-        lab.launch(Subject::KubeProxy(mode))?;
-        for node in &lab.world.nodes {
-            within(patience(60), || has_rules(lab, node, service))?;
-        }
+    traffic.during(lab, service, BACK, |_, lab| {
         for number in 1..=lab.world.nodes.len() {
             lab.world.kill_agent(number)?;
+        }
+        // Before anybody would take over.
+        let refused = lab.world.cli(lab.world.node(1), &["cleanup", "--drain=1s"]).err();
+        let refused = refused.map(|error| error.to_string()).unwrap_or_default();
+        ensure!(refused.contains("there are no rules of kube-proxy here"), "cleanup --drain: {refused}");
+        lab.launch(Subject::KubeProxy(mode))?;
+        for node in &lab.world.nodes {
+            within(patience(60), || {
+                let (code, words) = node.http(HEALTHZ, "/healthz")?;
+                ensure!(code == 200, "{code} {words}");
+                Ok(())
+            })?;
+            has_rules(lab, node, service)?;
         }
         let dir = lab.world.objects_dir();
         for node in &lab.world.nodes {
@@ -147,14 +177,15 @@ fn there_and_back(
         drains.iter().try_for_each(|drain| drain.says("new connections are left to others"))
     })?;
     let since_after = traffic.open(lab, service)?;
-    traffic.during(lab, service, AFTER, |_| Ok(()))?;
-    for drain in &mut drains {
-        ensure!(drain.goes_on()?, "a node's cleanup did not wait: {}", drain.said()?);
-    }
-    traffic.close(since_agent, Phases { since: AGENT, until: AFTER })?;
-    for drain in drains {
-        drain.ends()?;
-    }
+    traffic.during(lab, service, AFTER, |traffic, _| {
+        // Longer than one that is not waited for takes to go.
+        sleep(LASTS);
+        for drain in &mut drains {
+            ensure!(drain.goes_on()?, "a node's cleanup did not wait: {}", drain.said()?);
+        }
+        traffic.close(since_agent, Phases { since: AGENT, until: AFTER })?;
+        drains.into_iter().try_for_each(Drain::ends)
+    })?;
     traffic.close(since_after, Phases { since: AFTER, until: AFTER })?;
     for node in &lab.world.nodes {
         ensure!(!node.bpffs.exists(), "{} is still there", node.bpffs.display());
@@ -163,20 +194,61 @@ fn there_and_back(
     println!("{observed}");
     // `cargo xtask` shows lines that begin so.
     observed.sums().lines().for_each(|line| println!("sum  {line}"));
-    ensure!(observed.is_clean(), "connections broke or were refused:\n{observed}");
+    let faults = observed.faults(Bar::Control { phase: BEFORE, gap: patience(GAP) });
+    ensure!(faults.is_empty(), "{}\n{observed}", faults.join("\n"));
     Ok(())
 }
 
+/// An agent that has heard of nothing yet takes nobody's place.
+fn waits_until_ready(lab: &mut Lab, options: &AgentOptions, service: &Service) -> Result<()> {
+    let kubeconfig = fs::read_to_string(options.kubeconfig.as_ref().context("a kubeconfig")?)?;
+    let mut kubeconfig: serde_json::Value = serde_json::from_str(&kubeconfig)?;
+    kubeconfig["clusters"][0]["cluster"]["server"] = "https://127.0.0.1:9".into();
+    let nowhere = lab.world.objects_dir().join("nowhere.kubeconfig");
+    fs::write(&nowhere, kubeconfig.to_string())?;
+    lab.world.start_agent(1, &AgentOptions { kubeconfig: Some(nowhere), ..options.clone() })?;
+    let node = lab.world.node(1);
+    within(patience(60), || {
+        ensure!(node.status()?["ready"] == false, "it is ready");
+        Ok(())
+    })?;
+    let refused = lab.world.cli(node, &["cleanup", "--kube-proxy"]).err().map(|error| error.to_string());
+    ensure!(refused.as_ref().is_some_and(|why| why.contains("is not ready")), "before it is ready: {refused:?}");
+    has_rules(lab, node, service).context("before the agent was ready")?;
+    lab.world.kill_agent(1)
+}
+
 /// Beside the agent that runs.
-fn rid_of_kube_proxy(lab: &Lab, node: &Node, service: &Service) -> Result<()> {
+fn rid_of_kube_proxy(lab: &Lab, node: &Node, service: &Service, mode: Mode, agent: &Path) -> Result<()> {
     let world = &lab.world;
+    let status = world.cli(node, &["status"])?;
+    ensure!(!status.contains("unhealthy") && status.contains(" 0 pending, 0 degraded"), "{status}");
     let refused = world.cli(node, &["cleanup"]).err().map(|error| error.to_string()).unwrap_or_default();
     ensure!(refused.contains("an agent runs on") && refused.contains("stop it first"), "cleanup: {refused}");
+    // Whoever names another directory finds it, too.
+    let elsewhere = node.place.command(agent)?.args(["cleanup", "--bpffs=/sys/fs/bpf/nobodys"]).output()?;
+    let said = String::from_utf8_lossy(&elsewhere.stderr);
+    let names = said.contains(&format!("an agent runs on {}", node.bpffs.display()));
+    ensure!(!elsewhere.status.success() && names, "cleanup of another directory: {said}");
     let dry = world.cli(node, &["cleanup", "--kube-proxy", "--dry-run"])?;
     ensure!(dry.contains("would keep NAT on") && dry.contains("would remove"), "{dry}");
     has_rules(lab, node, service).context("a dry run")?;
-    let said = world.cli(node, &["cleanup", "--kube-proxy"])?;
-    ensure!(said.contains("what is its own stays") && said.contains("removed"), "{said}");
+    let refused = {
+        let _held = Owned::hold(node)?;
+        world.cli(node, &["cleanup", "--kube-proxy"]).err().map(|error| error.to_string())
+    };
+    ensure!(refused.as_ref().is_some_and(|why| why.contains("NAT cannot be kept on")), "{refused:?}");
+    within(patience(30), || {
+        ensure!(!ruleset(node)?.contains("proxy-agent-nat"), "its owner is gone, and the table is there");
+        Ok(())
+    })?;
+    has_rules(lab, node, service).context("without what keeps NAT on")?;
+    if mode == Mode::Iptables {
+        keeps_forwarding(lab, node)?;
+    } else {
+        let said = world.cli(node, &["cleanup", "--kube-proxy"])?;
+        ensure!(said.contains("what is its own stays") && said.contains("removed"), "{said}");
+    }
     let again = world.cli(node, &["cleanup", "--kube-proxy"])?;
     ensure!(again.contains("no rules of kube-proxy"), "{again}");
     let shown = world.cli_output(node, &["check"])?;
@@ -184,8 +256,60 @@ fn rid_of_kube_proxy(lab: &Lab, node: &Node, service: &Service) -> Result<()> {
     Ok(())
 }
 
+/// A firewall that drops what is forwarded unless a rule accepts it: kube-proxy's goes on accepting until it is said to go.
+fn keeps_forwarding(lab: &Lab, node: &Node) -> Result<()> {
+    let iptables = |args: &[&str]| node.place.namespace.output("iptables-nft", args);
+    // Theirs who are told to.
+    iptables(&["-A", "FORWARD", "-j", "ACCEPT"])?;
+    iptables(&["-P", "FORWARD", "DROP"])?;
+    let shown = lab.world.cli_output(node, &["check"])?;
+    ensure!(shown.contains("firewall: drops what is forwarded") && shown.contains("chain FORWARD"), "{shown}");
+    let said = lab.world.cli(node, &["cleanup", "--kube-proxy"])?;
+    let stays = said.contains("chain KUBE-FORWARD in table filter (iptables-nft-save) stays");
+    ensure!(stays && said.contains("what is its own stays") && said.contains("removed"), "{said}");
+    let rules = iptables(&["-S"])?;
+    let keeps = rules.contains("-j KUBE-FORWARD") && rules.contains("--ctstate RELATED,ESTABLISHED -j ACCEPT");
+    ensure!(keeps && !rules.contains("KUBE-SERVICES"), "{rules}");
+    lab.world.cli(node, &["cleanup", "--kube-proxy", "--force"])?;
+    ensure!(!iptables(&["-S"])?.contains("KUBE-FORWARD"), "it stays in spite of --force");
+    iptables(&["-P", "FORWARD", "ACCEPT"])?;
+    iptables(&["-D", "FORWARD", "-j", "ACCEPT"]).map(drop)
+}
+
+/// The tables that keep NAT on, held by a process that lets nobody else change them.
+struct Owned(Child);
+
+impl Owned {
+    fn hold(node: &Node) -> Result<Self> {
+        let mut command = node.place.namespace.command("nft");
+        let mut owned =
+            Self(command.arg("-i").stdin(Stdio::piped()).stdout(Stdio::null()).spawn().context("start nft")?);
+        let stdin = owned.0.stdin.as_mut().context("its stdin")?;
+        for family in ["ip", "ip6"] {
+            writeln!(stdin, "add table {family} proxy-agent-nat {{ flags owner; }}")?;
+        }
+        stdin.flush()?;
+        within(patience(30), || {
+            let tables = node.place.namespace.output("nft", &["list", "tables"])?;
+            ensure!(tables.matches("proxy-agent-nat").count() == 2, "{tables}");
+            Ok(())
+        })?;
+        Ok(owned)
+    }
+}
+
+impl Drop for Owned {
+    fn drop(&mut self) {
+        // What is gone already needs no ending.
+        let _gone = self.0.kill();
+        let _gone = self.0.wait();
+    }
+}
+
 /// What kube-proxy translated is known, and NAT stays on for it.
-fn counts_them(node: &Node) -> Result<()> {
+fn counts_them(lab: &Lab, node: &Node) -> Result<()> {
+    let shown = lab.world.cli(node, &["status"])?;
+    ensure!(shown.contains("Left by other modes") && shown.contains("kube-proxy"), "{shown}");
     let status = node.status()?;
     let retiring = status["retiring"].as_array().context("no word of what is retiring")?;
     let kept = retiring.iter().find(|one| one["mode"] == "kube-proxy");
@@ -238,7 +362,7 @@ impl Drain {
         let said = dir.join(format!("drain-{}.log", node.place.name));
         let output = File::create(&said)?;
         let mut command = node.place.command(agent)?;
-        command.args(["cleanup", "--drain=10m", "--bpffs"]).arg(&node.bpffs).stdin(Stdio::null());
+        command.args(["cleanup", "--drain=30m", "--bpffs"]).arg(&node.bpffs).stdin(Stdio::null());
         let child = command.stdout(output.try_clone()?).stderr(output).spawn().context("start cleanup")?;
         Ok(Self { child, said })
     }
@@ -292,37 +416,62 @@ struct Traffic<'a> {
     ports: &'a mut Ports,
 }
 
-/// The next source port of each place, family (IPv4?) and protocol (UDP?).
+/// How many source ports of each way and protocol (UDP?) are used up: by what is new, and by what is held.
 #[derive(Default)]
-struct Ports(BTreeMap<(String, bool, bool), u16>);
+struct Ports(BTreeMap<(String, bool), (u16, u16)>);
 
 /// Who asks, and by what way.
-fn ways<'a>(lab: &'a Lab, service: &Service) -> Vec<(&'a Place, String, [SocketAddr; 2])> {
+struct Way<'a> {
+    place: &'a Place,
+    name: String,
+    to: [SocketAddr; 2],
+    /// First of its source ports.
+    ports: u16,
+}
+
+fn ways<'a>(lab: &'a Lab, service: &Service) -> Vec<Way<'a>> {
     let world = &lab.world;
     let (pod, node, outside) = (world.pod("a1"), &world.node(1).place, world.outside());
     let mut ways = Vec::new();
     for family in Family::BOTH {
-        for (place, via, name) in [
-            (pod, Via::ClusterIp, "ClusterIP"),
-            (pod, Via::NodePort(At::Node2), "NodePort of node2"),
-            (node, Via::ClusterIp, "ClusterIP"),
-            (node, Via::NodePort(At::Node1), "NodePort of node1"),
-            (outside, Via::NodePort(At::Node1), "NodePort of node1"),
+        for (place, number, via, name) in [
+            (pod, 0, Via::ClusterIp, "ClusterIP"),
+            (pod, 1, Via::NodePort(At::Node2), "NodePort of node2"),
+            (node, 0, Via::ClusterIp, "ClusterIP"),
+            (node, 1, Via::NodePort(At::Node1), "NodePort of node1"),
+            (outside, 0, Via::NodePort(At::Node1), "NodePort of node1"),
         ] {
             let to = [Transport::Tcp, Transport::Udp].map(|transport| service.address(world, via, family, transport));
-            ways.push((place, format!("{} → {name}, {family}", place.name), to));
+            let first = if place.is_node() { PORTS_OF_NODE } else { PORTS };
+            let ports = first + number * (NEW + OPEN);
+            ways.push(Way { place, name: format!("{} → {name}, {family}", place.name), to, ports });
         }
     }
     ways
 }
 
 impl Ports {
+    /// For a storm, which says afterwards how many it [used](Self::used).
+    fn of_new(&mut self, way: &Way<'_>, udp: bool) -> String {
+        let (new, _) = self.0.entry((way.name.clone(), udp)).or_default();
+        if *new + RATE * SECONDS > NEW {
+            *new = 0;
+        }
+        format!("--source-port={}", way.ports + *new)
+    }
+
+    fn used(&mut self, way: String, udp: bool, tries: u64) -> Result<()> {
+        let (new, _) = self.0.entry((way, udp)).or_default();
+        *new += u16::try_from(tries)? + WORKERS;
+        Ok(())
+    }
+
     /// So many that follow one another.
-    fn take(&mut self, place: &Place, to: SocketAddr, udp: bool, count: u16) -> Result<String> {
-        let first = if place.is_node() { PORTS_OF_NODE } else { PORTS };
-        let next = self.0.entry((place.name.clone(), to.is_ipv4(), udp)).or_insert(first);
-        let port = *next;
-        *next = port.checked_add(count).context("no more source ports")?;
+    fn of_open(&mut self, way: &Way<'_>, udp: bool, count: u16) -> Result<String> {
+        let (_, open) = self.0.entry((way.name.clone(), udp)).or_default();
+        let port = way.ports + NEW + *open;
+        *open += count;
+        ensure!(*open <= OPEN, "no more source ports");
         Ok(format!("--source-port={port}"))
     }
 }
@@ -331,13 +480,15 @@ impl Traffic<'_> {
     /// Long ones, in use until they are closed.
     fn open(&mut self, lab: &Lab, service: &Service) -> Result<Open> {
         let mut open = Open { holds: Vec::new(), talks: Vec::new() };
-        for (place, way, [tcp, udp]) in ways(lab, service) {
-            let (to, port) = (tcp.to_string(), self.ports.take(place, tcp, false, HELD)?);
+        for way in ways(lab, service) {
+            let [tcp, udp] = way.to.map(|to| to.to_string());
+            let port = self.ports.of_open(&way, false, HELD)?;
             let held = format!("--connections={HELD}");
-            let args = ["hold", &to, &port, &held, "--interval=300", "--expect=b1,b2", TIMEOUT];
-            open.holds.push((way.clone(), start(lab, place, &args)?));
-            let (to, port) = (udp.to_string(), self.ports.take(place, udp, true, 1)?);
-            open.talks.push((way, start(lab, place, &["talk", &to, &port, "--interval=200", TIMEOUT])?));
+            let args = ["hold", &tcp, &port, &held, "--interval=300", "--expect=b1,b2", TIMEOUT];
+            open.holds.push((way.name.clone(), start(lab, way.place, &args)?));
+            let port = self.ports.of_open(&way, true, 1)?;
+            let talk = start(lab, way.place, &["talk", &udp, &port, "--interval=200", TIMEOUT])?;
+            open.talks.push((way.name, talk));
         }
         for (_, client) in open.holds.iter_mut().chain(&mut open.talks) {
             client.wait_for_line("ready", patience(60))?;
@@ -361,26 +512,32 @@ impl Traffic<'_> {
         lab: &mut Lab,
         service: &Service,
         phase: &'static str,
-        act: impl FnOnce(&mut Lab) -> Result<()>,
+        act: impl FnOnce(&mut Self, &mut Lab) -> Result<()>,
     ) -> Result<()> {
         let mut storms = Vec::new();
-        let (rate, seconds) = (format!("--rate={RATE}"), format!("--seconds={SECONDS}"));
-        for (place, way, [tcp, udp]) in ways(lab, service) {
-            for (to, udp) in [(tcp, false), (udp, true)] {
-                let (at, port) = (to.to_string(), self.ports.take(place, to, udp, RATE * SECONDS)?);
-                let mut args = vec!["storm", &at, &port, &rate, &seconds, "--workers=2", "--expect=b1,b2", TIMEOUT];
+        let (rate, workers, seconds) =
+            (format!("--rate={RATE}"), format!("--workers={WORKERS}"), format!("--seconds={SECONDS}"));
+        for way in ways(lab, service) {
+            for (to, udp) in way.to.into_iter().zip([false, true]) {
+                let (at, port) = (to.to_string(), self.ports.of_new(&way, udp));
+                let mut args = vec!["storm", &at, &port, &rate, &seconds, &workers, "--expect=b1,b2", TIMEOUT];
                 args.extend(udp.then_some("--udp"));
-                let transport = if udp { Transport::Udp } else { Transport::Tcp };
-                storms.push((way.clone(), transport, start(lab, place, &args)?));
+                storms.push((way.name.clone(), udp, start(lab, way.place, &args)?));
             }
         }
+        let began = Instant::now();
         for (_, _, client) in &mut storms {
             client.wait_for_line("ready", patience(60))?;
         }
-        act(lab)?;
+        act(self, lab)?;
         sleep(LASTS);
-        for (way, transport, client) in storms {
-            self.observed.begun(phase, way, transport, client.finish(patience(60))?);
+        let took = began.elapsed().as_secs();
+        ensure!(took < SECONDS.into(), "the phase {phase:?} took {took} s, and was not watched to its end");
+        for (way, udp, client) in storms {
+            let report: storm::Report = client.finish(patience(60))?;
+            self.ports.used(way.clone(), udp, report.tries)?;
+            let transport = if udp { Transport::Udp } else { Transport::Tcp };
+            self.observed.begun(phase, way, transport, report);
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ use proxy_tests::{
         specs::{self, Group, Run, State, Table},
     },
     golang::{self, Goal},
+    observed::Bar,
     world::World,
 };
 
@@ -132,7 +133,9 @@ fn take_over(programs: &Programs, nodes: u8) -> Result<ExitCode> {
     install(&cluster, Proxy::KubeProxy)?;
     let report = cluster.take_over(&programs.agent, &programs.testpod)?;
     print!("{report}");
-    Ok(if report.is_clean() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    let faults = report.faults(Bar::Cluster);
+    faults.iter().for_each(|fault| println!("fault: {fault}"));
+    Ok(if faults.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
 fn specs(programs: &Programs, args: &Args) -> Result<ExitCode> {

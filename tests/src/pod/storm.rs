@@ -69,6 +69,9 @@ pub struct Report {
     /// Answers from a backend that was not expected.
     pub wrong: BTreeMap<String, u64>,
     pub slowest_micros: u64,
+    /// The longest time in which no connection was answered; its beginning and its end are such moments, too.
+    #[serde(default)]
+    pub gap_micros: u64,
     /// TCP connections whose SYN had to be sent again: nobody answered for a second.
     pub sent_again: u64,
     /// With `--log`, in no order.
@@ -87,13 +90,13 @@ pub struct Answered {
 /// Microseconds since the epoch.
 pub fn now() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    u64::try_from(since.as_micros()).unwrap_or(u64::MAX)
+    micros(since)
 }
 
 pub fn run(args: &Args) -> Result<Report> {
     let stop = super::stop_on_stdin_eof();
     println!("ready");
-    let report = Mutex::new(Report::default());
+    let report = Mutex::new((Report::default(), Instant::now()));
     let expect: BTreeSet<&str> = args.expect.iter().map(String::as_str).collect();
     let started = Instant::now();
     let end = started + Duration::from_secs(args.seconds);
@@ -116,11 +119,14 @@ pub fn run(args: &Args) -> Result<Report> {
                     let outcome = ask(args, &mut from, &sent_again);
                     let ended = now();
                     let Ok(mut report) = report.lock() else { return };
+                    let (report, answered) = &mut *report;
                     report.tries += 1;
                     report.slowest_micros = report.slowest_micros.max(ended.saturating_sub(began));
                     match outcome {
                         Ok(answer) => {
                             report.answered += 1;
+                            report.gap_micros = report.gap_micros.max(micros(answered.elapsed()));
+                            *answered = Instant::now();
                             if !expect.is_empty() && !expect.contains(answer.backend.as_str()) {
                                 *report.wrong.entry(answer.backend.clone()).or_insert(0) += 1;
                             }
@@ -141,8 +147,13 @@ pub fn run(args: &Args) -> Result<Report> {
             });
         }
     });
-    let report = report.into_inner().unwrap_or_default();
-    Ok(Report { sent_again: sent_again.into_inner(), ..report })
+    let (report, answered) = report.into_inner().map_err(|_| anyhow::anyhow!("a worker panicked"))?;
+    let gap_micros = report.gap_micros.max(micros(answered.elapsed()));
+    Ok(Report { sent_again: sent_again.into_inner(), gap_micros, ..report })
+}
+
+fn micros(time: Duration) -> u64 {
+    u64::try_from(time.as_micros()).unwrap_or(u64::MAX)
 }
 
 /// `from`: the source port that it is to have, and then the one that it has.
