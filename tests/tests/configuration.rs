@@ -35,6 +35,9 @@ fn main() -> ExitCode {
                 ends(world, &file, mode)
             });
             suite.case(&format!("{group}/under kube-proxy's name"), || as_kube_proxy(world, &file, mode));
+            suite.case(&format!("{group}/what nothing could start with is said once and tried again"), || {
+                tries_again(world, &file, mode)
+            });
             if *mode == "ebpf" {
                 suite.case(&format!("{group}/--init-only says what ends with its container"), || {
                     mounts_for_itself(world)
@@ -244,6 +247,42 @@ fn as_kube_proxy(world: &mut World, file: &File, mode: &str) -> Result<()> {
     })?;
     ensure!(answers(world).is_err(), "it still serves");
     Ok(())
+}
+
+/// What the file names is not there yet.
+fn tries_again(world: &World, file: &File, mode: &str) -> Result<()> {
+    let node = world.node(1);
+    let source = |path: &Path| format!("{THEIRS}{OWN}proxyMode: {mode}\nsource: {}\n", path.display());
+    let (path, later) = (file.root.join("again.log"), file.root.join("later"));
+    file.write(&source(&world.objects_dir()))?;
+    let log = fs::File::create(&path)?;
+    let mut command = node.place.command(&world.programs().agent)?;
+    command.arg("run").arg(format!("--config={}", file.path().display())).args(["--hostname-override", "node1"]);
+    command.arg("--bpffs").arg(&node.bpffs).arg("--cgroup-root").arg(&node.cgroup);
+    command.env_remove("KUBECONFIG").env("NO_COLOR", "1").stdin(Stdio::null()).stdout(Stdio::null());
+    let mut running = Running(command.stderr(log).spawn()?);
+    within(patience(30), || {
+        let (code, body) = node.http(10256, "/healthz")?;
+        ensure!(code == 200, "/healthz: {code} {body}\n{}", said(&path));
+        Ok(())
+    })?;
+    let times = || said(&path).matches("and this one is tried again").count();
+    file.write(&source(&later))?;
+    within(patience(30), || {
+        ensure!(times() == 1, "{}", said(&path));
+        Ok(())
+    })?;
+    // It is tried after half a second, then after a second more.
+    std::thread::sleep(Duration::from_secs(2));
+    ensure!(times() == 1 && running.0.try_wait()?.is_none(), "{}", said(&path));
+    fs::create_dir(&later)?;
+    within(patience(60), || {
+        ensure!(said(&path).contains("(source): ending"), "{}", said(&path));
+        Ok(())
+    })?;
+    let ended = running.0.wait()?;
+    ensure!(ended.code() == Some(3), "{ended}: {}", said(&path));
+    world.cli(node, &["cleanup"]).map(drop)
 }
 
 /// As an init container that was given nothing of the node's: what it mounts is its own, and no other container sees it.

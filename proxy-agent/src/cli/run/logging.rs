@@ -183,7 +183,7 @@ impl Visit for Fields {
 }
 
 #[cfg(test)]
-pub(super) mod tests {
+mod tests {
     use std::{io::Write, sync::Mutex};
 
     use tracing::{debug, error, info, info_span, trace, warn};
@@ -191,13 +191,7 @@ pub(super) mod tests {
     use super::*;
 
     #[derive(Clone, Default)]
-    pub(in crate::cli::run) struct Written(Arc<Mutex<Vec<u8>>>);
-
-    impl Written {
-        pub(in crate::cli::run) fn text(&self) -> String {
-            String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
-        }
-    }
+    struct Written(Arc<Mutex<Vec<u8>>>);
 
     impl Write for Written {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
@@ -209,8 +203,7 @@ pub(super) mod tests {
         }
     }
 
-    /// What writes lines of JSON, and where they are.
-    pub(in crate::cli::run) fn written() -> (Written, impl Subscriber + Send + Sync) {
+    fn lines(log: impl FnOnce()) -> Vec<Value> {
         let written = Written::default();
         let to = written.clone();
         let subscriber = tracing_subscriber::fmt()
@@ -219,17 +212,9 @@ pub(super) mod tests {
             .with_writer(move || to.clone())
             .event_format(Json)
             .finish();
-        (written, subscriber)
-    }
-
-    fn lines(log: impl FnOnce()) -> Vec<Value> {
-        let (written, subscriber) = written();
         tracing::subscriber::with_default(subscriber, log);
-        written
-            .text()
-            .lines()
-            .map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}")))
-            .collect()
+        let text = String::from_utf8(written.0.lock().unwrap().clone()).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))).collect()
     }
 
     #[test]

@@ -50,7 +50,6 @@ impl Iptables {
         let Some(Other { tools, may_go: _, due, trouble }) = other.as_mut().filter(may_go) else { return };
         let flavour = tools.flavour;
         if !is_known {
-            *due = now + AGAIN;
             *trouble = Some(format!("those of iptables ({flavour}) stay until rules of both families can be written"));
             return;
         }
