@@ -212,7 +212,7 @@ fn beside(agent: &str, asked: &Bind, how: How, out: &mut dyn Write) -> anyhow::R
     // In iptables mode the agent accepts for itself what it translates.
     let extent = if how.force || !Iptables::remains().0.is_empty() { Extent::All } else { Extent::ButForwarding };
     let found = kube_proxy::find(extent)?;
-    if !found.iter().all(Remains::stays) {
+    if !found.iter().all(kube_proxy::Remains::stays) {
         keep_nat(how, out)?;
     }
     of_kube_proxy(extent, &found, how.dry_run, out)?;
