@@ -5,7 +5,8 @@
 //! That takes an address that is the node's, but not one that a process of the node is given as its source when it asks by the rules of
 //! the mode that serves now: it would lose it in the midst. So a route stays in the place of each address, with another source.
 //!
-//! Retired it has servers without weight, by which nothing new goes, those routes, its settings, and a table without rules.
+//! Retired it has servers without weight, by which nothing new goes, those routes, its settings, and a table that guards the node's own
+//! sockets at those addresses and leads nobody.
 
 use std::{collections::BTreeSet, net::IpAddr};
 
@@ -23,7 +24,7 @@ use crate::{
             Options,
             conntrack::{Entry, Socket},
         },
-        nftables::Nftables,
+        nftables::{Nftables, Role},
         select::Mode,
     },
     model::Family,
@@ -59,6 +60,10 @@ impl former::Former for Former {
     }
 
     fn flows(&mut self) -> Result<u64, DataplaneError> {
+        // Whoever flushed all rules took what guards the node's own sockets at those addresses: rather end what is open.
+        if Nftables::remains_of(Role::Gate)?.is_empty() {
+            return Ok(0);
+        }
         let open = connections::open(&self.servers).map_err(kernel("the connections of IPVS"))?;
         Ok(open + self.by_held())
     }
