@@ -409,7 +409,7 @@ fn moves(world: &mut World, other: Option<Fallback>, first: u16) -> Result<()> {
     install(world, 8, &service(8), &["b1", "b2"])?;
     install(world, 9, &service(9).external_local(), &["b1", "b2"])?;
     // From ports of their own: one that leads to one backend by both modes is told apart by neither.
-    let storms = |world: &World, first: u16| -> Result<Vec<Client>> {
+    let storms = |world: &World, first: u16| -> Result<Vec<(String, Client)>> {
         let from = ["a1", "node1", "outside"].into_iter();
         let mut storms: Vec<(&str, SocketAddr, u16)> =
             from.flat_map(|from| Family::BOTH.map(|family| (from, (vip(family, 8), 80).into(), first))).collect();
@@ -418,14 +418,17 @@ fn moves(world: &mut World, other: Option<Fallback>, first: u16) -> Result<()> {
         storms.push(("node1", (own, node_port(9)).into(), first + 1_000));
         let storms = storms.into_iter().map(|(from, to, port)| {
             let (to, port) = (to.to_string(), format!("--source-port={port}"));
-            start(world, from, &["storm", &to, "--expect=b1,b2", "--rate=4", "--seconds=900", &port])
+            let how = ["--expect=b1,b2", "--rate=4", "--seconds=900", "--timeout=20000", &port];
+            let client = start(world, from, &[&["storm", to.as_str()][..], &how].concat())?;
+            Ok((format!("{from} to {to}"), client))
         });
         storms.collect()
     };
-    let calm = |storms: Vec<Client>| -> Result<()> {
-        for client in storms {
+    let calm = |storms: Vec<(String, Client)>| -> Result<()> {
+        for (what, client) in storms {
             let report: storm::Report = client.finish(patience(10))?;
-            ensure!(report.failures.is_empty() && report.wrong.is_empty() && report.tries > 10, "{report:?}");
+            let is_calm = report.failures.is_empty() && report.wrong.is_empty() && report.tries > 10;
+            ensure!(is_calm, "{what}: {report:?}\n{}", world.node(1).agent_log());
         }
         Ok(())
     };
