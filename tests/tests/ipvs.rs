@@ -424,7 +424,7 @@ fn moves(world: &mut World, other: Option<Fallback>, first: u16) -> Result<()> {
         });
         storms.collect()
     };
-    let calm = |storms: Vec<(String, Client)>| -> Result<()> {
+    let calm = |world: &World, storms: Vec<(String, Client)>| -> Result<()> {
         for (what, client) in storms {
             let report: storm::Report = client.finish(patience(10))?;
             let is_calm = report.failures.is_empty() && report.wrong.is_empty() && report.tries > 10;
@@ -456,7 +456,7 @@ fn moves(world: &mut World, other: Option<Fallback>, first: u16) -> Result<()> {
     let left = (servers(world.node(1))?, output(world.node(1), "ip -o link show")?);
     ensure!(left.0.is_empty() && !left.1.contains("proxy-ipvs0"), "{left:?}");
     answers(world, 8)?;
-    calm(storm)?;
+    calm(world, storm)?;
     let (held, storm) = (hold(world, 8, &few)?, storms(world, first + 2_000)?);
     world.start_agent(1, &options())?;
     world.node(1).wait_ready(patience(30))?;
@@ -465,7 +465,7 @@ fn moves(world: &mut World, other: Option<Fallback>, first: u16) -> Result<()> {
     is_over(world, if other == Some(Fallback::Nftables) { "table ip proxy-agent {" } else { "chain PROXY-" })?;
     ensure!(other.is_some() || !world.node(1).bpffs.exists(), "pins are left");
     answers(world, 8)?;
-    calm(storm)?;
+    calm(world, storm)?;
     unbroken(last)
 }
 
