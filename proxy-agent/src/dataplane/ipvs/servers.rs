@@ -40,7 +40,7 @@ impl Current {
 pub type Kernel = BTreeMap<Virtual, Current>;
 
 /// In the order in which they are to be carried out. Nobody whose connections stay is taken away: they are chosen no more, until
-/// [`departed`] says that they may go.
+/// `departed` says that they may go.
 pub fn turn(at: Virtual, current: Option<&Current>, wanted: Option<&Server>, otherwise: &Stay) -> Vec<Request> {
     let mut requests = Vec::new();
     if let Some(Server { service, .. }) = wanted {
