@@ -135,8 +135,8 @@ impl Observed {
                     faults.push(format!("{}: there is none in the phase {phase}", name(one)));
                     continue;
                 };
-                // As many of as many.
-                if one.report.sent_again * control.tries > control.sent_again * one.report.tries {
+                // As many of as many, but for one that a machine with other things to do may lose.
+                if one.report.sent_again.saturating_sub(1) * control.tries > control.sent_again * one.report.tries {
                     faults.push(format!("{}: {} SYNs were sent again", name(one), one.report.sent_again));
                 }
                 let beyond = one.report.gap_micros.saturating_sub(control.gap_micros);
@@ -324,9 +324,10 @@ mod tests {
             ((0, 0), (0, 2), ""),
             ((0, 0), (0, 3), "other, pod tcp: nobody was answered for 3000 ms"),
             ((0, 4), (0, 6), ""),
-            ((0, 0), (1, 0), "other, pod tcp: 1 SYNs were sent again"),
-            ((1, 0), (2, 0), ""),
-            ((1, 0), (3, 0), "other, pod tcp: 3 SYNs were sent again"),
+            ((0, 0), (1, 0), ""),
+            ((0, 0), (2, 0), "other, pod tcp: 2 SYNs were sent again"),
+            ((1, 0), (3, 0), ""),
+            ((1, 0), (4, 0), "other, pod tcp: 4 SYNs were sent again"),
         ] {
             assert_eq!(faults(control, change).join("; "), expected, "{control:?} {change:?}");
         }

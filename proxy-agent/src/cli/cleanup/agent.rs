@@ -14,6 +14,7 @@ use crate::{
         DataplaneError,
         ebpf::read::{self, Pins},
         netfilter::lock::Lock,
+        select::Mode,
     },
     status::report::{FrontendCount, Report, Source},
 };
@@ -44,21 +45,33 @@ fn on(bpffs: &Path) -> Option<String> {
     Some(format!("an agent runs on {}{pid}", bpffs.display()))
 }
 
-/// Why kube-proxy's rules are needed still, as far as it is asked at this address; nothing where all is in force.
-pub(super) fn needs_the_former(at: &Bind) -> Option<String> {
+/// What it says of itself.
+pub(super) struct Asked {
+    /// Why kube-proxy's rules are needed still; nothing where all is in force.
+    pub(super) lack: Option<String>,
+    /// That it accepts for itself what it translates and is forwarded.
+    pub(super) accepts: bool,
+}
+
+/// As far as it is asked at this address.
+pub(super) fn ask(at: &Bind) -> Asked {
     let Some(addr) = at.socket(METRICS_PORT) else {
-        return Some("cannot be asked whether it is ready: --metrics-bind-address is empty".to_owned());
+        let lack = "cannot be asked whether it is ready: --metrics-bind-address is empty".to_owned();
+        return Asked { lack: Some(lack), accepts: false };
     };
     let end = Instant::now() + PATIENCE;
     loop {
-        let lack = match agent::report(addr) {
-            Ok(report) => lack(&report)?,
-            Err(error) => format!(
-                "cannot be asked whether it is ready: {addr}: {error:#}; give --metrics-bind-address as the agent has it"
-            ),
+        let asked = match agent::report(addr) {
+            Ok(report) => Asked { lack: lack(&report), accepts: report.mode == Mode::Iptables.name() },
+            Err(error) => {
+                let lack = format!(
+                    "cannot be asked whether it is ready: {addr}: {error:#}; give --metrics-bind-address as the agent has it"
+                );
+                Asked { lack: Some(lack), accepts: false }
+            }
         };
-        if Instant::now() > end {
-            return Some(lack);
+        if asked.lack.is_none() || Instant::now() > end {
+            return asked;
         }
         thread::sleep(AGAIN);
     }
@@ -132,7 +145,7 @@ mod tests {
 
     #[test]
     fn who_does_not_answer_is_not_taken_for_ready() {
-        let silent = needs_the_former(&"127.0.0.1:1".parse().unwrap()).unwrap();
+        let silent = ask(&"127.0.0.1:1".parse().unwrap()).lack.unwrap();
         assert!(silent.contains("127.0.0.1:1") && silent.contains("--metrics-bind-address"), "{silent}");
     }
 }

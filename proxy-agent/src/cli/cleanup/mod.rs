@@ -201,7 +201,8 @@ impl How {
 
 /// What kube-proxy left, and nothing that the agent is at work on.
 fn beside(agent: &str, asked: &Bind, how: How, out: &mut dyn Write) -> anyhow::Result<Exit> {
-    if let Some(lack) = agent::needs_the_former(asked) {
+    let agent::Asked { lack, accepts } = agent::ask(asked);
+    if let Some(lack) = lack {
         how.insist(
             &format!("{agent}, but {lack}: without kube-proxy's rules nobody would serve what it does not"),
             "wait until `proxy-agent status` says that all is in force",
@@ -209,8 +210,7 @@ fn beside(agent: &str, asked: &Bind, how: How, out: &mut dyn Write) -> anyhow::R
         )?;
     }
     writeln!(out, "{agent}: what is its own stays")?;
-    // In iptables mode the agent accepts for itself what it translates.
-    let extent = if how.force || !Iptables::remains().0.is_empty() { Extent::All } else { Extent::ButForwarding };
+    let extent = if how.force || accepts { Extent::All } else { Extent::ButForwarding };
     let found = kube_proxy::find(extent)?;
     if !found.iter().all(kube_proxy::Remains::stays) {
         keep_nat(how, out)?;

@@ -152,10 +152,16 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
     let (Choice { mode, reason }, opened) = {
         // The programs' own log is read by a task.
         let _inside = runtime.enter();
+        // Whoever is the second here need not try what could run. The modes of netfilter take it themselves.
+        let alone = Lock::take()?;
         match known {
-            None => choose::start_first(&plan.dataplane, open)?,
+            None => {
+                drop(alone);
+                choose::start_first(&plan.dataplane, |options| open(options, None))?
+            }
             Some(mode) => {
-                let opened = open(&plan.dataplane).map_err(|error| with_advice(error, &plan.dataplane))?;
+                let alone = mode.has_pins().then_some(alone);
+                let opened = open(&plan.dataplane, alone).map_err(|error| with_advice(error, &plan.dataplane))?;
                 (Choice { mode, reason: "asked for".into() }, opened)
             }
         }
@@ -182,8 +188,11 @@ struct Opened {
     _alone: Option<Lock>,
 }
 
-fn open(options: &select::Options) -> anyhow::Result<Opened> {
-    let alone = options.mode.has_pins().then(Lock::take).transpose()?;
+fn open(options: &select::Options, alone: Option<Lock>) -> anyhow::Result<Opened> {
+    let alone = match alone {
+        None => options.mode.has_pins().then(Lock::take).transpose()?,
+        taken => taken,
+    };
     let opened = select::open(options);
     let opened = opened.with_context(|| format!("the {} dataplane cannot be had on this node", options.mode.name()));
     Ok(Opened { dataplane: opened?, _alone: alone })

@@ -55,13 +55,12 @@ fn noted(system: &mut dyn System, alias: &mut Option<String>, writes: &mut u64) 
             device::NAME
         ));
     }
-    let on_it = found.as_ref().map(|device| &device.alias).filter(|alias| Settings::is_note(alias));
-    if alias.is_none() {
-        *alias = on_it.cloned();
-    }
-    // What the note does not say is as it was before.
+    let on_it = found.as_ref().map(|device| device.alias.as_str()).filter(|alias| Settings::is_note(alias));
+    // Of what we have set nobody else can know; but they may have set more.
+    let known = Settings::either(alias.as_deref().unwrap_or_default(), on_it.unwrap_or_default());
+    // What the notes do not say is as it was before.
     let note = system
-        .note(alias.as_deref().unwrap_or_default())
+        .note(&known)
         .map_err(|error| format!("net/ipv4/vs: {error}; is /proc/sys/net that of this network namespace?"))?;
     let device = match found {
         // Whoever made one in its place while we were at work has noted what we had set.
@@ -106,11 +105,12 @@ impl Ipvs {
     }
 
     /// Addresses in place of routes. Not before the table is there: it masquerades whoever is given such an address as their source.
-    fn hold_again(&mut self, index: u32) -> io::Result<()> {
+    fn hold_again(&mut self, index: u32, report: &mut Report) -> io::Result<()> {
         while let Some(addr) = self.routed.first().copied() {
             self.system.add(index, addr)?;
             self.system.let_go(index, addr)?;
             self.routed.remove(&addr);
+            report.writes += 2;
         }
         Ok(())
     }
@@ -126,8 +126,7 @@ impl Ipvs {
     /// Puts on our device what is held and not there yet. What could not be guarded is not: the node's own sockets would answer there.
     pub(super) fn bind(&mut self, report: &mut Report) {
         let Some(index) = self.device.as_ref().map(|device| device.index) else { return };
-        report.writes += 2 * self.routed.len() as u64;
-        if let Err(error) = self.hold_again(index) {
+        if let Err(error) = self.hold_again(index, report) {
             // They lead here by their routes; the next time all of it is made anew.
             tracing::warn!(%error, "addresses of device {} that another mode had on its way out", device::NAME);
         }
@@ -189,10 +188,12 @@ impl Ipvs {
             .collect();
         let mut gone = Vec::new();
         for addr in free {
-            match self.system.take_off(index, addr) {
+            let routed = if self.routed.contains(&addr) { self.system.let_go(index, addr) } else { Ok(()) };
+            match routed.and_then(|()| self.system.take_off(index, addr)) {
                 Ok(()) => {
                     report.writes += 1;
                     self.bound.remove(&addr);
+                    self.routed.remove(&addr);
                     gone.push(addr);
                 }
                 Err(error) => tracing::warn!(%addr, %error, "cannot be taken off the device"),

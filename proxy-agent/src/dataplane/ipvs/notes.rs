@@ -194,17 +194,22 @@ pub(super) fn remove(options: &Options) -> Result<(), DataplaneError> {
         tracing::debug!(%error, "connections that IPVS translated are not forgotten");
     }
     let Ours { has_table, route, device, bound, routed, .. } = ours;
-    let put_back = device.map_or(Ok(()), |Device { index, alias, .. }| {
-        // Where settings are read-only the device stays, for what they were is written on it, and nothing that anybody meets.
+    let mut put_back = Ok(());
+    if let Some(Device { index, alias, .. }) = device {
+        let mut freed = Ok(());
         for addr in bound {
-            route.take_off(index, addr).map_err(kernel(&format!("{addr} of {}", device::NAME)))?;
+            freed = freed.and(route.take_off(index, addr).map_err(kernel(&format!("{addr} of {}", device::NAME))));
         }
         for addr in routed {
-            route.let_go(index, addr).map_err(kernel(&format!("the route to {addr} by {}", device::NAME)))?;
+            let gone = route.let_go(index, addr);
+            freed = freed.and(gone.map_err(kernel(&format!("the route to {addr} by {}", device::NAME))));
         }
-        Settings::here().restore(&alias).map_err(kernel("net/ipv4/vs"))?;
-        route.remove(index).map_err(kernel(device::NAME))
-    });
+        // The table guards the node's own sockets as long as the node holds one of them.
+        freed?;
+        // Where settings are read-only the device stays, for what they were is written on it, and nothing that anybody meets.
+        let restored = Settings::here().restore(&alias).map_err(kernel("net/ipv4/vs"));
+        put_back = restored.and_then(|()| route.remove(index).map_err(kernel(device::NAME)));
+    }
     let removed = if has_table { Nftables::remove_tables(Role::Gate) } else { Ok(()) };
     put_back.and(removed)
 }

@@ -128,6 +128,16 @@ impl Settings {
         Ok(text)
     }
 
+    /// What either note says of settings; of those that both name, what the first does.
+    pub(super) fn either(note: &str, other: &str) -> String {
+        let first = noted(note);
+        let mut text = if first.is_empty() { BEFORE.trim_end().to_owned() } else { note.to_owned() };
+        for (name, value) in noted(other).into_iter().filter(|(name, _)| !first.contains_key(name)) {
+            let _ = write!(text, " {name}={value}");
+        }
+        text
+    }
+
     /// Whether this is what [`Settings::note`] wrote.
     pub(super) fn is_note(text: &str) -> bool {
         text.starts_with(BEFORE)
@@ -164,18 +174,19 @@ impl Settings {
         Ok(wrong.len() as u64)
     }
 
-    /// Puts back what was noted, whatever has to be set by now. What somebody else has set meanwhile stays.
+    /// Puts back what was noted, whatever has to be set by now; the first thing that cannot be. What somebody else has set meanwhile stays.
     pub(super) fn restore(&self, note: &str) -> io::Result<()> {
         let before = noted(note);
         let all = ALWAYS.into_iter().chain([REUSE]).chain(STRICT_ARP);
+        let mut restored = Ok(());
         for (name, wanted) in all.filter(|(name, _)| *name != FORWARDING) {
             if let Some(value) = before.get(name).filter(|value| **value != wanted)
                 && self.read(name).is_ok_and(|value| value == wanted)
             {
-                fs::write(self.path(name), value)?;
+                restored = restored.and(fs::write(self.path(name), value));
             }
         }
-        Ok(())
+        restored
     }
 }
 

@@ -391,6 +391,12 @@ fn two_at_once_note_what_was_set_before_either() {
     let mut kernel = Fake { state: Arc::new(Mutex::new(state)), dir: PathBuf::new() };
     addresses::ready(&mut kernel, &mut Some("before: conntrack=0".into()), &mut 0).unwrap();
     assert_eq!(kernel.state().device, made("before: conntrack=0"));
+    // Somebody else was asked for more, and has set that.
+    kernel.state().device = made("before: conntrack=1 arp_ignore=0");
+    let mut alias = Some("before: conntrack=0".into());
+    addresses::ready(&mut kernel, &mut alias, &mut 0).unwrap();
+    assert_eq!(alias.as_deref(), Some("before: conntrack=0 arp_ignore=0"));
+    assert_eq!(kernel.state().device, made("before: conntrack=0 arp_ignore=0"));
 }
 
 #[test]
