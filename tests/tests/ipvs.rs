@@ -418,7 +418,7 @@ fn moves(world: &mut World, other: Option<Fallback>, first: u16) -> Result<()> {
         storms.push(("node1", (own, node_port(9)).into(), first + 1_000));
         let storms = storms.into_iter().map(|(from, to, port)| {
             let (to, port) = (to.to_string(), format!("--source-port={port}"));
-            let how = ["--expect=b1,b2", "--rate=4", "--seconds=900", "--timeout=20000", &port];
+            let how = ["--expect=b1,b2", "--rate=1", "--seconds=900", "--timeout=20000", &port];
             let client = start(world, from, &[&["storm", to.as_str()][..], &how].concat())?;
             Ok((format!("{from} to {to}"), client))
         });

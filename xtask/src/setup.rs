@@ -415,7 +415,7 @@ impl Servers {
 
 /// helm: the one on PATH, else built with Go.
 pub fn helm() -> Result<PathBuf> {
-    find("helm").map_or_else(|| golang::HELM.build(go::program), Ok)
+    find("helm").map_or_else(|| golang::HELM.quick().build(go::program), Ok)
 }
 
 /// What a whole cluster takes beside what is built for it.
