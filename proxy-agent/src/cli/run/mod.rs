@@ -153,14 +153,13 @@ pub fn execute(given: Given, out: &mut dyn Write) -> anyhow::Result<Exit> {
         // The programs' own log is read by a task.
         let _inside = runtime.enter();
         // Whoever is the second here need not try what could run. The modes of netfilter take it themselves.
-        let alone = Lock::take()?;
         match known {
             None => {
-                drop(alone);
+                drop(Lock::take()?);
                 choose::start_first(&plan.dataplane, |options| open(options, None))?
             }
             Some(mode) => {
-                let alone = mode.has_pins().then_some(alone);
+                let alone = mode.has_pins().then(Lock::take).transpose()?;
                 let opened = open(&plan.dataplane, alone).map_err(|error| with_advice(error, &plan.dataplane))?;
                 (Choice { mode, reason: "asked for".into() }, opened)
             }
